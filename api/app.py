@@ -1,0 +1,100 @@
+"""The web application: which path does what, and who may ask."""
+
+from __future__ import annotations
+
+import secrets
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from api.body import json_response
+from api.chat import create_chat_completion
+from api.completions import create_completion
+from api.errors import ApiError, add_error_handlers, error_response
+from api.metrics import Metrics
+from api.responses import Model, ModelList
+from api.service import Service
+
+if TYPE_CHECKING:
+    from engine.async_engine import AsyncEngine
+
+
+class ApiKeyMiddleware:
+    """Lets requests to /v1 pass that carry the key as their bearer token."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+            given = Headers(scope=scope).get("authorization", "").encode()
+            if not secrets.compare_digest(given, self._expected):
+                error = ApiError(
+                    401,
+                    "a valid API key is needed in the header Authorization: Bearer <key>",
+                    code="invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
+                )
+                await error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def create_app(engine: AsyncEngine, *, served_model_names: list[str], api_key: str | None = None) -> FastAPI:
+    """The application in front of `engine`, which may still be starting.
+
+    Args:
+        served_model_names: Names that requests may give as `model`; the first stands in metrics.
+        api_key: If set, what /v1 asks for.
+    """
+    app = FastAPI(openapi_url=None)
+    add_error_handlers(app)
+    if api_key is not None:
+        app.add_middleware(ApiKeyMiddleware, api_key=api_key)
+    service = Service(engine, Metrics(engine, served_model_names[0]), served_model_names)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await create_completion(service, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await create_chat_completion(service, request)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        service.check_ready()
+        return json_response(ModelList([_model(service, name) for name in served_model_names]))
+
+    # Names of models may hold slashes.
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        service.check_ready()
+        return json_response(_model(service, service.check_model(name)))
+
+    @app.get("/health")
+    async def health() -> Response:
+        service.check_ready()
+        return Response(b'{"status":"ready"}', media_type="application/json")
+
+    @app.get("/version")
+    async def engine_version() -> Response:
+        return Response(
+            msgspec.json.encode({"version": version("llm-engine")}), media_type="application/json"
+        )
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _model(service: Service, name: str) -> Model:
+    return Model(name, service.created, service.engine.max_model_len)

@@ -1,0 +1,157 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from fastapi import Request, Response
+from msgspec import UNSET
+
+from api.body import json_response, read_body
+from api.errors import ApiError
+from api.generation import PromptOutputs, UsageCounter, collect, generate
+from api.logprobs import chat_logprobs
+from api.messages import encode_messages
+from api.protocol import ChatCompletionRequest, decode_request
+from api.responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatMessage,
+)
+from api.sampling import sampling_params
+from api.service import Service
+from api.streaming import event, event_stream, until_disconnect
+from engine.errors import RequestError
+from engine.outputs import CompletionOutput
+from engine.sampling.params import MAX_LOGPROBS, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ChatJob:
+    """A checked request."""
+
+    request_id: str
+    created: int
+    model: str
+    request: ChatCompletionRequest
+    params: SamplingParams
+    prompt_token_ids: list[int]
+
+
+async def create_chat_completion(service: Service, http_request: Request) -> Response:
+    """Answers one request, whole or as events."""
+    service.check_ready()
+    request = decode_request(await read_body(http_request), ChatCompletionRequest)
+    model = service.check_model(request.model)
+    params = _params(service, request)
+    # In a thread: a long chat takes long enough to be felt by the streams of others.
+    token_ids = await asyncio.to_thread(encode_messages, service.engine.tokenizer, request)
+    job = ChatJob(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model, request, params, token_ids)
+    outputs = generate(service, [token_ids], params, job.request_id, request.priority)
+    headers = {"x-request-id": job.request_id}
+    try:
+        if request.stream:
+            return await event_stream(http_request.receive, _events(job, outputs), headers)
+        return json_response(await until_disconnect(http_request.receive, _whole(job, outputs)), headers)
+    except RequestError as error:
+        if error.field != "prompt":
+            raise
+        raise RequestError(f"messages: {error}", "messages") from None
+
+
+def _params(service: Service, request: ChatCompletionRequest) -> SamplingParams:
+    max_tokens = request.max_tokens
+    if request.max_completion_tokens is not None:
+        max_tokens = request.max_completion_tokens
+        if max_tokens < 1:
+            raise ApiError(
+                400,
+                f"max_completion_tokens must be at least 1, got {max_tokens}",
+                param="max_completion_tokens",
+            )
+    num_logprobs = request.top_logprobs
+    if num_logprobs is not None:
+        if not request.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        if not 0 <= num_logprobs <= MAX_LOGPROBS:
+            raise ApiError(
+                400,
+                f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {num_logprobs}",
+                param="top_logprobs",
+            )
+    return sampling_params(
+        request,
+        service.engine.default_params,
+        max_tokens=max_tokens,
+        logprobs=(num_logprobs or 0) if request.logprobs else None,
+    )
+
+
+async def _whole(job: ChatJob, outputs: PromptOutputs) -> ChatCompletion:
+    counter = UsageCounter([job.prompt_token_ids])
+    samples = await collect(outputs, 1, job.params.n, counter)
+    choices = [
+        ChatChoice(
+            index=sample.index,
+            message=ChatMessage(sample.text),
+            logprobs=chat_logprobs(sample, job.params.logprobs or 0),
+            finish_reason=sample.finish_reason,
+            stop_reason=sample.stop_reason,
+            token_ids=sample.token_ids if job.request.return_token_ids else UNSET,
+        )
+        for sample in samples
+    ]
+    return ChatCompletion(job.request_id, job.created, job.model, choices, counter.usage())
+
+
+async def _events(job: ChatJob, outputs: PromptOutputs) -> AsyncGenerator[bytes, None]:
+    """A role chunk for every sample, contents, finish chunks, and the usage if asked for."""
+    counter = UsageCounter([job.prompt_token_ids], job.request.stream_options)
+    everything = job.params.logprobs is not None or job.request.return_token_ids
+
+    def chunk(choice: ChatChunkChoice) -> bytes:
+        usage = counter.chunk_usage()
+        return event(ChatChunk(job.request_id, job.created, job.model, [choice], usage=usage))
+
+    has_begun = False
+    async with aclosing(outputs):
+        async for _, output in outputs:
+            counter.add(0, output)
+            if output.outputs and not has_begun:
+                has_begun = True
+                for index in range(job.params.n):
+                    yield chunk(ChatChunkChoice(index, ChatDelta(role="assistant", content="")))
+            for sample in output.outputs:
+                # A token whose text is held back has nothing to show yet.
+                if sample.text or (everything and sample.token_ids):
+                    yield chunk(_content_choice(job, sample))
+                if sample.finish_reason is not None:
+                    yield chunk(_finish_choice(sample))
+    if counter.has_usage_chunk:
+        yield event(ChatChunk(job.request_id, job.created, job.model, [], usage=counter.usage()))
+
+
+def _content_choice(job: ChatJob, sample: CompletionOutput) -> ChatChunkChoice:
+    return ChatChunkChoice(
+        index=sample.index,
+        delta=ChatDelta(content=sample.text),
+        logprobs=chat_logprobs(sample, job.params.logprobs or 0),
+        token_ids=sample.token_ids if job.request.return_token_ids else UNSET,
+    )
+
+
+def _finish_choice(sample: CompletionOutput) -> ChatChunkChoice:
+    return ChatChunkChoice(
+        index=sample.index,
+        delta=ChatDelta(),
+        finish_reason=sample.finish_reason,
+        stop_reason=sample.stop_reason,
+    )

@@ -1,0 +1,165 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from fastapi import Request, Response
+from msgspec import UNSET, UnsetType
+
+from api.body import json_response, read_body
+from api.errors import ApiError, not_supported
+from api.generation import PromptOutputs, UsageCounter, collect, generate
+from api.logprobs import CompletionLogprobsFormatter
+from api.protocol import CompletionRequest, decode_request
+from api.responses import Completion, CompletionChoice, Usage
+from api.sampling import sampling_params
+from api.service import Service
+from api.streaming import event, event_stream, until_disconnect
+from engine.outputs import CompletionOutput
+from engine.sampling.params import SamplingParams
+
+DEFAULT_MAX_TOKENS = 16
+MAX_CHOICES = 2048
+
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionJob:
+    """A checked request.
+
+    Attributes:
+        prompts: As given, for echo.
+        prompt_token_ids: The same as token ids.
+    """
+
+    request_id: str
+    created: int
+    model: str
+    request: CompletionRequest
+    params: SamplingParams
+    prompts: Sequence[Prompt]
+    prompt_token_ids: Sequence[list[int]]
+
+
+async def create_completion(service: Service, http_request: Request) -> Response:
+    """Answers one request, whole or as events."""
+    service.check_ready()
+    request = decode_request(await read_body(http_request), CompletionRequest)
+    model = service.check_model(request.model)
+    params = _params(service, request)
+    prompts = split_prompts(request.prompt)
+    if len(prompts) * params.n > MAX_CHOICES:
+        raise ApiError(
+            400,
+            f"prompt and n ask for {len(prompts)} x {params.n} choices; at most {MAX_CHOICES} are given",
+            param="prompt",
+        )
+    encode = service.engine.tokenizer.encode
+    # In a thread: a long prompt takes long enough to be felt by the streams of others.
+    token_ids = await asyncio.to_thread(
+        lambda: [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    )
+    job = CompletionJob(
+        f"cmpl-{uuid.uuid4().hex}", int(time.time()), model, request, params, prompts, token_ids
+    )
+    outputs = generate(service, token_ids, params, job.request_id, request.priority)
+    headers = {"x-request-id": job.request_id}
+    if request.stream:
+        return await event_stream(http_request.receive, _events(service, job, outputs), headers)
+    completion = await until_disconnect(http_request.receive, _whole(service, job, outputs))
+    return json_response(completion, headers)
+
+
+def _params(service: Service, request: CompletionRequest) -> SamplingParams:
+    params = sampling_params(
+        request,
+        service.engine.default_params,
+        max_tokens=DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
+        logprobs=request.logprobs,
+    )
+    if request.best_of is not None and request.best_of != params.n:
+        raise not_supported(f"best_of other than n ({params.n})", "best_of")
+    if request.echo and request.logprobs is not None:
+        raise not_supported("logprobs with echo", "logprobs")
+    return params
+
+
+def split_prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
+    """One string, one list of token ids, or a list of either → a list of prompts.
+
+    Raises:
+        ApiError: 400, an empty list, or token ids beside prompts.
+    """
+    if isinstance(prompt, str):
+        return [prompt]
+    token_ids = [item for item in prompt if isinstance(item, int)]
+    prompts = [item for item in prompt if not isinstance(item, int)]
+    if not prompt or (token_ids and prompts):
+        raise ApiError(
+            400,
+            "prompt must be a string, a list of token ids, or a list of one or more of these",
+            param="prompt",
+        )
+    return prompts or [token_ids]
+
+
+class ChoiceWriter:
+    """Turns samples of one choice into its JSON form, whole or piece by piece."""
+
+    def __init__(self, service: Service, job: CompletionJob, index: int) -> None:
+        self._tokenizer = service.engine.tokenizer
+        self._index = index
+        self._return_token_ids = bool(job.request.return_token_ids)
+        # What is still to be put in front of the generated text.
+        self._echo: Prompt = job.prompts[index // job.params.n] if job.request.echo else ""
+        silent = self._tokenizer.special_token_ids if job.params.skip_special_tokens else frozenset()
+        self._logprobs = CompletionLogprobsFormatter(silent)
+
+    def write(self, sample: CompletionOutput) -> CompletionChoice:
+        echo, self._echo = self._echo, ""
+        if not isinstance(echo, str):
+            echo = self._tokenizer.decode(echo, skip_special_tokens=False)
+        return CompletionChoice(
+            index=self._index,
+            text=echo + sample.text,
+            logprobs=self._logprobs.format(sample),
+            finish_reason=sample.finish_reason,
+            stop_reason=UNSET if sample.finish_reason is None else sample.stop_reason,
+            token_ids=sample.token_ids if self._return_token_ids else UNSET,
+        )
+
+
+async def _whole(service: Service, job: CompletionJob, outputs: PromptOutputs) -> Completion:
+    counter = UsageCounter(job.prompt_token_ids)
+    samples = await collect(outputs, len(job.prompts), job.params.n, counter)
+    choices = [ChoiceWriter(service, job, sample.index).write(sample) for sample in samples]
+    return Completion(job.request_id, job.created, job.model, choices, usage=counter.usage())
+
+
+async def _events(
+    service: Service, job: CompletionJob, outputs: PromptOutputs
+) -> AsyncGenerator[bytes, None]:
+    counter = UsageCounter(job.prompt_token_ids, job.request.stream_options)
+    writers = [ChoiceWriter(service, job, index) for index in range(len(job.prompts) * job.params.n)]
+    everything = job.params.logprobs is not None or job.request.return_token_ids
+
+    def chunk(choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> bytes:
+        return event(Completion(job.request_id, job.created, job.model, choices, usage=usage))
+
+    async with aclosing(outputs):
+        async for prompt_index, output in outputs:
+            counter.add(prompt_index, output)
+            for sample in output.outputs:
+                # A token whose text is held back has nothing to show yet.
+                if sample.text or sample.finish_reason or (everything and sample.token_ids):
+                    writer = writers[prompt_index * job.params.n + sample.index]
+                    yield chunk([writer.write(sample)], counter.chunk_usage())
+    if counter.has_usage_chunk:
+        yield chunk([], counter.usage())

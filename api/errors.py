@@ -1,0 +1,115 @@
+"""Errors as OpenAI's clients expect them: a status and {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from engine.errors import EngineDeadError, RequestError
+
+logger = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """A request that ends with an HTTP error.
+
+    Attributes:
+        status: HTTP status.
+        param: The request field at fault.
+        code: A word that programs can test for.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+
+class ClientDisconnected(Exception):
+    """The client hung up before its answer was ready."""
+
+
+class ErrorDetail(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    error: ErrorDetail
+
+
+def not_supported(what: str, field: str | None = None) -> ApiError:
+    """The error for something that OpenAI knows and this server does not; `field` if `what` says more."""
+    return ApiError(
+        400, f"{what} is not supported by this server", param=field or what, code="unsupported_parameter"
+    )
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """The HTTP error that tells a client of `error`; one that nobody planned for is logged with its trace."""
+    match error:
+        case ApiError():
+            return error
+        case RequestError():
+            return ApiError(400, str(error), param=error.field)
+        case EngineDeadError():
+            return ApiError(503, str(error), code="engine_dead")
+    logger.error("internal error", exc_info=error)
+    return ApiError(500, f"internal error ({type(error).__name__}); the server's log has the details")
+
+
+def error_body(error: ApiError) -> ErrorBody:
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return ErrorBody(ErrorDetail(error.message, kind, error.param, error.code))
+
+
+def error_response(error: ApiError) -> Response:
+    return Response(
+        msgspec.json.encode(error_body(error)),
+        status_code=error.status,
+        headers=error.headers,
+        media_type="application/json",
+    )
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return error_response(to_api_error(error))
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """Paths and methods that do not exist."""
+    assert isinstance(error, HTTPException)
+    what = {404: "no such path", 405: "this path does not take this method"}.get(
+        error.status_code, error.detail
+    )
+    message = f"{what}: {request.method} {request.url.path}"
+    return error_response(ApiError(error.status_code, message, headers=error.headers))
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    # Nobody reads it; 499 is the status that proxies log for a client that went away.
+    return Response(status_code=499)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    for kind in (ApiError, RequestError, EngineDeadError, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(ClientDisconnected, _answer_nobody)

@@ -1,0 +1,76 @@
+"""Log-probabilities in the two forms that OpenAI's endpoints give them."""
+
+from __future__ import annotations
+
+import codecs
+
+from api.responses import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TokenLogprob
+from engine.outputs import CompletionOutput, Logprob
+
+# JSON has no infinity; OpenAI writes this for a token that cannot be drawn.
+MIN_LOGPROB = -9999.0
+
+
+class CompletionLogprobsFormatter:
+    """The legacy form, for one choice, chunk by chunk.
+
+    Args:
+        silent_token_ids: Tokens that add nothing to the text.
+    """
+
+    def __init__(self, silent_token_ids: frozenset[int]) -> None:
+        self._text_offset = 0
+        self._silent_token_ids = silent_token_ids
+        # A character may be spread over several tokens; it counts once, at its last byte.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+
+    def format(self, sample: CompletionOutput) -> CompletionLogprobs | None:
+        """The log-probabilities of the tokens in `sample`; None if they were not asked for."""
+        if sample.logprobs is None:
+            return None
+        result = CompletionLogprobs([], [], [], [])
+        for token_id, entries in zip(sample.token_ids, sample.logprobs, strict=True):
+            chosen = entries[token_id]
+            result.tokens.append(_legacy_text(chosen))
+            result.token_logprobs.append(_finite(chosen.logprob))
+            result.top_logprobs.append(
+                {_legacy_text(each): _finite(each.logprob) for each in entries.values()}
+            )
+            result.text_offset.append(self._text_offset)
+            if token_id not in self._silent_token_ids:
+                self._text_offset += len(self._decoder.decode(chosen.token_bytes))
+        return result
+
+
+def chat_logprobs(sample: CompletionOutput, num_top_logprobs: int) -> ChatLogprobs | None:
+    """The chat form of the tokens in `sample`; None if it was not asked for."""
+    if sample.logprobs is None:
+        return None
+    content = []
+    for token_id, entries in zip(sample.token_ids, sample.logprobs, strict=True):
+        chosen = entries[token_id]
+        likeliest = sorted(entries.values(), key=lambda entry: entry.rank)[:num_top_logprobs]
+        content.append(
+            ChatTokenLogprob(
+                token=chosen.decoded_token,
+                logprob=_finite(chosen.logprob),
+                bytes=list(chosen.token_bytes),
+                top_logprobs=[
+                    TokenLogprob(entry.decoded_token, _finite(entry.logprob), list(entry.token_bytes))
+                    for entry in likeliest
+                ],
+            )
+        )
+    return ChatLogprobs(content)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, MIN_LOGPROB)
+
+
+def _legacy_text(entry: Logprob) -> str:
+    """The token's text; fragments of characters by their bytes, or they would share one key."""
+    try:
+        return entry.token_bytes.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry.token_bytes)

@@ -1,0 +1,158 @@
+"""Prometheus metrics: vLLM's names under the prefix engine_, in a registry of their own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.outputs import CompletionOutput, RequestOutput
+
+if TYPE_CHECKING:
+    from engine.async_engine import AsyncEngine
+
+FIRST_TOKEN_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160, 640)
+TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 80)
+REQUEST_BUCKETS = (0.1, 0.3, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960, 1920)
+
+
+class EngineCollector(Collector):
+    """Reads the engine's own counters when somebody asks for them."""
+
+    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+        self._engine = engine
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats
+        gauges = (
+            ("num_requests_running", "Sequences in the running batch", stats.num_requests_running),
+            ("num_requests_waiting", "Sequences that wait for a place", stats.num_requests_waiting),
+            (
+                "kv_cache_usage_perc",
+                "Share of the KV cache's blocks in use, 0 to 1",
+                stats.kv_cache_usage_perc,
+            ),
+        )
+        for name, help_text, value in gauges:
+            gauge = GaugeMetricFamily(f"engine_{name}", help_text, labels=["model_name"])
+            gauge.add_metric([self._model_name], value)
+            yield gauge
+        counters = (
+            ("prefix_cache_queries", "Tokens looked up in the prefix cache", stats.prefix_cache_queries),
+            ("prefix_cache_hits", "Tokens found in the prefix cache", stats.prefix_cache_hits),
+            ("num_preemptions", "Preempted sequences", stats.num_preemptions),
+        )
+        for name, help_text, value in counters:
+            counter = CounterMetricFamily(f"engine_{name}", help_text, labels=["model_name"])
+            counter.add_metric([self._model_name], value)
+            yield counter
+        # The engine keeps sum and count alone, so that its steps pay for no buckets.
+        tokens = HistogramMetricFamily(
+            "engine_iteration_tokens_total", "Tokens computed in a step", labels=["model_name"]
+        )
+        tokens.add_metric([self._model_name], [("+Inf", stats.num_steps)], stats.num_scheduled_tokens)
+        yield tokens
+
+
+@dataclass(slots=True)
+class SampleTimes:
+    """When one sample's tokens arrived, in seconds of `time.perf_counter`."""
+
+    first: float
+    last: float
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    arrival: float
+    samples: dict[int, SampleTimes] = field(default_factory=dict)
+    num_finished: int = 0
+
+
+class Metrics:
+    """Counts and times requests as the server sees them."""
+
+    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(EngineCollector(engine, model_name))
+        self._model_name = model_name
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests")
+        self._generation_tokens = self._counter("generation_tokens", "Generated tokens")
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN_BUCKETS
+        )
+        self._inter_token = self._histogram(
+            "inter_token_latency_seconds", "Time between the tokens of a sample", TOKEN_BUCKETS
+        )
+        self._per_token = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Mean time a token of a finished sample, without the first",
+            TOKEN_BUCKETS,
+        )
+        self._whole_request = self._histogram(
+            "e2e_request_latency_seconds", "Arrival to end of a finished sample", REQUEST_BUCKETS
+        )
+        self._success = Counter(
+            "engine_request_success",
+            "Ended samples by the reason of their end",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+
+    def _counter(self, name: str, help_text: str) -> Counter:
+        counter = Counter(f"engine_{name}", help_text, ["model_name"], registry=self.registry)
+        return counter.labels(self._model_name)
+
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(
+            f"engine_{name}", help_text, ["model_name"], buckets=buckets, registry=self.registry
+        )
+        return histogram.labels(self._model_name)
+
+    async def observe(
+        self, outputs: AsyncGenerator[RequestOutput, None], num_prompt_tokens: int, num_samples: int
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Passes on the outputs of one request, and measures them."""
+        times = RequestTimes(arrival=time.perf_counter())
+        reason = "abort"
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    now = time.perf_counter()
+                    if not times.samples and any(sample.token_ids for sample in output.outputs):
+                        self._first_token.observe(now - times.arrival)
+                        self._prompt_tokens.inc(num_prompt_tokens)
+                    for sample in output.outputs:
+                        self._observe_sample(sample, times, now)
+                    yield output
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            self._success.labels(self._model_name, reason).inc(num_samples - times.num_finished)
+
+    def _observe_sample(self, sample: CompletionOutput, times: RequestTimes, now: float) -> None:
+        num_new = len(sample.token_ids)
+        seen = times.samples.get(sample.index)
+        if num_new:
+            self._generation_tokens.inc(num_new)
+            if seen is None:
+                seen = times.samples[sample.index] = SampleTimes(now, now, num_new)
+            else:
+                self._inter_token.observe((now - seen.last) / num_new)
+                seen.last = now
+                seen.num_tokens += num_new
+        if sample.finish_reason is not None:
+            times.num_finished += 1
+            self._success.labels(self._model_name, sample.finish_reason).inc()
+            self._whole_request.observe(now - times.arrival)
+            if seen is not None and seen.num_tokens > 1:
+                self._per_token.observe((seen.last - seen.first) / (seen.num_tokens - 1))

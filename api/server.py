@@ -1,0 +1,122 @@
+"""Running the application: the port, the engine's start, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from api.app import create_app
+from engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from engine.async_engine import AsyncEngine
+
+logger = logging.getLogger(__name__)
+
+# Seconds that open requests get to finish by themselves once the server is asked to stop.
+GRACE_SECONDS = 5
+# Seconds after that to deliver the error that ends them.
+DELIVERY_SECONDS = 2
+# Longer than common clients keep an idle connection, so that it is they who close it.
+KEEP_ALIVE_SECONDS = 60
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that leaves signals to `serve`."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on `host`:`port`.
+
+    Raises:
+        ConfigError: The address is taken, forbidden, or not this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            hint = f"port {port} on {host} is taken; stop what listens there or choose another with --port"
+        elif error.errno == errno.EACCES:
+            hint = f"port {port} needs privileges; choose one above 1023 with --port"
+        else:
+            hint = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another --host"
+        raise ConfigError(hint) from None
+
+
+async def serve(
+    engine: AsyncEngine, host: str, port: int, *, served_model_names: list[str], api_key: str | None = None
+) -> None:
+    """Serves `engine` on `host`:`port` until SIGINT or SIGTERM; starts the engine and shuts it down.
+
+    The server answers from the first moment; until the engine is ready, with 503. Port 0 takes a free port,
+    which the log names. A second signal skips the grace that open requests have.
+
+    Raises:
+        ConfigError: The address cannot be listened on; nothing was started.
+        EngineStartError: The engine did not start; the server has stopped.
+    """
+    listener = _listen(host, port)
+    app = create_app(engine, served_model_names=served_model_names, api_key=api_key)
+    server = Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS + DELIVERY_SECONDS,
+        )
+    )
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        server.force_exit = stop.is_set()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    began = time.monotonic()
+    answering = asyncio.create_task(server.serve(sockets=[listener]))
+    starting = asyncio.create_task(engine.start())
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            logger.info(
+                "serving %s on http://%s:%d/v1 after %.1f s",
+                ", ".join(served_model_names),
+                f"[{host}]" if ":" in host else host,
+                listener.getsockname()[1],
+                time.monotonic() - began,
+            )
+            await asyncio.wait((answering, stopping), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        starting.cancel()
+        stopping.cancel()
+        await asyncio.gather(starting, stopping, return_exceptions=True)
+        server.should_exit = True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(answering), GRACE_SECONDS)
+        # Ends the requests that are still open with an error, which the server then delivers.
+        await engine.shutdown()
+        await answering

@@ -1,0 +1,103 @@
+"""Server-sent events, and work that ends when its client hangs up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from api.errors import ClientDisconnected, error_body, to_api_error
+
+Result = TypeVar("Result")
+
+DONE = b"data: [DONE]\n\n"
+
+_encoder = msgspec.json.Encoder()
+
+
+def event(chunk: msgspec.Struct) -> bytes:
+    """`chunk` as one server-sent event."""
+    return b"data: " + _encoder.encode(chunk) + b"\n\n"
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled when the client hangs up.
+
+    Raises:
+        ClientDisconnected: The client has gone.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnected
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def event_stream(
+    receive: Receive, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]
+) -> Response:
+    """Answers with `events` and a final [DONE].
+
+    Waits for the first event, so that what fails before it is an ordinary HTTP error: raised here.
+    """
+    try:
+        first = await until_disconnect(receive, _next(events))
+    except BaseException:
+        await events.aclose()
+        raise
+    return EventStream(first, events, headers)
+
+
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events)
+
+
+async def _with_error_event(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    try:
+        async for data in events:
+            yield data
+    except Exception as error:
+        yield event(error_body(to_api_error(error)))
+
+
+class EventStream(Response):
+    """A response of server-sent events; closes `events` at the end or as soon as the client hangs up."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        self.first = first
+        self.events = events
+        self.status_code = 200
+        self.background = None
+        # The second header keeps nginx from collecting the events into larger pieces.
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.events):
+            with suppress(ClientDisconnected):
+                await until_disconnect(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.first, "more_body": True})
+        async with aclosing(_with_error_event(self.events)) as rest:
+            async for data in rest:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})

@@ -1,0 +1,263 @@
+"""AsyncEngine: EngineCore in a child process, and streams of its outputs for asyncio code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import secrets
+import signal
+import sys
+from collections.abc import AsyncGenerator
+from itertools import count
+from typing import Any, Literal
+
+import zmq
+import zmq.asyncio
+
+import engine.errors
+from engine.config import EngineConfig
+from engine.errors import EngineDeadError, EngineError, EngineStartError
+from engine.loading.resolve import resolve_model
+from engine.messages import (
+    Abort,
+    Add,
+    Died,
+    FromEngine,
+    Outputs,
+    Ready,
+    Start,
+    StartFailed,
+    encode,
+    from_engine_decoder,
+)
+from engine.metrics import EngineStats
+from engine.output_processor import OutputProcessor
+from engine.outputs import RequestOutput
+from engine.request import EngineOutput, Request
+from engine.sampling.params import SamplingParams
+from engine.sampling.random import derive_seed
+from engine.tokenizer import Tokenizer, load_tokenizer
+from engine.validation import validate_request
+
+SHUTDOWN_SECONDS = 5.0
+
+
+class AsyncEngine:
+    """Sends requests to an engine process and hands out what comes back.
+
+    Attributes:
+        status: "starting" until the model is loaded, "dead" once the process has ended.
+        error: Why it is dead.
+        stats: As of the engine's last step.
+        tokenizer, max_model_len, vocab_size, default_params: Valid once ready.
+    """
+
+    tokenizer: Tokenizer
+    max_model_len: int
+    vocab_size: int
+    default_params: dict[str, Any]
+    memory_plan: str
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.status: Literal["starting", "ready", "dead"] = "starting"
+        self.error: str | None = None
+        self.stats = EngineStats()
+        self._queues: dict[str, asyncio.Queue[EngineOutput | None]] = {}
+        self._arrivals = count()
+        self._context: zmq.asyncio.Context | None = None
+        self._socket: zmq.asyncio.Socket | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._exited: asyncio.Task[int] | None = None
+        self._receiver: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Loads the model in a child process.
+
+        Raises:
+            EngineError: Of the type the engine failed with; EngineStartError if it is none of ours.
+        """
+        try:
+            path = await asyncio.to_thread(resolve_model, self.config.model)
+            self.tokenizer = await asyncio.to_thread(load_tokenizer, path)
+            await self._spawn()
+            start = Start(
+                options=dataclasses.asdict(self.config),
+                path=str(path),
+                eos_token_ids=list(self.tokenizer.eos_token_ids),
+            )
+            await self._send(start)
+            message = await self._receive()
+        except BaseException as error:
+            self._die(f"the engine did not start: {error}")
+            await self.shutdown()
+            raise
+        if isinstance(message, StartFailed):
+            self._die(f"the engine did not start: {message.kind}: {message.message}")
+            await self.shutdown()
+            raise _start_error(message)
+        assert isinstance(message, Ready)
+        self.max_model_len, self.vocab_size = message.max_model_len, message.vocab_size
+        self.default_params, self.memory_plan = message.default_params, message.memory_plan
+        self.status = "ready"
+        self._receiver = asyncio.create_task(self._receive_outputs())
+
+    async def shutdown(self) -> None:
+        """Ends the engine process and everything that waits for it. May be called at any time, and twice."""
+        self._die("the engine was shut down")
+        if self._receiver is not None:
+            self._receiver.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._receiver
+            self._receiver = None
+        if self._process is not None:
+            await _end(self._process)
+            self._process = None
+        if self._context is not None:
+            self._context.destroy(linger=0)
+            self._context = None
+
+    async def generate(
+        self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
+    ) -> AsyncGenerator[RequestOutput]:
+        """Streams what a request adds, step by step; closing the generator aborts the request.
+
+        Args:
+            prompt: Text or token ids.
+            request_id: Unique among the open requests.
+            priority: Smaller is served earlier.
+
+        Raises:
+            RequestError: The request cannot be served as asked.
+            EngineDeadError: The engine has ended; names the cause.
+        """
+        self._check_ready()
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        validate_request(token_ids, params, self.max_model_len, self.vocab_size)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            seed=self._seed(params),
+            priority=priority,
+        )
+        processor = OutputProcessor(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
+        assert request_id not in self._queues, f"request id {request_id!r} is in use"
+        queue = self._queues[request_id] = asyncio.Queue()
+        finished = False
+        try:
+            await self._send(Add(request))
+            while not finished:
+                output = await queue.get()
+                if output is None:
+                    raise EngineDeadError(self.error)
+                addition = processor.process(output)
+                for index in processor.stopped_samples:
+                    await self._send(Abort(request_id, index))
+                processor.stopped_samples.clear()
+                if addition is not None:
+                    finished = addition.finished
+                    yield addition
+        finally:
+            del self._queues[request_id]
+            if not finished and self.status == "ready":
+                await self._send(Abort(request_id))
+
+    def _seed(self, params: SamplingParams) -> int:
+        if params.seed is not None:
+            return params.seed
+        if self.config.seed is not None:
+            return derive_seed(self.config.seed, next(self._arrivals))
+        return secrets.randbits(63)
+
+    def _check_ready(self) -> None:
+        if self.status == "starting":
+            raise EngineDeadError("the engine is still loading the model")
+        if self.status == "dead":
+            raise EngineDeadError(self.error)
+
+    async def _spawn(self) -> None:
+        # An abstract socket: unique, and nothing to remove from the file system however the processes end.
+        address = f"ipc://@llm-engine-{secrets.token_hex(16)}"
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "engine.engine_process", address, stdin=asyncio.subprocess.PIPE
+        )
+        self._exited = asyncio.create_task(self._process.wait())
+
+    async def _send(self, message: Start | Add | Abort) -> None:
+        assert self._socket is not None
+        await self._socket.send(encode(message))
+
+    async def _receive(self) -> FromEngine:
+        """The next message of the engine.
+
+        Raises:
+            EngineDeadError: The process ended instead of sending one.
+        """
+        assert self._socket is not None
+        assert self._exited is not None
+        message = asyncio.ensure_future(self._socket.recv())
+        try:
+            await asyncio.wait((message, self._exited), return_when=asyncio.FIRST_COMPLETED)
+            if not message.done():
+                # What the process sent with its last breath may still be on its way.
+                await asyncio.wait((message,), timeout=0.2)
+            if message.done():
+                return from_engine_decoder.decode(message.result())
+            raise EngineDeadError(f"the engine process {_exit_cause(self._exited.result())}")
+        finally:
+            message.cancel()
+
+    async def _receive_outputs(self) -> None:
+        while True:
+            try:
+                message = await self._receive()
+            except EngineDeadError as error:
+                self._die(str(error))
+                return
+            match message:
+                case Outputs(outputs, stats):
+                    self.stats = stats
+                    for output in outputs:
+                        queue = self._queues.get(output.request_id)
+                        if queue is not None:
+                            queue.put_nowait(output)
+                case Died(reason):
+                    self._die(f"the engine process failed: {reason}")
+                    return
+
+    def _die(self, reason: str) -> None:
+        if self.status == "dead":
+            return
+        self.status, self.error = "dead", reason
+        for queue in self._queues.values():
+            queue.put_nowait(None)
+
+
+def _exit_cause(status: int) -> str:
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"exited with status {status}"
+
+
+def _start_error(message: StartFailed) -> EngineError:
+    kind = getattr(engine.errors, message.kind, None)
+    if isinstance(kind, type) and issubclass(kind, EngineError):
+        return kind(message.message)
+    return EngineStartError(f"{message.kind}: {message.message}")
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Closes the process's standard input, its sign to go, and insists if it does not."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        await asyncio.wait_for(process.wait(), SHUTDOWN_SECONDS)
+    except TimeoutError:
+        process.kill()
+        await process.wait()

@@ -1,0 +1,77 @@
+"""Chat templates: Jinja set up as Hugging Face's models expect it, in a sandbox."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine.errors import RequestError
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Attributes:
+        variables: What every rendering sees besides its own arguments, like "bos_token".
+
+    Raises:
+        RequestError: The source is no valid template.
+    """
+
+    def __init__(self, source: str, variables: dict[str, Any]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.variables = variables
+        try:
+            self._template = environment.from_string(source)
+        except TemplateError as error:
+            raise RequestError(f"the model's chat template is not valid: {error}", "messages") from error
+
+    def render(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
+        """The prompt for `messages`.
+
+        Raises:
+            RequestError: The messages are not what the template takes.
+        """
+        try:
+            return self._template.render(messages=messages, **{**self.variables, **arguments})
+        except Exception as error:  # the template is a program over the client's data: it may raise anything
+            reason = str(error) or type(error).__name__
+            raise RequestError(f"the chat template cannot render messages: {reason}", "messages") from error
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks the assistant's part for training; its contents are rendered as they are."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it an instance attribute
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML characters, which a prompt must not have."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

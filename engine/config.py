@@ -1,0 +1,149 @@
+"""EngineConfig: every option of the engine, validated once, in one place."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from engine.errors import ConfigError
+
+Quantization = Literal["none", "int8", "int4"]
+DataType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(text: str | int) -> int:
+    """``"512MiB"`` → 536870912; a plain number counts bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
+    if match is None or match[2] not in _UNITS:
+        raise ConfigError(f"kv_cache_memory: {text!r} is not a size; write it like 512MiB or 4GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_bytes(count: int) -> str:
+    """536870912 → ``"512.0 MiB"``."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if count >= _UNITS[unit]:
+            return f"{count / _UNITS[unit]:.1f} {unit}"
+    return f"{count} B"
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Options of an engine. `serve` takes each with dashes, `LLM` with underscores."""
+
+    model: str = _option("llama", "alias (llama, gemma), directory, .gguf file or Hugging Face repository id")
+    quant: Quantization = _option("none", "how weights are stored and multiplied")
+    group_size: int = _option(32, "elements along K that share an int4 scale: 32 or 128")
+    dtype: DataType = _option(
+        "auto", "type of activations; auto is float32 on a CPU and the checkpoint's own type on a GPU"
+    )
+    device: Device = _option("auto", "where the model runs; auto takes a GPU if there is one")
+    num_threads: int | None = _option(
+        None, "CPU threads of the model; default: the CPUs this process may use"
+    )
+    max_model_len: int | None = _option(
+        None, "longest sequence, prompt and output; default: the model's, or less if the cache is smaller"
+    )
+    max_num_seqs: int | None = _option(None, "most sequences in a step; default: 64 on a CPU, 256 on a GPU")
+    max_num_batched_tokens: int | None = _option(
+        None, "most tokens in a step; default: 512 on a CPU, 4096 on a GPU"
+    )
+    long_prefill_token_threshold: int | None = _option(
+        None, "most tokens of one prompt in a step that others share; default: a quarter of the step"
+    )
+    kv_cache_memory: str | None = _option(
+        None, "size of the KV cache, e.g. 512MiB; default: a quarter of free memory, 4GiB at most, on a CPU"
+    )
+    gpu_memory_utilization: float = _option(0.9, "share of a GPU's memory that weights and KV cache may take")
+    kv_cache_dtype: DataType = _option(
+        "auto", "type of cached keys and values; auto is the activations' type"
+    )
+    block_size: int = _option(16, "tokens in a block of the KV cache")
+    enable_prefix_caching: bool = _option(True, "find the blocks of equal prompt prefixes again")
+    seed: int | None = _option(None, "seed from which requests without one get theirs; default: random")
+    cache_dir: str | None = _option(
+        None, "where parsed weights are kept between starts; default: $XDG_CACHE_HOME/llm-engine"
+    )
+
+    def __post_init__(self) -> None:
+        for name, kinds in (
+            ("quant", Quantization),
+            ("dtype", DataType),
+            ("device", Device),
+            ("kv_cache_dtype", DataType),
+        ):
+            if getattr(self, name) not in get_args(kinds):
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}"
+                )
+        if self.group_size not in (32, 128):
+            raise ConfigError(f"group_size must be 32 or 128, got {self.group_size}")
+        for name in (
+            "num_threads",
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "long_prefill_token_threshold",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if not 1 <= self.block_size <= 256:
+            raise ConfigError(f"block_size must be between 1 and 256, got {self.block_size}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+            )
+        if self.kv_cache_memory is not None:
+            parse_bytes(self.kv_cache_memory)
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """An EngineConfig from keyword options; an unknown one is refused with the known names."""
+        known = [option.name for option in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}; the options are {', '.join(known)}")
+        return cls(**options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """The numbers that rule a step, with every default resolved.
+
+    Attributes:
+        max_num_batched_tokens: Most tokens in a step.
+        max_num_seqs: Most sequences in a step.
+        long_prefill_token_threshold: Most prompt tokens of one sequence in a step that others share.
+        max_model_len: Longest sequence in tokens, prompt and output.
+    """
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    long_prefill_token_threshold: int
+    max_model_len: int
+
+    @classmethod
+    def resolve(cls, config: EngineConfig, max_model_len: int, device: str) -> SchedulerConfig:
+        on_cpu = device == "cpu"
+        num_tokens = config.max_num_batched_tokens or (512 if on_cpu else 4096)
+        num_seqs = config.max_num_seqs or min(64 if on_cpu else 256, num_tokens)
+        if num_seqs > num_tokens:
+            raise ConfigError(
+                f"max_num_seqs ({num_seqs}) exceeds max_num_batched_tokens ({num_tokens}): "
+                "a step could not hold one token of each sequence; lower the first or raise the second"
+            )
+        return cls(
+            max_num_batched_tokens=num_tokens,
+            max_num_seqs=num_seqs,
+            long_prefill_token_threshold=config.long_prefill_token_threshold or max(1, num_tokens // 4),
+            max_model_len=max_model_len,
+        )

@@ -1,0 +1,39 @@
+"""The engine's exceptions: each says what, where, and what to do in one line."""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of every error the engine raises on purpose."""
+
+
+class RequestError(EngineError, ValueError):
+    """A request that cannot be served as asked.
+
+    Attributes:
+        field: The request field at fault (an OpenAI parameter name), or None for the whole body.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ConfigError(EngineError, ValueError):
+    """An engine option, or a combination of options, that cannot work."""
+
+
+class ModelNotFoundError(EngineError):
+    """The model is neither on this machine nor reachable."""
+
+
+class CheckpointError(EngineError):
+    """A checkpoint that is damaged, incomplete or of an unsupported kind; names the tensor or key."""
+
+
+class EngineStartError(EngineError):
+    """The engine process failed while starting; carries the original type, message and hint."""
+
+
+class EngineDeadError(EngineError):
+    """The engine process has ended; open requests cannot go on."""

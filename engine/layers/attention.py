@@ -1,0 +1,74 @@
+"""Attention over the paged cache as a layer: projections, rotary embedding, cache write, attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.kernels.attention import RowPlan, paged_attention, write_kv
+from engine.kernels.rotary import apply_rotary
+from engine.layers.linear import Linear
+from engine.layers.norm import RMSNorm
+from engine.models.config import ModelConfig, RopeConfig
+from engine.quant import QuantizationPlan
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """What the attention layers of a step share.
+
+    Attributes:
+        slots: [T] int64, where each token's key and value go in the cache.
+        plans: By sliding window (None: none), which keys each sequence reads.
+        rotary: By rope, cosine and sine of each token's position, [T, 1, head_dim] each.
+    """
+
+    slots: torch.Tensor
+    plans: dict[int | None, list[RowPlan]]
+    rotary: dict[RopeConfig, tuple[torch.Tensor, torch.Tensor]]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of one decoder layer."""
+
+    def __init__(
+        self, prefix: str, layer: int, config: ModelConfig, quantization: QuantizationPlan, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim, self.scale = config.head_dim, config.attention_scale
+        self.window, self.rope = config.sliding_windows[layer], config.ropes[layer]
+        query_size, key_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.qkv = Linear(
+            [f"{prefix}.q_proj", f"{prefix}.k_proj", f"{prefix}.v_proj"],
+            config.hidden_size,
+            [query_size, key_size, key_size],
+            quantization.linear,
+            config.has_qkv_bias,
+        )
+        self.output = Linear(
+            [f"{prefix}.o_proj"],
+            query_size,
+            [config.hidden_size],
+            quantization.linear,
+            config.has_output_bias,
+        )
+        self.query_norm = self.key_norm = None
+        if config.has_query_key_norm:
+            norm = (self.head_dim, config.norm_epsilon, config.norm_offset, dtype)
+            self.query_norm = RMSNorm(f"{prefix}.q_norm", *norm)
+            self.key_norm = RMSNorm(f"{prefix}.k_norm", *norm)
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+        """x [T, hidden] → [T, hidden]; cache [2, blocks, block_size, kv_heads, head_dim] is written."""
+        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        rotated, values = heads[:, : -self.num_kv_heads], heads[:, -self.num_kv_heads :]
+        if self.query_norm is not None and self.key_norm is not None:
+            queries = self.query_norm(rotated[:, : self.num_heads])
+            rotated = torch.cat((queries, self.key_norm(rotated[:, self.num_heads :])), dim=1)
+        rotated = apply_rotary(rotated, *inputs.rotary[self.rope])
+        queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+        write_kv(cache, keys, values, inputs.slots)
+        return self.output(paged_attention(queries, cache, inputs.plans[self.window], self.scale))

@@ -1,0 +1,1 @@
+"""Models on disk: where they are, their configuration, weights and tokenizers."""

@@ -1,0 +1,102 @@
+"""A GGUF file as it lies on disk: metadata by key, tensors by GGUF name."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader, GGUFValueType, ReaderTensor
+
+from engine.errors import CheckpointError
+
+_LENGTH = struct.Struct("<Q")
+
+
+class _ArrayReader(GGUFReader):  # type: ignore[misc, unused-ignore]
+    """GGUFReader that walks metadata arrays in one go.
+
+    The base class makes several numpy objects an element, which costs seconds for a vocabulary. The
+    parts returned here have the same meaning, so `ReaderField.contents()` works as ever.
+    """
+
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
+        if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
+            parts: tuple[int, list[Any], list[int], list[GGUFValueType]] = super()._get_field_parts(
+                orig_offs, raw_type
+            )
+            return parts
+        item_type = self._get(orig_offs, np.uint32)
+        count = self._get(orig_offs + 4, np.uint64)
+        types = [GGUFValueType.ARRAY, GGUFValueType(int(item_type[0]))]
+        start = orig_offs + 12
+        scalar = self.gguf_scalar_to_np.get(types[1])
+        if scalar is not None:
+            values = self._get(start, scalar, int(count[0]))
+            if len(values) != int(count[0]):
+                raise ValueError("metadata array runs past the end of the file")
+            return 12 + values.nbytes, [item_type, count, values], [2], types
+        if types[1] != GGUFValueType.STRING:
+            raise ValueError(f"unsupported metadata array of {types[1].name}")
+        data = np.asarray(self.data)
+        buffer = data.data
+        strings: list[Any] = []
+        position = start
+        for _ in range(int(count[0])):
+            (length,) = _LENGTH.unpack_from(buffer, position)
+            position += 8
+            strings.append(data[position : position + length])
+            position += length
+        return position - orig_offs, [item_type, count, *strings], list(range(2, 2 + len(strings))), types
+
+
+class GGUFFile:
+    """An open GGUF file; tensor data is memory-mapped.
+
+    Attributes:
+        architecture: `general.architecture`, the prefix of the model's own keys.
+        tensors: The tensors by their GGUF names, as stored.
+
+    Raises:
+        CheckpointError: The file is not GGUF, damaged, or one part of several.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            reader = _ArrayReader(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        except (ValueError, KeyError, IndexError, struct.error) as error:
+            raise CheckpointError(f"{path}: not a valid GGUF file ({error}); download it again") from error
+        self._fields = reader.fields
+        self._values: dict[str, Any] = {}
+        self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
+        self.architecture: str = self["general.architecture"]
+        if self.get("split.count", 0) > 1:
+            raise CheckpointError(
+                f"{path}: one of {self.get('split.count')} parts; join them with `llama-gguf-split --merge`"
+            )
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._fields
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a metadata key; raises CheckpointError if it is missing."""
+        if key not in self._values:
+            if key not in self._fields:
+                raise CheckpointError(f"{self.path}: metadata key {key!r} is missing")
+            try:
+                self._values[key] = self._fields[key].contents()
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{self.path}: metadata key {key!r} is not UTF-8 ({error})") from error
+        return self._values[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a metadata key, or `default`."""
+        if key not in self:
+            return default
+        return self[key]

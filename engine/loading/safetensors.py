@@ -1,0 +1,131 @@
+"""A Hugging Face model directory as a Checkpoint: safetensors or pytorch_model.bin, sharded or not."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import CheckpointError
+from engine.loading.json_file import read_json
+
+# (single file, index of a sharded one), the preferred format first.
+_WEIGHT_FILES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+# Where multimodal wrappers keep the text model, and its name without the wrapper.
+_TEXT_MODEL_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+    ("lm_head.", "lm_head."),
+)
+
+# Published Gemma 3 files leave out what equals the defaults of transformers' Gemma3TextConfig.
+_GEMMA3_TEXT_DEFAULTS = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+_GEMMA3_ROPE_DEFAULTS = {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}
+
+
+class DirectoryCheckpoint:
+    """The weights and configuration of a directory; see `engine.loading.checkpoint.Checkpoint`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        raw_config = read_json(path / "config.json", required=True)
+        self.config = _text_config(raw_config)
+        self.generation_config = read_json(path / "generation_config.json")
+        if "quantization_config" in self.config:
+            method = self.config["quantization_config"].get("quant_method", "unknown")
+            raise CheckpointError(f"{path}: weights quantized with {method!r} are not supported")
+        self._locations = _locate_tensors(path, is_wrapper="text_config" in raw_config)
+        self.config.setdefault("tie_word_embeddings", "lm_head.weight" not in self._locations)
+        self._shards: dict[Path, Any] = {}
+
+    def names(self) -> set[str]:
+        return set(self._locations)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if name not in self._locations:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
+        file, stored_name = self._locations[name]
+        if file not in self._shards:
+            self._shards[file] = _open_shard(file)
+        shard = self._shards[file]
+        try:
+            tensor = shard[stored_name] if isinstance(shard, dict) else shard.get_tensor(stored_name)
+        except (KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: tensor {stored_name!r} is missing") from error
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{file}: {stored_name!r} is not a tensor")
+        return tensor
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The text model's configuration, on one level and complete."""
+    text = config.get("text_config")
+    if text is not None:
+        outer = {key: value for key, value in config.items() if not key.endswith("_config")}
+        quantization = {key: config[key] for key in ("quantization_config",) if key in config}
+        config = {**outer, **quantization, **text}
+    if config.get("model_type") == "gemma3_text":
+        rope_defaults = {} if "rope_parameters" in config else _GEMMA3_ROPE_DEFAULTS
+        config = {**_GEMMA3_TEXT_DEFAULTS, **rope_defaults, **config}
+    return config
+
+
+def _locate_tensors(path: Path, is_wrapper: bool) -> dict[str, tuple[Path, str]]:
+    """(file, name in the file) of every tensor of the text model."""
+    locations = {}
+    for stored_name, file in _stored_tensors(path).items():
+        if not is_wrapper:
+            locations[stored_name] = (file, stored_name)
+            continue
+        for prefix, replacement in _TEXT_MODEL_PREFIXES:
+            if stored_name.startswith(prefix):
+                locations[replacement + stored_name.removeprefix(prefix)] = (file, stored_name)
+                break
+    return locations
+
+
+def _stored_tensors(path: Path) -> dict[str, Path]:
+    """The file of every tensor, by the name that it has there."""
+    for single, index in _WEIGHT_FILES:
+        if (path / single).exists():
+            shard = _open_shard(path / single)
+            return dict.fromkeys(shard.keys(), path / single)
+        if (path / index).exists():
+            weight_map = read_json(path / index).get("weight_map", {})
+            missing = sorted({file for file in weight_map.values() if not (path / file).exists()})
+            if missing:
+                raise CheckpointError(f"{path}: {missing[0]} is missing ({len(missing)} of its shards are)")
+            return {name: path / file for name, file in weight_map.items()}
+    raise CheckpointError(f"{path}: neither model.safetensors nor pytorch_model.bin is there")
+
+
+def _open_shard(file: Path) -> Any:
+    """A lazy reader of one weight file: safe_open's handle, or a dictionary of memory-mapped tensors."""
+    try:
+        if file.suffix == ".safetensors":
+            return safe_open(file, framework="pt")  # type: ignore[no-untyped-call, unused-ignore]
+        # Files of torch < 1.6 are no zip archives and cannot be mapped.
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{file}: damaged or unreadable ({reason}); download it again") from error

@@ -1,0 +1,137 @@
+"""The memory plan: what weights, activations and KV cache take, decided before anything large is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from engine.config import EngineConfig, SchedulerConfig, format_bytes, parse_bytes
+from engine.errors import ConfigError
+from engine.models.config import ModelConfig
+
+DEFAULT_CPU_CACHE_SHARE = 0.25
+DEFAULT_CPU_CACHE_LIMIT = 4 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How an engine uses its device's memory, in bytes unless named otherwise.
+
+    Attributes:
+        activations: Estimated peak of one step, logits included.
+        num_blocks: Blocks that sequences can use; one more is kept as the null block.
+        max_model_len: Longest sequence in tokens: the model's, or what the cache can hold.
+    """
+
+    device: str
+    available: int
+    weights: int
+    activations: int
+    block: int
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    model_max_len: int
+    requested_max_len: int
+
+    @property
+    def kv_cache(self) -> int:
+        return (self.num_blocks + 1) * self.block
+
+    def __str__(self) -> str:
+        tokens = self.num_blocks * self.block_size
+        lines = [
+            f"memory plan ({self.device}, {format_bytes(self.available)} available)",
+            f"  weights      {format_bytes(self.weights):>12}",
+            f"  activations  {format_bytes(self.activations):>12}  estimated peak of a step",
+            f"  KV cache     {format_bytes(self.kv_cache):>12}  {self.num_blocks} blocks of {self.block_size}"
+            f" = {tokens} tokens, {format_bytes(self.block // self.block_size)} each",
+            f"  max_model_len {self.max_model_len:>11}  tokens; {tokens / self.max_model_len:.1f} such sequences"
+            f" fit; at most {self.block_size - 1} slots wasted in each",
+        ]
+        if self.max_model_len < self.requested_max_len:
+            lines.append(
+                f"  max_model_len was {self.requested_max_len}: the KV cache holds {tokens} tokens;"
+                " raise --kv-cache-memory for more"
+            )
+        return "\n".join(lines)
+
+
+def plan_memory(
+    config: EngineConfig,
+    model: ModelConfig,
+    weight_bytes: int,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+) -> MemoryPlan:
+    """Divides the device's memory.
+
+    Raises:
+        ConfigError: It does not fit; the message shows the arithmetic.
+    """
+    requested = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    if config.max_model_len is not None and config.max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len ({config.max_model_len}) exceeds the model's context of "
+            f"{model.max_position_embeddings} tokens"
+        )
+    scheduler = SchedulerConfig.resolve(config, requested, device.type)
+    activations = _activation_bytes(model, scheduler)
+    block = (
+        2 * model.num_layers * config.block_size * model.num_kv_heads * model.head_dim * cache_dtype.itemsize
+    )
+    available = _available_bytes(config, device)
+    room = available - weight_bytes - activations
+    if config.kv_cache_memory is not None:
+        kv_cache = parse_bytes(config.kv_cache_memory)
+    elif device.type == "cpu":
+        kv_cache = min(int(DEFAULT_CPU_CACHE_SHARE * max(room, 0)), DEFAULT_CPU_CACHE_LIMIT)
+    else:
+        kv_cache = room
+    # More than every sequence at full length is never used.
+    useful_blocks = scheduler.max_num_seqs * -(-requested // config.block_size)
+    num_blocks = min(kv_cache // block - 1, useful_blocks)
+    arithmetic = (
+        f"{format_bytes(available)} available - {format_bytes(weight_bytes)} weights"
+        f" - {format_bytes(activations)} activations leave {format_bytes(max(room, 0))}"
+    )
+    if num_blocks < 1:
+        raise ConfigError(
+            f"kv_cache_memory: {format_bytes(max(kv_cache, 0))} hold less than the two blocks of "
+            f"{format_bytes(block)} that a cache needs ({arithmetic})"
+        )
+    if (num_blocks + 1) * block > room:
+        raise ConfigError(
+            f"kv_cache_memory: {format_bytes(kv_cache)} do not fit: {arithmetic}; lower --kv-cache-memory"
+        )
+    return MemoryPlan(
+        device=str(device),
+        available=available,
+        weights=weight_bytes,
+        activations=activations,
+        block=block,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        max_model_len=min(requested, num_blocks * config.block_size),
+        model_max_len=model.max_position_embeddings,
+        requested_max_len=requested,
+    )
+
+
+def _activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
+    """Peak of a step: the widest layer's inputs, products and sums in float32, and the logits with a copy."""
+    width = 4 * model.hidden_size + 4 * max(
+        2 * model.intermediate_size, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    )
+    logits = 3 * scheduler.max_num_seqs * model.vocab_size
+    attention = scheduler.long_prefill_token_threshold * scheduler.max_model_len * 2
+    return 4 * (scheduler.max_num_batched_tokens * width + logits + attention)
+
+
+def _available_bytes(config: EngineConfig, device: torch.device) -> int:
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free - (1.0 - config.gpu_memory_utilization) * total)

@@ -1,0 +1,76 @@
+"""What the API process and the engine process say to each other: msgpack over one pair of zmq sockets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from engine.metrics import EngineStats
+from engine.request import EngineOutput, Request
+
+
+class Start(msgspec.Struct, tag=True, kw_only=True):
+    """The first message: what the engine is to be.
+
+    Attributes:
+        options: The fields of EngineConfig.
+        path: Directory or file of the model.
+    """
+
+    options: dict[str, Any]
+    path: str
+    eos_token_ids: list[int]
+
+
+class Add(msgspec.Struct, tag=True):
+    request: Request
+
+
+class Abort(msgspec.Struct, tag=True):
+    """Ends a request, or one sample of it."""
+
+    request_id: str
+    index: int | None = None
+
+
+class Ready(msgspec.Struct, tag=True, kw_only=True):
+    """The engine takes requests. The fields are those of `engine.core.EngineInfo`."""
+
+    max_model_len: int
+    vocab_size: int
+    default_params: dict[str, Any]
+    memory_plan: str
+
+
+class StartFailed(msgspec.Struct, tag=True):
+    """The engine could not start.
+
+    Attributes:
+        kind: Name of the exception's class.
+        message: What, where, and what to do.
+    """
+
+    kind: str
+    message: str
+
+
+class Outputs(msgspec.Struct, tag=True):
+    """What one step brought."""
+
+    outputs: list[EngineOutput]
+    stats: EngineStats
+
+
+class Died(msgspec.Struct, tag=True):
+    """The engine cannot go on, and why; the process ends after this."""
+
+    reason: str
+
+
+ToEngine = Start | Add | Abort
+FromEngine = Ready | StartFailed | Outputs | Died
+
+to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
+encode = msgspec.msgpack.encode

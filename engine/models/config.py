@@ -1,0 +1,173 @@
+"""ModelConfig: what distinguishes one decoder from another, read from a Hugging Face config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import CheckpointError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding of a kind of layer.
+
+    Attributes:
+        theta: Base of the frequencies.
+        scaling: config.json's scaling entry: "rope_type" and its numbers; empty for none.
+    """
+
+    theta: float
+    scaling: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder-only transformer of the Llama kind, with the points where its families differ.
+
+    Attributes:
+        sliding_windows: Per layer, how many tokens back a token sees, itself included; None for all.
+        ropes: Per layer.
+        attention_scale: Factor of the query-key products before the softmax.
+        has_qkv_bias, has_output_bias, has_mlp_bias: Which linear layers add a bias.
+        has_query_key_norm: RMSNorm over each head's queries and keys (Qwen3, Gemma 3).
+        has_post_norms: Norms after attention and MLP too, before their residual sums (Gemma 3).
+        norm_offset: Added to every norm's stored weight (Gemma stores w - 1).
+        embedding_scale: Factor of the token embeddings (Gemma: sqrt(hidden_size)).
+        activation: "silu" or "gelu_tanh".
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_epsilon: float
+    max_position_embeddings: int
+    sliding_windows: tuple[int | None, ...]
+    ropes: tuple[RopeConfig, ...]
+    attention_scale: float
+    has_qkv_bias: bool
+    has_output_bias: bool
+    has_mlp_bias: bool
+    has_query_key_norm: bool
+    has_post_norms: bool
+    norm_offset: float
+    embedding_scale: float
+    activation: str
+    ties_embeddings: bool
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> ModelConfig:
+        """Reads config.json's keys, in the spellings of transformers 4 and 5.
+
+        Raises:
+            CheckpointError: A family, rope type or activation that is not implemented, or a missing key.
+        """
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise CheckpointError(
+                f"config.json: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
+            )
+        try:
+            return cls._from_known_family(family, config)
+        except KeyError as error:
+            raise CheckpointError(f"config.json: key {error} is missing for model_type {family!r}") from error
+
+    @classmethod
+    def _from_known_family(cls, family: str, config: dict[str, Any]) -> ModelConfig:
+        num_layers, num_heads = config["num_hidden_layers"], config["num_attention_heads"]
+        hidden_size = config["hidden_size"]
+        head_dim = config.get("head_dim") or hidden_size // num_heads
+        is_gemma = family == "gemma3_text"
+        layer_types = _layer_types(family, config)
+        windows = tuple(
+            config["sliding_window"] if kind == "sliding_attention" else None for kind in layer_types
+        )
+        attention_scale = config.get("query_pre_attn_scalar", head_dim) if is_gemma else head_dim
+        for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if config.get(cap) is not None:
+                raise CheckpointError(f"config.json: {cap} is not supported, got {config[cap]}")
+        return cls(
+            family=family,
+            vocab_size=config["vocab_size"],
+            hidden_size=hidden_size,
+            intermediate_size=config["intermediate_size"],
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            head_dim=head_dim,
+            norm_epsilon=config["rms_norm_eps"],
+            max_position_embeddings=config["max_position_embeddings"],
+            sliding_windows=windows,
+            ropes=tuple(_rope(config, kind) for kind in layer_types),
+            attention_scale=attention_scale**-0.5,
+            has_qkv_bias=config.get("attention_bias", family == "qwen2"),
+            has_output_bias=config.get("attention_bias", False) and family != "qwen2",
+            has_mlp_bias=config.get("mlp_bias", False),
+            has_query_key_norm=family in ("qwen3", "gemma3_text"),
+            has_post_norms=is_gemma,
+            norm_offset=1.0 if is_gemma else 0.0,
+            embedding_scale=hidden_size**0.5 if is_gemma else 1.0,
+            activation=_activation(config),
+            ties_embeddings=config.get("tie_word_embeddings", is_gemma),
+        )
+
+
+def _layer_types(family: str, config: dict[str, Any]) -> list[str]:
+    """ "full_attention" or "sliding_attention" for each layer."""
+    num_layers = config["num_hidden_layers"]
+    if config.get("layer_types"):
+        return list(config["layer_types"])
+    window = config.get("sliding_window")
+    if family == "gemma3_text":
+        pattern = config.get("sliding_window_pattern", 6)
+        return ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(num_layers)]
+    if family == "mistral" and window is not None:
+        return ["sliding_attention"] * num_layers
+    if family in ("qwen2", "qwen3") and window is not None and config.get("use_sliding_window", False):
+        first = config.get("max_window_layers", 0)
+        return ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+    return ["full_attention"] * num_layers
+
+
+def _rope(config: dict[str, Any], layer_type: str) -> RopeConfig:
+    """The rotary embedding of a layer type, from `rope_parameters` (transformers 5) or the older keys."""
+    parameters = config.get("rope_parameters") or {}
+    if layer_type in parameters:
+        parameters = parameters[layer_type]
+    if "rope_theta" in parameters:
+        theta, scaling = parameters["rope_theta"], dict(parameters)
+    elif layer_type == "sliding_attention" and "rope_local_base_freq" in config:
+        theta, scaling = config["rope_local_base_freq"], {}
+    else:
+        theta, scaling = config.get("rope_theta", 10000.0), dict(config.get("rope_scaling") or {})
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise CheckpointError(
+            f"config.json: rope type {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
+        )
+    if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise CheckpointError("config.json: partial_rotary_factor other than 1 is not supported")
+    if kind == "default":
+        return RopeConfig(float(theta))
+    scaling["rope_type"] = kind
+    scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    numbers = {key: value for key, value in scaling.items() if isinstance(value, (int, float, str))}
+    return RopeConfig(float(theta), tuple(sorted(numbers.items())))
+
+
+def _activation(config: dict[str, Any]) -> str:
+    name = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    names = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+    if name not in names:
+        raise CheckpointError(
+            f"config.json: hidden_act {name!r} is not supported; supported are {', '.join(names)}"
+        )
+    return names[name]

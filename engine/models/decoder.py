@@ -1,0 +1,113 @@
+"""Decoder: the transformer of every supported family, written once.
+
+x = embedding(tokens)
+for each layer:   x += [norm] attention(norm(x))
+                  x += [norm] mlp(norm(x))              [norm]: Gemma 3 only
+logits = lm_head(norm(x))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.layers.attention import Attention, AttentionInputs
+from engine.layers.linear import Embedding, Linear, ReadWeight
+from engine.layers.mlp import MLP
+from engine.layers.norm import RMSNorm
+from engine.models.config import ModelConfig
+from engine.quant import QuantizationPlan
+from engine.quant.scheme import Matmul
+
+
+class DecoderLayer(nn.Module):
+    """One layer: attention and MLP, each behind a norm and around a residual sum."""
+
+    def __init__(
+        self, layer: int, config: ModelConfig, quantization: QuantizationPlan, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        prefix = f"model.layers.{layer}"
+
+        def norm(name: str) -> RMSNorm:
+            source = f"{prefix}.{name}_layernorm"
+            return RMSNorm(source, config.hidden_size, config.norm_epsilon, config.norm_offset, dtype)
+
+        self.attention = Attention(f"{prefix}.self_attn", layer, config, quantization, dtype)
+        self.mlp = MLP(f"{prefix}.mlp", config, quantization)
+        self.attention_norm = norm("input")
+        if config.has_post_norms:
+            self.attention_post_norm: nn.Module = norm("post_attention")
+            self.mlp_norm = norm("pre_feedforward")
+            self.mlp_post_norm: nn.Module = norm("post_feedforward")
+        else:
+            self.attention_post_norm = self.mlp_post_norm = nn.Identity()
+            self.mlp_norm = norm("post_attention")
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+        """x [T, hidden] is added to in place and returned."""
+        x += self.attention_post_norm(self.attention(self.attention_norm(x), cache, inputs))
+        x += self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+        return x
+
+
+class Decoder(nn.Module):
+    """The model on the meta device until `load` or `load_state_dict(assign=True)`, then `bind`."""
+
+    def __init__(self, config: ModelConfig, quantization: QuantizationPlan, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(
+            "model.embed_tokens", config.vocab_size, config.hidden_size, quantization.embedding, dtype
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(layer, config, quantization, dtype) for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm("model.norm", config.hidden_size, config.norm_epsilon, config.norm_offset, dtype)
+        # A tied head whose scheme is the table's own shares its tensors instead of storing them twice.
+        self.lm_head: Linear | None = None
+        if not (config.ties_embeddings and quantization.lm_head.name == quantization.embedding.name):
+            source = "model.embed_tokens" if config.ties_embeddings else "lm_head"
+            self.lm_head = Linear(
+                [source], config.hidden_size, [config.vocab_size], quantization.lm_head, has_bias=False
+            )
+        self.lm_head_scheme = quantization.lm_head
+        self.head_matmul: Matmul
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the stored weights."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def load(self, read: ReadWeight) -> None:
+        """Quantizes the checkpoint's weights into the layers."""
+        for module in self.modules():
+            if isinstance(module, (Linear, Embedding, RMSNorm)):
+                module.load(read)
+
+    def bind(self) -> None:
+        """Prepares every product; call once the tensors are on their device."""
+        for module in self.modules():
+            if isinstance(module, (Linear, Embedding)):
+                module.bind()
+        if self.lm_head is None:
+            self.head_matmul = self.lm_head_scheme.bind(self.embedding.tensors)
+        else:
+            self.head_matmul = self.lm_head.matmul
+
+    def forward(self, token_ids: torch.Tensor, caches: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+        """Hidden states [T, hidden] of the flat batch token_ids [T].
+
+        Args:
+            caches: [layers, 2, blocks, block_size, kv_heads, head_dim]; the step's keys and values are written.
+        """
+        x = self.embedding(token_ids)
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, cache, inputs)
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, vocabulary] float32 of hidden states [rows, hidden]."""
+        return self.head_matmul(self.norm(hidden)).float()

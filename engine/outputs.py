@@ -1,0 +1,68 @@
+"""What a user gets back: RequestOutput and its parts, with the field names vLLM's users know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(slots=True)
+class Logprob:
+    """The log-probability of one token, before penalties and temperature.
+
+    Attributes:
+        logprob: Natural logarithm of the token's probability.
+        rank: 1 for the likeliest token.
+        decoded_token: The token's text; may be a fragment of a character (then "\\ufffd").
+        token_bytes: The token's own bytes.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str
+    token_bytes: bytes
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample of a request: whole when it comes from `LLM`, what is new when it comes from a stream.
+
+    Attributes:
+        index: Which of the n samples this is.
+        text: Detokenized text, complete characters only, stop strings cut.
+        token_ids: Generated token ids, the stop token included.
+        logprobs: Per token of `token_ids`: {token id: Logprob} of the chosen and the likeliest tokens,
+            the chosen one first; None if not asked for.
+        finish_reason: None while the sample runs.
+        stop_reason: The stop string or stop token id that ended it; None for end-of-sequence.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The state of one request.
+
+    Attributes:
+        prompt: The prompt's text, or None if it came as token ids.
+        num_cached_tokens: Prompt tokens found in the prefix cache.
+        outputs: The samples, by index; in a stream only those with something new.
+        finished: True once every sample has a finish_reason.
+        error: Why the request failed, if it did (finish_reason "error").
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    num_cached_tokens: int = 0
+    error: str | None = None

@@ -1,0 +1,80 @@
+"""Int4: four bits a weight, a scale and a minimum for each group along K, float activations.
+
+w[n, k] ≈ codes[n, k] * scale[n, k // group_size] + minimum[n, k // group_size]      codes in 0..15
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.kernels.int4_matmul import Int4Matmul
+from engine.quant.scheme import Matmul, Tensors
+from engine.quant.weight import GridWeight, Weight, to_float
+
+
+@dataclass(frozen=True)
+class Int4:
+    """Asymmetric groups of `group_size` along K; the last group is shorter where K is no multiple of it."""
+
+    group_size: int = 32
+
+    @property
+    def name(self) -> str:
+        return f"int4g{self.group_size}"
+
+    def storage(self, out_features: int, in_features: int) -> Tensors:
+        num_groups = -(-in_features // self.group_size)
+        return {
+            # Element k lies in byte k // 2, the even ones in the low nibble.
+            "codes": torch.empty(out_features, (in_features + 1) // 2, dtype=torch.uint8, device="meta"),
+            "scale": torch.empty(out_features, num_groups, dtype=torch.float16, device="meta"),
+            "minimum": torch.empty(out_features, num_groups, dtype=torch.float16, device="meta"),
+        }
+
+    def quantize(self, weight: Weight) -> Tensors:
+        if self._is_own_grid(weight):
+            assert isinstance(weight, GridWeight)
+            grid = weight
+        else:
+            grid = self._round(to_float(weight).float())
+        assert grid.minimum is not None
+        return {
+            "codes": pack_nibbles(grid.codes),
+            "scale": grid.scale.to(torch.float16),
+            "minimum": grid.minimum.to(torch.float16),
+        }
+
+    def bind(self, tensors: Tensors) -> Matmul:
+        return Int4Matmul(tensors["codes"], tensors["scale"], tensors["minimum"], self.group_size)
+
+    def _is_own_grid(self, weight: Weight) -> bool:
+        return (
+            isinstance(weight, GridWeight)
+            and weight.codes.dtype == torch.uint8
+            and weight.group_size == self.group_size
+            and weight.scale.dtype == torch.float16
+        )
+
+    def _round(self, values: torch.Tensor) -> GridWeight:
+        """Rounds [N, K] floats to the grid that spans each group's minimum and maximum."""
+        rows, columns = values.shape
+        padding = -columns % self.group_size
+        # Padding repeats the last column, which leaves the last group's range as it is.
+        padded = torch.cat((values, values[:, -1:].expand(rows, padding)), dim=1)
+        groups = padded.view(rows, -1, self.group_size)
+        # The grid is fixed by what is stored: scale and minimum are rounded to fp16 before the codes are.
+        minimum = groups.amin(dim=2).to(torch.float16)
+        scale = ((groups.amax(dim=2) - minimum.float()) / 15).to(torch.float16)
+        divisor = torch.where(scale > 0, scale.float(), 1.0)
+        codes = ((groups - minimum.float()[:, :, None]) / divisor[:, :, None]).round_().clamp_(0, 15)
+        codes = codes.to(torch.uint8).view(rows, -1)[:, :columns]
+        return GridWeight(codes, scale, minimum, self.group_size)
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """[N, K] uint8 of 0..15 → [N, ceil(K / 2)] uint8, the even k in the low nibble."""
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)

@@ -1,0 +1,42 @@
+"""Int8Table: an embedding table of eight bits in groups of 32 along K, the grid of GGUF's Q8_0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.quant.scheme import Tensors
+from engine.quant.weight import GridWeight, Weight, to_float
+
+GROUP_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Int8Table:
+    """w[n, k] ≈ codes[n, k] * scale[n, k // 32]; rows are looked up, never multiplied."""
+
+    name: str = "int8g32"
+
+    def storage(self, out_features: int, in_features: int) -> Tensors:
+        num_groups = -(-in_features // GROUP_SIZE)
+        return {
+            "codes": torch.empty(out_features, in_features, dtype=torch.int8, device="meta"),
+            "scale": torch.empty(out_features, num_groups, dtype=torch.float16, device="meta"),
+        }
+
+    def quantize(self, weight: Weight) -> Tensors:
+        if isinstance(weight, GridWeight) and weight.minimum is None and weight.group_size == GROUP_SIZE:
+            return {"codes": weight.codes, "scale": weight.scale}
+        values = to_float(weight).float()
+        rows, columns = values.shape
+        groups = torch.nn.functional.pad(values, (0, -columns % GROUP_SIZE)).view(rows, -1, GROUP_SIZE)
+        scale = (groups.abs().amax(dim=2) / 127).to(torch.float16)
+        divisor = torch.where(scale > 0, scale.float(), 1.0)
+        codes = (groups / divisor[:, :, None]).round_().clamp_(-127, 127).to(torch.int8)
+        return {"codes": codes.view(rows, -1)[:, :columns].contiguous(), "scale": scale}
+
+    def lookup(self, tensors: Tensors, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the table: token_ids [T] → [T, K] float32."""
+        codes, scale = (tensors[key].index_select(0, token_ids) for key in ("codes", "scale"))
+        return GridWeight(codes, scale, None, GROUP_SIZE).dequantize()

@@ -1,0 +1,50 @@
+"""A weight as checkpoints hold it: floats, or integers on a grid that need not be rounded again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class GridWeight:
+    """A matrix quantized in groups along K: ``w[n, k] = codes[n, k] * scale[n, g] + minimum[n, g]``.
+
+    Attributes:
+        codes: [N, K] uint8 (0..15, four bits) or int8 (eight bits, symmetric).
+        scale: [N, ceil(K / group_size)], fp16 or wider.
+        minimum: Like `scale`, or None where the grid is symmetric (taken as zero).
+        group_size: Consecutive elements along K that share a scale; the last group may be shorter.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    minimum: torch.Tensor | None
+    group_size: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight as floats, [N, K] float32."""
+        columns = self.codes.shape[1]
+        scale = self.scale.float().repeat_interleave(self.group_size, dim=1)[:, :columns]
+        values = self.codes.float() * scale
+        if self.minimum is not None:
+            values += self.minimum.float().repeat_interleave(self.group_size, dim=1)[:, :columns]
+        return values
+
+    def rows(self, index: torch.Tensor) -> GridWeight:
+        """The same grid with its rows taken in the order of `index` ([N] int64)."""
+        minimum = None if self.minimum is None else self.minimum[index]
+        return GridWeight(self.codes[index], self.scale[index], minimum, self.group_size)
+
+
+Weight = torch.Tensor | GridWeight
+
+
+def to_float(weight: Weight) -> torch.Tensor:
+    """The weight as a float tensor; a float weight is returned as it is."""
+    return weight.dequantize() if isinstance(weight, GridWeight) else weight

@@ -1,0 +1,1 @@
+"""Choosing the next token: parameters, the sampler and its counter-based random draw."""

@@ -1,0 +1,79 @@
+"""python -m engine.serve: the OpenAI-compatible server, with the options of EngineConfig and a few more."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError, EngineError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A parser with an option for every field of EngineConfig, and the server's own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.serve",
+        description="Serve a model over an OpenAI-compatible API.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--served-model-name", nargs="+", help="names of the model in the API")
+    parser.add_argument(
+        "--api-key", default=os.environ.get("ENGINE_API_KEY"), help="key that requests must carry"
+    )
+    hints = get_type_hints(EngineConfig)
+    for option in dataclasses.fields(EngineConfig):
+        parser.add_argument(
+            "--" + option.name.replace("_", "-"),
+            default=option.default,
+            help=option.metadata["help"],
+            **_argument_type(hints[option.name]),
+        )
+    return parser
+
+
+def _argument_type(hint: Any) -> dict[str, Any]:
+    """argparse's keywords for an option's type."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    plain = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
+    return {"type": plain[0]}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the options and serves until interrupted. Returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = vars(build_parser().parse_args(arguments))
+    host, port, api_key = options.pop("host"), options.pop("port"), options.pop("api_key")
+    names = options.pop("served_model_name") or [options["model"]]
+    try:
+        _serve(EngineConfig(**options), host, port, names, api_key)
+    except KeyboardInterrupt:
+        return 130
+    except EngineError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _serve(config: EngineConfig, host: str, port: int, names: list[str], api_key: str | None) -> None:
+    try:
+        from api import serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed: pip install 'llm-engine[serve]'") from error
+    from engine.async_engine import AsyncEngine
+
+    asyncio.run(serve(AsyncEngine(config), host, port, served_model_names=names, api_key=api_key))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""What a client sees when the engine fails at a chosen moment, and what the engine sees of clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+
+import httpx
+import pytest
+from scripted import ScriptedEngine, serving
+
+from engine.errors import EngineDeadError, RequestError
+from engine.outputs import CompletionOutput
+from engine.sampling.params import SamplingParams
+
+pytestmark = pytest.mark.anyio
+
+COMPLETION = {"prompt": "hello"}
+CHAT = {"messages": [{"role": "user", "content": "hello"}]}
+ENDPOINTS = [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)]
+Samples = AsyncGenerator[CompletionOutput, None]
+
+
+def events(body: str) -> list[str]:
+    return [line.removeprefix("data: ") for line in body.split("\n\n") if line]
+
+
+async def dies_at_once(prompt: list[int], params: SamplingParams) -> Samples:
+    raise EngineDeadError("the engine process was killed by signal 9")
+    yield
+
+
+async def dies_after_two(prompt: list[int], params: SamplingParams) -> Samples:
+    yield CompletionOutput(0, "a", [1])
+    yield CompletionOutput(0, "b", [2])
+    raise EngineDeadError("the engine process was killed by signal 9")
+
+
+async def breaks_after_one(prompt: list[int], params: SamplingParams) -> Samples:
+    yield CompletionOutput(0, "a", [1])
+    raise ZeroDivisionError("a secret")
+
+
+async def refuses(prompt: list[int], params: SamplingParams) -> Samples:
+    raise RequestError("prompt has 500 tokens; the model takes at most 100", "prompt")
+    yield
+
+
+async def never_ends(prompt: list[int], params: SamplingParams) -> Samples:
+    yield CompletionOutput(0, "a", [1])
+    await asyncio.Event().wait()
+
+
+async def never_begins(prompt: list[int], params: SamplingParams) -> Samples:
+    await asyncio.Event().wait()
+    yield
+
+
+async def second_prompt_fails(prompt: list[int], params: SamplingParams) -> Samples:
+    if prompt == [2]:
+        raise RequestError("token 2 is bad", "prompt")
+    async for sample in never_ends(prompt, params):
+        yield sample
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+async def test_death_before_the_first_token_is_503(path: str, body: dict, stream: bool) -> None:
+    async with serving(ScriptedEngine(dies_at_once)) as client:
+        response = await client.post(path, json={**body, "stream": stream})
+    assert response.status_code == 503
+    assert response.json()["error"]["message"] == "the engine process was killed by signal 9"
+
+
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+async def test_death_in_mid_stream_is_an_error_event_then_done(path: str, body: dict) -> None:
+    async with serving(ScriptedEngine(dies_after_two)) as client:
+        response = await client.post(path, json={**body, "stream": True})
+    assert response.status_code == 200
+    *chunks, error, done = events(response.text)
+    assert "b" in chunks[-1]
+    assert json.loads(error)["error"] == {
+        "message": "the engine process was killed by signal 9",
+        "type": "server_error",
+        "param": None,
+        "code": "engine_dead",
+    }
+    assert done == "[DONE]"
+
+
+async def test_an_unplanned_error_in_mid_stream_names_its_type_only() -> None:
+    async with serving(ScriptedEngine(breaks_after_one)) as client:
+        response = await client.post("/v1/completions", json={**COMPLETION, "stream": True})
+    assert "ZeroDivisionError" in events(response.text)[-2]
+    assert "secret" not in response.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+async def test_a_refusal_is_400_and_names_the_field(path: str, body: dict, stream: bool) -> None:
+    async with serving(ScriptedEngine(refuses)) as client:
+        response = await client.post(path, json={**body, "stream": stream})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] in body
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_refused_prompt_aborts_its_siblings(stream: bool) -> None:
+    engine = ScriptedEngine(second_prompt_fails)
+    async with serving(engine) as client:
+        body = {"prompt": [[1], [2], [3]], "stream": stream}
+        response = await client.post("/v1/completions", json=body)
+    # A stream may already have begun with a sibling's token.
+    assert "token 2 is bad" in response.text
+    assert engine.num_closed == engine.num_opened == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("script", [never_ends, never_begins])
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+async def test_a_client_that_hangs_up_closes_its_request(path: str, body: dict, script, stream: bool) -> None:
+    engine = ScriptedEngine(script)
+    async with serving(engine) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            await client.post(path, json={**body, "stream": stream}, timeout=0.3)
+        await asyncio.wait_for(engine.closed.wait(), 30)
+        metrics = (await client.get("/metrics")).text
+    assert engine.num_opened == 1
+    assert 'engine_request_success_total{finished_reason="abort",model_name="scripted"} 1.0' in metrics
+
+
+@pytest.mark.parametrize(("status", "code"), [("starting", "starting"), ("dead", "engine_dead")])
+async def test_everything_but_metrics_is_503_without_an_engine(status, code: str) -> None:
+    engine = ScriptedEngine(never_ends, status)
+    engine.error = "CheckpointError: model.norm.weight is missing" if status == "dead" else None
+    async with serving(engine) as client:
+        answers = [await client.get("/health"), await client.get("/v1/models")]
+        answers += [await client.post(path, json=body) for path, body in ENDPOINTS]
+        metrics = await client.get("/metrics")
+    for answer in answers:
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == code
+        assert engine.error is None or answer.json()["error"]["message"] == engine.error
+    assert metrics.status_code == 200

@@ -1,0 +1,72 @@
+"""Start and end of the server, orderly and otherwise."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import STOP_SECONDS, ServerProcess, free_port, start_server
+
+STREAM = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+
+
+def test_a_taken_port_is_one_line(server: ServerProcess) -> None:
+    command = [sys.executable, "-m", "engine.serve", "--port", str(server.port)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=STOP_SECONDS, check=False)
+    assert result.returncode != 0
+    [line] = result.stderr.strip().splitlines()
+    assert f"port {server.port}" in line
+    assert "--port" in line
+
+
+def test_a_failed_start_is_the_last_thing_on_the_screen(tmp_path: Path) -> None:
+    model = tmp_path / "empty"
+    model.mkdir()
+    command = [sys.executable, "-m", "engine.serve", "--model", str(model), "--port", str(free_port())]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=STOP_SECONDS, check=False)
+    assert result.returncode != 0
+    assert str(model) in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_open_streams_with_an_error(tmp_path: Path, number: signal.Signals) -> None:
+    with start_server(tmp_path) as server:
+        server.wait_until_ready()
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=STREAM, timeout=60) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            children = server.children()
+            server.process.send_signal(number)
+            *_, error, done = lines
+        assert "message" in json.loads(error.removeprefix("data: "))["error"]
+        assert done == "data: [DONE]"
+        assert server.process.wait(STOP_SECONDS) == 0
+        assert not any(child.is_running() for child in children)
+
+
+def test_health_follows_the_engine(tmp_path: Path) -> None:
+    with start_server(tmp_path) as server:
+        statuses = []
+        while 200 not in statuses and server.process.poll() is None:
+            try:
+                statuses.append(httpx.get(f"{server.url}/health").status_code)
+            except httpx.ConnectError:
+                continue
+        assert statuses[0] == 503
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=STREAM, timeout=60) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            engine = max(server.children(), key=lambda child: child.memory_info().rss)
+            engine.kill()
+            *_, error, done = lines
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_dead"
+        assert done == "data: [DONE]"
+        health = httpx.get(f"{server.url}/health")
+        assert health.status_code == 503
+        assert health.json()["error"]["message"]
+        assert httpx.post(f"{server.url}/v1/completions", json=STREAM).status_code == 503
