@@ -38,7 +38,7 @@ test-all: lint
 	$(PYTHON) -m pytest
 
 bench: install
-	$(PYTHON) benchmarks/throughput.py --model $(MODEL) --quant none --quant int8 --quant int4
+	$(PYTHON) -m benchmarks.throughput --model $(MODEL) --quant none --quant int8 --quant int4
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -33,7 +33,7 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1"):
-            given = Headers(scope=scope).get("authorization", "").encode()
+            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
             if not secrets.compare_digest(given, self._expected):
                 error = ApiError(
                     401,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import msgspec
@@ -10,8 +9,6 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from engine.errors import EngineDeadError, RequestError
-
-logger = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
@@ -63,7 +60,7 @@ def not_supported(what: str, field: str | None = None) -> ApiError:
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """The HTTP error that tells a client of `error`; one that nobody planned for is logged with its trace."""
+    """The HTTP error that tells a client of `error`; of one that nobody planned for, its type alone."""
     match error:
         case ApiError():
             return error
@@ -71,7 +68,6 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), param=error.field)
         case EngineDeadError():
             return ApiError(503, str(error), code="engine_dead")
-    logger.error("internal error", exc_info=error)
     return ApiError(500, f"internal error ({type(error).__name__}); the server's log has the details")
 
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -44,8 +44,10 @@ def _listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: The address is taken, forbidden, or not this machine's.
     """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port must be between 0 and 65535, got {port}; choose another with --port")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
@@ -85,19 +87,15 @@ async def serve(
             timeout_graceful_shutdown=GRACE_SECONDS + DELIVERY_SECONDS,
         )
     )
-    stop = asyncio.Event()
-
-    def on_signal() -> None:
-        server.force_exit = stop.is_set()
-        stop.set()
-
+    stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
     began = time.monotonic()
     answering = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(engine.start())
     stopping = asyncio.create_task(stop.wait())
+    hurrying = asyncio.create_task(hurry.wait())
     try:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
@@ -115,8 +113,8 @@ async def serve(
         stopping.cancel()
         await asyncio.gather(starting, stopping, return_exceptions=True)
         server.should_exit = True
-        with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(answering), GRACE_SECONDS)
+        await asyncio.wait((answering, hurrying), timeout=GRACE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        hurrying.cancel()
         # Ends the requests that are still open with an error, which the server then delivers.
         await engine.shutdown()
         await answering

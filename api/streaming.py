@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
@@ -11,7 +12,10 @@ import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from api.errors import ClientDisconnected, error_body, to_api_error
+from api.errors import ApiError, ClientDisconnected, error_body, to_api_error
+from engine.errors import EngineError
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -73,6 +77,8 @@ async def _with_error_event(events: AsyncGenerator[bytes, None]) -> AsyncGenerat
         async for data in events:
             yield data
     except Exception as error:
+        if not isinstance(error, (ApiError, EngineError)):
+            logger.exception("a stream failed")
         yield event(error_body(to_api_error(error)))
 
 

@@ -13,7 +13,6 @@ from benchmarks.offline import generate_seconds
 from benchmarks.report import format_table
 from engine import LLM
 
-_DECODE_TOKENS = 8  # reading the profile takes far longer than the steps
 _SHOWN_OPERATORS = 12
 
 
@@ -72,7 +71,9 @@ def _profile_phase(
     )
 
 
-def profile_phases(llm: LLM, make_prompts: Callable[[], list[list[int]]]) -> list[PhaseProfile]:
+def profile_phases(
+    llm: LLM, make_prompts: Callable[[], list[list[int]]], decode_tokens: int
+) -> list[PhaseProfile]:
     """Profile a prefill and, over the same prompts, decode steps.
 
     The decode finds its prompts in the prefix cache that the prefill filled; without prefix caching it
@@ -80,11 +81,12 @@ def profile_phases(llm: LLM, make_prompts: Callable[[], list[list[int]]]) -> lis
 
     Args:
         make_prompts: Gives a batch of fresh prompts at every call.
+        decode_tokens: Tokens a prompt to decode; reading the profile takes far longer than the steps.
     """
     plain_prompts, prompts = make_prompts(), make_prompts()
     return [
         _profile_phase("prefill", llm, plain_prompts, prompts, 1),
-        _profile_phase(f"decode of {_DECODE_TOKENS} tokens", llm, plain_prompts, prompts, _DECODE_TOKENS),
+        _profile_phase(f"decode of {decode_tokens} tokens", llm, plain_prompts, prompts, decode_tokens),
     ]
 
 

@@ -48,14 +48,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--profile",
-        action="store_true",
-        help="also print the operators that prefill and decode spend time in",
+        nargs="?",
+        type=int,
+        const=8,
+        metavar="TOKENS",
+        help="also print the operators of a prefill and of the decode of TOKENS tokens (default: 8)",
     )
     add("--output", type=Path, help="write everything as JSON to this file")
     options = parser.parse_args(arguments)
     options.quant = options.quant or ["none"]
     options.num_prompts = options.num_prompts or [1, 8]
-    if min(options.input_tokens, options.repetitions, *options.num_prompts) < 1 or options.output_tokens < 2:
+    profiled = 1 if options.profile is None else options.profile
+    sizes = [options.input_tokens, options.repetitions, profiled, *options.num_prompts]
+    if min(sizes) < 1 or options.output_tokens < 2:
         parser.error("every number must be at least 1, --output-tokens at least 2")
     return options
 
@@ -144,10 +149,11 @@ def run_benchmark(options: argparse.Namespace, result: dict[str, Any]) -> None:
             "num_prompts": num_prompts,
             "measurements": {name: [asdict(run) for run in runs] for name, runs in measurements.items()},
         }
-        if options.profile:
+        if options.profile is not None:
             workload["operators"] = {}
             for name, llm in engines.items():
-                phases = profile_phases(llm, partial(prompts.make, num_prompts, options.input_tokens))
+                make_prompts = partial(prompts.make, num_prompts, options.input_tokens)
+                phases = profile_phases(llm, make_prompts, options.profile)
                 for phase in phases:
                     print(f"\n{name}, batch of {num_prompts}, {format_operators(phase)}")
                 workload["operators"][name] = [asdict(phase) for phase in phases]

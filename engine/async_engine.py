@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import secrets
 import signal
 import sys
@@ -179,13 +180,19 @@ class AsyncEngine:
 
     async def _spawn(self) -> None:
         # An abstract socket: unique, and nothing to remove from the file system however the processes end.
-        address = f"ipc://@llm-engine-{secrets.token_hex(16)}"
+        address = f"ipc://@llm-engine-{os.getpid()}-{secrets.token_hex(16)}"
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
         self._socket.bind(address)
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "engine.engine_process", address, stdin=asyncio.subprocess.PIPE
+            sys.executable,
+            "-m",
+            "engine.engine_process",
+            address,
+            stdin=asyncio.subprocess.PIPE,
+            # Threads that spin while they wait for each other take the core that this process needs.
+            env={"OMP_WAIT_POLICY": "passive", **os.environ},
         )
         self._exited = asyncio.create_task(self._process.wait())
 

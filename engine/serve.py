@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
 import logging
 import os
@@ -67,12 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(config: EngineConfig, host: str, port: int, names: list[str], api_key: str | None) -> None:
     try:
+        import uvloop
+
         from api import serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed: pip install 'llm-engine[serve]'") from error
     from engine.async_engine import AsyncEngine
 
-    asyncio.run(serve(AsyncEngine(config), host, port, served_model_names=names, api_key=api_key))
+    uvloop.run(serve(AsyncEngine(config), host, port, served_model_names=names, api_key=api_key))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,9 @@ class Tokenizer:
         if name not in templates:
             raise RequestError("the model's chat templates have no default", "messages")
         texts = [_with_plain_text(message) for message in messages]
-        return templates[name].render(texts, **{"add_generation_prompt": True, **template_arguments})
+        # Templates ask whether tools and documents are none, not whether they are defined.
+        defaults = {"add_generation_prompt": True, "tools": None, "documents": None}
+        return templates[name].render(texts, **{**defaults, **template_arguments})
 
     def encode_chat(self, messages: list[dict[str, Any]], **template_arguments: Any) -> list[int]:
         """The token ids of `apply_chat_template`; templates write BOS themselves, so none is added."""

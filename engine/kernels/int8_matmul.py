@@ -6,50 +6,54 @@ See `engine.quant.int8` for the formula.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 LOW_STEPS = 254
 """Steps of the low term in one step of the high term: the remainder is at most half a step, 127 low ones."""
 
 
-def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two int8 terms and one scale a token.
+def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two int8 terms and one scale a token: ``x ≈ (high + low / LOW_STEPS) * scale``.
 
     Args:
         x: [M, K] float.
 
     Returns:
-        codes: [2 * M, K] int8, the high terms of all tokens, then the low terms.
-        scale: [M, 1] float32; ``x ≈ (high + low / LOW_STEPS) * scale``.
+        high, low: [M, K] int8.
+        scale: [M, 1] float32.
     """
-    num_tokens, in_features = x.shape
     x = x.float()
     scale = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).mul_(1 / 127)
-    # A token of zeros keeps the scale 0 and codes of 0; the smallest normal float avoids 0 / 0.
-    steps = x / scale.clamp(min=torch.finfo(torch.float32).tiny)
+    # A token of zeros keeps codes of 0; the smallest normal float avoids 0 / 0.
+    steps = x / scale.clamp_(min=torch.finfo(torch.float32).tiny)
     high = steps.round()
-    codes = torch.empty(2 * num_tokens, in_features, dtype=torch.int8, device=x.device)
-    codes[:num_tokens] = high
-    codes[num_tokens:] = steps.sub_(high).mul_(LOW_STEPS).round_()
-    return codes, scale
+    low = steps.sub_(high).mul_(LOW_STEPS).round_()
+    return high.to(torch.int8), low.to(torch.int8), scale
 
 
-def integer_product(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[R, K] int8 × [N, K] int8 → [R, N] int32, exact as long as K < 2**31 / 127**2."""
-    if codes.device.type == "cpu":
-        return torch._int_mm(codes, weight.t())
-    # cuBLAS wants more than 16 rows, in multiples of 8.
-    num_rows = codes.shape[0]
-    padded = torch.nn.functional.pad(codes, (0, 0, 0, max(32 - num_rows, -num_rows % 8)))
-    return torch._int_mm(padded, weight.t())[:num_rows]
+def integer_products(
+    high: torch.Tensor, low: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both terms [M, K] int8 × [N, K] int8 → [M, N] int32 each, exact as long as K < 2**31 / 127**2."""
+    num_tokens = high.shape[0]
+    transposed = weight.t()
+    if high.device.type == "cuda":
+        # cuBLAS wants more than 16 rows, in multiples of 8.
+        rows = F.pad(torch.cat((high, low)), (0, 0, 0, max(32 - 2 * num_tokens, -2 * num_tokens % 8)))
+        sums = torch._int_mm(rows, transposed)
+    elif num_tokens == 1:
+        # For one row oneDNN has a faster product, even twice.
+        return torch._int_mm(high, transposed), torch._int_mm(low, transposed)
+    else:
+        sums = torch._int_mm(torch.cat((high, low)), transposed)
+    return sums[:num_tokens], sums[num_tokens : 2 * num_tokens]
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`int8_matmul` in plain arithmetic: the sums in int64."""
-    num_tokens = x.shape[0]
-    codes, token_scale = quantize_per_token(x)
-    sums = codes.long() @ weight.long().t()
-    value = sums[:num_tokens].float() * LOW_STEPS + sums[num_tokens:].float()
-    return (value * (token_scale / LOW_STEPS) * scale).to(x.dtype)
+    high, low, token_scale = quantize_per_token(x)
+    high_sum, low_sum = ((term.long() @ weight.long().t()).float() for term in (high, low))
+    return ((high_sum * LOW_STEPS + low_sum) * (token_scale * (1 / LOW_STEPS)) * scale).to(x.dtype)
 
 
 def int8_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -63,8 +67,8 @@ def int8_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> t
     Returns:
         [M, N] of x's dtype.
     """
-    num_tokens = x.shape[0]
-    codes, token_scale = quantize_per_token(x)
-    sums = integer_product(codes, weight).float()
-    value = torch.add(sums[num_tokens:], sums[:num_tokens], alpha=LOW_STEPS)
+    high, low, token_scale = quantize_per_token(x)
+    high_sum, low_sum = integer_products(high, low, weight)
+    # Each operator rounds once: one that fuses a product and a sum may round differently in its tails.
+    value = high_sum.float().mul_(LOW_STEPS).add_(low_sum)
     return value.mul_(token_scale.mul_(1 / LOW_STEPS)).mul_(scale).to(x.dtype)

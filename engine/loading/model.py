@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from pathlib import Path
 
@@ -13,15 +12,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from engine.loading.checkpoint import Checkpoint
+from engine.loading.resolve import cache_directory
 from engine.models.decoder import Decoder
 
 CACHE_FORMAT = 1
 """Part of every cache key; goes up when what is stored under a scheme's name changes."""
-
-
-def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/llm-engine, by default ~/.cache/llm-engine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-engine"
 
 
 def checkpoint_key(checkpoint: Checkpoint) -> str:
@@ -45,7 +40,7 @@ def load_weights(
         name: Of the quantization; part of the cache file's name.
         cache_dir: None for the default one.
     """
-    directory = (cache_dir or default_cache_dir()) / "weights"
+    directory = (cache_dir or cache_directory()) / "weights"
     path = directory / f"{checkpoint_key(checkpoint)}-{name}-v{CACHE_FORMAT}.safetensors"
     if not path.exists():
         names = tqdm(

@@ -175,7 +175,7 @@ def _snapshot(repository: str, patterns: Iterable[str]) -> Path:
         )
     except GatedRepoError as error:
         raise ModelNotFoundError(
-            f"{repository}: access is gated; accept its terms on huggingface.co and run: hf auth login"
+            f"{repository}: access is gated; accept its terms on huggingface.co and log in with `hf auth login`"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelNotFoundError(f"{repository}: no such repository on Hugging Face") from error

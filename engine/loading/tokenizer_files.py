@@ -48,19 +48,24 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]
 
 def _read_gguf(path: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
     file = GGUFFile(path)
-    tokens = file["tokenizer.ggml.tokens"]
     template = file.get("tokenizer.chat_template")
-    settings = TokenizerSettings(
-        special_tokens={role: tokens[file[key]] for role, key in _GGUF_KEYS.items() if key in file},
-        eos_token_ids=tuple(end_token_ids(file)),
-        chat_templates={} if template is None else {"default": template},
-    )
-    return build_tokenizer(file), settings
+    try:
+        tokens = file["tokenizer.ggml.tokens"]
+        settings = TokenizerSettings(
+            special_tokens={role: tokens[file[key]] for role, key in _GGUF_KEYS.items() if key in file},
+            eos_token_ids=tuple(end_token_ids(file)),
+            chat_templates={"default": template} if template else {},
+        )
+        return build_tokenizer(file), settings
+    except CheckpointError:
+        raise
+    except Exception as error:  # the Rust side raises bare Exception
+        raise CheckpointError(f"{path}: the tokenizer's metadata is damaged ({error})") from error
 
 
 def _read_directory(path: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
     backend = _read_backend(path)
-    config = read_json(path / "tokenizer_config.json")
+    config = read_json(path / "special_tokens_map.json") | read_json(path / "tokenizer_config.json")
     special_tokens: dict[str, str] = {}
     for role in _GGUF_KEYS:
         token = config.get(role)

@@ -159,7 +159,11 @@ def _rope(config: dict[str, Any], layer_type: str) -> RopeConfig:
         return RopeConfig(float(theta))
     scaling["rope_type"] = kind
     scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-    numbers = {key: value for key, value in scaling.items() if isinstance(value, (int, float, str))}
+    numbers = {
+        key: value
+        for key, value in scaling.items()
+        if key not in ("type", "rope_theta") and isinstance(value, (int, float, str))
+    }
     return RopeConfig(float(theta), tuple(sorted(numbers.items())))
 
 

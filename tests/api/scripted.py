@@ -53,7 +53,8 @@ class ScriptedEngine:
         try:
             yield RequestOutput(request_id, None, prompt, [])
             async for sample in self.script(prompt, params):
-                yield RequestOutput(request_id, None, prompt, [sample])
+                error = "the sampler failed" if sample.finish_reason == "error" else None
+                yield RequestOutput(request_id, None, prompt, [sample], error=error)
         finally:
             self.num_closed += 1
             if self.num_closed == self.num_opened:

@@ -1,4 +1,4 @@
-"""Clients that hang up or do not read."""
+"""Clients that hang up."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import socket
 import time
 
 import httpx
-import openai
 import pytest
 from conftest import API_KEY, ServerProcess
 from test_api_service import metrics
 
-LONG = {"model": "llama", "prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True}
+LONG = {"model": "llama", "prompt": "Once upon a time", "max_tokens": 5000, "ignore_eos": True}
 
 
 def send(server: ServerProcess, body: dict) -> socket.socket:
@@ -43,16 +42,3 @@ def test_hanging_up_aborts_the_request(server: ServerProcess, http: httpx.Client
     assert after["generation_tokens_total"] - before["generation_tokens_total"] < LONG["max_tokens"]
     idle = wait_for_metrics(http, "num_requests_running", 0)
     assert idle["kv_cache_usage_perc"] == 0
-
-
-def test_a_client_that_does_not_read_stalls_nobody(
-    server: ServerProcess, http: httpx.Client, client: openai.OpenAI
-) -> None:
-    # Many choices with log-probabilities: more bytes than socket buffers take.
-    body = {**LONG, "stream": True, "n": 8, "logprobs": 20, "max_tokens": 200}
-    with send(server, body):
-        wait_for_metrics(http, "num_requests_running", 8)
-        for _ in range(3):
-            completion = client.completions.create(model="llama", prompt="Hello", max_tokens=8)
-            assert completion.usage.completion_tokens > 0
-    wait_for_metrics(http, "num_requests_running", 0)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from typing import Any, cast
 
 import httpx
 import pytest
 from scripted import ScriptedEngine, serving
 
-from engine.errors import EngineDeadError, RequestError
+from api import serve
+from engine.errors import ConfigError, EngineDeadError, RequestError
 from engine.outputs import CompletionOutput
 from engine.sampling.params import SamplingParams
 
@@ -45,6 +47,12 @@ async def breaks_after_one(prompt: list[int], params: SamplingParams) -> Samples
 async def refuses(prompt: list[int], params: SamplingParams) -> Samples:
     raise RequestError("prompt has 500 tokens; the model takes at most 100", "prompt")
     yield
+
+
+async def fails_alone(prompt: list[int], params: SamplingParams) -> Samples:
+    if prompt == [1]:
+        yield CompletionOutput(0, "a", [1])
+    yield CompletionOutput(0, finish_reason="error")
 
 
 async def never_ends(prompt: list[int], params: SamplingParams) -> Samples:
@@ -96,6 +104,15 @@ async def test_an_unplanned_error_in_mid_stream_names_its_type_only() -> None:
     assert "secret" not in response.text
 
 
+async def test_a_request_that_fails_inside_the_engine_is_500() -> None:
+    async with serving(ScriptedEngine(fails_alone)) as client:
+        early = await client.post("/v1/completions", json={"prompt": [2], "stream": True})
+        late = await client.post("/v1/completions", json={"prompt": [1], "stream": True})
+    assert early.status_code == 500
+    assert early.json()["error"]["message"] == "the sampler failed"
+    assert json.loads(events(late.text)[-2])["error"] == early.json()["error"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "body"), ENDPOINTS)
 async def test_a_refusal_is_400_and_names_the_field(path: str, body: dict, stream: bool) -> None:
@@ -128,6 +145,40 @@ async def test_a_client_that_hangs_up_closes_its_request(path: str, body: dict, 
         metrics = (await client.get("/metrics")).text
     assert engine.num_opened == 1
     assert 'engine_request_success_total{finished_reason="abort",model_name="scripted"} 1.0' in metrics
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "words"), [("127.0.0.1", 65536, "--port"), ("192.0.2.1", 0, "--host")]
+)
+async def test_an_address_that_cannot_be_listened_on_is_a_config_error(
+    host: str, port: int, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        await serve(cast(Any, ScriptedEngine(never_ends)), host, port, served_model_names=["scripted"])
+
+
+async def test_a_client_that_does_not_read_stalls_nobody() -> None:
+    produced = 0
+
+    async def floods(prompt: list[int], params: SamplingParams) -> Samples:
+        nonlocal produced
+        while prompt == [1]:
+            produced += 1
+            yield CompletionOutput(0, "flood" * 2**15, [1])
+            await asyncio.sleep(0)
+        yield CompletionOutput(0, "calm", [1], finish_reason="stop")
+
+    async with (
+        serving(ScriptedEngine(floods)) as client,
+        client.stream("POST", "/v1/completions", json={"prompt": [1], "stream": True}),
+    ):
+        before = -1
+        # It stops where the buffers of the connection are full: nothing piles up in the server.
+        while produced > before:
+            before = produced
+            answer = await client.post("/v1/completions", json={"prompt": [2]})
+            assert answer.json()["choices"][0]["text"] == "calm"
+            await asyncio.sleep(0.2)
 
 
 @pytest.mark.parametrize(("status", "code"), [("starting", "starting"), ("dead", "engine_dead")])

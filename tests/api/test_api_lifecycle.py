@@ -12,7 +12,7 @@ import httpx
 import pytest
 from conftest import STOP_SECONDS, ServerProcess, free_port, start_server
 
-STREAM = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+STREAM = {"prompt": "Once upon a time", "max_tokens": 5000, "ignore_eos": True, "stream": True}
 
 
 def test_a_taken_port_is_one_line(server: ServerProcess) -> None:

@@ -56,7 +56,9 @@ def test_option_values(text: str, value: Any) -> None:
     assert parse_option(text) == value
 
 
-@pytest.mark.parametrize("arguments", ["--output-tokens 1", "--num-prompts 0", "--repetitions 0"])
+@pytest.mark.parametrize(
+    "arguments", ["--output-tokens 1", "--num-prompts 0", "--repetitions 0", "--profile 0"]
+)
 def test_sizes_that_measure_nothing_are_refused(arguments: str) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(arguments.split())
@@ -64,7 +66,9 @@ def test_sizes_that_measure_nothing_are_refused(arguments: str) -> None:
 
 def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "result.json"
-    arguments = "--quant int8 --num-prompts 2 --input-tokens 20 --output-tokens 3 --repetitions 2 --profile "
+    arguments = (
+        "--quant int8 --num-prompts 2 --input-tokens 20 --output-tokens 3 --repetitions 2 --profile 1 "
+    )
     arguments += f"--option kv_cache_memory 16MiB --option num_threads 1 --output {output}"
     assert main(arguments.split()) == 0
     result = json.loads(output.read_text())
@@ -75,7 +79,7 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert (run["num_prompts"], run["input_tokens"], run["output_tokens"]) == (2, 20, 3)
         assert min(run["prefill_seconds"], run["full_seconds"]) > 0
     prefill, decode = workload["operators"]["int8"]
-    assert (prefill["name"], decode["name"]) == ("prefill", "decode of 8 tokens")
+    assert (prefill["name"], decode["name"]) == ("prefill", "decode of 1 tokens")
     assert all(phase["operators"][0]["seconds"] > 0 for phase in (prefill, decode))
     printed = capsys.readouterr().out
     assert "batch of 2" in printed

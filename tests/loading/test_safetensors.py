@@ -214,6 +214,6 @@ def test_pickled_code_is_not_run(model: LlamaForCausalLM, tmp_path: Path) -> Non
     target = tmp_path / "ran"
     torch.save({"model.norm.weight": Harmful(target)}, file)
     assert_refused(tmp_path, "pytorch_model.bin")
-    file.write_bytes(pickle.dumps(Harmful(target)))
+    file.write_bytes(pickle.dumps(Harmful(target), protocol=2))
     assert_refused(tmp_path, "pytorch_model.bin")
     assert not target.exists()

@@ -1,0 +1,76 @@
+"""Runs a model over the paged cache without a scheduler: the test says how each sequence arrives."""
+
+from __future__ import annotations
+
+import random
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.batch import Batch, BatchRow, Draw
+from engine.config import EngineConfig
+from engine.loading.checkpoint import open_checkpoint
+from engine.runner import ModelRunner
+from engine.sampling.params import SamplingParams
+
+BLOCK_SIZE = 16
+
+CHUNKS = [
+    [100] + [1] * 12,
+    [37, 37, 20] + [1] * 12,
+    [16] * 6 + [1] * 6,
+    [5] * 15,
+    [1] * 45,
+    [3],
+]
+"""How each sequence of a batch arrives: the tokens it brings to each step, one for a decode."""
+
+DRAW = Draw(params=SamplingParams(), seed=0, index=0, position=0)
+
+
+def make_runner(path: Path, **options: Any) -> ModelRunner:
+    config = EngineConfig(
+        model=str(path),
+        dtype="float32",
+        device="cpu",
+        kv_cache_memory="4MiB",
+        block_size=BLOCK_SIZE,
+        num_threads=1,
+        **options,
+    )
+    return ModelRunner(config, open_checkpoint(path))
+
+
+def make_sequences(vocab_size: int) -> list[list[int]]:
+    """Random tokens for the sequences of CHUNKS."""
+    source = random.Random(0)
+    return [[source.randrange(vocab_size) for _ in range(sum(chunks))] for chunks in CHUNKS]
+
+
+def run_chunks(runner: ModelRunner, sequences: list[list[int]]) -> list[dict[int, torch.Tensor]]:
+    """Feeds the sequences by CHUNKS, all in the same steps, from blocks in random order.
+
+    Returns:
+        For each sequence the logits, [vocabulary] by position, of the last token of every chunk.
+    """
+    # Whatever is read before it was written shows.
+    runner.caches.fill_(torch.nan)
+    free_blocks = list(range(1, runner.plan.num_blocks + 1))
+    random.Random(0).shuffle(free_blocks)
+    tables: list[list[int]] = [[] for _ in sequences]
+    ends = [0 for _ in sequences]
+    logits: list[dict[int, torch.Tensor]] = [{} for _ in sequences]
+    for sizes in zip_longest(*CHUNKS, fillvalue=0):
+        rows = []
+        active = [index for index, size in enumerate(sizes) if size]
+        for index in active:
+            start, ends[index] = ends[index], ends[index] + sizes[index]
+            while len(tables[index]) * BLOCK_SIZE < ends[index]:
+                tables[index].append(free_blocks.pop())
+            rows.append(BatchRow(sequences[index][start : ends[index]], start, 0, list(tables[index]), DRAW))
+        results = runner.model.logits(runner.execute(Batch(rows)))
+        for index, row in zip(active, results, strict=True):
+            logits[index][ends[index] - 1] = row
+    return logits

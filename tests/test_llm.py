@@ -1,0 +1,183 @@
+"""Offline generation with the real default model, as a user calls it."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine import LLM, SamplingParams
+from engine.errors import ConfigError, ModelNotFoundError, RequestError
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(model="llama", quant="int8", kv_cache_memory="64MiB", seed=1)
+
+
+def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
+    prompts = ["The capital of France is", [504, 3575, 282, 4649, 314], "Two plus two is", "Once"]
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (9, 5, 1, 3)]
+    results = llm.generate(prompts, params, use_tqdm=False)
+    assert [result.prompt for result in results] == [prompts[0], None, prompts[2], prompts[3]]
+    assert results[0].prompt_token_ids == [504, 3575, 282, 4649, 314]
+    assert [len(result.outputs[0].token_ids) for result in results] == [9, 5, 1, 3]
+    assert results[0].outputs[0].text.startswith(" Paris")
+    assert results[1].outputs[0].token_ids == results[0].outputs[0].token_ids[:5]
+    assert all(result.finished and result.outputs[0].finish_reason == "length" for result in results)
+    assert llm.core.scheduler.kv_cache.pool.num_free == llm.core.info.num_blocks
+
+
+def test_one_prompt_needs_no_list(llm: LLM) -> None:
+    (from_text,) = llm.generate("The capital of France is", GREEDY, use_tqdm=False)
+    (from_ids,) = llm.generate(from_text.prompt_token_ids, GREEDY, use_tqdm=False)
+    assert from_text.outputs[0].token_ids == from_ids.outputs[0].token_ids
+
+
+def test_a_progress_bar_shows_tokens_per_second(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
+    llm.generate(["One", "Two"], GREEDY)
+    shown = capfd.readouterr().err
+    assert "2/2" in shown
+    assert "tokens/s" in shown
+
+
+def test_chat_uses_the_models_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "What is the capital of Japan?"}]
+    (result,) = llm.chat(messages, SamplingParams(max_tokens=20, temperature=0), use_tqdm=False)
+    assert "Tokyo" in result.outputs[0].text
+    assert result.outputs[0].finish_reason == "stop"
+    assert result.outputs[0].stop_reason is None
+    both = llm.chat([messages, messages], GREEDY, use_tqdm=False)
+    assert len(both) == 2
+
+
+def test_stop_strings_and_stop_tokens(llm: LLM) -> None:
+    whole = llm.generate(
+        "The capital of France is", SamplingParams(max_tokens=12, temperature=0), use_tqdm=False
+    )
+    text, token_ids = whole[0].outputs[0].text, whole[0].outputs[0].token_ids
+    stop = text[3:6]
+    (result,) = llm.generate(
+        "The capital of France is", SamplingParams(max_tokens=12, temperature=0, stop=(stop,)), use_tqdm=False
+    )
+    assert result.outputs[0].text == text[: text.index(stop)]
+    assert (result.outputs[0].finish_reason, result.outputs[0].stop_reason) == ("stop", stop)
+    third = SamplingParams(max_tokens=12, temperature=0, stop_token_ids=(token_ids[2],))
+    (result,) = llm.generate("The capital of France is", third, use_tqdm=False)
+    assert result.outputs[0].token_ids == token_ids[: token_ids.index(token_ids[2]) + 1]
+    assert result.outputs[0].stop_reason == token_ids[2]
+    assert not llm.core.has_work
+
+
+def test_samples_differ_and_seeds_repeat(llm: LLM) -> None:
+    params = SamplingParams(n=3, max_tokens=12, temperature=1.0, seed=5)
+    first, again = (llm.generate("Once upon a", params, use_tqdm=False)[0] for _ in range(2))
+    assert len({tuple(output.token_ids) for output in first.outputs}) == 3
+    assert [output.token_ids for output in first.outputs] == [output.token_ids for output in again.outputs]
+    assert [output.index for output in first.outputs] == [0, 1, 2]
+
+
+def test_the_engines_seed_gives_each_prompt_its_own_by_index(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.0)
+    together = llm.generate(["Once upon a"] * 2, params, use_tqdm=False)
+    alone = llm.generate("Once upon a", params, use_tqdm=False)
+    assert together[0].outputs[0].token_ids == alone[0].outputs[0].token_ids
+    assert together[0].outputs[0].token_ids != together[1].outputs[0].token_ids
+
+
+def test_logprobs(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=3, temperature=0, logprobs=2)
+    (result,) = llm.generate("The capital of France is", params, use_tqdm=False)
+    output = result.outputs[0]
+    assert output.logprobs is not None
+    assert len(output.logprobs) == 3
+    for token_id, entries in zip(output.token_ids, output.logprobs, strict=True):
+        assert next(iter(entries)) == token_id
+        assert entries[token_id].rank == 1
+        assert len(entries) == 2
+    assert llm.generate("x", GREEDY, use_tqdm=False)[0].outputs[0].logprobs is None
+
+
+def test_an_equal_prompt_comes_from_the_cache(llm: LLM) -> None:
+    prompt = "A prompt that fills more than one block of sixteen tokens, " * 3
+    first, again = (llm.generate(prompt, GREEDY, use_tqdm=False)[0] for _ in range(2))
+    assert first.num_cached_tokens == 0
+    assert again.num_cached_tokens >= 16
+    assert first.outputs[0].token_ids == again.outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "field"),
+    [
+        ("", GREEDY, "prompt"),
+        ([49152], GREEDY, "prompt"),
+        ([-1], GREEDY, "prompt"),
+        ([1] * 9000, GREEDY, "prompt"),
+        ("x", SamplingParams(stop_token_ids=(50000,)), "stop_token_ids"),
+        ("x", SamplingParams(logit_bias={50000: 1.0}), "logit_bias"),
+    ],
+)
+def test_refusals_name_the_field(
+    llm: LLM, prompt: str | list[int], params: SamplingParams, field: str
+) -> None:
+    with pytest.raises(RequestError) as raised:
+        llm.generate(["fine", prompt], params, use_tqdm=False)  # type: ignore[list-item]
+    assert raised.value.field == field
+    assert not llm.core.has_work
+
+
+def test_params_must_match_the_prompts(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="2 params for 1 prompts"):
+        llm.generate("x", [GREEDY, GREEDY])
+
+
+def test_a_row_that_fails_in_the_model_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    execute = llm.core.runner.execute
+
+    def broken(batch: object) -> object:
+        if any(row.token_ids[0] == 17 for row in batch.rows):  # type: ignore[attr-defined]
+            raise RuntimeError("no luck with 17")
+        return execute(batch)  # type: ignore[arg-type]
+
+    (expected,) = llm.generate([20, 21], GREEDY, use_tqdm=False)
+    monkeypatch.setattr(llm.core.runner, "execute", broken)
+    bad, good = llm.generate([[17, 18, 19], [20, 21]], GREEDY, use_tqdm=False)
+    assert bad.outputs[0].finish_reason == "error"
+    assert bad.error == "RuntimeError: no luck with 17"
+    assert good.outputs[0].token_ids == expected.outputs[0].token_ids
+    assert llm.core.scheduler.kv_cache.pool.num_free == llm.core.info.num_blocks
+
+
+def test_context_shrinks_to_the_cache() -> None:
+    small = LLM(model="llama", quant="int8", kv_cache_memory="2MiB")
+    assert small.core.info.max_model_len < 8192
+    assert "raise --kv-cache-memory" in small.core.info.memory_plan
+    with pytest.raises(RequestError, match=f"the context holds {small.core.info.max_model_len}"):
+        small.generate([5] * 600, GREEDY)
+    (result,) = small.generate([5] * (small.core.info.max_model_len - 2), GREEDY, use_tqdm=False)
+    assert (len(result.outputs[0].token_ids), result.outputs[0].finish_reason) == (2, "length")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quant": "int3"}, "quant must be one of none, int8, int4"),
+        ({"group_size": 48}, "32 or 128"),
+        ({"kv_cache_memory": "lots"}, "write it like 512MiB"),
+        ({"kv_cache_memory": "1KiB"}, "two blocks"),
+        ({"kv_cache_memory": "900GiB"}, "do not fit"),
+        ({"max_model_len": 9999}, "exceeds the model's context of 8192"),
+        ({"max_num_batched_tokens": 8, "max_num_seqs": 9}, "max_num_seqs"),
+        ({"block_size": 0}, "block_size"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
+        ({"temperature": 1}, "unknown option 'temperature'"),
+    ],
+)
+def test_options_are_refused_with_what_would_work(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LLM(model="llama", **options)
+
+
+def test_an_unknown_model_says_what_to_do() -> None:
+    with pytest.raises(ModelNotFoundError, match="nowhere"):
+        LLM(model="/nowhere/at/all")
