@@ -43,6 +43,10 @@ from engine.validation import validate_request
 
 SHUTDOWN_SECONDS = 5.0
 
+OPENMP_SPINS = "20000"
+"""How often the model's threads look for work before they sleep, tens of microseconds. By default they spin for
+milliseconds, and take the core from whoever they wait for when the machine has something else to do."""
+
 
 class AsyncEngine:
     """Sends requests to an engine process and hands out what comes back.
@@ -191,8 +195,7 @@ class AsyncEngine:
             "engine.engine_process",
             address,
             stdin=asyncio.subprocess.PIPE,
-            # Threads that spin while they wait for each other take the core that this process needs.
-            env={"OMP_WAIT_POLICY": "passive", **os.environ},
+            env={"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ},
         )
         self._exited = asyncio.create_task(self._process.wait())
 

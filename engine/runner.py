@@ -55,7 +55,8 @@ class ModelRunner:
         load_weights(self.model, checkpoint, name, cache_dir, self.device)
         self.cache_salt = f"{checkpoint_key(checkpoint)}/{name}/{cache_dtype}".encode()
         self.block_size = config.block_size
-        self.caches = torch.zeros(
+        # Not zeroed: no slot is read before it is written, and memory that nobody uses is never touched.
+        self.caches = torch.empty(
             self.model_config.num_layers,
             2,
             self.plan.num_blocks + 1,
@@ -85,7 +86,7 @@ class ModelRunner:
         inputs = AttentionInputs(
             slots=slot_mapping(rows, self.block_size, device),
             plans={
-                window: plan_attention(rows, self.block_size, window, self.dtype, device)
+                window: plan_attention(rows, self.block_size, window, self.dtype, self.caches.dtype, device)
                 for window in set(self.model_config.sliding_windows)
             },
             rotary={rope: table.at(positions, self.dtype) for rope, table in self.rotary.items()},

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Higher parts may import lower ones; a part is named by its longest matching prefix.
 LEVELS = {
     "engine.errors": 0,
+    "engine.cache_directory": 0,
     "engine.config": 1,
     "engine.outputs": 1,
     "engine.metrics": 1,

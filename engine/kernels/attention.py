@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.batch import BatchRow
+from engine.kernels import cpu
+from engine.kernels.rotary import apply_rotary
 from engine.kv_cache import NULL_BLOCK
 
 
@@ -36,6 +38,30 @@ class RowPlan:
     mask: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Which keys the sequences with one query read, for the body that takes them all at once.
+
+    Attributes:
+        rows: [S] int64, the queries' rows in the flat batch.
+        tables: [S, blocks] int64, block tables filled up with the null block.
+        first, last: [S] int64, the keys at positions first … last - 1 are read.
+    """
+
+    rows: torch.Tensor
+    tables: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Which keys each sequence's queries read: some sequences one by one, the others together."""
+
+    rows: list[RowPlan]
+    decodes: DecodePlan | None
+
+
 def slot_mapping(rows: Sequence[BatchRow], block_size: int, device: torch.device) -> torch.Tensor:
     """Where each token's key and value go, [T] int64; tokens that are stored already go to the null block."""
     slots: list[int] = []
@@ -49,37 +75,110 @@ def slot_mapping(rows: Sequence[BatchRow], block_size: int, device: torch.device
 
 
 def plan_attention(
-    rows: Sequence[BatchRow], block_size: int, window: int | None, dtype: torch.dtype, device: torch.device
-) -> list[RowPlan]:
-    """One RowPlan a row, for layers that see `window` tokens back (None: all)."""
+    rows: Sequence[BatchRow],
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+) -> AttentionPlan:
+    """Plans attention for layers that see `window` tokens back (None: all)."""
     plans = []
+    decodes = []
+    decodes_together = (
+        dtype == cache_dtype == torch.float32 and device.type == "cpu" and cpu.library() is not None
+    )
     first = 0
     for row in rows:
-        num_queries = len(row.token_ids)
-        end = row.start + num_queries
-        oldest = 0 if window is None else max(0, row.start - window + 1)
-        first_block = oldest // block_size
-        block_ids = row.block_table[first_block : -(-end // block_size)]
-        mask = None
-        if num_queries > 1:
-            queries = torch.arange(row.start, end, device=device)[:, None]
-            keys = torch.arange(oldest, end, device=device)
-            hidden = keys > queries
-            if window is not None:
-                hidden |= keys <= queries - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-        plans.append(
-            RowPlan(
-                first=first,
-                last=first + num_queries,
-                block_ids=torch.tensor(block_ids, device=device),
-                num_skipped=oldest - first_block * block_size,
-                num_keys=end - oldest,
-                mask=mask,
-            )
+        if decodes_together and len(row.token_ids) == 1:
+            decodes.append((first, row))
+        else:
+            plans.append(_plan_row(row, first, block_size, window, dtype, device))
+        first += len(row.token_ids)
+    return AttentionPlan(plans, _plan_decodes(decodes, window) if decodes else None)
+
+
+def _plan_row(
+    row: BatchRow, first: int, block_size: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> RowPlan:
+    num_queries = len(row.token_ids)
+    end = row.start + num_queries
+    oldest = _oldest_key(row, window)
+    first_block = oldest // block_size
+    mask = None
+    if num_queries > 1:
+        queries = torch.arange(row.start, end, device=device)[:, None]
+        keys = torch.arange(oldest, end, device=device)
+        hidden = keys > queries
+        if window is not None:
+            hidden |= keys <= queries - window
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+    return RowPlan(
+        first=first,
+        last=first + num_queries,
+        block_ids=torch.tensor(row.block_table[first_block : -(-end // block_size)], device=device),
+        num_skipped=oldest - first_block * block_size,
+        num_keys=end - oldest,
+        mask=mask,
+    )
+
+
+def _plan_decodes(decodes: list[tuple[int, BatchRow]], window: int | None) -> DecodePlan:
+    width = max(len(row.block_table) for _, row in decodes)
+    return DecodePlan(
+        rows=torch.tensor([first for first, _ in decodes]),
+        tables=torch.tensor(
+            [row.block_table + [NULL_BLOCK] * (width - len(row.block_table)) for _, row in decodes]
+        ),
+        first=torch.tensor([_oldest_key(row, window) for _, row in decodes]),
+        last=torch.tensor([row.start + 1 for _, row in decodes]),
+    )
+
+
+def _oldest_key(row: BatchRow, window: int | None) -> int:
+    """Position of the oldest key that the row's first query sees."""
+    return 0 if window is None else max(0, row.start - window + 1)
+
+
+def rotate_and_write(
+    heads: torch.Tensor,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    num_kv_heads: int,
+) -> torch.Tensor:
+    """Rotates queries and keys by their positions and stores keys and values in the cache.
+
+    Args:
+        heads: [T, query heads + 2 * num_kv_heads, head_dim]: queries, keys, values; may be overwritten.
+        cosine, sine: [T, 1, head_dim], as for `apply_rotary`.
+        cache: [2, blocks, block_size, kv_heads, head_dim], keys then values.
+        slots: [T] int64.
+
+    Returns:
+        The rotated queries, [T, query heads, head_dim].
+    """
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    if cpu.serves(heads) and cache.dtype == torch.float32:
+        library = cpu.library()
+        assert library is not None
+        library.rotary_write_kv(
+            heads.data_ptr(),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            cache.data_ptr(),
+            slots.data_ptr(),
+            cache.stride(0),
+            len(heads),
+            num_heads,
+            num_kv_heads,
+            heads.shape[2],
         )
-        first += num_queries
-    return plans
+        return heads[:, :num_heads]
+    rotated = apply_rotary(heads[:, :-num_kv_heads], cosine, sine)
+    write_kv(cache, rotated[:, num_heads:], heads[:, -num_kv_heads:], slots)
+    return rotated[:, :num_heads]
 
 
 def write_kv(cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
@@ -94,7 +193,7 @@ def write_kv(cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot
 
 
 def paged_attention(
-    queries: torch.Tensor, cache: torch.Tensor, plans: list[RowPlan], scale: float
+    queries: torch.Tensor, cache: torch.Tensor, plan: AttentionPlan, scale: float
 ) -> torch.Tensor:
     """Causal attention of each row's queries over its own keys.
 
@@ -106,27 +205,60 @@ def paged_attention(
     Returns:
         [T, heads * head_dim] of the queries' dtype.
     """
-    num_tokens, num_heads, head_dim = queries.shape
-    num_kv_heads = cache.shape[3]
-    group = num_heads // num_kv_heads
-    output = torch.empty_like(queries)
-    for plan in plans:
-        num_queries = plan.last - plan.first
-        keys, values = (
-            half.index_select(0, plan.block_ids)
-            .flatten(0, 1)[plan.num_skipped : plan.num_skipped + plan.num_keys]
-            .to(queries.dtype)
-            .transpose(0, 1)[None]
-            for half in cache
-        )
-        # The query heads that share a key head become more query rows of it: [1, kv_heads, group * queries, D].
-        folded = queries[plan.first : plan.last].view(num_queries, num_kv_heads, group, head_dim)
-        folded = folded.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * num_queries, head_dim)
-        mask = None if plan.mask is None else plan.mask.repeat(group, 1)
-        result = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
-        result = result.view(num_kv_heads, group, num_queries, head_dim).permute(2, 0, 1, 3)
-        output[plan.first : plan.last] = result.reshape(num_queries, num_heads, head_dim)
-    return output.view(num_tokens, num_heads * head_dim)
+    output = queries.new_empty(queries.shape)
+    for row in plan.rows:
+        _attend_row(queries, cache, row, scale, output)
+    if plan.decodes is not None:
+        _attend_decodes(queries, cache, plan.decodes, scale, output)
+    return output.flatten(1)
+
+
+def _attend_row(
+    queries: torch.Tensor, cache: torch.Tensor, plan: RowPlan, scale: float, output: torch.Tensor
+) -> None:
+    (_, num_heads, head_dim), num_kv_heads = queries.shape, cache.shape[3]
+    num_queries, group = plan.last - plan.first, num_heads // num_kv_heads
+    keys, values = (
+        half.index_select(0, plan.block_ids)
+        .flatten(0, 1)[plan.num_skipped : plan.num_skipped + plan.num_keys]
+        .to(queries.dtype)
+        .transpose(0, 1)[None]
+        for half in cache
+    )
+    # The query heads that share a key head become more query rows of it: [1, kv_heads, group * queries, D].
+    folded = queries[plan.first : plan.last].view(num_queries, num_kv_heads, group, head_dim)
+    folded = folded.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * num_queries, head_dim)
+    mask = None if plan.mask is None else plan.mask.repeat(group, 1)
+    result = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    result = result.view(num_kv_heads, group, num_queries, head_dim).permute(2, 0, 1, 3)
+    output[plan.first : plan.last] = result.reshape(num_queries, num_heads, head_dim)
+
+
+def _attend_decodes(
+    queries: torch.Tensor, cache: torch.Tensor, plan: DecodePlan, scale: float, output: torch.Tensor
+) -> None:
+    library = cpu.library()
+    assert library is not None
+    (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = queries.shape, cache.shape
+    failed = library.decode_attention(
+        queries.data_ptr(),
+        cache.data_ptr(),
+        output.data_ptr(),
+        plan.rows.data_ptr(),
+        plan.tables.data_ptr(),
+        plan.first.data_ptr(),
+        plan.last.data_ptr(),
+        scale,
+        cache.stride(0),
+        *plan.tables.shape,
+        block_size,
+        num_kv_heads,
+        num_heads // num_kv_heads,
+        head_dim,
+        queries.stride(0),
+    )
+    if failed:
+        raise MemoryError("attention: no memory for the scores of a step; lower --max-num-seqs")
 
 
 def reference(

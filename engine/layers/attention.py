@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from engine.kernels.attention import RowPlan, paged_attention, write_kv
-from engine.kernels.rotary import apply_rotary
+from engine.kernels.attention import AttentionPlan, paged_attention, rotate_and_write
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.models.config import ModelConfig, RopeConfig
@@ -26,7 +25,7 @@ class AttentionInputs:
     """
 
     slots: torch.Tensor
-    plans: dict[int | None, list[RowPlan]]
+    plans: dict[int | None, AttentionPlan]
     rotary: dict[RopeConfig, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -64,11 +63,8 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, cache: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
         """x [T, hidden] → [T, hidden]; cache [2, blocks, block_size, kv_heads, head_dim] is written."""
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
-        rotated, values = heads[:, : -self.num_kv_heads], heads[:, -self.num_kv_heads :]
         if self.query_norm is not None and self.key_norm is not None:
-            queries = self.query_norm(rotated[:, : self.num_heads])
-            rotated = torch.cat((queries, self.key_norm(rotated[:, self.num_heads :])), dim=1)
-        rotated = apply_rotary(rotated, *inputs.rotary[self.rope])
-        queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-        write_kv(cache, keys, values, inputs.slots)
+            queries, keys, values = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+            heads = torch.cat((self.query_norm(queries), self.key_norm(keys), values), dim=1)
+        queries = rotate_and_write(heads, *inputs.rotary[self.rope], cache, inputs.slots, self.num_kv_heads)
         return self.output(paged_attention(queries, cache, inputs.plans[self.window], self.scale))

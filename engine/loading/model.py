@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from engine.cache_directory import cache_directory
 from engine.loading.checkpoint import Checkpoint
-from engine.loading.resolve import cache_directory
 from engine.models.decoder import Decoder
 
 CACHE_FORMAT = 1

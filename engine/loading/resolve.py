@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.cache_directory import cache_directory
 from engine.errors import ModelNotFoundError
 
 
@@ -83,12 +84,6 @@ def resolve_model(model: str) -> Path:
         f"{model}: no such directory or .gguf file; the aliases are {', '.join(MODEL_ALIASES)},"
         " and a Hugging Face repository is named like organization/model"
     )
-
-
-def cache_directory() -> Path:
-    """The user's directory for files that the engine can make again; not created here."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "llm-engine"
 
 
 def _resolve_alias(alias: str, model: PackagedModel) -> Path:

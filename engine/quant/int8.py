@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kernels.int8_matmul import int8_matmul
+from engine.kernels.int8_matmul import Int8Matmul
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import Weight, to_float
 
-MAX_IN_FEATURES = (2**31 - 1) // (127 * 127)
-"""More products of two int8 values than this could overflow an int32 sum."""
+MAX_IN_FEATURES = (2**31 - 1) // (255 * 127)
+"""More products could overflow an int32 sum; the C body adds 128 to its activations, so up to 255 * 127 each."""
 
 
 @dataclass(frozen=True)
@@ -45,5 +45,4 @@ class Int8:
         return {"weight": (values / scale[:, None]).round().to(torch.int8), "scale": scale}
 
     def bind(self, tensors: Tensors) -> Matmul:
-        weight, scale = tensors["weight"], tensors["scale"]
-        return lambda x: int8_matmul(x, weight, scale)
+        return Int8Matmul(tensors["weight"], tensors["scale"])

@@ -37,7 +37,7 @@ def test_equals_the_reference(
         rows.append(BatchRow(list(range(size)), start, 0, table, None))
         queries.append(torch.randn(size, num_heads, head_dim, generator=generator))
         stored.append((keys, values))
-    plans = plan_attention(rows, block_size, window, torch.float32, CPU)
+    plans = plan_attention(rows, block_size, window, torch.float32, torch.float32, CPU)
     output = paged_attention(torch.cat(queries), cache, plans, scale=0.3)
     expected = [
         reference(query, keys, values, start, window, 0.3)
@@ -50,9 +50,13 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
     cache = torch.randn(2, 9, 4, 3, 64)
     rows = [BatchRow([0], 9, 0, [1, 2, 3], None), BatchRow([0] * 6, 4, 0, [5, 8, 6], None)]
     queries = torch.randn(7, 9, 64)
-    together = paged_attention(queries, cache, plan_attention(rows, 4, None, torch.float32, CPU), 0.1)
+    together = paged_attention(
+        queries, cache, plan_attention(rows, 4, None, torch.float32, torch.float32, CPU), 0.1
+    )
     for row, part in zip(rows, queries.split([1, 6]), strict=True):
-        alone = paged_attention(part, cache, plan_attention([row], 4, None, torch.float32, CPU), 0.1)
+        alone = paged_attention(
+            part, cache, plan_attention([row], 4, None, torch.float32, torch.float32, CPU), 0.1
+        )
         start = 0 if len(row.token_ids) == 1 else 1
         assert torch.equal(alone, together[start : start + len(row.token_ids)])
 
