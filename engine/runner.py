@@ -86,7 +86,7 @@ class ModelRunner:
         inputs = AttentionInputs(
             slots=slot_mapping(rows, self.block_size, device),
             plans={
-                window: plan_attention(rows, self.block_size, window, self.dtype, self.caches.dtype, device)
+                window: plan_attention(rows, self.caches[0], window, self.dtype)
                 for window in set(self.model_config.sliding_windows)
             },
             rotary={rope: table.at(positions, self.dtype) for rope, table in self.rotary.items()},

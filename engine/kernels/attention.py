@@ -17,6 +17,9 @@ from engine.kernels import cpu
 from engine.kernels.rotary import apply_rotary
 from engine.kv_cache import NULL_BLOCK
 
+SEGMENT = 256
+"""Positions that the C body attends to at once; segments are combined in order."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
@@ -75,18 +78,23 @@ def slot_mapping(rows: Sequence[BatchRow], block_size: int, device: torch.device
 
 
 def plan_attention(
-    rows: Sequence[BatchRow],
-    block_size: int,
-    window: int | None,
-    dtype: torch.dtype,
-    cache_dtype: torch.dtype,
-    device: torch.device,
+    rows: Sequence[BatchRow], cache: torch.Tensor, window: int | None, dtype: torch.dtype
 ) -> AttentionPlan:
-    """Plans attention for layers that see `window` tokens back (None: all)."""
+    """Plans attention for the layers that see `window` tokens back (None: all).
+
+    Args:
+        cache: One layer's, [2, blocks, block_size, kv_heads, head_dim].
+        dtype: The activations'.
+    """
+    block_size, head_dim, device = cache.shape[2], cache.shape[4], cache.device
     plans = []
     decodes = []
     decodes_together = (
-        dtype == cache_dtype == torch.float32 and device.type == "cpu" and cpu.library() is not None
+        dtype == cache.dtype == torch.float32
+        and head_dim % 16 == 0
+        and head_dim <= 256
+        and device.type == "cpu"
+        and cpu.library() is not None
     )
     first = 0
     for row in rows:
@@ -240,25 +248,30 @@ def _attend_decodes(
     library = cpu.library()
     assert library is not None
     (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = queries.shape, cache.shape
-    failed = library.decode_attention(
+    group = num_heads // num_kv_heads
+    num_sequences, num_blocks = plan.tables.shape
+    num_segments = -(-num_blocks * block_size // SEGMENT)
+    partial = queries.new_empty(num_sequences * num_heads * num_segments * (head_dim + 2))
+    library.decode_attention(
         queries.data_ptr(),
         cache.data_ptr(),
         output.data_ptr(),
+        partial.data_ptr(),
         plan.rows.data_ptr(),
         plan.tables.data_ptr(),
         plan.first.data_ptr(),
         plan.last.data_ptr(),
         scale,
         cache.stride(0),
-        *plan.tables.shape,
+        num_sequences,
+        num_blocks,
+        num_segments,
         block_size,
         num_kv_heads,
-        num_heads // num_kv_heads,
+        group,
         head_dim,
         queries.stride(0),
     )
-    if failed:
-        raise MemoryError("attention: no memory for the scores of a step; lower --max-num-seqs")
 
 
 def reference(

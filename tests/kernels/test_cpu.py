@@ -14,8 +14,6 @@ from engine.kernels.int8_matmul import MAX_C_TOKENS
 from engine.kernels.norm import reference, rms_norm
 from engine.quant.int8 import Int8
 
-CPU = torch.device("cpu")
-
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="there is no C compiler on this machine")
 
 
@@ -74,18 +72,31 @@ def test_rotary_and_cache_write_equal_torchs(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_keys", [1, 2, 31, 300])
+@pytest.mark.parametrize("num_keys", [1, 2, 31, 256, 257, 390])
 def test_decode_attention_equals_torchs(num_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = torch.randn(2, 100, 4, 3, 64)
     table = (torch.randperm(99)[: -(-num_keys // 4)] + 1).tolist()
     rows = [BatchRow([0], num_keys - 1, 0, table, None)]
     # Large scores: the softmax has one clear winner and tails that all but vanish.
     queries = torch.randn(1, 9, 64) * 4
-    arguments = (rows, 4, None, torch.float32, torch.float32, CPU)
+    arguments = (rows, cache, None, torch.float32)
     in_c = paged_attention(queries, cache, plan_attention(*arguments), 1.0)
     monkeypatch.setattr(cpu, "library", lambda: None)
     in_torch = paged_attention(queries, cache, plan_attention(*arguments), 1.0)
     torch.testing.assert_close(in_c, in_torch, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_decode_attention_does_not_depend_on_the_batch() -> None:
+    cache = torch.randn(2, 200, 4, 3, 64)
+    rows = [BatchRow([0], last, 0, torch.randperm(199)[:150].add(1).tolist(), None) for last in (5, 599, 300)]
+    queries = torch.randn(3, 9, 64)
+    together = paged_attention(queries, cache, plan_attention(rows, cache, None, torch.float32), 0.1)
+    for i, row in enumerate(rows):
+        alone = paged_attention(
+            queries[i : i + 1], cache, plan_attention([row], cache, None, torch.float32), 0.1
+        )
+        assert torch.equal(alone[0], together[i])
 
 
 @pytest.mark.usefixtures("without_library")

@@ -33,7 +33,7 @@ _SIGNATURES = {
     "int8_matmul": [_POINTER] * 7 + [_SIZE] * 3,
     "rms_norm": [_POINTER] * 3 + [_FLOAT] + [_SIZE] * 2,
     "rotary_write_kv": [_POINTER] * 5 + [_SIZE] * 5,
-    "decode_attention": [_POINTER] * 7 + [_FLOAT] + [_SIZE] * 8,
+    "decode_attention": [_POINTER] * 8 + [_FLOAT] + [_SIZE] * 9,
 }
 
 

@@ -6,9 +6,8 @@
 
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 
-enum { LOW_STEPS = 254 };
+enum { LOW_STEPS = 254, SEGMENT = 256 };
 
 // Two int8 terms of one token (see engine/quant/int8.py), each plus 128, since products of unsigned and
 // signed bytes have an instruction of their own. Returns the token's scale.
@@ -108,59 +107,100 @@ static inline float exp_negative(float x) {
     return sum * power.value;
 }
 
-// Attention of one query a sequence over its keys first[s] … last[s] - 1.
+// Sixteen floats; a compiler for smaller registers splits it.
+typedef float vector __attribute__((vector_size(64), aligned(4)));
+
+static inline float sum_lanes(vector v) {
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return v[0];
+}
+
+// Softmax-weighted sum of up to SEGMENT values for `group` queries: out[g, :] is not yet divided by sums[g], its
+// weights are relative to the largest score, largest[g]. slots: where key i lies, in units of `stride` floats.
+// Inlined for each head dimension, so that a query, a key and a sum stay in registers.
+static inline __attribute__((always_inline)) void attend(const float *q, const float *keys, const float *values,
+                                                         const int64_t *slots, int64_t num_keys, int64_t stride,
+                                                         float scale, int64_t group, float *out, float *largest,
+                                                         float *sums, const int64_t D) {
+    float weights[SEGMENT];
+    for (int64_t g = 0; g < group; g++) {
+        float top = -INFINITY, sum = 0.0f;
+        for (int64_t i = 0; i < num_keys; i++) {
+            const float *key = keys + slots[i] * stride;
+            vector products = {0};
+            for (int64_t d = 0; d < D; d += 16)
+                products += *(const vector *)(q + g * D + d) * *(const vector *)(key + d);
+            weights[i] = sum_lanes(products) * scale;
+            top = fmaxf(top, weights[i]);
+        }
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < num_keys; i++) {
+            weights[i] = exp_negative(weights[i] - top);
+            sum += weights[i];
+        }
+        vector total[16] = {{0}};
+        for (int64_t i = 0; i < num_keys; i++) {
+            const float *value = values + slots[i] * stride;
+            for (int64_t d = 0; d < D; d += 16) total[d / 16] += weights[i] * *(const vector *)(value + d);
+        }
+        for (int64_t d = 0; d < D; d += 16) *(vector *)(out + g * D + d) = total[d / 16];
+        largest[g] = top;
+        sums[g] = sum;
+    }
+}
+
+// Attention of one query a sequence over its keys first[s] … last[s] - 1, for head dimensions that are multiples
+// of 16 up to 256. Keys are taken in segments of SEGMENT positions counted from 0, each by itself, and combined in
+// their order: what a token gets depends on its own position alone.
 // queries: [T, stride] of which row rows[s] starts with the sequence's query heads [kv_heads * group, D];
 // output: [T, kv_heads * group, D], row rows[s]; tables: [S, max_blocks]; cache: as above, in blocks of
-// block_size slots. Returns 0, or 1 if memory for the scores ran out.
-int decode_attention(const float *queries, const float *cache, float *output, const int64_t *rows,
-                     const int64_t *tables, const int64_t *first, const int64_t *last, float scale,
-                     int64_t values_offset, int64_t S, int64_t max_blocks, int64_t block_size, int64_t kv_heads,
-                     int64_t group, int64_t D, int64_t stride) {
-    int failed = 0;
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t task = 0; task < S * kv_heads; task++) {
-        const int64_t s = task / kv_heads, head = task % kv_heads, num_keys = last[s] - first[s];
-        const int64_t *table = tables + s * max_blocks;
-        const float *q = queries + rows[s] * stride + head * group * D;
-        float *out = output + (rows[s] * kv_heads + head) * group * D;
-        float *scores = malloc(sizeof(float) * (size_t)(group * num_keys));
-        if (scores == NULL) {
-            failed = 1;
-            continue;
+// block_size slots; partial: scratch of S * kv_heads * segments * group * (D + 2) floats, where segments is
+// ceil(max(last) / SEGMENT).
+void decode_attention(const float *queries, const float *cache, float *output, float *partial,
+                      const int64_t *rows, const int64_t *tables, const int64_t *first, const int64_t *last,
+                      float scale, int64_t values_offset, int64_t S, int64_t max_blocks, int64_t segments,
+                      int64_t block_size, int64_t kv_heads, int64_t group, int64_t D, int64_t stride) {
+    float *tops = partial + S * kv_heads * segments * group * D, *sums = tops + S * kv_heads * segments * group;
+#pragma omp parallel
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < S * kv_heads * segments; task++) {
+            const int64_t segment = task % segments, head = task / segments % kv_heads;
+            const int64_t s = task / segments / kv_heads;
+            int64_t begin = segment * SEGMENT, end = begin + SEGMENT, slots[SEGMENT];
+            if (begin < first[s]) begin = first[s];
+            if (end > last[s]) end = last[s];
+            if (begin >= end) continue;
+            for (int64_t position = begin; position < end; position++)
+                slots[position - begin] =
+                    tables[s * max_blocks + position / block_size] * block_size + position % block_size;
+            const float *q = queries + rows[s] * stride + head * group * D;
+            const float *keys = cache + head * D, *values = keys + values_offset;
+            float *out = partial + task * group * D, *top = tops + task * group, *sum = sums + task * group;
+            const int64_t n = end - begin, step = kv_heads * D;
+            if (D == 64) attend(q, keys, values, slots, n, step, scale, group, out, top, sum, 64);
+            else if (D == 128) attend(q, keys, values, slots, n, step, scale, group, out, top, sum, 128);
+            else if (D == 256) attend(q, keys, values, slots, n, step, scale, group, out, top, sum, 256);
+            else attend(q, keys, values, slots, n, step, scale, group, out, top, sum, D);
         }
-        for (int64_t i = 0; i < num_keys; i++) {
-            const int64_t position = first[s] + i;
-            const int64_t slot = table[position / block_size] * block_size + position % block_size;
-            const float *key = cache + (slot * kv_heads + head) * D;
-            for (int64_t g = 0; g < group; g++) {
-                float product = 0.0f;
-#pragma omp simd reduction(+ : product)
-                for (int64_t d = 0; d < D; d++) product += q[g * D + d] * key[d];
-                scores[g * num_keys + i] = product * scale;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < S * kv_heads * group; task++) {
+            const int64_t g = task % group, head = task / group % kv_heads, s = task / group / kv_heads;
+            float *out = output + ((rows[s] * kv_heads + head) * group + g) * D;
+            float top = -INFINITY, sum = 0.0f;
+            for (int64_t d = 0; d < D; d++) out[d] = 0.0f;
+            for (int64_t segment = first[s] / SEGMENT; segment * SEGMENT < last[s]; segment++) {
+                const int64_t i = ((s * kv_heads + head) * segments + segment) * group + g;
+                const float larger = fmaxf(top, tops[i]);
+                const float kept = exp_negative(top - larger), added = exp_negative(tops[i] - larger);
+                for (int64_t d = 0; d < D; d++) out[d] = out[d] * kept + partial[i * D + d] * added;
+                sum = sum * kept + sums[i] * added;
+                top = larger;
             }
+            for (int64_t d = 0; d < D; d++) out[d] /= sum;
         }
-        for (int64_t g = 0; g < group; g++) {
-            float *row = scores + g * num_keys, largest = row[0], sum = 0.0f;
-            for (int64_t i = 1; i < num_keys; i++) largest = fmaxf(largest, row[i]);
-#pragma omp simd
-            for (int64_t i = 0; i < num_keys; i++) row[i] = exp_negative(row[i] - largest);
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < num_keys; i++) sum += row[i];
-            const float factor = 1.0f / sum;
-            for (int64_t i = 0; i < num_keys; i++) row[i] *= factor;
-            for (int64_t d = 0; d < D; d++) out[g * D + d] = 0.0f;
-        }
-        for (int64_t i = 0; i < num_keys; i++) {
-            const int64_t position = first[s] + i;
-            const int64_t slot = table[position / block_size] * block_size + position % block_size;
-            const float *value = cache + values_offset + (slot * kv_heads + head) * D;
-            for (int64_t g = 0; g < group; g++) {
-                const float weight = scores[g * num_keys + i];
-#pragma omp simd
-                for (int64_t d = 0; d < D; d++) out[g * D + d] += weight * value[d];
-            }
-        }
-        free(scores);
     }
-    return failed;
 }
