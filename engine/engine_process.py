@@ -24,8 +24,8 @@ from engine.messages import Abort, Add, Died, Outputs, Ready, Start, StartFailed
 def main(address: str) -> int:
     """Connects to the parent, loads the model, and steps until told to stop. Returns the exit status of a failure."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    # Ctrl-C reaches the whole process group; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A service manager may signal every process it knows; the parent decides what that means.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.set_hwm(0)
@@ -44,7 +44,6 @@ def main(address: str) -> int:
                     max_model_len=info.max_model_len,
                     vocab_size=info.vocab_size,
                     default_params=info.default_params,
-                    memory_plan=info.memory_plan,
                 )
             )
         )

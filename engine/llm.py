@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
@@ -42,6 +43,7 @@ class LLM:
         path = resolve_model(model)
         self.tokenizer = load_tokenizer(path)
         self.core = EngineCore(self.config, path, self.tokenizer.eos_token_ids)
+        print(self.core.info.memory_plan, file=sys.stderr)
         self._request_ids = map(str, count())
 
     @property

@@ -9,6 +9,7 @@ import torch
 
 from engine.config import EngineConfig, SchedulerConfig, format_bytes, parse_bytes
 from engine.errors import ConfigError
+from engine.kernels import cpu
 from engine.models.config import ModelConfig
 
 DEFAULT_CPU_CACHE_SHARE = 0.25
@@ -33,7 +34,6 @@ class MemoryPlan:
     block_size: int
     num_blocks: int
     max_model_len: int
-    model_max_len: int
     requested_max_len: int
 
     @property
@@ -115,7 +115,6 @@ def plan_memory(
         block_size=config.block_size,
         num_blocks=num_blocks,
         max_model_len=min(requested, num_blocks * config.block_size),
-        model_max_len=model.max_position_embeddings,
         requested_max_len=requested,
     )
 
@@ -126,8 +125,13 @@ def _activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
         2 * model.intermediate_size, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     )
     logits = 3 * scheduler.max_num_seqs * model.vocab_size
-    attention = scheduler.long_prefill_token_threshold * scheduler.max_model_len * 2
-    return 4 * (scheduler.max_num_batched_tokens * width + logits + attention)
+    # The mask of a prompt that has a step to itself, once more for each query head that shares a key head;
+    # and a share of the output for each segment of each sequence that decodes.
+    group = model.num_heads // model.num_kv_heads
+    masks = scheduler.max_num_batched_tokens * scheduler.max_model_len * (group + 2)
+    segments = -(-scheduler.max_model_len // cpu.SEGMENT)
+    partial = scheduler.max_num_seqs * segments * model.num_heads * (model.head_dim + 2)
+    return 4 * (scheduler.max_num_batched_tokens * width + logits + masks + partial)
 
 
 def _available_bytes(config: EngineConfig, device: torch.device) -> int:

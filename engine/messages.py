@@ -40,7 +40,6 @@ class Ready(msgspec.Struct, tag=True, kw_only=True):
     max_model_len: int
     vocab_size: int
     default_params: dict[str, Any]
-    memory_plan: str
 
 
 class StartFailed(msgspec.Struct, tag=True):

@@ -94,7 +94,7 @@ class Scheduler:
                 self._finish(sequence)
 
     def schedule(self) -> Batch:
-        """Plans the next step; an empty batch means that nothing can run."""
+        """Plans the next step. With work there is always something to run: the first in order fits alone."""
         plan: dict[Sequence, int] = {}
         budget = self.config.max_num_batched_tokens
         num_preemptions = self.num_preemptions

@@ -139,6 +139,28 @@ def test_a_failed_start_keeps_its_type_and_message(
     run(check())
 
 
+def test_a_process_that_cannot_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends before it could connect."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+
+    async def check() -> None:
+        with pytest.raises(EngineDeadError, match="exited with status 1"):
+            await AsyncEngine(CONFIG).start()
+
+    run(check())
+
+
+def test_a_request_right_after_the_engines_death_fails() -> None:
+    async def check() -> None:
+        async with started() as engine:
+            engine_process().kill()
+            for i in range(3):
+                with pytest.raises(EngineDeadError, match="SIGKILL"):
+                    await collect(engine, "Once", LONG, f"{i}")
+
+    run(check())
+
+
 def test_a_damaged_model_is_reported_from_either_process(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(b"GGUF" + bytes(100))
@@ -169,7 +191,12 @@ def test_the_engine_goes_with_its_parent(tmp_path: Path) -> None:
         asyncio.run(main())
         """)
     )
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as parent:
         assert parent.stdout is not None
         child = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
@@ -177,5 +204,4 @@ def test_the_engine_goes_with_its_parent(tmp_path: Path) -> None:
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
-    sockets = Path("/proc/net/unix").read_text()
-    assert f"llm-engine-{parent.pid}" not in sockets
+    assert list(tmp_path.iterdir()) == [script]

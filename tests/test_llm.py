@@ -148,8 +148,9 @@ def test_a_row_that_fails_in_the_model_fails_alone(llm: LLM, monkeypatch: pytest
     assert llm.core.scheduler.kv_cache.pool.num_free == llm.core.info.num_blocks
 
 
-def test_context_shrinks_to_the_cache() -> None:
+def test_context_shrinks_to_the_cache(capfd: pytest.CaptureFixture[str]) -> None:
     small = LLM(model="llama", quant="int8", kv_cache_memory="2MiB")
+    assert "max_model_len was 8192" in capfd.readouterr().err
     assert small.core.info.max_model_len < 8192
     assert "raise --kv-cache-memory" in small.core.info.memory_plan
     with pytest.raises(RequestError, match=f"the context holds {small.core.info.max_model_len}"):

@@ -17,9 +17,6 @@ from engine.kernels import cpu
 from engine.kernels.rotary import apply_rotary
 from engine.kv_cache import NULL_BLOCK
 
-SEGMENT = 256
-"""Positions that the C body attends to at once; segments are combined in order."""
-
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
@@ -168,9 +165,10 @@ def rotate_and_write(
         The rotated queries, [T, query heads, head_dim].
     """
     num_heads = heads.shape[1] - 2 * num_kv_heads
-    if cpu.serves(heads) and cache.dtype == torch.float32:
+    if cpu.serves(heads, cache):
         library = cpu.library()
         assert library is not None
+        heads = heads.contiguous()
         library.rotary_write_kv(
             heads.data_ptr(),
             cosine.data_ptr(),
@@ -250,7 +248,7 @@ def _attend_decodes(
     (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = queries.shape, cache.shape
     group = num_heads // num_kv_heads
     num_sequences, num_blocks = plan.tables.shape
-    num_segments = -(-num_blocks * block_size // SEGMENT)
+    num_segments = -(-num_blocks * block_size // cpu.SEGMENT)
     partial = queries.new_empty(num_sequences * num_heads * num_segments * (head_dim + 2))
     library.decode_attention(
         queries.data_ptr(),

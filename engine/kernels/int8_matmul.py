@@ -94,6 +94,7 @@ class Int8Matmul:
         library = cpu.library()
         assert library is not None
         (num_tokens, in_features), out_features = x.shape, self.weight.shape[0]
+        x = x.contiguous()
         y = x.new_empty(num_tokens, out_features)
         scratch = torch.empty(num_tokens * (2 * in_features + 4) + 4, dtype=torch.uint8)
         library.int8_matmul(

@@ -17,10 +17,12 @@ def reference(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Te
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """RMSNorm over the last dimension: x [..., H], weight [H] → [..., H] of x's dtype."""
-    if not (cpu.serves(x) and weight.dtype == torch.float32):
+    if not (cpu.serves(x, weight)):
         return F.rms_norm(x, weight.shape, weight, epsilon)
     library = cpu.library()
     assert library is not None
+    # Heads split off a stack are strided, unless there is one token: the body must not depend on that.
+    x = x.contiguous()
     y = torch.empty_like(x)
     size = weight.shape[0]
     library.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), epsilon, x.numel() // size, size)

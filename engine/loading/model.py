@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from engine.cache_directory import cache_directory
+from engine.errors import ConfigError
 from engine.loading.checkpoint import Checkpoint
 from engine.models.decoder import Decoder
 
@@ -54,7 +55,13 @@ def load_weights(
                 return checkpoint.tensor(tensor_name)
 
             model.load(read)  # type: ignore[arg-type]
-        _save(model.state_dict(), path)
+        try:
+            _save(model.state_dict(), path)
+        except OSError as error:
+            raise ConfigError(
+                f"cache_dir: parsed weights cannot be written to {directory} ({error}); "
+                "name another directory with --cache-dir"
+            ) from error
     # Also after parsing: the mapped file then backs the weights, and what parsing allocated is released.
     with safe_open(path, framework="pt", device=str(device)) as file:
         model.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, assign=True)  # noqa: SIM118

@@ -111,7 +111,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        # Below this a float32 quotient can overflow, and the likeliest token is all that could be drawn.
+        return self.temperature < 1e-5
 
     @property
     def has_penalties(self) -> bool:

@@ -42,7 +42,7 @@ def sample(logits: torch.Tensor, draws: list[Draw]) -> list[SampledToken | RowFa
 
 def _is_plain_greedy(draw: Draw) -> bool:
     params = draw.params
-    return not (params.temperature > 0 or params.logit_bias or params.has_penalties or draw.stop_token_ids)
+    return params.is_greedy and not (params.logit_bias or params.has_penalties or draw.stop_token_ids)
 
 
 def _draw_token(logits: torch.Tensor, draw: Draw) -> int:

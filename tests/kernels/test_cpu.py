@@ -60,6 +60,26 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
 
 
 @needs_compiler
+def test_rms_norm_of_split_heads_does_not_depend_on_the_batch() -> None:
+    heads, weight = torch.randn(4, 6, 64), torch.randn(64)
+    together = rms_norm(heads.split((2, 4), dim=1)[0], weight, 1e-5)
+    for token in range(4):
+        alone = rms_norm(heads[token : token + 1].split((2, 4), dim=1)[0], weight, 1e-5)
+        assert torch.equal(alone[0], together[token])
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so(value: float) -> None:
+    stored = Int8().quantize(torch.randn(8, 64))
+    x = torch.randn(2, 64)
+    x[1, 7] = value
+    y = Int8().bind(stored)(x)
+    assert y[0].isfinite().all()
+    assert not y[1].isfinite().any()
+
+
+@needs_compiler
 def test_rotary_and_cache_write_equal_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     heads, angles = torch.randn(5, 9 + 3 + 3, 64), torch.rand(5, 1, 32)
     cosine, sine = angles.cos().repeat(1, 1, 2), torch.cat((-angles.sin(), angles.sin()), dim=-1)

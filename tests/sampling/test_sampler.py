@@ -47,6 +47,11 @@ def test_greedy_takes_the_largest(logits: torch.Tensor) -> None:
     assert sample_one(logits, draw(temperature=0)) == int(logits.argmax())
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
+def test_a_vanishing_temperature_is_greedy(logits: torch.Tensor, temperature: float) -> None:
+    assert sample_one(logits, draw(temperature=temperature, top_p=0.9)) == int(logits.argmax())
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_softmax(logits: torch.Tensor, temperature: float) -> None:
     expected = torch.softmax(logits / temperature, dim=-1)

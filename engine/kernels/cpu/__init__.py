@@ -23,9 +23,12 @@ from engine.cache_directory import cache_directory
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
+SEGMENT = 256
+"""Positions that decode attention takes at once; segments are combined in order."""
+
 FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno",
-    "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
+    "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", f"-DSEGMENT={SEGMENT}",
 )  # fmt: skip
 
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -46,21 +49,19 @@ def library() -> ctypes.CDLL | None:
         logger.info("no C compiler (%s): torch's operators serve, slower at a few tokens a step", name)
         return None
     try:
-        path = _build(compiler)
-    except subprocess.CalledProcessError as error:
-        logger.warning(
-            "%s could not build the CPU kernels, torch's operators serve: %s", compiler, error.stderr
-        )
+        loaded = ctypes.CDLL(str(_build(compiler)))
+    except (subprocess.CalledProcessError, OSError) as error:
+        cause = getattr(error, "stderr", None) or error
+        logger.warning("%s could not build the CPU kernels, torch's operators serve: %s", compiler, cause)
         return None
-    loaded = ctypes.CDLL(str(path))
     for name, types in _SIGNATURES.items():
         getattr(loaded, name).argtypes = types
     return loaded
 
 
-def serves(x: torch.Tensor) -> bool:
-    """Whether the C bodies take this tensor: float32, contiguous, on the CPU, and there is a library."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous() and library() is not None
+def serves(*tensors: torch.Tensor) -> bool:
+    """Whether the C bodies take these tensors, once contiguous: float32 on the CPU, and there is a library."""
+    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors) and library() is not None
 
 
 def _build(compiler: str) -> Path:

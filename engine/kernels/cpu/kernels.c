@@ -1,20 +1,31 @@
 // The CPU bodies of the kernels that torch's operators leave slow at a few tokens a step.
 //
-// Plain C for any compiler's vectorizer, built on the machine that runs it (see build.py). Floating-point
+// Plain C for any compiler's vectorizer, built on the machine that runs it (see __init__.py, which also sets SEGMENT). Floating-point
 // contraction is off, so that a product and a sum round as they do in torch; every reduction runs in an order
 // fixed by its own length. OpenMP's threads are torch's own: both use the libgomp that torch has loaded.
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
-enum { LOW_STEPS = 254, SEGMENT = 256 };
+enum { LOW_STEPS = 254 };
 
 // Two int8 terms of one token (see engine/quant/int8.py), each plus 128, since products of unsigned and
-// signed bytes have an instruction of their own. Returns the token's scale.
+// signed bytes have an instruction of their own. Returns the token's scale: NaN if a value is not finite.
 static float quantize_token(const float *x, int64_t size, uint8_t *high, uint8_t *low) {
     float largest = 0.0f;
-#pragma omp simd reduction(max : largest)
-    for (int64_t k = 0; k < size; k++) largest = fmaxf(largest, fabsf(x[k]));
+    int32_t finite = 1;
+#pragma omp simd reduction(max : largest) reduction(& : finite)
+    for (int64_t k = 0; k < size; k++) {
+        largest = fmaxf(largest, fabsf(x[k]));  // which drops a NaN
+        finite &= fabsf(x[k]) <= FLT_MAX;
+    }
+    if (!finite) {
+        memset(high, 128, (size_t)size);
+        memset(low, 128, (size_t)size);
+        return NAN;
+    }
     const float scale = largest * (float)(1.0 / 127);
     const float divisor = fmaxf(scale, 1.17549435e-38f);
 #pragma omp simd
@@ -92,7 +103,7 @@ void rotary_write_kv(float *heads, const float *cosine, const float *sine, float
 
 // exp(x) for x <= 0, to 3e-7 relative: 2^n times the Taylor series of the rest, |r| <= ln(2) / 2.
 static inline float exp_negative(float x) {
-    x = fmaxf(x, -87.0f);
+    x = x < -87.0f ? -87.0f : x;  // unlike fmaxf this keeps a NaN
     const float n = rintf(x * 1.44269504f);
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts
     float sum = 1.0f / 5040;
