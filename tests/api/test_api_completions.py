@@ -142,6 +142,12 @@ def test_a_repeated_prompt_comes_from_the_cache(client: openai.OpenAI) -> None:
     assert again.choices[0].text == first.choices[0].text
 
 
+def test_what_samples_share_is_not_counted_as_cached(client: openai.OpenAI) -> None:
+    prompt = "Another list of numbers: " + " ".join(map(str, range(70, 130)))
+    completion = complete(client, prompt=prompt, max_tokens=2, n=3)
+    assert completion.usage.prompt_tokens_details.cached_tokens == 0
+
+
 def test_neutral_and_harmless_fields_are_accepted(client: openai.OpenAI) -> None:
     completion = complete(client, best_of=1, suffix="", user="somebody", max_tokens=1, stop=None)
     assert completion.usage.completion_tokens == 1
