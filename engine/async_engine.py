@@ -10,9 +10,10 @@ import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncGenerator
+import threading
+from collections.abc import AsyncGenerator, Callable
 from itertools import count
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import zmq
 import zmq.asyncio
@@ -41,6 +42,8 @@ from engine.sampling.params import SamplingParams
 from engine.sampling.random import derive_seed
 from engine.tokenizer import Tokenizer, load_tokenizer
 from engine.validation import validate_request
+
+Result = TypeVar("Result")
 
 SHUTDOWN_SECONDS = 5.0
 
@@ -85,8 +88,8 @@ class AsyncEngine:
             EngineError: Of the type the engine failed with; EngineStartError if it is none of ours.
         """
         try:
-            path = await asyncio.to_thread(resolve_model, self.config.model)
-            self.tokenizer = await asyncio.to_thread(load_tokenizer, path)
+            path = await _in_daemon_thread(lambda: resolve_model(self.config.model))
+            self.tokenizer = await _in_daemon_thread(lambda: load_tokenizer(path))
             await self._spawn()
             start = Start(
                 options=dataclasses.asdict(self.config),
@@ -276,6 +279,33 @@ class AsyncEngine:
         self.status, self.error = "dead", reason
         for queue in self._queues.values():
             queue.put_nowait(None)
+
+
+async def _in_daemon_thread(function: Callable[[], Result]) -> Result:
+    """Like asyncio.to_thread, but a program that ends does not wait for it: a download may take hours."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def settle(error: BaseException | None, result: Result | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        error, result = None, None
+        try:
+            result = function()
+        except BaseException as caught:
+            error = caught
+        # The loop may have been closed in the meantime: then nobody waits.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, error, result)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await future
 
 
 def _exit_cause(status: int) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -159,6 +160,24 @@ def test_a_request_right_after_the_engines_death_fails() -> None:
                     await collect(engine, "Once", LONG, f"{i}")
 
     run(check())
+
+
+def test_a_download_does_not_keep_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    timer = threading.Timer(60, released.set)
+    timer.start()
+    monkeypatch.setattr("engine.async_engine.resolve_model", lambda model: released.wait())
+
+    async def check() -> None:
+        engine = AsyncEngine(CONFIG)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.start(), 0.1)
+        assert engine.status == "dead"
+
+    asyncio.run(check())
+    assert not released.is_set()
+    timer.cancel()
+    released.set()
 
 
 def test_a_damaged_model_is_reported_from_either_process(tmp_path: Path) -> None:
