@@ -19,20 +19,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m engine.serve",
         description="Serve a model over an OpenAI-compatible API.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
-    parser.add_argument("--served-model-name", nargs="+", help="names of the model in the API")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument(
-        "--api-key", default=os.environ.get("ENGINE_API_KEY"), help="key that requests must carry"
+        "--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)"
     )
+    parser.add_argument(
+        "--served-model-name", nargs="+", help="names of the model in the API; default: --model"
+    )
+    parser.add_argument("--api-key", help="key that requests must carry; default: $ENGINE_API_KEY, if set")
     hints = get_type_hints(EngineConfig)
     for option in dataclasses.fields(EngineConfig):
+        # An option without a default of its own says in its help what stands in for it.
+        shown = "" if option.default is None else " (default: %(default)s)"
         parser.add_argument(
             "--" + option.name.replace("_", "-"),
             default=option.default,
-            help=option.metadata["help"],
+            help=option.metadata["help"] + shown,
             **_argument_type(hints[option.name]),
         )
     return parser
@@ -52,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the options and serves until interrupted. Returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = vars(build_parser().parse_args(arguments))
-    host, port, api_key = options.pop("host"), options.pop("port"), options.pop("api_key")
+    host, port = options.pop("host"), options.pop("port")
+    api_key = options.pop("api_key") or os.environ.get("ENGINE_API_KEY")
     names = options.pop("served_model_name") or [options["model"]]
     try:
         _serve(EngineConfig(**options), host, port, names, api_key)

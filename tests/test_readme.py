@@ -27,6 +27,11 @@ def test_every_option_of_the_engine_is_one_of_the_server() -> None:
     assert (options["enable_prefix_caching"], options["max_model_len"]) == (False, 77)
 
 
+def test_help_does_not_show_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_API_KEY", "a secret")
+    assert "a secret" not in build_parser().format_help()
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("512MiB", 2**29), ("1.5GiB", 3 * 2**29), ("10", 10), ("4 KB", 4000)]
 )
