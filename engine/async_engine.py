@@ -108,8 +108,9 @@ class AsyncEngine:
             await self.shutdown()
             raise _start_error(message)
         assert isinstance(message, Ready)
-        self.max_model_len, self.vocab_size = message.max_model_len, message.vocab_size
-        self.default_params = message.default_params
+        info = message.info
+        self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
+        self.default_params = info.default_params
         self.status = "ready"
         self._receiver = asyncio.create_task(self._receive_outputs())
 

@@ -14,7 +14,7 @@ from engine.config import EngineConfig, SchedulerConfig
 from engine.errors import CheckpointError
 from engine.kv_cache import BlockPool, KVCacheManager
 from engine.loading.checkpoint import open_checkpoint
-from engine.metrics import EngineStats
+from engine.metrics import EngineInfo, EngineStats
 from engine.request import EngineOutput, Request, RowFailure, SampledToken
 from engine.runner import ModelRunner
 from engine.sampling.params import SamplingParams
@@ -22,22 +22,6 @@ from engine.scheduler import Scheduler
 
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """The keys of generation_config.json that are sampling parameters here too."""
-
-
-class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a started engine tells those who send it requests.
-
-    Attributes:
-        default_params: Sampling parameters that the model's generation_config.json recommends.
-        memory_plan: For people.
-    """
-
-    max_model_len: int
-    vocab_size: int
-    num_blocks: int
-    block_size: int
-    default_params: dict[str, Any]
-    memory_plan: str
 
 
 class EngineCore:
@@ -62,8 +46,6 @@ class EngineCore:
         self.info = EngineInfo(
             max_model_len=plan.max_model_len,
             vocab_size=self.runner.model_config.vocab_size,
-            num_blocks=plan.num_blocks,
-            block_size=plan.block_size,
             default_params=_default_params(checkpoint.generation_config),
             memory_plan=str(plan),
         )

@@ -37,16 +37,7 @@ def main(address: str) -> int:
                 traceback.print_exc()
             socket.send(encode(StartFailed(type(error).__name__, str(error))))
             return 1
-        info = core.info
-        socket.send(
-            encode(
-                Ready(
-                    max_model_len=info.max_model_len,
-                    vocab_size=info.vocab_size,
-                    default_params=info.default_params,
-                )
-            )
-        )
+        socket.send(encode(Ready(core.info)))
         try:
             _run(core, socket)
         except Exception as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from engine.metrics import EngineStats
+from engine.metrics import EngineInfo, EngineStats
 from engine.request import EngineOutput, Request
 
 
@@ -34,12 +34,10 @@ class Abort(msgspec.Struct, tag=True):
     index: int | None = None
 
 
-class Ready(msgspec.Struct, tag=True, kw_only=True):
-    """The engine takes requests. The fields are those of `engine.core.EngineInfo`."""
+class Ready(msgspec.Struct, tag=True):
+    """The engine takes requests."""
 
-    max_model_len: int
-    vocab_size: int
-    default_params: dict[str, Any]
+    info: EngineInfo
 
 
 class StartFailed(msgspec.Struct, tag=True):

@@ -1,12 +1,28 @@
-"""What the engine counts. Cumulative counts only grow; the rest describe the moment of the last step."""
+"""What the engine tells of itself: its limits once it has started, its counts after every step."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import msgspec
 
 
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a started engine tells those who send it requests.
+
+    Attributes:
+        default_params: Sampling parameters that the model's generation_config.json recommends.
+        memory_plan: For people.
+    """
+
+    max_model_len: int
+    vocab_size: int
+    default_params: dict[str, Any]
+    memory_plan: str
+
+
 class EngineStats(msgspec.Struct, kw_only=True):
-    """Counters and gauges of one engine.
+    """Counters and gauges of one engine. Cumulative counts only grow; the rest describe the moment.
 
     Attributes:
         num_requests_running: Sequences that hold blocks.

@@ -25,7 +25,7 @@ def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
     assert results[0].outputs[0].text.startswith(" Paris")
     assert results[1].outputs[0].token_ids == results[0].outputs[0].token_ids[:5]
     assert all(result.finished and result.outputs[0].finish_reason == "length" for result in results)
-    assert llm.core.scheduler.kv_cache.pool.num_free == llm.core.info.num_blocks
+    assert llm.core.stats.kv_cache_usage_perc == 0.0
 
 
 def test_one_prompt_needs_no_list(llm: LLM) -> None:
@@ -145,7 +145,7 @@ def test_a_row_that_fails_in_the_model_fails_alone(llm: LLM, monkeypatch: pytest
     assert bad.outputs[0].finish_reason == "error"
     assert bad.error == "RuntimeError: no luck with 17"
     assert good.outputs[0].token_ids == expected.outputs[0].token_ids
-    assert llm.core.scheduler.kv_cache.pool.num_free == llm.core.info.num_blocks
+    assert llm.core.stats.kv_cache_usage_perc == 0.0
 
 
 def test_context_shrinks_to_the_cache(capfd: pytest.CaptureFixture[str]) -> None:

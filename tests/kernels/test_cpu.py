@@ -127,20 +127,17 @@ def test_without_a_library_torchs_operators_serve() -> None:
 
 
 @pytest.mark.usefixtures("fresh_lookup")
-def test_no_compiler_is_said_and_survived(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        ("no-such-compiler", "no C compiler (no-such-compiler)"),
+        ("false", "could not build the CPU kernels"),
+    ],
+)
+def test_a_compiler_that_is_missing_or_fails_is_said_and_survived(
+    compiler: str, message: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("CC", compiler)
     with caplog.at_level("INFO"):
         assert cpu.library() is None
-    assert "no C compiler (no-such-compiler)" in caplog.text
-
-
-@pytest.mark.usefixtures("fresh_lookup")
-def test_a_compiler_that_fails_is_said_and_survived(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("CC", "false")
-    with caplog.at_level("INFO"):
-        assert cpu.library() is None
-    assert "could not build the CPU kernels" in caplog.text
+    assert message in caplog.text
