@@ -33,9 +33,11 @@ lint: install
 
 test: lint
 	$(PYTHON) -m pytest -m 'not slow'
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m 'not slow' tests/interpreted
 
 test-all: lint
 	$(PYTHON) -m pytest
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/interpreted
 
 bench: install
 	$(PYTHON) -m benchmarks.throughput --model $(MODEL) --quant none --quant int8 --quant int4

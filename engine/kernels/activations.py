@@ -1,0 +1,81 @@
+"""What a product takes as its left operand: floats, or what an earlier kernel has made of them on its way out.
+
+A scheme names the format that its product wants. A norm or an activation that runs as a Triton kernel writes
+that format instead of floats, which saves a pass over memory; the CPU's bodies pass floats on, and every
+product takes floats too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+SUM_SIZE = 32
+"""Elements along K in one of `GroupSums`' sums, the smallest group of an int4 weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Format:
+    """int8 terms of each token.
+
+    Attributes:
+        terms: 1: the rounded value; 2: also the remainder, on a grid 254 times finer.
+        group_size: Elements along K that share a scale: 32, 64 or 128; None for one scale a token.
+    """
+
+    terms: Literal[1, 2] = 2
+    group_size: Literal[32, 64, 128] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SumsFormat:
+    """Floats and the sums of each 32 of them."""
+
+
+Format = Int8Format | SumsFormat | None
+"""None: floats alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Activations:
+    """x[m, k] ≈ (high[m, k] + low[m, k] / 254) * scale[m, group of k].
+
+    Attributes:
+        high: [M, K] int8.
+        low: [M, K] int8, or None with one term.
+        scale: [M, groups] float32; one group without a group size.
+        dtype: The floats' type, which a product returns.
+    """
+
+    high: torch.Tensor
+    low: torch.Tensor | None
+    scale: torch.Tensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSums:
+    """Floats, and their sums over SUM_SIZE consecutive elements along K.
+
+    Attributes:
+        values: [M, K] float.
+        sums: [M, ceil(K / 32)] float32.
+    """
+
+    values: torch.Tensor
+    sums: torch.Tensor
+
+
+Activations = torch.Tensor | Int8Activations | GroupSums
+
+
+def num_tokens(x: Activations) -> int:
+    """M of the activations [M, K]."""
+    match x:
+        case Int8Activations():
+            return x.high.shape[0]
+        case GroupSums():
+            return x.values.shape[0]
+    return x.shape[0]
