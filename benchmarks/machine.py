@@ -12,8 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 # The instruction sets that decide how fast small matrices multiply.
 _NOTABLE_CPU_FLAGS = frozenset(
     {
@@ -69,10 +67,9 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cpu_flags": flags,
-        "physical_cores": psutil.cpu_count(logical=False),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "load_average": list(psutil.getloadavg()),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "load_average": list(os.getloadavg()),
         "gpus": _gpus(),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -89,7 +89,9 @@ class AsyncEngine:
         """
         try:
             path = await _in_daemon_thread(lambda: resolve_model(self.config.model))
-            self.tokenizer = await _in_daemon_thread(lambda: load_tokenizer(path))
+            self.tokenizer = await _in_daemon_thread(
+                lambda: load_tokenizer(path, self.config.load_format == "dummy")
+            )
             await self._spawn()
             start = Start(
                 options=dataclasses.asdict(self.config),

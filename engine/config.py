@@ -10,7 +10,9 @@ from engine.errors import ConfigError
 
 Quantization = Literal["none", "int8", "int4"]
 DataType = Literal["auto", "float32", "bfloat16", "float16"]
+CacheType = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8_e4m3"]
 Device = Literal["auto", "cpu", "cuda"]
+LoadFormat = Literal["auto", "dummy"]
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -45,7 +47,19 @@ class EngineConfig:
     dtype: DataType = _option(
         "auto", "type of activations; auto is float32 on a CPU and the checkpoint's own type on a GPU"
     )
+    load_format: LoadFormat = _option(
+        "auto",
+        "dummy fills the model of any config.json with random weights, to measure speed without its own",
+    )
     device: Device = _option("auto", "where the model runs; auto takes a GPU if there is one")
+    deterministic: bool = _option(
+        False,
+        "compute float products in one form whatever the batch, so that it cannot change a token, on a GPU",
+    )
+    overlap: bool | None = _option(
+        None, "plan and launch the next step while one runs; default: on a GPU, where it can"
+    )
+    enforce_eager: bool = _option(False, "launch kernel by kernel, without CUDA graphs")
     num_threads: int | None = _option(
         None, "CPU threads of the model; default: the CPUs this process may use"
     )
@@ -63,8 +77,9 @@ class EngineConfig:
         None, "size of the KV cache, e.g. 512MiB; default: a quarter of free memory, 4GiB at most, on a CPU"
     )
     gpu_memory_utilization: float = _option(0.9, "share of a GPU's memory that weights and KV cache may take")
-    kv_cache_dtype: DataType = _option(
-        "auto", "type of cached keys and values; auto is the activations' type"
+    kv_cache_dtype: CacheType = _option(
+        "auto",
+        "type of cached keys and values; auto is the activations' type; int8 has a scale for each token and head",
     )
     block_size: int = _option(16, "tokens in a block of the KV cache")
     enable_prefix_caching: bool = _option(True, "find the blocks of equal prompt prefixes again")
@@ -78,7 +93,8 @@ class EngineConfig:
             ("quant", Quantization),
             ("dtype", DataType),
             ("device", Device),
-            ("kv_cache_dtype", DataType),
+            ("kv_cache_dtype", CacheType),
+            ("load_format", LoadFormat),
         ):
             if getattr(self, name) not in get_args(kinds):
                 raise ConfigError(

@@ -1,4 +1,12 @@
-"""EngineCore: the step loop, schedule → execute → sample → update. Runs in the caller's process."""
+"""EngineCore: the step loop, schedule → execute → sample → update. Runs in the caller's process.
+
+With overlap the next step is planned and its forward pass launched before the tokens of the last one are read:
+
+    device   forward n │ sample n │ forward n+1          │ sample n+1 │ …
+    host     … plan and launch n+1 │ read n, update │ launch sample n+1 │ plan and launch n+2 …
+
+Sampling is launched after the update, so that penalties and grammars see every token before theirs.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +14,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
-from engine.batch import Batch
+from engine.batch import Batch, Draw
 from engine.config import EngineConfig, SchedulerConfig
 from engine.errors import CheckpointError
+from engine.host_executor import Drawn, Sampled
 from engine.kv_cache import BlockPool, KVCacheManager
 from engine.loading.checkpoint import open_checkpoint
+from engine.loading.dummy import DummyCheckpoint
 from engine.metrics import EngineInfo, EngineStats
 from engine.request import EngineOutput, Request, RowFailure, SampledToken
 from engine.runner import ModelRunner
@@ -33,7 +42,7 @@ class EngineCore:
     """
 
     def __init__(self, config: EngineConfig, path: Path, eos_token_ids: Collection[int]) -> None:
-        checkpoint = open_checkpoint(path)
+        checkpoint = DummyCheckpoint(path) if config.load_format == "dummy" else open_checkpoint(path)
         self.runner = ModelRunner(config, checkpoint)
         plan = self.runner.plan
         self.scheduler = Scheduler(
@@ -43,6 +52,8 @@ class EngineCore:
             self.runner.cache_salt,
             config.enable_prefix_caching,
         )
+        self.overlap = self.runner.is_asynchronous if config.overlap is None else config.overlap
+        self._in_flight: Sampled | None = None
         self.info = EngineInfo(
             max_model_len=plan.max_model_len,
             vocab_size=self.runner.model_config.vocab_size,
@@ -52,7 +63,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._in_flight is not None
 
     @property
     def stats(self) -> EngineStats:
@@ -67,22 +78,55 @@ class EngineCore:
         self.scheduler.abort(request_id, index)
 
     def step(self) -> list[EngineOutput]:
-        """Plans and runs one step; call while there is work."""
+        """Plans and launches a step and takes in a finished one; call while there is work."""
         batch = self.scheduler.schedule()
-        assert batch.rows, "the scheduler has work but planned none of it"
-        return self.scheduler.update(self._run(batch))
+        assert batch.rows or self._in_flight, "the scheduler has work but planned none of it"
+        logits = self._execute(batch) if batch.rows else None
+        outputs = self._collect()
+        if batch.rows:
+            self._in_flight = self._sample(batch, logits)
+        return outputs if self.overlap else outputs + self._collect()
 
-    def _run(self, batch: Batch) -> list[SampledToken | RowFailure | None]:
+    def _collect(self) -> list[EngineOutput]:
+        """Waits for the step in flight, if there is one, and takes in what it drew."""
+        sampled, self._in_flight = self._in_flight, None
+        return [] if sampled is None else self.scheduler.update(sampled.read())
+
+    def _execute(self, batch: Batch) -> torch.Tensor | None:
+        """The batch's logits; None if a row spoils it."""
         try:
-            return self.runner.sample(self.runner.execute(batch), batch)
+            return self.runner.execute(batch)
         except torch.AcceleratorError:
             raise  # the device is lost, not a row
-        except Exception as error:
-            if len(batch.rows) == 1:
-                return [RowFailure(f"{type(error).__name__}: {error}")]
-            # One row spoils the step: run each by itself to find it. Rows do not read each other's blocks
-            # before `update`, and writing a key twice writes the same.
-            return [result for row in batch.rows for result in self._run(Batch([row]))]
+        except Exception:
+            return None
+
+    def _sample(self, batch: Batch, logits: torch.Tensor | None) -> Sampled:
+        draws = self.scheduler.draws()
+        try:
+            if logits is not None:
+                return self.runner.sample(logits, batch, draws)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            pass  # _isolate finds the row and its error
+        return Drawn(self._isolate(batch, draws))
+
+    def _isolate(self, batch: Batch, draws: list[Draw | None]) -> list[SampledToken | RowFailure | None]:
+        """Runs each row by itself, to find the one that spoils the step.
+
+        Rows do not read each other's blocks before `update`, and writing a key twice writes the same.
+        """
+        results: list[SampledToken | RowFailure | None] = []
+        for row, draw in zip(batch.rows, draws, strict=True):
+            alone = Batch([row])
+            try:
+                results += self.runner.sample(self.runner.execute(alone), alone, [draw]).read()
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                results.append(RowFailure(f"{type(error).__name__}: {error}"))
+        return results
 
 
 def _default_params(generation_config: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +139,16 @@ def _default_params(generation_config: dict[str, Any]) -> dict[str, Any]:
         key: generation_config[key] for key in SAMPLING_DEFAULTS if generation_config.get(key) is not None
     }
     try:
-        params = msgspec.convert(given, SamplingParams, strict=False)
-    except (msgspec.ValidationError, ValueError) as error:
+        numbers: dict[str, Any] = {key: _number(key, value) for key, value in given.items()}
+        params = SamplingParams(**numbers)
+    except ValueError as error:
         raise CheckpointError(f"generation_config.json: {error}") from error
     return {key: getattr(params, key) for key in given}
+
+
+def _number(key: str, value: Any) -> int | float:
+    """The value as the type of the sampling parameter; files write 50.0 for 50."""
+    kind = int if key == "top_k" else float
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+        raise ValueError(f"{key} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
+    return kind(value)

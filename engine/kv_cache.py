@@ -170,14 +170,11 @@ class KVCacheManager:
         self.num_queried_tokens += sequence.num_tokens
         self.num_hit_tokens += sequence.num_computed_tokens
 
-    def advance(self, sequence: Sequence, num_computed_tokens: int) -> None:
-        """Notes that the sequence is computed thus far, and enters the blocks that filled in the prefix cache."""
-        self._extend_hashes(sequence, num_computed_tokens)
-        for i in range(
-            sequence.num_computed_tokens // self.block_size, num_computed_tokens // self.block_size
-        ):
+    def register(self, sequence: Sequence, start: int, end: int) -> None:
+        """Enters the blocks that filled up while tokens start … end - 1 were computed in the prefix cache."""
+        self._extend_hashes(sequence, end)
+        for i in range(start // self.block_size, end // self.block_size):
             self.pool.register(sequence.block_ids[i], sequence.block_hashes[i])
-        sequence.num_computed_tokens = num_computed_tokens
 
     def free(self, sequence: Sequence) -> None:
         """Releases every block, the tail first, so that the heads of prefixes live longest."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
-import psutil
 import torch
 
 from engine.config import EngineConfig, SchedulerConfig, format_bytes, parse_bytes
 from engine.errors import ConfigError
 from engine.kernels import cpu
+from engine.kernels.kv_layer import block_bytes
 from engine.models.config import ModelConfig
 
 DEFAULT_CPU_CACHE_SHARE = 0.25
@@ -79,9 +81,7 @@ def plan_memory(
         )
     scheduler = SchedulerConfig.resolve(config, requested, device.type)
     activations = _activation_bytes(model, scheduler)
-    block = (
-        2 * model.num_layers * config.block_size * model.num_kv_heads * model.head_dim * cache_dtype.itemsize
-    )
+    block = block_bytes(model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, cache_dtype)
     available = _available_bytes(config, device)
     room = available - weight_bytes - activations
     if config.kv_cache_memory is not None:
@@ -136,6 +136,15 @@ def _activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
 
 def _available_bytes(config: EngineConfig, device: torch.device) -> int:
     if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
+        return available_memory()
     free, total = torch.cuda.mem_get_info(device)
     return int(free - (1.0 - config.gpu_memory_utilization) * total)
+
+
+def available_memory() -> int:
+    """Bytes of main memory that programs can get without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

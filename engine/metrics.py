@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 
-
-class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
     """What a started engine tells those who send it requests.
 
     Attributes:
@@ -21,7 +21,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     memory_plan: str
 
 
-class EngineStats(msgspec.Struct, kw_only=True):
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
     """Counters and gauges of one engine. Cumulative counts only grow; the rest describe the moment.
 
     Attributes:

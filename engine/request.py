@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-import msgspec
-
 from engine.outputs import FinishReason
 from engine.sampling.params import SamplingParams
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
     """A request as it travels to the engine.
 
     Attributes:
@@ -26,7 +25,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
 
 
-class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+@dataclass(frozen=True, slots=True)
+class SampledToken:
     """One drawn token.
 
     Attributes:
@@ -37,7 +37,7 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     token_id: int
     logprob: float | None = None
     rank: int = 0
-    top_logprobs: list[tuple[int, float]] = []
+    top_logprobs: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,8 @@ class RowFailure:
     message: str
 
 
-class EngineOutput(msgspec.Struct, kw_only=True):
+@dataclass(slots=True, kw_only=True)
+class EngineOutput:
     """What one step brought to one sequence.
 
     Attributes:
@@ -59,7 +60,7 @@ class EngineOutput(msgspec.Struct, kw_only=True):
 
     request_id: str
     index: int
-    tokens: list[SampledToken] = []
+    tokens: list[SampledToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
@@ -83,13 +84,16 @@ class Sequence:
         arrival: Order of arrival in the engine, unique.
         leader: The request's first sample, whose blocks this one waits for; None for the first itself.
         token_ids: Prompt and output.
-        num_computed_tokens: Tokens whose keys and values are in the cache.
+        num_computed_tokens: Tokens whose keys and values are in the cache, or will be once the steps in flight
+            are through.
+        num_pending_tokens: Tokens that steps in flight draw: each counts from its planning to its update.
         num_stored_tokens: Leading tokens that were found in the prefix cache: their keys and values must not
             be written again, even where the last one is recomputed for its logits.
         num_cached_tokens: Prompt tokens found in the cache when the sequence was first admitted.
         block_ids: Block table.
         block_hashes: Hash chain of the full blocks of `token_ids`, as far as it was needed.
         cache_salt: Start of the hash chain.
+        slot, admission: As in `BatchRow`, while the sequence runs.
     """
 
     request: Request
@@ -99,11 +103,14 @@ class Sequence:
     leader: Sequence | None = None
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
     num_stored_tokens: int = 0
     num_cached_tokens: int | None = None
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
+    slot: int = 0
+    admission: int = 0
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
@@ -122,8 +129,8 @@ class Sequence:
 
     @property
     def num_remaining_tokens(self) -> int:
-        """Tokens not yet computed; 1 for a sequence that decodes."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens not yet computed, the pending one among them; 1 for a sequence that decodes."""
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def order(self) -> tuple[int, int]:

@@ -1,18 +1,19 @@
-"""ModelRunner: turns a step's batch into tensors, runs the model, draws the tokens."""
+"""ModelRunner: what is on the device — weights, KV cache, and the executor that runs steps over them."""
 
 from __future__ import annotations
 
 import logging
 import os
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from engine.batch import Batch
-from engine.config import EngineConfig
+from engine.batch import Batch, Draw
+from engine.config import EngineConfig, SchedulerConfig
 from engine.errors import ConfigError
-from engine.kernels.attention import plan_attention, slot_mapping
-from engine.layers.attention import AttentionInputs
+from engine.host_executor import HostExecutor, Sampled
+from engine.kernels.kv_layer import KVCache
 from engine.layers.rope import RotaryTable
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.model import checkpoint_key, load_weights
@@ -20,20 +21,32 @@ from engine.memory import MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.quant import plan_quantization
-from engine.request import RowFailure, SampledToken
-from engine.sampling.sampler import sample
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_TYPES = DTYPES | {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+
+
+class Executor(Protocol):
+    """Runs steps. `execute` and `sample` are two calls, so that a step's tokens may be known only between them."""
+
+    def execute(self, batch: Batch) -> torch.Tensor:
+        """Runs the model: logits [rows that draw, vocabulary] float32."""
+        ...
+
+    def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
+        """Draws a token for each row that has a draw."""
+        ...
 
 
 class ModelRunner:
-    """Owns the model, its KV cache and everything else on the device.
+    """Owns everything on the device.
 
     Attributes:
         plan: How memory is used.
         cache_salt: What a cached block depends on besides its tokens: model, quantization, cache dtype.
+        is_asynchronous: Whether calls return while the device still works.
     """
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
@@ -41,7 +54,7 @@ class ModelRunner:
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
         self.dtype = _resolve_dtype(config, checkpoint, self.device)
-        cache_dtype = DTYPES.get(config.kv_cache_dtype, self.dtype)
+        cache_dtype = CACHE_TYPES.get(config.kv_cache_dtype, self.dtype)
         ties = checkpoint.config.get("tie_word_embeddings") or "lm_head.weight" not in checkpoint.names()
         self.model_config = ModelConfig.from_dict({**checkpoint.config, "tie_word_embeddings": ties})
         quantization = plan_quantization(config.quant, self.dtype, config.group_size)
@@ -51,61 +64,37 @@ class ModelRunner:
         )
         logger.info("%s", self.plan)
         name = f"{quantization.name}-{self.dtype}".replace("torch.", "")
-        cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-        load_weights(self.model, checkpoint, name, cache_dir, self.device)
+        if config.load_format == "dummy":
+            self.model.randomize(self.device)
+            self.model.bind()
+        else:
+            cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
+            load_weights(self.model, checkpoint, name, cache_dir, self.device)
         self.cache_salt = f"{checkpoint_key(checkpoint)}/{name}/{cache_dtype}".encode()
-        self.block_size = config.block_size
-        # Not zeroed: no slot is read before it is written, and memory that nobody uses is never touched.
-        self.caches = torch.empty(
+        self.cache = KVCache.allocate(
             self.model_config.num_layers,
-            2,
             self.plan.num_blocks + 1,
             config.block_size,
             self.model_config.num_kv_heads,
             self.model_config.head_dim,
-            dtype=cache_dtype,
-            device=self.device,
+            cache_dtype,
+            self.device,
         )
-        self.rotary = {
+        rotary = {
             rope: RotaryTable(rope, self.model_config.head_dim, self.plan.max_model_len, self.device)
             for rope in set(self.model_config.ropes)
         }
+        limits = SchedulerConfig.resolve(config, self.plan.max_model_len, self.device.type)
+        self.executor: Executor = HostExecutor(self.model, self.cache, rotary, limits.max_num_seqs)
+        self.is_asynchronous = self.device.type == "cuda"
 
-    @torch.inference_mode()
     def execute(self, batch: Batch) -> torch.Tensor:
-        """Runs the model over the batch and fills its slots of the cache.
+        """Runs the model over the batch and fills its slots of the cache: logits [rows that draw, vocabulary]."""
+        return self.executor.execute(batch)
 
-        Returns:
-            [rows that draw, hidden]: the hidden states that `sample` needs.
-        """
-        rows, device = batch.rows, self.device
-        token_ids = torch.tensor([token for row in rows for token in row.token_ids], device=device)
-        positions = torch.tensor(
-            [row.start + i for row in rows for i in range(len(row.token_ids))], device=device
-        )
-        inputs = AttentionInputs(
-            slots=slot_mapping(rows, self.block_size, device),
-            plans={
-                window: plan_attention(rows, self.caches[0], window, self.dtype)
-                for window in set(self.model_config.sliding_windows)
-            },
-            rotary={rope: table.at(positions, self.dtype) for rope, table in self.rotary.items()},
-        )
-        hidden = self.model(token_ids, self.caches, inputs)
-        last = []
-        end = 0
-        for row in rows:
-            end += len(row.token_ids)
-            if row.draw is not None:
-                last.append(end - 1)
-        return hidden.index_select(0, torch.tensor(last, dtype=torch.int64, device=device))
-
-    @torch.inference_mode()
-    def sample(self, hidden: torch.Tensor, batch: Batch) -> list[SampledToken | RowFailure | None]:
-        """One entry a row of the batch: its next token, or None where its prompt is not through."""
-        draws = [row.draw for row in batch.rows if row.draw is not None]
-        tokens = iter(sample(self.model.logits(hidden), draws) if draws else [])
-        return [None if row.draw is None else next(tokens) for row in batch.rows]
+    def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
+        """Draws a token for each row of the batch that has a draw."""
+        return self.executor.sample(logits, batch, draws)
 
 
 def _resolve_device(config: EngineConfig) -> torch.device:

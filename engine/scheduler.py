@@ -4,15 +4,21 @@ One number rules it: each sequence's `num_computed_tokens` chases its `num_token
 tokens. Running sequences come first, those that decode before those that prefill; then waiting ones, unless
 somebody was preempted in this step. Where blocks run out, the last in order is preempted: its blocks are
 released and it is computed again when there is room.
+
+The next step may be planned before the tokens of the one in flight are known: planning needs their number, not
+their values. A sequence whose pending token turns out to end it has then one token too many in flight, which
+`update` drops.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 from itertools import count
 
-from engine.batch import Batch, BatchRow, Draw
+from engine.batch import PENDING, Batch, BatchRow, Draw
 from engine.config import SchedulerConfig
 from engine.kv_cache import KVCacheManager
 from engine.metrics import EngineStats
@@ -21,6 +27,16 @@ from engine.request import EngineOutput, Request, RowFailure, SampledToken, Sequ
 
 WATERMARK = 0.01
 """Share of the blocks that admission leaves free, so that a newcomer is not preempted at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """One row of a step in flight: it computes `sequence`'s tokens start … end - 1."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    draw: Draw | None
 
 
 class Scheduler:
@@ -51,8 +67,10 @@ class Scheduler:
         self.num_steps = 0
         self.num_scheduled_tokens = 0
         self._waiting: list[tuple[int, int, Sequence]] = []
-        self._planned: list[tuple[Sequence, int]] = []
+        self._in_flight: deque[list[PlannedRow]] = deque()
+        self._free_slots = list(reversed(range(config.max_num_seqs)))
         self._arrivals = count()
+        self._admissions = count()
 
     @property
     def has_work(self) -> bool:
@@ -94,12 +112,15 @@ class Scheduler:
                 self._finish(sequence)
 
     def schedule(self) -> Batch:
-        """Plans the next step. With work there is always something to run: the first in order fits alone."""
+        """Plans the next step, perhaps while one is in flight.
+
+        With work and nothing in flight there is always something to run: the first in order fits alone.
+        """
         plan: dict[Sequence, int] = {}
         budget = self.config.max_num_batched_tokens
         num_preemptions = self.num_preemptions
         for sequence in sorted(self.running, key=lambda s: (s.num_remaining_tokens > 1, *s.order)):
-            if sequence.status is not SequenceStatus.RUNNING or budget == 0:
+            if sequence.status is not SequenceStatus.RUNNING or budget == 0 or self._is_through(sequence):
                 continue
             num_tokens = self._chunk(sequence.num_remaining_tokens, budget)
             budget += self._make_room(sequence, sequence.num_computed_tokens + num_tokens, plan)
@@ -108,24 +129,37 @@ class Scheduler:
                 budget -= num_tokens
         if num_preemptions == self.num_preemptions:
             self._admit(plan, budget)
-        self._planned = list(plan.items())
-        return Batch([self._row(sequence, num_tokens) for sequence, num_tokens in plan.items()])
+        rows = [self._row(sequence, num_tokens) for sequence, num_tokens in plan.items()]
+        if rows:
+            self._in_flight.append(
+                [
+                    PlannedRow(sequence, row.start, row.start + len(row.token_ids), row.draw)
+                    for sequence, row in zip(plan, rows, strict=True)
+                ]
+            )
+        return Batch(rows)
+
+    def draws(self) -> list[Draw | None]:
+        """The draws of the step planned last, one a row, now that all tokens before them are known."""
+        return [None if row.draw is None else self._complete(row) for row in self._in_flight[-1]]
 
     def update(self, results: list[SampledToken | RowFailure | None]) -> list[EngineOutput]:
-        """Takes in what the step planned last has computed: one entry a row, None where nothing was drawn."""
+        """Takes in what the oldest step in flight computed: one entry a row, None where nothing was drawn."""
         outputs = []
-        for (sequence, num_tokens), result in zip(self._planned, results, strict=True):
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue  # a sample of the same request failed in this step
+        for row, result in zip(self._in_flight.popleft(), results, strict=True):
+            sequence = row.sequence
+            if sequence.status is SequenceStatus.FINISHED:
+                continue  # it ended while this step was in flight
             if isinstance(result, RowFailure):
                 outputs.append(self._fail(sequence, result.message))
                 continue
-            self.kv_cache.advance(sequence, sequence.num_computed_tokens + num_tokens)
-            self.num_scheduled_tokens += num_tokens
+            if sequence.status is SequenceStatus.RUNNING:
+                self.kv_cache.register(sequence, row.start, row.end)
+            self.num_scheduled_tokens += row.end - row.start
             if result is not None:
+                sequence.num_pending_tokens -= 1
                 outputs.append(self._append(sequence, result))
         self.num_steps += 1
-        self._planned = []
         return outputs
 
     def _chunk(self, num_remaining: int, budget: int) -> int:
@@ -150,8 +184,7 @@ class Scheduler:
         return num_returned
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.kv_cache.free(sequence)
-        self.running.remove(sequence)
+        self._stop(sequence)
         sequence.status = SequenceStatus.WAITING
         self._enqueue(sequence)
         self.num_preemptions += 1
@@ -161,7 +194,7 @@ class Scheduler:
         held_back = []
         while self._waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
             sequence = self._waiting[0][-1]
-            if sequence.leader is not None and self._is_prefilling(sequence.leader):
+            if sequence.num_pending_tokens or (sequence.leader and self._is_prefilling(sequence.leader)):
                 held_back.append(heapq.heappop(self._waiting))
                 continue
             prefix = self.kv_cache.find_prefix(sequence)
@@ -172,6 +205,7 @@ class Scheduler:
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             sequence.status = SequenceStatus.RUNNING
+            sequence.slot, sequence.admission = self._free_slots.pop(), next(self._admissions)
             self.running.append(sequence)
             num_tokens = self._chunk(sequence.num_remaining_tokens, budget)
             self.kv_cache.extend(sequence, sequence.num_computed_tokens + num_tokens)
@@ -181,10 +215,8 @@ class Scheduler:
             heapq.heappush(self._waiting, entry)
 
     def _is_prefilling(self, sequence: Sequence) -> bool:
-        return (
-            sequence.status is not SequenceStatus.FINISHED
-            and sequence.num_computed_tokens < sequence.num_prompt_tokens
-        )
+        """Whether its first token is still to come; until then its prompt's blocks cannot be found."""
+        return sequence.status is not SequenceStatus.FINISHED and sequence.num_output_tokens == 0
 
     def _has_room(self, sequence: Sequence, prefix: list[int]) -> bool:
         pool = self.kv_cache.pool
@@ -194,31 +226,49 @@ class Scheduler:
         return num_needed + watermark <= pool.num_free
 
     def _row(self, sequence: Sequence, num_tokens: int) -> BatchRow:
-        start = sequence.num_computed_tokens
+        start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
         is_last = num_tokens == sequence.num_remaining_tokens
+        token_ids = sequence.token_ids[start:end]
+        token_ids += [PENDING] * (num_tokens - len(token_ids))
+        sequence.num_computed_tokens = end
+        sequence.num_pending_tokens += is_last
+        request = sequence.request
         return BatchRow(
-            token_ids=sequence.token_ids[start : start + num_tokens],
+            token_ids=token_ids,
             start=start,
             num_stored_tokens=sequence.num_stored_tokens,
             block_table=sequence.block_ids,
-            draw=self._draw(sequence) if is_last else None,
+            draw=Draw(request.params, request.seed, sequence.index, position=end) if is_last else None,
+            slot=sequence.slot,
+            admission=sequence.admission,
         )
 
-    def _draw(self, sequence: Sequence) -> Draw:
-        request, params = sequence.request, sequence.request.params
-        banned: tuple[int, ...] = ()
+    def _complete(self, row: PlannedRow) -> Draw:
+        """The row's draw with what depends on the tokens before it."""
+        assert row.draw is not None
+        sequence, params = row.sequence, row.draw.params
         if sequence.num_output_tokens < params.min_tokens:
             banned = (*self.eos_token_ids, *params.stop_token_ids)
+        elif params.has_penalties:
+            banned = ()
+        else:
+            return row.draw
         history = sequence.token_ids if params.has_penalties else []
-        return Draw(
-            params=params,
-            seed=request.seed,
-            index=sequence.index,
-            position=sequence.num_tokens,
+        return replace(
+            row.draw,
             stop_token_ids=banned,
             prompt_token_ids=tuple(history[: sequence.num_prompt_tokens]),
             output_token_ids=tuple(history[sequence.num_prompt_tokens :]),
         )
+
+    def _is_through(self, sequence: Sequence) -> bool:
+        """Whether the pending token is the last that the sequence may have."""
+        return sequence.num_output_tokens + sequence.num_pending_tokens >= self._max_output_tokens(sequence)
+
+    def _max_output_tokens(self, sequence: Sequence) -> int:
+        limit = self.config.max_model_len - sequence.num_prompt_tokens
+        max_tokens = sequence.request.params.max_tokens
+        return limit if max_tokens is None else min(limit, max_tokens)
 
     def _append(self, sequence: Sequence, sample: SampledToken) -> EngineOutput:
         sequence.token_ids.append(sample.token_id)
@@ -241,10 +291,8 @@ class Scheduler:
                 return "stop", None
             if token_id in params.stop_token_ids:
                 return "stop", token_id
-        limit = self.config.max_model_len - sequence.num_prompt_tokens
-        if params.max_tokens is not None:
-            limit = min(limit, params.max_tokens)
-        return ("length", None) if sequence.num_output_tokens >= limit else (None, None)
+        is_through = sequence.num_output_tokens >= self._max_output_tokens(sequence)
+        return ("length", None) if is_through else (None, None)
 
     def _fail(self, sequence: Sequence, message: str) -> EngineOutput:
         self.abort(sequence.request.request_id)
@@ -257,8 +305,7 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.status is SequenceStatus.RUNNING:
-            self.running.remove(sequence)
-            self.kv_cache.free(sequence)
+            self._stop(sequence)
         elif sequence.status is SequenceStatus.WAITING:
             self._waiting = [entry for entry in self._waiting if entry[-1] is not sequence]
             heapq.heapify(self._waiting)
@@ -267,6 +314,14 @@ class Scheduler:
         siblings = self.requests.get(request_id, [])
         if all(sibling.status is SequenceStatus.FINISHED for sibling in siblings):
             self.requests.pop(request_id, None)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Takes back what a running sequence holds. A step in flight may still write to its blocks: whoever gets
+        them next runs after that step.
+        """
+        self.kv_cache.free(sequence)
+        self.running.remove(sequence)
+        self._free_slots.append(sequence.slot)
 
     def _enqueue(self, sequence: Sequence) -> None:
         heapq.heappush(self._waiting, (*sequence.order, sequence))

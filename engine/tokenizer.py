@@ -12,7 +12,7 @@ import tokenizers
 
 from engine.chat_template import ChatTemplate
 from engine.errors import RequestError
-from engine.loading.tokenizer_files import TokenizerSettings, read_tokenizer
+from engine.loading.tokenizer_files import TokenizerSettings, byte_tokenizer, has_tokenizer, read_tokenizer
 from engine.token_pieces import PieceDecoder
 
 
@@ -157,12 +157,17 @@ class IncrementalDetokenizer:
         return tail.lstrip(bytes(range(0x80, 0xC0)))
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, may_stand_in: bool = False) -> Tokenizer:
     """The tokenizer of a GGUF file or a model directory; reads no weights.
+
+    Args:
+        may_stand_in: A directory without a tokenizer gets one whose tokens are bytes.
 
     Raises:
         CheckpointError: The tokenizer's files are missing, damaged or of an unsupported kind.
     """
+    if may_stand_in and path.is_dir() and not has_tokenizer(path):
+        return Tokenizer(byte_tokenizer(), TokenizerSettings({}, (), {}))
     return Tokenizer(*read_tokenizer(path))
 
 

@@ -56,7 +56,7 @@ def run_chunks(runner: ModelRunner, sequences: list[list[int]]) -> list[dict[int
         For each sequence the logits, [vocabulary] by position, of the last token of every chunk.
     """
     # Whatever is read before it was written shows.
-    runner.caches.fill_(torch.nan)
+    runner.cache.data.fill_(torch.nan)
     free_blocks = list(range(1, runner.plan.num_blocks + 1))
     random.Random(0).shuffle(free_blocks)
     tables: list[list[int]] = [[] for _ in sequences]
@@ -70,7 +70,7 @@ def run_chunks(runner: ModelRunner, sequences: list[list[int]]) -> list[dict[int
             while len(tables[index]) * BLOCK_SIZE < ends[index]:
                 tables[index].append(free_blocks.pop())
             rows.append(BatchRow(sequences[index][start : ends[index]], start, 0, list(tables[index]), DRAW))
-        results = runner.model.logits(runner.execute(Batch(rows)))
+        results = runner.execute(Batch(rows))
         for index, row in zip(active, results, strict=True):
             logits[index][ends[index] - 1] = row
     return logits

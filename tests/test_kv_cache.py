@@ -96,12 +96,18 @@ TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+def compute(cache: KVCacheManager, sequence: Sequence, num_tokens: int) -> None:
+    """As if a step had computed the sequence's first tokens."""
+    sequence.num_computed_tokens = num_tokens
+    cache.register(sequence, 0, num_tokens)
+
+
 def test_a_prefix_is_found_up_to_the_first_unknown_block() -> None:
     cache = KVCacheManager(BlockPool(9), block_size=4)
     first = make_sequence(list(range(13)))
     assert cache.find_prefix(first) == []
     assert cache.extend(first, 13)
-    cache.advance(first, 13)
+    compute(cache, first, 13)
     blocks = list(first.block_ids)
     cache.free(first)
 
@@ -117,7 +123,7 @@ def test_a_wholly_cached_prompt_recomputes_only_its_last_token() -> None:
     cache = KVCacheManager(BlockPool(9), block_size=4)
     first = make_sequence(list(range(8)))
     cache.extend(first, 8)
-    cache.advance(first, 8)
+    compute(cache, first, 8)
     cache.free(first)
     again = make_sequence(list(range(8)))
     cache.adopt_prefix(again, cache.find_prefix(again))
@@ -130,7 +136,7 @@ def test_a_different_salt_shares_nothing() -> None:
     cache = KVCacheManager(BlockPool(9), block_size=4)
     first = make_sequence(list(range(8)))
     cache.extend(first, 8)
-    cache.advance(first, 8)
+    compute(cache, first, 8)
     other = make_sequence(list(range(8)))
     other.cache_salt = b"another model"
     assert cache.find_prefix(other) == []
@@ -140,7 +146,7 @@ def test_least_recently_used_blocks_leave_first_and_prefix_heads_last() -> None:
     cache = KVCacheManager(BlockPool(5), block_size=4)
     first = make_sequence(list(range(16)))
     cache.extend(first, 16)
-    cache.advance(first, 16)
+    compute(cache, first, 16)
     blocks = list(first.block_ids)
     cache.free(first)
     assert [cache.pool.allocate() for _ in range(2)] == [blocks[3], blocks[2]]

@@ -52,13 +52,13 @@ def test_tokens_that_are_stored_already_are_not_written_again(checkpoints: dict[
     runner = make_runner(checkpoints["qwen3"])
     tokens = make_sequences(320)[0][: 2 * BLOCK_SIZE]
     runner.execute(Batch([BatchRow(tokens, 0, 0, [3, 2], None)]))
-    stored = runner.caches[:, :, [3, 2]].clone()
-    hidden = runner.execute(Batch([BatchRow(tokens, 0, 0, [5, 4], DRAW)]))
+    stored = runner.cache.data[:, :, [3, 2]].clone()
+    logits = runner.execute(Batch([BatchRow(tokens, 0, 0, [5, 4], DRAW)]))
     # Another token at the place of the last one would change its key, were that written.
     runner.execute(Batch([BatchRow([tokens[-1] ^ 1], len(tokens) - 1, len(tokens), [3, 2], DRAW)]))
-    assert torch.equal(runner.caches[:, :, [3, 2]], stored)
+    assert torch.equal(runner.cache.data[:, :, [3, 2]], stored)
     again = runner.execute(Batch([BatchRow(tokens[-1:], len(tokens) - 1, len(tokens), [3, 2], DRAW)]))
-    torch.testing.assert_close(again, hidden)
+    torch.testing.assert_close(again, logits)
 
 
 def _old_spelling(config: PreTrainedConfig) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import deque
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
@@ -191,9 +193,10 @@ def test_min_tokens_bans_what_would_end_the_sequence() -> None:
     scheduler.add(make_request("a", prompt_of(3), min_tokens=2, stop_token_ids=(5,)))
     banned = []
     for _ in range(3):
-        batch = scheduler.schedule()
-        assert batch.rows[0].draw is not None
-        banned.append(batch.rows[0].draw.stop_token_ids)
+        scheduler.schedule()
+        (draw,) = scheduler.draws()
+        assert draw is not None
+        banned.append(draw.stop_token_ids)
         scheduler.update([SampledToken(1)])
     assert banned == [(EOS, 5), (EOS, 5), ()]
 
@@ -234,18 +237,23 @@ def test_followers_go_on_when_their_leader_is_aborted_before_its_prompt_is_throu
     num_blocks=st.integers(12, 40),
     budget=st.integers(4, 48),
     caching=st.booleans(),
+    overlap=st.booleans(),
 )
 def test_two_hundred_requests_with_random_aborts_leave_nothing_behind(
-    seed: int, num_blocks: int, budget: int, caching: bool
+    seed: int, num_blocks: int, budget: int, caching: bool, overlap: bool
 ) -> None:
-    """Every request that is not aborted gets its tokens; at the end every block is free, every count zero."""
+    """Every request that is not aborted gets its tokens; at the end every block and slot is free, every count zero.
+
+    With overlap a step is planned before the results of the one before are known.
+    """
     rng = random.Random(seed)
     scheduler = make_scheduler(num_blocks, budget, max_num_seqs=min(8, budget), enable_prefix_caching=caching)
     pool = scheduler.kv_cache.pool
     waiting = list(range(200))
     expected: dict[str, int] = {}
     received: dict[str, int] = {}
-    while waiting or scheduler.has_work:
+    in_flight: deque[list[SampledToken | RowFailure | None]] = deque()
+    while waiting or scheduler.has_work or in_flight:
         for _ in range(min(len(waiting), rng.randrange(4))):
             request_id = str(waiting.pop())
             # Few distinct tokens, so that prompts share prefixes; lengths up to the whole cache.
@@ -266,8 +274,16 @@ def test_two_hundred_requests_with_random_aborts_leave_nothing_behind(
             request_id = rng.choice(list(scheduler.requests))
             scheduler.abort(request_id)
             expected.pop(request_id)
-        if scheduler.has_work:
-            _, outputs = step(scheduler, rng.randrange(2))
+        if scheduler.has_work or in_flight:
+            batch = scheduler.schedule()
+            if batch.rows:
+                check_plan(scheduler, batch)
+                in_flight.append([SampledToken(rng.randrange(2)) if row.draw else None for row in batch.rows])
+            else:
+                assert in_flight, "there is work, nothing in flight, and none was planned"
+            outputs = []
+            if len(in_flight) > 1 or not (overlap and batch.rows):
+                outputs = scheduler.update(in_flight.popleft())
             for output in outputs:
                 received[output.request_id] = received.get(output.request_id, 0) + len(output.tokens)
         held = sum(block.ref_count for block in pool.blocks)
@@ -277,4 +293,5 @@ def test_two_hundred_requests_with_random_aborts_leave_nothing_behind(
     assert pool.num_free == pool.num_blocks
     assert sorted(free_list(pool)) == list(range(1, pool.num_blocks + 1))
     assert all(block.ref_count == 0 for block in pool.blocks)
+    assert sorted(scheduler._free_slots) == list(range(scheduler.config.max_num_seqs))
     assert scheduler.stats.num_requests_running == scheduler.stats.num_requests_waiting == 0

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from engine.batch import BatchRow
 from engine.kernels import cpu
+from engine.kernels.kv_layer import KVLayer
 from engine.kernels.rotary import apply_rotary
 from engine.kv_cache import NULL_BLOCK
 
@@ -62,7 +63,7 @@ class AttentionPlan:
     decodes: DecodePlan | None
 
 
-def slot_mapping(rows: Sequence[BatchRow], block_size: int, device: torch.device) -> torch.Tensor:
+def slot_mapping(rows: Sequence[BatchRow], block_size: int) -> torch.Tensor:
     """Where each token's key and value go, [T] int64; tokens that are stored already go to the null block."""
     slots: list[int] = []
     for row in rows:
@@ -71,26 +72,26 @@ def slot_mapping(rows: Sequence[BatchRow], block_size: int, device: torch.device
             if position < row.num_stored_tokens:
                 block_id = NULL_BLOCK
             slots.append(block_id * block_size + position % block_size)
-    return torch.tensor(slots, device=device)
+    return torch.tensor(slots)
 
 
 def plan_attention(
-    rows: Sequence[BatchRow], cache: torch.Tensor, window: int | None, dtype: torch.dtype
+    rows: Sequence[BatchRow], layer: KVLayer, window: int | None, dtype: torch.dtype
 ) -> AttentionPlan:
     """Plans attention for the layers that see `window` tokens back (None: all).
 
     Args:
-        cache: One layer's, [2, blocks, block_size, kv_heads, head_dim].
+        layer: The cache of any layer.
         dtype: The activations'.
     """
-    block_size, head_dim, device = cache.shape[2], cache.shape[4], cache.device
+    cache = layer.data
+    block_size, head_dim = layer.block_size, cache.shape[4]
     plans = []
     decodes = []
     decodes_together = (
         dtype == cache.dtype == torch.float32
         and head_dim % 16 == 0
         and head_dim <= 256
-        and device.type == "cpu"
         and cpu.library() is not None
     )
     first = 0
@@ -98,30 +99,28 @@ def plan_attention(
         if decodes_together and len(row.token_ids) == 1:
             decodes.append((first, row))
         else:
-            plans.append(_plan_row(row, first, block_size, window, dtype, device))
+            plans.append(_plan_row(row, first, block_size, window, dtype))
         first += len(row.token_ids)
     return AttentionPlan(plans, _plan_decodes(decodes, window) if decodes else None)
 
 
-def _plan_row(
-    row: BatchRow, first: int, block_size: int, window: int | None, dtype: torch.dtype, device: torch.device
-) -> RowPlan:
+def _plan_row(row: BatchRow, first: int, block_size: int, window: int | None, dtype: torch.dtype) -> RowPlan:
     num_queries = len(row.token_ids)
     end = row.start + num_queries
     oldest = _oldest_key(row, window)
     first_block = oldest // block_size
     mask = None
     if num_queries > 1:
-        queries = torch.arange(row.start, end, device=device)[:, None]
-        keys = torch.arange(oldest, end, device=device)
+        queries = torch.arange(row.start, end)[:, None]
+        keys = torch.arange(oldest, end)
         hidden = keys > queries
         if window is not None:
             hidden |= keys <= queries - window
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
     return RowPlan(
         first=first,
         last=first + num_queries,
-        block_ids=torch.tensor(row.block_table[first_block : -(-end // block_size)], device=device),
+        block_ids=torch.tensor(row.block_table[first_block : -(-end // block_size)]),
         num_skipped=oldest - first_block * block_size,
         num_keys=end - oldest,
         mask=mask,
@@ -149,7 +148,7 @@ def rotate_and_write(
     heads: torch.Tensor,
     cosine: torch.Tensor,
     sine: torch.Tensor,
-    cache: torch.Tensor,
+    layer: KVLayer,
     slots: torch.Tensor,
     num_kv_heads: int,
 ) -> torch.Tensor:
@@ -158,13 +157,12 @@ def rotate_and_write(
     Args:
         heads: [T, query heads + 2 * num_kv_heads, head_dim]: queries, keys, values; may be overwritten.
         cosine, sine: [T, 1, head_dim], as for `apply_rotary`.
-        cache: [2, blocks, block_size, kv_heads, head_dim], keys then values.
         slots: [T] int64.
 
     Returns:
         The rotated queries, [T, query heads, head_dim].
     """
-    num_heads = heads.shape[1] - 2 * num_kv_heads
+    num_heads, cache = heads.shape[1] - 2 * num_kv_heads, layer.data
     if cpu.serves(heads, cache):
         library = cpu.library()
         assert library is not None
@@ -183,29 +181,29 @@ def rotate_and_write(
         )
         return heads[:, :num_heads]
     rotated = apply_rotary(heads[:, :-num_kv_heads], cosine, sine)
-    write_kv(cache, rotated[:, num_heads:], heads[:, -num_kv_heads:], slots)
+    layer.write(slots, rotated[:, num_heads:], heads[:, -num_kv_heads:])
     return rotated[:, :num_heads]
 
 
-def write_kv(cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-    """Stores keys and values, [T, kv_heads, head_dim] each, in the cache's slots [T].
+def _read_keys_and_values(
+    layer: KVLayer, plan: RowPlan, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[keys, kv_heads, head_dim] each."""
+    kept = slice(plan.num_skipped, plan.num_skipped + plan.num_keys)
+    if layer.data.itemsize > 1:
+        # Whole blocks are copied faster than slots.
+        keys, values = (half.index_select(0, plan.block_ids).flatten(0, 1)[kept] for half in layer.data)
+    else:
+        offsets = torch.arange(layer.block_size)
+        keys, values = layer.read((plan.block_ids[:, None] * layer.block_size + offsets).flatten()[kept])
+    return keys.to(dtype), values.to(dtype)
 
-    Args:
-        cache: [2, blocks, block_size, kv_heads, head_dim], keys then values.
-    """
-    flat = cache.flatten(1, 2)
-    flat[0].index_copy_(0, slots, keys.to(cache.dtype))
-    flat[1].index_copy_(0, slots, values.to(cache.dtype))
 
-
-def paged_attention(
-    queries: torch.Tensor, cache: torch.Tensor, plan: AttentionPlan, scale: float
-) -> torch.Tensor:
+def paged_attention(queries: torch.Tensor, layer: KVLayer, plan: AttentionPlan, scale: float) -> torch.Tensor:
     """Causal attention of each row's queries over its own keys.
 
     Args:
         queries: [T, heads, head_dim].
-        cache: [2, blocks, block_size, kv_heads, head_dim].
         scale: Factor of the products before the softmax.
 
     Returns:
@@ -213,24 +211,18 @@ def paged_attention(
     """
     output = queries.new_empty(queries.shape)
     for row in plan.rows:
-        _attend_row(queries, cache, row, scale, output)
+        _attend_row(queries, layer, row, scale, output)
     if plan.decodes is not None:
-        _attend_decodes(queries, cache, plan.decodes, scale, output)
+        _attend_decodes(queries, layer.data, plan.decodes, scale, output)
     return output.flatten(1)
 
 
 def _attend_row(
-    queries: torch.Tensor, cache: torch.Tensor, plan: RowPlan, scale: float, output: torch.Tensor
+    queries: torch.Tensor, layer: KVLayer, plan: RowPlan, scale: float, output: torch.Tensor
 ) -> None:
-    (_, num_heads, head_dim), num_kv_heads = queries.shape, cache.shape[3]
+    (_, num_heads, head_dim), num_kv_heads = queries.shape, layer.data.shape[3]
     num_queries, group = plan.last - plan.first, num_heads // num_kv_heads
-    keys, values = (
-        half.index_select(0, plan.block_ids)
-        .flatten(0, 1)[plan.num_skipped : plan.num_skipped + plan.num_keys]
-        .to(queries.dtype)
-        .transpose(0, 1)[None]
-        for half in cache
-    )
+    keys, values = (x.transpose(0, 1)[None] for x in _read_keys_and_values(layer, plan, queries.dtype))
     # The query heads that share a key head become more query rows of it: [1, kv_heads, group * queries, D].
     folded = queries[plan.first : plan.last].view(num_queries, num_kv_heads, group, head_dim)
     folded = folded.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * num_queries, head_dim)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from engine.kernels.attention import AttentionPlan, paged_attention, rotate_and_write
+from engine.kernels.kv_layer import KVLayer
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.models.config import ModelConfig, RopeConfig
@@ -60,8 +61,8 @@ class Attention(nn.Module):
             self.query_norm = RMSNorm(f"{prefix}.q_norm", *norm)
             self.key_norm = RMSNorm(f"{prefix}.k_norm", *norm)
 
-    def forward(self, x: torch.Tensor, cache: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
-        """x [T, hidden] → [T, hidden]; cache [2, blocks, block_size, kv_heads, head_dim] is written."""
+    def forward(self, x: torch.Tensor, cache: KVLayer, inputs: AttentionInputs) -> torch.Tensor:
+        """x [T, hidden] → [T, hidden]; the step's keys and values are written to the cache."""
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys, values = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)

@@ -42,6 +42,7 @@ class Linear(StoredLayer):
     ) -> None:
         super().__init__()
         self.sources, self.scheme, self.has_bias = tuple(sources), scheme, has_bias
+        self.in_features, self.out_features = in_features, sum(sizes)
         self._store(scheme.storage(sum(sizes), in_features))
         if has_bias:
             self.register_buffer("bias", torch.empty(sum(sizes), dtype=torch.float32, device="meta"))
@@ -54,6 +55,12 @@ class Linear(StoredLayer):
             biases = [read(f"{source}.bias") for source in self.sources]
             assert all(isinstance(bias, torch.Tensor) for bias in biases)
             self.bias = torch.cat([bias.float() for bias in biases if isinstance(bias, torch.Tensor)])
+
+    def randomize(self, device: torch.device) -> None:
+        """Random weights, for measurements (`--load-format dummy`)."""
+        self._store(self.scheme.random(self.out_features, self.in_features, device))
+        if self.has_bias:
+            self.bias = torch.zeros(self.out_features, device=device)
 
     def bind(self) -> None:
         tensors = self._stored()
@@ -74,11 +81,15 @@ class Embedding(StoredLayer):
     ) -> None:
         super().__init__()
         self.source, self.scheme, self.dtype = source, scheme, dtype
+        self.shape = (num_embeddings, features)
         self._store(scheme.storage(num_embeddings, features))
         self.tensors: Tensors
 
     def load(self, read: ReadWeight) -> None:
         self._store(self.scheme.quantize(read(f"{self.source}.weight")))
+
+    def randomize(self, device: torch.device) -> None:
+        self._store(self.scheme.random(*self.shape, device))
 
     def bind(self) -> None:
         self.tensors = self._stored()

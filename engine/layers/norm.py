@@ -26,6 +26,9 @@ class RMSNorm(StoredLayer):
         assert isinstance(weight, torch.Tensor)
         self.weight = (weight.float() + self.offset).to(self.dtype)
 
+    def randomize(self, device: torch.device) -> None:
+        self.weight = torch.ones(self.weight.shape, dtype=self.dtype, device=device)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalizes the last dimension, x [..., size]."""
         return rms_norm(x, self.weight, self.epsilon)

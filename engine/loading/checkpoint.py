@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.errors import CheckpointError
-from engine.loading.gguf import GGUFCheckpoint
 from engine.loading.safetensors import DirectoryCheckpoint
 from engine.quant.weight import Weight
 
@@ -46,5 +45,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return DirectoryCheckpoint(path)
     if path.suffix == ".gguf":
+        # Directories load without the gguf package.
+        from engine.loading.gguf import GGUFCheckpoint
+
         return GGUFCheckpoint(path)
     raise CheckpointError(f"{path}: neither a model directory nor a .gguf file")

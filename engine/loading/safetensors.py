@@ -49,7 +49,7 @@ class DirectoryCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         raw_config = read_json(path / "config.json", required=True)
-        self.config = _text_config(raw_config)
+        self.config = text_config(raw_config)
         self.generation_config = read_json(path / "generation_config.json")
         if "quantization_config" in self.config:
             method = self.config["quantization_config"].get("quant_method", "unknown")
@@ -77,7 +77,7 @@ class DirectoryCheckpoint:
         return tensor
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The text model's configuration, on one level and complete."""
     text = config.get("text_config")
     if text is not None:

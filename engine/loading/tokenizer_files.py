@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from engine.errors import CheckpointError
-from engine.loading.gguf_config import end_token_ids
-from engine.loading.gguf_file import GGUFFile
-from engine.loading.gguf_tokenizer import build_tokenizer
 from engine.loading.json_file import read_json
 
 _GGUF_KEYS = {
@@ -46,7 +44,17 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]
     return _read_directory(path) if path.is_dir() else _read_gguf(path)
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model directory has a file that a tokenizer can be read from."""
+    return any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def _read_gguf(path: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
+    # Directories load without the gguf package.
+    from engine.loading.gguf_config import end_token_ids
+    from engine.loading.gguf_file import GGUFFile
+    from engine.loading.gguf_tokenizer import build_tokenizer
+
     file = GGUFFile(path)
     template = file.get("tokenizer.chat_template")
     try:
@@ -133,3 +141,14 @@ def _directory_chat_templates(path: Path, configured: Any) -> dict[str, str]:
     if isinstance(configured, list):
         return {entry["name"]: entry["template"] for entry in configured}
     return {} if configured is None else {"default": configured}
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """A tokenizer for a directory without one: each byte is a token, ids 0 … 255."""
+    vocabulary = {
+        character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

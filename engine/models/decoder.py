@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from engine.kernels.kv_layer import KVCache, KVLayer
 from engine.layers.attention import Attention, AttentionInputs
 from engine.layers.linear import Embedding, Linear, ReadWeight
 from engine.layers.mlp import MLP
@@ -44,7 +45,7 @@ class DecoderLayer(nn.Module):
             self.attention_post_norm = self.mlp_post_norm = nn.Identity()
             self.mlp_norm = norm("post_attention")
 
-    def forward(self, x: torch.Tensor, cache: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: KVLayer, inputs: AttentionInputs) -> torch.Tensor:
         """x [T, hidden] is added to in place and returned."""
         x += self.attention_post_norm(self.attention(self.attention_norm(x), cache, inputs))
         x += self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
@@ -56,7 +57,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, quantization: QuantizationPlan, dtype: torch.dtype) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.embedding = Embedding(
             "model.embed_tokens", config.vocab_size, config.hidden_size, quantization.embedding, dtype
         )
@@ -85,6 +86,12 @@ class Decoder(nn.Module):
             if isinstance(module, (Linear, Embedding, RMSNorm)):
                 module.load(read)
 
+    def randomize(self, device: torch.device) -> None:
+        """Random weights, made as they are stored."""
+        for module in self.modules():
+            if isinstance(module, (Linear, Embedding, RMSNorm)):
+                module.randomize(device)
+
     def bind(self) -> None:
         """Prepares every product; call once the tensors are on their device."""
         for module in self.modules():
@@ -95,17 +102,13 @@ class Decoder(nn.Module):
         else:
             self.head_matmul = self.lm_head.matmul
 
-    def forward(self, token_ids: torch.Tensor, caches: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
-        """Hidden states [T, hidden] of the flat batch token_ids [T].
-
-        Args:
-            caches: [layers, 2, blocks, block_size, kv_heads, head_dim]; the step's keys and values are written.
-        """
+    def forward(self, token_ids: torch.Tensor, cache: KVCache, inputs: AttentionInputs) -> torch.Tensor:
+        """Hidden states [T, hidden] of the flat batch token_ids [T]; the step's keys and values are written."""
         x = self.embedding(token_ids)
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, cache, inputs)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cache.layer(index), inputs)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

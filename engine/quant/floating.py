@@ -27,6 +27,10 @@ class Float:
     def quantize(self, weight: Weight) -> Tensors:
         return {"weight": to_float(weight).to(self.dtype)}
 
+    def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
+        weight = torch.empty(out_features, in_features, dtype=self.dtype, device=device)
+        return {"weight": weight.normal_(std=in_features**-0.5)}
+
     def bind(self, tensors: Tensors) -> Matmul:
         weight = tensors["weight"]
         return lambda x: F.linear(x, weight)

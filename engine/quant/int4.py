@@ -46,6 +46,14 @@ class Int4:
             "minimum": grid.minimum.to(torch.float16),
         }
 
+    def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
+        shape = (out_features, (in_features + 1) // 2)
+        codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        # Uniform codes of 0 … 15 have the mean 7.5 and deviate by 4.61.
+        shape = (out_features, -(-in_features // self.group_size))
+        scale = torch.full(shape, in_features**-0.5 / 4.61, dtype=torch.float16, device=device)
+        return {"codes": codes, "scale": scale, "minimum": -7.5 * scale}
+
     def bind(self, tensors: Tensors) -> Matmul:
         return Int4Matmul(tensors["codes"], tensors["scale"], tensors["minimum"], self.group_size)
 

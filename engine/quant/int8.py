@@ -44,5 +44,12 @@ class Int8:
         scale = torch.where(scale > 0, scale, 1.0)
         return {"weight": (values / scale[:, None]).round().to(torch.int8), "scale": scale}
 
+    def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
+        shape = (out_features, in_features)
+        codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+        # Uniform codes of -127 … 127 deviate by 73.3.
+        scale = torch.full((out_features,), in_features**-0.5 / 73.3, device=device)
+        return {"weight": codes, "scale": scale}
+
     def bind(self, tensors: Tensors) -> Matmul:
         return Int8Matmul(tensors["weight"], tensors["scale"])

@@ -36,6 +36,12 @@ class Int8Table:
         codes = (groups / divisor[:, :, None]).round_().clamp_(-127, 127).to(torch.int8)
         return {"codes": codes.view(rows, -1)[:, :columns].contiguous(), "scale": scale}
 
+    def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
+        shape = (out_features, in_features)
+        codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+        shape = (out_features, -(-in_features // GROUP_SIZE))
+        return {"codes": codes, "scale": torch.full(shape, 1 / 73.3, dtype=torch.float16, device=device)}
+
     def lookup(self, tensors: Tensors, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the table: token_ids [T] → [T, K] float32."""
         codes, scale = (tensors[key].index_select(0, token_ids) for key in ("codes", "scale"))

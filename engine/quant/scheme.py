@@ -34,6 +34,13 @@ class Storage(Protocol):
         """The stored tensors for a weight [N, K], named and shaped as `storage` says."""
         ...
 
+    def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
+        """Stored tensors of a random weight, made on the device as they are stored.
+
+        A product deviates about as much as its input, so that a model of such weights has finite logits.
+        """
+        ...
+
 
 class Scheme(Storage, Protocol):
     """How a weight is stored and multiplied."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
-
-import msgspec
 
 from engine.errors import RequestError
 
@@ -14,7 +13,8 @@ MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63 - 1
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
     """How to sample one request. Names and ranges are OpenAI's, extended by vLLM's.
 
     Attributes:
@@ -54,20 +54,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         # A user may write stop="\n", stop=["\n"] or top_k=-1; the fields hold one form.
         stop: Any = self.stop
         if stop is None or isinstance(stop, str):
-            msgspec.structs.force_setattr(self, "stop", () if stop is None else (stop,))
+            object.__setattr__(self, "stop", () if stop is None else (stop,))
         elif isinstance(stop, list):
-            msgspec.structs.force_setattr(self, "stop", tuple(stop))
+            object.__setattr__(self, "stop", tuple(stop))
         if isinstance(self.stop_token_ids, list):
-            msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
+            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if self.top_k == -1:
-            msgspec.structs.force_setattr(self, "top_k", 0)
+            object.__setattr__(self, "top_k", 0)
         self._check_range("n", 1, MAX_SAMPLES)
         if self.max_tokens is not None:
             self._check_range("max_tokens", 1)

@@ -7,12 +7,11 @@ import torch
 
 from engine.batch import BatchRow
 from engine.kernels.activation import gelu_mul, silu_mul
-from engine.kernels.attention import paged_attention, plan_attention, reference, slot_mapping, write_kv
+from engine.kernels.attention import paged_attention, plan_attention, reference, slot_mapping
+from engine.kernels.kv_layer import KVLayer
 from engine.kernels.norm import reference as norm_reference
 from engine.kernels.norm import rms_norm
 from engine.kernels.rotary import apply_rotary
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 32])
@@ -28,19 +27,19 @@ def test_equals_the_reference(
     lengths = [(37, 1), (0, 20), (11, 7), (0, 1), (15, 1), (16, 16), (600, 1)]
     num_blocks = sum(-(-(start + size) // block_size) for start, size in lengths)
     order = (torch.randperm(num_blocks, generator=generator) + 1).tolist()
-    cache = torch.full((2, num_blocks + 1, block_size, num_kv_heads, head_dim), torch.nan)
+    layer = KVLayer(torch.full((2, num_blocks + 1, block_size, num_kv_heads, head_dim), torch.nan))
     rows, queries, stored = [], [], []
     for start, size in lengths:
         end = start + size
         table = [order.pop() for _ in range(-(-end // block_size))]
         keys, values = torch.randn(2, end, num_kv_heads, head_dim, generator=generator)
         whole = BatchRow(list(range(end)), 0, 0, table, None)
-        write_kv(cache, keys, values, slot_mapping([whole], block_size, CPU))
+        layer.write(slot_mapping([whole], block_size), keys, values)
         rows.append(BatchRow(list(range(size)), start, 0, table, None))
         queries.append(torch.randn(size, num_heads, head_dim, generator=generator))
         stored.append((keys, values))
-    plans = plan_attention(rows, cache, window, torch.float32)
-    output = paged_attention(torch.cat(queries), cache, plans, scale=0.3)
+    plans = plan_attention(rows, layer, window, torch.float32)
+    output = paged_attention(torch.cat(queries), layer, plans, scale=0.3)
     expected = [
         reference(query, keys, values, start, window, 0.3)
         for query, (keys, values), (start, _) in zip(queries, stored, lengths, strict=True)
@@ -49,19 +48,19 @@ def test_equals_the_reference(
 
 
 def test_a_row_does_not_depend_on_the_batch() -> None:
-    cache = torch.randn(2, 9, 4, 3, 64)
+    layer = KVLayer(torch.randn(2, 9, 4, 3, 64))
     rows = [BatchRow([0], 9, 0, [1, 2, 3], None), BatchRow([0] * 6, 4, 0, [5, 8, 6], None)]
     queries = torch.randn(7, 9, 64)
-    together = paged_attention(queries, cache, plan_attention(rows, cache, None, torch.float32), 0.1)
+    together = paged_attention(queries, layer, plan_attention(rows, layer, None, torch.float32), 0.1)
     for row, part in zip(rows, queries.split([1, 6]), strict=True):
-        alone = paged_attention(part, cache, plan_attention([row], cache, None, torch.float32), 0.1)
+        alone = paged_attention(part, layer, plan_attention([row], layer, None, torch.float32), 0.1)
         start = 0 if len(row.token_ids) == 1 else 1
         assert torch.equal(alone, together[start : start + len(row.token_ids)])
 
 
 def test_stored_tokens_are_written_to_the_null_block() -> None:
     row = BatchRow([5, 6, 7], start=6, num_stored_tokens=8, block_table=[4, 9, 2], draw=None)
-    assert slot_mapping([row], 4, CPU).tolist() == [2, 3, 2 * 4 + 0]
+    assert slot_mapping([row], 4).tolist() == [2, 3, 2 * 4 + 0]
 
 
 def test_rms_norm_equals_its_formula() -> None:

@@ -10,6 +10,7 @@ import torch
 from engine.batch import BatchRow
 from engine.kernels import cpu
 from engine.kernels.attention import paged_attention, plan_attention, rotate_and_write
+from engine.kernels.kv_layer import KVLayer
 from engine.kernels.int8_matmul import MAX_C_TOKENS
 from engine.kernels.norm import reference, rms_norm
 from engine.quant.int8 import Int8
@@ -85,36 +86,36 @@ def test_rotary_and_cache_write_equal_torchs(monkeypatch: pytest.MonkeyPatch) ->
     cosine, sine = angles.cos().repeat(1, 1, 2), torch.cat((-angles.sin(), angles.sin()), dim=-1)
     slots = torch.tensor([3, 17, 0, 8, 30])
     caches = torch.zeros(2, 2, 8, 4, 3, 64)
-    in_c = rotate_and_write(heads.clone(), cosine, sine, caches[0], slots, 3)
+    in_c = rotate_and_write(heads.clone(), cosine, sine, KVLayer(caches[0]), slots, 3)
     monkeypatch.setattr(cpu, "library", lambda: None)
-    in_torch = rotate_and_write(heads.clone(), cosine, sine, caches[1], slots, 3)
+    in_torch = rotate_and_write(heads.clone(), cosine, sine, KVLayer(caches[1]), slots, 3)
     torch.testing.assert_close(in_c, in_torch, rtol=0, atol=1e-6)
     torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_keys", [1, 2, 31, 256, 257, 390])
 def test_decode_attention_equals_torchs(num_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = torch.randn(2, 100, 4, 3, 64)
+    layer = KVLayer(torch.randn(2, 100, 4, 3, 64))
     table = (torch.randperm(99)[: -(-num_keys // 4)] + 1).tolist()
     rows = [BatchRow([0], num_keys - 1, 0, table, None)]
     # Large scores: the softmax has one clear winner and tails that all but vanish.
     queries = torch.randn(1, 9, 64) * 4
-    arguments = (rows, cache, None, torch.float32)
-    in_c = paged_attention(queries, cache, plan_attention(*arguments), 1.0)
+    arguments = (rows, layer, None, torch.float32)
+    in_c = paged_attention(queries, layer, plan_attention(*arguments), 1.0)
     monkeypatch.setattr(cpu, "library", lambda: None)
-    in_torch = paged_attention(queries, cache, plan_attention(*arguments), 1.0)
+    in_torch = paged_attention(queries, layer, plan_attention(*arguments), 1.0)
     torch.testing.assert_close(in_c, in_torch, rtol=1e-5, atol=1e-5)
 
 
 @needs_compiler
 def test_decode_attention_does_not_depend_on_the_batch() -> None:
-    cache = torch.randn(2, 200, 4, 3, 64)
+    layer = KVLayer(torch.randn(2, 200, 4, 3, 64))
     rows = [BatchRow([0], last, 0, torch.randperm(199)[:150].add(1).tolist(), None) for last in (5, 599, 300)]
     queries = torch.randn(3, 9, 64)
-    together = paged_attention(queries, cache, plan_attention(rows, cache, None, torch.float32), 0.1)
+    together = paged_attention(queries, layer, plan_attention(rows, layer, None, torch.float32), 0.1)
     for i, row in enumerate(rows):
         alone = paged_attention(
-            queries[i : i + 1], cache, plan_attention([row], cache, None, torch.float32), 0.1
+            queries[i : i + 1], layer, plan_attention([row], layer, None, torch.float32), 0.1
         )
         assert torch.equal(alone[0], together[i])
 

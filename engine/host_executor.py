@@ -1,0 +1,90 @@
+"""HostExecutor: runs a step on the CPU, one operation after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from engine.batch import PENDING, Batch, Draw
+from engine.kernels.attention import plan_attention, slot_mapping
+from engine.kernels.kv_layer import KVCache
+from engine.layers.attention import AttentionInputs
+from engine.layers.rope import RotaryTable
+from engine.models.config import RopeConfig
+from engine.models.decoder import Decoder
+from engine.request import RowFailure, SampledToken
+from engine.sampling.sampler import sample
+
+
+class Sampled(Protocol):
+    """The tokens of a step, perhaps still being drawn."""
+
+    def read(self) -> list[SampledToken | RowFailure | None]:
+        """Waits for them: one entry a row of the batch, None where its prompt is not through."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens that are there already."""
+
+    results: list[SampledToken | RowFailure | None]
+
+    def read(self) -> list[SampledToken | RowFailure | None]:
+        return self.results
+
+
+class HostExecutor:
+    """Turns batches into tensors, runs the model over them and draws the tokens.
+
+    Args:
+        rotary: By rope, the table for every position that a sequence can reach.
+        max_num_seqs: Most sequences that run at a time.
+    """
+
+    def __init__(
+        self, model: Decoder, cache: KVCache, rotary: dict[RopeConfig, RotaryTable], max_num_seqs: int
+    ) -> None:
+        self.model, self.cache, self.rotary = model, cache, rotary
+        self._last_tokens = [0] * max_num_seqs
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> torch.Tensor:
+        """Logits [rows that draw, vocabulary] float32; the batch's slots of the cache are filled."""
+        rows = batch.rows
+        token_ids = [
+            self._last_tokens[row.slot] if token == PENDING else token
+            for row in rows
+            for token in row.token_ids
+        ]
+        positions = torch.tensor([row.start + i for row in rows for i in range(len(row.token_ids))])
+        layer = self.cache.layer(0)
+        inputs = AttentionInputs(
+            slots=slot_mapping(rows, self.cache.block_size),
+            plans={
+                window: plan_attention(rows, layer, window, self.model.dtype)
+                for window in set(self.model.config.sliding_windows)
+            },
+            rotary={rope: table.at(positions, self.model.dtype) for rope, table in self.rotary.items()},
+        )
+        hidden = self.model(torch.tensor(token_ids), self.cache, inputs)
+        last = []
+        end = 0
+        for row in rows:
+            end += len(row.token_ids)
+            if row.draw is not None:
+                last.append(end - 1)
+        return self.model.logits(hidden.index_select(0, torch.tensor(last, dtype=torch.int64)))
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
+        """Draws a token for each row that has a draw."""
+        wanted = [draw for draw in draws if draw is not None]
+        drawn = iter(sample(logits, wanted) if wanted else [])
+        results = [None if draw is None else next(drawn) for draw in draws]
+        for row, result in zip(batch.rows, results, strict=True):
+            if isinstance(result, SampledToken):
+                self._last_tokens[row.slot] = result.token_id
+        return Drawn(results)

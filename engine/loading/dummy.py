@@ -1,0 +1,31 @@
+"""A model without its weights: what `--load-format dummy` needs of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError
+from engine.loading.checkpoint import open_checkpoint
+from engine.loading.json_file import read_json
+from engine.loading.safetensors import text_config
+from engine.quant.weight import Weight
+
+
+class DummyCheckpoint:
+    """The configuration of a GGUF file or of a directory that may hold nothing but a config.json."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.is_dir():
+            self.config = text_config(read_json(path / "config.json", required=True))
+            self.config.setdefault("tie_word_embeddings", False)
+        else:
+            self.config = open_checkpoint(path).config
+        self.generation_config: dict[str, Any] = {}
+
+    def names(self) -> set[str]:
+        return set() if self.config["tie_word_embeddings"] else {"lm_head.weight"}
+
+    def tensor(self, name: str) -> Weight:
+        raise CheckpointError(f"{self.path}: {name} was not loaded (load_format is dummy)")
