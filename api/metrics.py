@@ -48,6 +48,11 @@ class EngineCollector(Collector):
             ("prefix_cache_queries", "Tokens looked up in the prefix cache", stats.prefix_cache_queries),
             ("prefix_cache_hits", "Tokens found in the prefix cache", stats.prefix_cache_hits),
             ("num_preemptions", "Preempted sequences", stats.num_preemptions),
+            (
+                "num_kernel_compilations",
+                "GPU kernels compiled after the start, of which there should be none",
+                stats.num_kernel_compilations,
+            ),
         )
         for name, help_text, value in counters:
             counter = CounterMetricFamily(f"engine_{name}", help_text, labels=["model_name"])

@@ -121,6 +121,11 @@ class EngineConfig:
         if self.kv_cache_memory is not None:
             parse_bytes(self.kv_cache_memory)
 
+    @property
+    def pins_attention(self) -> bool:
+        """Whether attention has one form for chunks and decodes: what follows it in the exact path must be exact."""
+        return self.deterministic or self.quant == "int8"
+
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
         """An EngineConfig from keyword options; an unknown one is refused with the known names."""

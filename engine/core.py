@@ -11,6 +11,7 @@ Sampling is launched after the update, so that penalties and grammars see every 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class EngineCore:
 
     @property
     def stats(self) -> EngineStats:
-        return self.scheduler.stats
+        return replace(self.scheduler.stats, num_kernel_compilations=self.runner.compilations.count)
 
     def add_request(self, request: Request) -> None:
         """Queues a request that `validate_request` has passed."""

@@ -10,7 +10,7 @@ import torch
 from engine.batch import PENDING, Batch, Draw
 from engine.kernels.attention import plan_attention, slot_mapping
 from engine.kernels.kv_layer import KVCache
-from engine.layers.attention import AttentionInputs
+from engine.layers.attention import HostAttentionInputs
 from engine.layers.rope import RotaryTable
 from engine.models.config import RopeConfig
 from engine.models.decoder import Decoder
@@ -61,7 +61,7 @@ class HostExecutor:
         ]
         positions = torch.tensor([row.start + i for row in rows for i in range(len(row.token_ids))])
         layer = self.cache.layer(0)
-        inputs = AttentionInputs(
+        inputs = HostAttentionInputs(
             slots=slot_mapping(rows, self.cache.block_size),
             plans={
                 window: plan_attention(rows, layer, window, self.model.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,9 @@ class MemoryPlan:
     """How an engine uses its device's memory, in bytes unless named otherwise.
 
     Attributes:
-        activations: Estimated peak of one step, logits included.
+        activations: Peak of one step, logits and the sampler's buffers included.
+        is_measured: Whether `activations` was measured, by a forward pass of the largest step; else estimated.
+        graphs: Estimate for the CUDA graphs' own memory; 0 without graphs.
         num_blocks: Blocks that sequences can use; one more is kept as the null block.
         max_model_len: Longest sequence in tokens: the model's, or what the cache can hold.
     """
@@ -32,6 +34,8 @@ class MemoryPlan:
     available: int
     weights: int
     activations: int
+    is_measured: bool
+    graphs: int
     block: int
     block_size: int
     num_blocks: int
@@ -47,7 +51,9 @@ class MemoryPlan:
         lines = [
             f"memory plan ({self.device}, {format_bytes(self.available)} available)",
             f"  weights      {format_bytes(self.weights):>12}",
-            f"  activations  {format_bytes(self.activations):>12}  estimated peak of a step",
+            f"  activations  {format_bytes(self.activations):>12}"
+            f"  {'measured' if self.is_measured else 'estimated'} peak of a step",
+            *([f"  CUDA graphs  {format_bytes(self.graphs):>12}  estimated"] if self.graphs else []),
             f"  KV cache     {format_bytes(self.kv_cache):>12}  {self.num_blocks} blocks of {self.block_size}"
             f" = {tokens} tokens, {format_bytes(self.block // self.block_size)} each",
             f"  max_model_len {self.max_model_len:>11}  tokens; {tokens / self.max_model_len:.1f} such sequences"
@@ -67,8 +73,14 @@ def plan_memory(
     weight_bytes: int,
     cache_dtype: torch.dtype,
     device: torch.device,
+    available: int,
+    measured_activations: int | None = None,
 ) -> MemoryPlan:
     """Divides the device's memory.
+
+    Args:
+        available: Bytes that the engine may use, weights included.
+        measured_activations: Peak of the largest step, in bytes, once it is known.
 
     Raises:
         ConfigError: It does not fit; the message shows the arithmetic.
@@ -80,10 +92,14 @@ def plan_memory(
             f"{model.max_position_embeddings} tokens"
         )
     scheduler = SchedulerConfig.resolve(config, requested, device.type)
-    activations = _activation_bytes(model, scheduler)
+    estimate = _host_activation_bytes if device.type == "cpu" else _device_activation_bytes
+    activations = estimate(model, scheduler) if measured_activations is None else measured_activations
+    graphs = 0
+    if device.type == "cuda" and not config.enforce_eager:
+        decodes = replace(scheduler, max_num_batched_tokens=scheduler.max_num_seqs)
+        graphs = _device_activation_bytes(model, decodes)
     block = block_bytes(model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, cache_dtype)
-    available = _available_bytes(config, device)
-    room = available - weight_bytes - activations
+    room = available - weight_bytes - activations - graphs
     if config.kv_cache_memory is not None:
         kv_cache = parse_bytes(config.kv_cache_memory)
     elif device.type == "cpu":
@@ -95,7 +111,8 @@ def plan_memory(
     num_blocks = min(kv_cache // block - 1, useful_blocks)
     arithmetic = (
         f"{format_bytes(available)} available - {format_bytes(weight_bytes)} weights"
-        f" - {format_bytes(activations)} activations leave {format_bytes(max(room, 0))}"
+        f" - {format_bytes(activations)} activations"
+        f"{f' - {format_bytes(graphs)} CUDA graphs' if graphs else ''} leave {format_bytes(max(room, 0))}"
     )
     if num_blocks < 1:
         raise ConfigError(
@@ -111,6 +128,8 @@ def plan_memory(
         available=available,
         weights=weight_bytes,
         activations=activations,
+        is_measured=measured_activations is not None,
+        graphs=graphs,
         block=block,
         block_size=config.block_size,
         num_blocks=num_blocks,
@@ -119,7 +138,7 @@ def plan_memory(
     )
 
 
-def _activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
+def _host_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
     """Peak of a step: the widest layer's inputs, products and sums in float32, and the logits with a copy."""
     width = 4 * model.hidden_size + 4 * max(
         2 * model.intermediate_size, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
@@ -134,7 +153,22 @@ def _activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
     return 4 * (scheduler.max_num_batched_tokens * width + logits + masks + partial)
 
 
-def _available_bytes(config: EngineConfig, device: torch.device) -> int:
+def _device_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
+    """Peak of a step on a GPU: 16-bit activations with what the next product takes, and float32 logits.
+
+    The tables of rotary embeddings, which are as long as the longest sequence, are counted in. The logits are
+    there as the product's output, as float32 and, where log-probabilities are asked for, once more; the sampler's
+    buffers are a small part of that.
+    """
+    projected = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    width = 2 * (6 * model.hidden_size + 2 * projected) + 2 * 4 * model.intermediate_size
+    logits = scheduler.max_num_seqs * model.vocab_size * (2 + 4 + 4)
+    rotary = len(set(model.ropes)) * scheduler.max_model_len * model.head_dim * 4
+    return scheduler.max_num_batched_tokens * width + logits + rotary
+
+
+def available_bytes(config: EngineConfig, device: torch.device) -> int:
+    """Bytes of the device's memory that the engine may use."""
     if device.type == "cpu":
         return available_memory()
     free, total = torch.cuda.mem_get_info(device)

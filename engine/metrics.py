@@ -33,6 +33,7 @@ class EngineStats:
         num_preemptions: Cumulative.
         num_steps: Cumulative.
         num_scheduled_tokens: Tokens computed in all steps, cumulative.
+        num_kernel_compilations: Kernels compiled since the engine has started, cumulative.
     """
 
     num_requests_running: int = 0
@@ -43,3 +44,4 @@ class EngineStats:
     num_preemptions: int = 0
     num_steps: int = 0
     num_scheduled_tokens: int = 0
+    num_kernel_compilations: int = 0

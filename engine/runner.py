@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,21 +12,21 @@ import torch
 
 from engine.batch import Batch, Draw
 from engine.config import EngineConfig, SchedulerConfig
-from engine.errors import ConfigError
+from engine.device_executor import DeviceExecutor
 from engine.host_executor import HostExecutor, Sampled
 from engine.kernels.kv_layer import KVCache
+from engine.kernels.launch import CompilationCounter, Target, target_of
 from engine.layers.rope import RotaryTable
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.model import checkpoint_key, load_weights
-from engine.memory import MemoryPlan, plan_memory
+from engine.memory import MemoryPlan, available_bytes, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from engine.options import resolve_cache_dtype, resolve_device, resolve_dtype
 from engine.quant import plan_quantization
+from engine.warmup import largest_batch, warm_up
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CACHE_TYPES = DTYPES | {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 
 
 class Executor(Protocol):
@@ -47,21 +48,24 @@ class ModelRunner:
         plan: How memory is used.
         cache_salt: What a cached block depends on besides its tokens: model, quantization, cache dtype.
         is_asynchronous: Whether calls return while the device still works.
+        compilations: Counts the kernels that were compiled after the start; there should be none.
     """
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
-        self.device = _resolve_device(config)
+        self.config = config
+        self.device = resolve_device(config)
+        self.is_asynchronous = self.device.type == "cuda"
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
-        self.dtype = _resolve_dtype(config, checkpoint, self.device)
-        cache_dtype = CACHE_TYPES.get(config.kv_cache_dtype, self.dtype)
+        target = target_of(torch.empty(0, device=self.device))
+        self.dtype = resolve_dtype(config, checkpoint.config, on_cpu=self.device.type == "cpu")
+        self.cache_dtype = resolve_cache_dtype(config, self.dtype, target)
         ties = checkpoint.config.get("tie_word_embeddings") or "lm_head.weight" not in checkpoint.names()
         self.model_config = ModelConfig.from_dict({**checkpoint.config, "tie_word_embeddings": ties})
-        quantization = plan_quantization(config.quant, self.dtype, config.group_size)
+        quantization = plan_quantization(config.quant, self.dtype, config.group_size, config.deterministic)
         self.model = Decoder(self.model_config, quantization, self.dtype)
-        self.plan: MemoryPlan = plan_memory(
-            config, self.model_config, self.model.num_bytes, cache_dtype, self.device
-        )
+        self._weight_bytes = self.model.num_bytes
+        self.plan = self._plan_memory(available_bytes(config, self.device))
         logger.info("%s", self.plan)
         name = f"{quantization.name}-{self.dtype}".replace("torch.", "")
         if config.load_format == "dummy":
@@ -70,23 +74,19 @@ class ModelRunner:
         else:
             cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
             load_weights(self.model, checkpoint, name, cache_dir, self.device)
-        self.cache_salt = f"{checkpoint_key(checkpoint)}/{name}/{cache_dtype}".encode()
-        self.cache = KVCache.allocate(
-            self.model_config.num_layers,
-            self.plan.num_blocks + 1,
-            config.block_size,
-            self.model_config.num_kv_heads,
-            self.model_config.head_dim,
-            cache_dtype,
-            self.device,
-        )
-        rotary = {
+        self.cache_salt = f"{checkpoint_key(checkpoint)}/{name}/{self.cache_dtype}".encode()
+        self.rotary = {
             rope: RotaryTable(rope, self.model_config.head_dim, self.plan.max_model_len, self.device)
             for rope in set(self.model_config.ropes)
         }
-        limits = SchedulerConfig.resolve(config, self.plan.max_model_len, self.device.type)
-        self.executor: Executor = HostExecutor(self.model, self.cache, rotary, limits.max_num_seqs)
-        self.is_asynchronous = self.device.type == "cuda"
+        if target is None:
+            self.cache = self._allocate_cache(self.plan.num_blocks + 1)
+            self.executor: Executor = HostExecutor(
+                self.model, self.cache, self.rotary, self._limits.max_num_seqs
+            )
+        else:
+            self.executor = self._make_device_executor(target)
+        self.compilations = CompilationCounter()
 
     def execute(self, batch: Batch) -> torch.Tensor:
         """Runs the model over the batch and fills its slots of the cache: logits [rows that draw, vocabulary]."""
@@ -96,20 +96,65 @@ class ModelRunner:
         """Draws a token for each row of the batch that has a draw."""
         return self.executor.sample(logits, batch, draws)
 
+    @property
+    def _limits(self) -> SchedulerConfig:
+        return SchedulerConfig.resolve(self.config, self.plan.max_model_len, self.device.type)
 
-def _resolve_device(config: EngineConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda was asked for, but torch finds no GPU; use --device cpu")
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    def _plan_memory(self, available: int, measured_activations: int | None = None) -> MemoryPlan:
+        return plan_memory(
+            self.config,
+            self.model_config,
+            self._weight_bytes,
+            self.cache_dtype,
+            self.device,
+            available,
+            measured_activations,
+        )
+
+    def _make_device_executor(self, target: Target) -> DeviceExecutor:
+        """The executor, its kernels compiled and its graphs captured; fixes the plan and allocates the cache."""
+        # At first over a cache of two blocks, since the largest step tells how many there can be.
+        executor = DeviceExecutor(
+            self.model,
+            self._allocate_cache(2),
+            self.rotary,
+            self._limits,
+            self.plan.num_blocks * self.config.block_size,
+            self.config.pins_attention,
+        )
+        if self.device.type == "cuda":
+            warm_up(executor, target)
+            activations = _measure_activations(executor)
+            # What is free now is free of the weights and of all other things that stay.
+            available = available_bytes(self.config, self.device) + self._weight_bytes
+            plan = self._plan_memory(available, activations)
+            self.plan = replace(plan, max_model_len=min(plan.max_model_len, self.plan.max_model_len))
+            logger.info("%s", self.plan)
+        self.cache = executor.cache = self._allocate_cache(self.plan.num_blocks + 1)
+        if self.device.type == "cuda" and not self.config.enforce_eager:
+            executor.capture_graphs()
+        return executor
+
+    def _allocate_cache(self, num_blocks: int) -> KVCache:
+        return KVCache.allocate(
+            self.model_config.num_layers,
+            num_blocks,
+            self.config.block_size,
+            self.model_config.num_kv_heads,
+            self.model_config.head_dim,
+            self.cache_dtype,
+            self.device,
+        )
 
 
-def _resolve_dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    if config.dtype != "auto":
-        return DTYPES[config.dtype]
-    if device.type == "cpu":
-        return torch.float32
-    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16"
-    # float32 checkpoints run in bf16 on a GPU: few are meant to be served in full precision.
-    return DTYPES[name] if name in ("bfloat16", "float16") else torch.bfloat16
+def _measure_activations(executor: DeviceExecutor) -> int:
+    """Bytes that the largest step takes beyond what is there before it."""
+    batch = largest_batch(executor.limits)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    executor.sample(executor.execute(batch), batch, [row.draw for row in batch.rows]).read()
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    return peak - before

@@ -43,33 +43,36 @@ def make_runner(path: Path, **options: Any) -> ModelRunner:
     return ModelRunner(config, open_checkpoint(path))
 
 
-def make_sequences(vocab_size: int) -> list[list[int]]:
-    """Random tokens for the sequences of CHUNKS."""
+def make_sequences(vocab_size: int, chunks: list[list[int]] = CHUNKS) -> list[list[int]]:
+    """Random tokens for sequences that arrive in these chunks."""
     source = random.Random(0)
-    return [[source.randrange(vocab_size) for _ in range(sum(chunks))] for chunks in CHUNKS]
+    return [[source.randrange(vocab_size) for _ in range(sum(sizes))] for sizes in chunks]
 
 
-def run_chunks(runner: ModelRunner, sequences: list[list[int]]) -> list[dict[int, torch.Tensor]]:
-    """Feeds the sequences by CHUNKS, all in the same steps, from blocks in random order.
+def run_chunks(
+    runner: ModelRunner, sequences: list[list[int]], chunks: list[list[int]] = CHUNKS
+) -> list[dict[int, torch.Tensor]]:
+    """Feeds the sequences in chunks, all in the same steps, from blocks in random order.
 
     Returns:
         For each sequence the logits, [vocabulary] by position, of the last token of every chunk.
     """
     # Whatever is read before it was written shows.
-    runner.cache.data.fill_(torch.nan)
+    (runner.cache.data if runner.cache.scales is None else runner.cache.scales).fill_(torch.nan)
     free_blocks = list(range(1, runner.plan.num_blocks + 1))
     random.Random(0).shuffle(free_blocks)
     tables: list[list[int]] = [[] for _ in sequences]
     ends = [0 for _ in sequences]
     logits: list[dict[int, torch.Tensor]] = [{} for _ in sequences]
-    for sizes in zip_longest(*CHUNKS, fillvalue=0):
+    for sizes in zip_longest(*chunks, fillvalue=0):
         rows = []
         active = [index for index, size in enumerate(sizes) if size]
         for index in active:
             start, ends[index] = ends[index], ends[index] + sizes[index]
             while len(tables[index]) * BLOCK_SIZE < ends[index]:
                 tables[index].append(free_blocks.pop())
-            rows.append(BatchRow(sequences[index][start : ends[index]], start, 0, list(tables[index]), DRAW))
+            chunk = sequences[index][start : ends[index]]
+            rows.append(BatchRow(chunk, start, 0, list(tables[index]), DRAW, slot=index))
         results = runner.execute(Batch(rows))
         for index, row in zip(active, results, strict=True):
             logits[index][ends[index] - 1] = row

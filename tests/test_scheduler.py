@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections import deque
 
 import pytest
 from hypothesis import given, settings

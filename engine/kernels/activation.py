@@ -1,18 +1,90 @@
-"""The gated activations of the MLP: act(gate) * up."""
+"""The gated activations of the MLP: act(gate) * up, in the format that the next product wants."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from engine.kernels.activations import Activations, Format, Int8Format
+from engine.kernels.launch import Tile, launch, select_tile, target_of
+from engine.kernels.quantize import empty_activations, group_of, outputs, row_tile, write_row
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """SwiGLU (Shazeer 2020): [M, 2 * I] of gates, then ups → [M, I]."""
+def silu_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu_mul` in torch's operators."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
-def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """GeGLU with the tanh form of GELU: [M, 2 * I] of gates, then ups → [M, I]."""
+def gelu_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """`gelu_mul` in torch's operators."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def silu_mul(gate_up: torch.Tensor, format: Format = None, tile: Tile | None = None) -> Activations:
+    """SwiGLU (Shazeer 2020): [M, 2 * I] of gates, then ups, contiguous → [M, I].
+
+    A Triton kernel computes in float32 and writes the format, of the values rounded to gate_up's dtype; the
+    CPU's body returns floats.
+    """
+    if target_of(gate_up) is None:
+        return silu_reference(gate_up)
+    return _triton_gated(gate_up, "silu", format, tile)
+
+
+def gelu_mul(gate_up: torch.Tensor, format: Format = None, tile: Tile | None = None) -> Activations:
+    """GeGLU with the tanh form of GELU (Hendrycks and Gimpel 2016); else like `silu_mul`."""
+    if target_of(gate_up) is None:
+        return gelu_reference(gate_up)
+    return _triton_gated(gate_up, "gelu_tanh", format, tile)
+
+
+def _triton_gated(gate_up: torch.Tensor, activation: str, format: Format, tile: Tile | None) -> Activations:
+    target = target_of(gate_up)
+    assert target is not None
+    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    y = empty_activations(num_tokens, size, gate_up, format)
+    if isinstance(format, Int8Format) and format.group_size is None:
+        tile = row_tile(size)  # one scale a token: a program sees all of it
+    else:
+        tile = tile or select_tile(target, "activation", num_tokens)
+    launch(
+        _gated_kernel,
+        (num_tokens, triton.cdiv(size, tile["BLOCK"])),
+        {"gate_up": gate_up, **outputs(y), "size": size},
+        tile,
+        GROUP=group_of(format, tile["BLOCK"]),
+        ACTIVATION=activation,
+    )
+    return y
+
+
+@triton.jit
+def _gated_kernel(
+    gate_up,
+    output,
+    low,
+    scale,
+    size,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    is_column = columns < size
+    gate_up += row * (2 * size) + columns
+    gate = tl.load(gate_up, is_column, 0.0).to(tl.float32)
+    up = tl.load(gate_up + size, is_column, 0.0).to(tl.float32)
+    inner = gate
+    if ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), here with u = sqrt(2 / pi) * (x + 0.044715 x³)
+        inner = 1.5957691216057308 * (gate + 0.044715 * (gate * gate * gate))
+    # exp overflows to infinity and the quotient to 0, as it should.
+    values = gate / (1.0 + tl.exp(-inner)) * up
+    values = values.to(gate_up.dtype.element_ty).to(tl.float32)
+    write_row(values, row, first, size, output, low, scale, BLOCK, GROUP)

@@ -245,6 +245,20 @@ def launch(
     )
 
 
+class CompilationCounter:
+    """Counts the kernels that Triton compiles, or loads from its cache on disk, from now on.
+
+    While an engine serves there should be none: its start has compiled every kernel that it can launch.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        knobs.runtime.jit_post_compile_hook = self._note
+
+    def _note(self, **_: Any) -> None:
+        self.count += 1
+
+
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",

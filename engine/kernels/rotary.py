@@ -1,8 +1,22 @@
-"""Rotary position embedding (Su et al. 2021) in the half-rotation layout of Hugging Face checkpoints."""
+"""Rotary position embedding (Su et al. 2021) in the half-rotation layout of Hugging Face checkpoints.
+
+On a GPU one launch normalizes, rotates, and writes keys and values into the paged cache.
+"""
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.kv_layer import FP8_MAX, KVLayer
+from engine.kernels.launch import launch, select_tile, target_of
+from engine.kernels.norm import reference as norm_reference
+
+_FP8_MAX = tl.constexpr(FP8_MAX)
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_ROUNDER = tl.constexpr(1.5 * 2**23)
+"""Added to a float32 up to 2**22 and subtracted again, it leaves the nearest integer, of two the even one."""
 
 
 def apply_rotary(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -14,3 +28,170 @@ def apply_rotary(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) 
         sine: [T, 1, head_dim], the first half negated, so that the rotation is one roll and two products.
     """
     return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, dims=-1), sine)
+
+
+@triton.jit
+def _rotate_and_write_kernel(
+    heads,
+    positions,
+    cosine,
+    sine,
+    query_norm,
+    key_norm,
+    epsilon,
+    queries,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    slots,
+    NUM_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    HALF: tl.constexpr = HEAD_DIM // 2
+    BLOCK_HALF: tl.constexpr = triton.next_power_of_2(HALF)
+    TOTAL: tl.constexpr = NUM_HEADS + 2 * KV_HEADS
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    dims = tl.arange(0, BLOCK_HALF)
+    is_dim = dims < HALF
+    is_query = head < NUM_HEADS
+    is_key = (head >= NUM_HEADS) & (head < NUM_HEADS + KV_HEADS)
+    is_value = (head >= NUM_HEADS + KV_HEADS) & (head < TOTAL)
+    offsets = head[:, None] * HEAD_DIM + dims[None, :]
+    mask = (head < TOTAL)[:, None] & is_dim[None, :]
+    source = heads + token * (TOTAL * HEAD_DIM)
+    low = tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(source + HALF + offsets, mask=mask, other=0.0).to(tl.float32)
+    dtype = heads.dtype.element_ty
+    if query_norm is not None:
+        squares = tl.sum(low * low + high * high, 1) * (1.0 / HEAD_DIM)
+        factor = tl.where(is_value, 1.0, tl.rsqrt(squares + epsilon))[:, None]
+        for_query, for_key = is_query[:, None] & is_dim[None, :], is_key[:, None] & is_dim[None, :]
+        low_weight = tl.load(query_norm + dims[None, :], mask=for_query, other=1.0).to(tl.float32)
+        low_weight *= tl.load(key_norm + dims[None, :], mask=for_key, other=1.0).to(tl.float32)
+        high_weight = tl.load(query_norm + HALF + dims[None, :], mask=for_query, other=1.0).to(tl.float32)
+        high_weight *= tl.load(key_norm + HALF + dims[None, :], mask=for_key, other=1.0).to(tl.float32)
+        low = (low * factor * low_weight).to(dtype).to(tl.float32)
+        high = (high * factor * high_weight).to(dtype).to(tl.float32)
+    position = tl.load(positions + token)
+    c = tl.load(cosine + position * HALF + dims, mask=is_dim, other=0.0)[None, :]
+    s = tl.load(sine + position * HALF + dims, mask=is_dim, other=0.0)[None, :]
+    rotated_low = tl.where(is_value[:, None], low, low * c - high * s)
+    rotated_high = tl.where(is_value[:, None], high, high * c + low * s)
+
+    target = queries + token * (NUM_HEADS * HEAD_DIM)
+    query_mask = is_query[:, None] & is_dim[None, :]
+    tl.store(target + offsets, rotated_low.to(dtype), mask=query_mask)
+    tl.store(target + HALF + offsets, rotated_high.to(dtype), mask=query_mask)
+
+    slot = tl.load(slots + token).to(tl.int64) * KV_HEADS
+    if key_scales is not None:
+        absmax = tl.max(tl.maximum(tl.abs(rotated_low), tl.abs(rotated_high)), 1)
+        scale = tl.maximum(tl.div_rn(absmax, 127.0), _TINY)
+        rotated_low = tl.div_rn(rotated_low, scale[:, None]) + _ROUNDER - _ROUNDER
+        rotated_high = tl.div_rn(rotated_high, scale[:, None]) + _ROUNDER - _ROUNDER
+        tl.store(key_scales + slot + (head - NUM_HEADS), scale, mask=is_key)
+        tl.store(value_scales + slot + (head - NUM_HEADS - KV_HEADS), scale, mask=is_value)
+    stored_type = keys.dtype.element_ty
+    if stored_type == tl.float8e4nv:
+        rotated_low = tl.minimum(tl.maximum(rotated_low, -_FP8_MAX), _FP8_MAX)
+        rotated_high = tl.minimum(tl.maximum(rotated_high, -_FP8_MAX), _FP8_MAX)
+    # In the cache a token's key heads follow each other as they do here, and so do its value heads.
+    key_target = keys + slot * HEAD_DIM + (offsets - NUM_HEADS * HEAD_DIM)
+    value_target = values + slot * HEAD_DIM + (offsets - (NUM_HEADS + KV_HEADS) * HEAD_DIM)
+    key_mask = is_key[:, None] & is_dim[None, :]
+    value_mask = is_value[:, None] & is_dim[None, :]
+    tl.store(key_target, rotated_low.to(stored_type), mask=key_mask)
+    tl.store(key_target + HALF, rotated_high.to(stored_type), mask=key_mask)
+    tl.store(value_target, rotated_low.to(stored_type), mask=value_mask)
+    tl.store(value_target + HALF, rotated_high.to(stored_type), mask=value_mask)
+
+
+def rotate_and_write(
+    heads: torch.Tensor,
+    positions: torch.Tensor,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    layer: KVLayer,
+    slots: torch.Tensor,
+    num_kv_heads: int,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    epsilon: float = 0.0,
+) -> torch.Tensor:
+    """Rotates queries and keys by their positions and stores keys and values in the cache.
+
+    Computed in float32 and rounded once, after the norm and at the end.
+
+    Args:
+        heads: [T, query heads + 2 * num_kv_heads, head_dim], contiguous: queries, keys, values.
+        positions: [T] int32.
+        cosine, sine: [positions, head_dim / 2] float32.
+        slots: [T] int32; tokens that are padding go to the null block.
+        query_norm, key_norm: [head_dim], weights of an RMSNorm of each query and key head; both or neither.
+
+    Returns:
+        The rotated queries, [T, query heads, head_dim].
+    """
+    target = target_of(heads)
+    if target is None:
+        return reference(
+            heads, positions, cosine, sine, layer, slots, num_kv_heads, query_norm, key_norm, epsilon
+        )
+    num_tokens, total, head_dim = heads.shape
+    num_heads = total - 2 * num_kv_heads
+    queries = heads.new_empty(num_tokens, num_heads, head_dim)
+    tile = select_tile(target, "rotate_and_write", num_tokens)
+    launch(
+        _rotate_and_write_kernel,
+        (num_tokens, triton.cdiv(total, tile["BLOCK_H"])),
+        {
+            "heads": heads,
+            "positions": positions,
+            "cosine": cosine,
+            "sine": sine,
+            "query_norm": query_norm,
+            "key_norm": key_norm,
+            "epsilon": epsilon,
+            "queries": queries,
+            "keys": layer.keys,
+            "values": layer.values,
+            "key_scales": layer.key_scales,
+            "value_scales": layer.value_scales,
+            "slots": slots,
+        },
+        tile,
+        NUM_HEADS=num_heads,
+        KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+    )
+    return queries
+
+
+def reference(
+    heads: torch.Tensor,
+    positions: torch.Tensor,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    layer: KVLayer,
+    slots: torch.Tensor,
+    num_kv_heads: int,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    epsilon: float = 0.0,
+) -> torch.Tensor:
+    """`rotate_and_write` in plain torch."""
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    queries, keys, values = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    if query_norm is not None and key_norm is not None:
+        queries, keys = (
+            norm_reference(x, weight, epsilon) for x, weight in ((queries, query_norm), (keys, key_norm))
+        )
+    c, s = (table[positions.long()][:, None] for table in (cosine, sine))
+    c, s = torch.cat((c, c), dim=-1), torch.cat((-s, s), dim=-1)
+    queries, keys = (apply_rotary(x.float(), c, s) for x in (queries, keys))
+    layer.write(slots.long(), keys, values)
+    return queries.to(heads.dtype)

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from engine.kernels.attention import AttentionPlan, paged_attention, rotate_and_write
+from engine.kernels import attention, paged_attention, rotary
+from engine.kernels.activations import Activations, num_tokens
+from engine.kernels.attention import AttentionPlan
 from engine.kernels.kv_layer import KVLayer
+from engine.kernels.paged_attention import PagedPlan
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
+from engine.layers.rope import RotaryTable
 from engine.models.config import ModelConfig, RopeConfig
 from engine.quant import QuantizationPlan
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionInputs:
-    """What the attention layers of a step share.
+class HostAttentionInputs:
+    """What the attention layers of a step on the CPU share.
 
     Attributes:
         slots: [T] int64, where each token's key and value go in the cache.
@@ -28,6 +32,27 @@ class AttentionInputs:
     slots: torch.Tensor
     plans: dict[int | None, AttentionPlan]
     rotary: dict[RopeConfig, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceAttentionInputs:
+    """What the attention layers of a step share where Triton's kernels run.
+
+    Attributes:
+        positions, slots: [T] int32, of each token, and where its key and value go in the cache.
+        plans: By sliding window (None: none), which keys each sequence reads.
+        rotary: By rope.
+        is_pinned: Whether chunks and decodes are computed in one form.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    plans: dict[int | None, PagedPlan]
+    rotary: dict[RopeConfig, RotaryTable]
+    is_pinned: bool
+
+
+AttentionInputs = HostAttentionInputs | DeviceAttentionInputs
 
 
 class Attention(nn.Module):
@@ -61,11 +86,36 @@ class Attention(nn.Module):
             self.query_norm = RMSNorm(f"{prefix}.q_norm", *norm)
             self.key_norm = RMSNorm(f"{prefix}.k_norm", *norm)
 
-    def forward(self, x: torch.Tensor, cache: KVLayer, inputs: AttentionInputs) -> torch.Tensor:
+    def forward(self, x: Activations, cache: KVLayer, inputs: AttentionInputs) -> torch.Tensor:
         """x [T, hidden] → [T, hidden]; the step's keys and values are written to the cache."""
-        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        heads = self.qkv(x).view(num_tokens(x), -1, self.head_dim)
+        attend = self._on_host if isinstance(inputs, HostAttentionInputs) else self._on_device
+        return self.output(attend(heads, cache, inputs))  # type: ignore[arg-type, operator]
+
+    def _on_host(self, heads: torch.Tensor, cache: KVLayer, inputs: HostAttentionInputs) -> torch.Tensor:
         if self.query_norm is not None and self.key_norm is not None:
-            queries, keys, values = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+            sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+            queries, keys, values = torch.split(heads, sizes, dim=1)
             heads = torch.cat((self.query_norm(queries), self.key_norm(keys), values), dim=1)
-        queries = rotate_and_write(heads, *inputs.rotary[self.rope], cache, inputs.slots, self.num_kv_heads)
-        return self.output(paged_attention(queries, cache, inputs.plans[self.window], self.scale))
+        queries = attention.rotate_and_write(
+            heads, *inputs.rotary[self.rope], cache, inputs.slots, self.num_kv_heads
+        )
+        return attention.paged_attention(queries, cache, inputs.plans[self.window], self.scale)
+
+    def _on_device(self, heads: torch.Tensor, cache: KVLayer, inputs: DeviceAttentionInputs) -> torch.Tensor:
+        table = inputs.rotary[self.rope]
+        queries = rotary.rotate_and_write(
+            heads,
+            inputs.positions,
+            table.cosine,
+            table.sine,
+            cache,
+            inputs.slots,
+            self.num_kv_heads,
+            None if self.query_norm is None else self.query_norm.weight,
+            None if self.key_norm is None else self.key_norm.weight,
+            0.0 if self.query_norm is None else self.query_norm.epsilon,
+        )
+        return paged_attention.paged_attention(
+            queries, cache, inputs.plans[self.window], self.scale, self.window, pinned=inputs.is_pinned
+        )

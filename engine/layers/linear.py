@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from engine.kernels.activations import Activations
 from engine.quant.scheme import Matmul, Scheme, TableScheme, Tensors
 from engine.quant.weight import Weight
 
@@ -64,13 +65,14 @@ class Linear(StoredLayer):
 
     def bind(self) -> None:
         tensors = self._stored()
-        tensors.pop("bias", None)
-        self.matmul = self.scheme.bind(tensors)
+        bias = tensors.pop("bias", None)
+        self.matmul = self.scheme.bind(tensors, bias)
+        # The product holds what it needs, perhaps in an order of its own.
+        self._buffers.clear()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activations) -> torch.Tensor:
         """[M, in_features] → [M, out_features]."""
-        y = self.matmul(x)
-        return y.add_(self.bias) if self.has_bias else y
+        return self.matmul(x)
 
 
 class Embedding(StoredLayer):
@@ -96,4 +98,4 @@ class Embedding(StoredLayer):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] int64 → [T, features]."""
-        return self.scheme.lookup(self.tensors, token_ids).to(self.dtype)
+        return self.scheme.lookup(self.tensors, token_ids, self.dtype)

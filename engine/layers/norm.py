@@ -1,9 +1,10 @@
-"""RMSNorm as a layer."""
+"""RMSNorm as a layer, with the residual sum before it."""
 
 from __future__ import annotations
 
 import torch
 
+from engine.kernels.activations import Activations, Format
 from engine.kernels.norm import rms_norm
 from engine.layers.linear import ReadWeight, StoredLayer
 
@@ -13,6 +14,9 @@ class RMSNorm(StoredLayer):
 
     Args:
         offset: Added to the checkpoint's weight on loading (Gemma stores w - 1).
+
+    Attributes:
+        format: What the product behind the norm wants.
     """
 
     def __init__(self, source: str, size: int, epsilon: float, offset: float, dtype: torch.dtype) -> None:
@@ -20,6 +24,7 @@ class RMSNorm(StoredLayer):
         self.source, self.epsilon, self.offset, self.dtype = source, epsilon, offset, dtype
         self.register_buffer("weight", torch.empty(size, dtype=dtype, device="meta"))
         self.weight: torch.Tensor
+        self.format: Format = None
 
     def load(self, read: ReadWeight) -> None:
         weight = read(f"{self.source}.weight")
@@ -29,6 +34,6 @@ class RMSNorm(StoredLayer):
     def randomize(self, device: torch.device) -> None:
         self.weight = torch.ones(self.weight.shape, dtype=self.dtype, device=device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalizes the last dimension, x [..., size]."""
-        return rms_norm(x, self.weight, self.epsilon)
+    def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> Activations:
+        """Normalizes the last dimension, x [..., size]; `delta` is added to x in place before."""
+        return rms_norm(x, self.weight, self.epsilon, self.format, delta)

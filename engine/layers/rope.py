@@ -15,19 +15,20 @@ class RotaryTable:
 
     Args:
         num_positions: Positions 0 … num_positions - 1 are tabulated.
+
+    Attributes:
+        cosine, sine: [num_positions, head_dim / 2] float32.
     """
 
     def __init__(self, rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device) -> None:
         frequencies, magnitude = rotary_frequencies(rope, head_dim)
         angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
-        cosine, sine = angles.cos() * magnitude, angles.sin() * magnitude
-        self.cosine = torch.cat((cosine, cosine), dim=1).to(device)
-        self.sine = torch.cat((-sine, sine), dim=1).to(device)
+        self.cosine, self.sine = ((wave * magnitude).to(device) for wave in (angles.cos(), angles.sin()))
 
     def at(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and signed sine for `apply_rotary`: positions [T] → [T, 1, head_dim] each."""
         cosine, sine = (table.index_select(0, positions)[:, None] for table in (self.cosine, self.sine))
-        return cosine.to(dtype), sine.to(dtype)
+        return torch.cat((cosine, cosine), dim=-1).to(dtype), torch.cat((-sine, sine), dim=-1).to(dtype)
 
 
 def rotary_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:

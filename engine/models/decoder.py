@@ -45,11 +45,24 @@ class DecoderLayer(nn.Module):
             self.attention_post_norm = self.mlp_post_norm = nn.Identity()
             self.mlp_norm = norm("post_attention")
 
-    def forward(self, x: torch.Tensor, cache: KVLayer, inputs: AttentionInputs) -> torch.Tensor:
-        """x [T, hidden] is added to in place and returned."""
-        x += self.attention_post_norm(self.attention(self.attention_norm(x), cache, inputs))
-        x += self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
-        return x
+    def bind(self) -> None:
+        """Lets the norms write what the products behind them take."""
+        self.attention_norm.format = self.attention.qkv.matmul.format
+        self.mlp_norm.format = self.mlp.gate_up.matmul.format
+        self.mlp.format = self.mlp.down.matmul.format
+
+    def forward(
+        self, x: torch.Tensor, delta: torch.Tensor | None, cache: KVLayer, inputs: AttentionInputs
+    ) -> torch.Tensor:
+        """What the layer adds to x [T, hidden], less what it has added already.
+
+        Args:
+            delta: What the layer before adds; its sum with x, in place, is done with this layer's norm.
+        """
+        attended = self.attention(self.attention_norm(x, delta), cache, inputs)
+        added = self.mlp(self.mlp_norm(x, self.attention_post_norm(attended)))
+        output: torch.Tensor = self.mlp_post_norm(added)
+        return output
 
 
 class Decoder(nn.Module):
@@ -97,19 +110,24 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, (Linear, Embedding)):
                 module.bind()
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.bind()
         if self.lm_head is None:
-            self.head_matmul = self.lm_head_scheme.bind(self.embedding.tensors)
+            self.head_matmul = self.lm_head_scheme.bind(self.embedding.tensors, None)
         else:
             self.head_matmul = self.lm_head.matmul
+        self.norm.format = self.head_matmul.format
 
     def forward(self, token_ids: torch.Tensor, cache: KVCache, inputs: AttentionInputs) -> torch.Tensor:
         """Hidden states [T, hidden] of the flat batch token_ids [T]; the step's keys and values are written."""
         x = self.embedding(token_ids)
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
+        delta = None
         for index, layer in enumerate(self.layers):
-            x = layer(x, cache.layer(index), inputs)
-        return x
+            delta = layer(x, delta, cache.layer(index), inputs)
+        return x if delta is None else x.add_(delta)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocabulary] float32 of hidden states [rows, hidden]."""

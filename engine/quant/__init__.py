@@ -30,10 +30,17 @@ class QuantizationPlan:
         return f"{self.linear.name}-{self.lm_head.name}-{self.embedding.name}"
 
 
-def plan_quantization(quant: str, dtype: torch.dtype, group_size: int) -> QuantizationPlan:
-    """The schemes of `--quant none | int8 | int4`."""
+def plan_quantization(
+    quant: str, dtype: torch.dtype, group_size: int, deterministic: bool = False
+) -> QuantizationPlan:
+    """The schemes of `--quant none | int8 | int4`.
+
+    Args:
+        deterministic: Float products in one form for any number of tokens.
+    """
     if quant == "int8":
         return QuantizationPlan(Int8(), Int8(), Int8Table())
     if quant == "int4":
-        return QuantizationPlan(Int4(group_size), Int8(), Int8Table())
-    return QuantizationPlan(Float(dtype), Float(dtype), Float(dtype))
+        return QuantizationPlan(Int4(group_size, deterministic), Int8(), Int8Table())
+    scheme = Float(dtype, deterministic)
+    return QuantizationPlan(scheme, scheme, scheme)

@@ -7,15 +7,38 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from engine.kernels.activations import Activations, Format
+from engine.kernels.embedding import lookup
+from engine.kernels.launch import runs_triton
+from engine.kernels.weight_only_matmul import WeightOnlyMatmul
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import Weight, to_float
 
 
+@dataclass(slots=True)
+class FloatMatmul:
+    """torch's product: weight [N, K], bias [N] or None, of one type."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    format: Format = None
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        """[M, K] → [M, N]."""
+        assert isinstance(x, torch.Tensor)
+        return F.linear(x, self.weight, self.bias)
+
+
 @dataclass(frozen=True)
 class Float:
-    """Weights as `dtype`, multiplied by torch."""
+    """Weights as `dtype`, multiplied by torch.
+
+    Attributes:
+        pinned: One form of the product for any number of tokens (`--deterministic`): our own, on a GPU.
+    """
 
     dtype: torch.dtype
+    pinned: bool = False
 
     @property
     def name(self) -> str:
@@ -31,10 +54,12 @@ class Float:
         weight = torch.empty(out_features, in_features, dtype=self.dtype, device=device)
         return {"weight": weight.normal_(std=in_features**-0.5)}
 
-    def bind(self, tensors: Tensors) -> Matmul:
+    def bind(self, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         weight = tensors["weight"]
-        return lambda x: F.linear(x, weight)
+        if self.pinned and runs_triton(weight):
+            return WeightOnlyMatmul(weight, None, None, bias)
+        return FloatMatmul(weight, None if bias is None else bias.to(weight.dtype))
 
-    def lookup(self, tensors: Tensors, token_ids: torch.Tensor) -> torch.Tensor:
+    def lookup(self, tensors: Tensors, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the weight: token_ids [T] → [T, K]."""
-        return F.embedding(token_ids, tensors["weight"])
+        return lookup(token_ids, tensors["weight"], None, dtype)

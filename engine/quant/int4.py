@@ -16,9 +16,14 @@ from engine.quant.weight import GridWeight, Weight, to_float
 
 @dataclass(frozen=True)
 class Int4:
-    """Asymmetric groups of `group_size` along K; the last group is shorter where K is no multiple of it."""
+    """Asymmetric groups of `group_size` along K; the last group is shorter where K is no multiple of it.
+
+    Attributes:
+        pinned: One form of the product for any number of tokens (`--deterministic`).
+    """
 
     group_size: int = 32
+    pinned: bool = False
 
     @property
     def name(self) -> str:
@@ -54,8 +59,9 @@ class Int4:
         scale = torch.full(shape, in_features**-0.5 / 4.61, dtype=torch.float16, device=device)
         return {"codes": codes, "scale": scale, "minimum": -7.5 * scale}
 
-    def bind(self, tensors: Tensors) -> Matmul:
-        return Int4Matmul(tensors["codes"], tensors["scale"], tensors["minimum"], self.group_size)
+    def bind(self, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
+        grid = (tensors["codes"], tensors["scale"], tensors["minimum"], self.group_size)
+        return Int4Matmul(*grid, bias, self.pinned)
 
     def _is_own_grid(self, weight: Weight) -> bool:
         return (

@@ -15,12 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kernels.int8_matmul import Int8Matmul
+from engine.kernels.int8_matmul import MAX_IN_FEATURES, Int8Matmul
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import Weight, to_float
-
-MAX_IN_FEATURES = (2**31 - 1) // (255 * 127)
-"""More products could overflow an int32 sum; the C body adds 128 to its activations, so up to 255 * 127 each."""
 
 
 @dataclass(frozen=True)
@@ -51,5 +48,5 @@ class Int8:
         scale = torch.full((out_features,), in_features**-0.5 / 73.3, device=device)
         return {"weight": codes, "scale": scale}
 
-    def bind(self, tensors: Tensors) -> Matmul:
-        return Int8Matmul(tensors["weight"], tensors["scale"])
+    def bind(self, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
+        return Int8Matmul(tensors["weight"], tensors["scale"], bias)

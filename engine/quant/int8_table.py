@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.kernels.embedding import GROUP_SIZE, lookup
 from engine.quant.scheme import Tensors
 from engine.quant.weight import GridWeight, Weight, to_float
-
-GROUP_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class Int8Table:
         shape = (out_features, -(-in_features // GROUP_SIZE))
         return {"codes": codes, "scale": torch.full(shape, 1 / 73.3, dtype=torch.float16, device=device)}
 
-    def lookup(self, tensors: Tensors, token_ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the table: token_ids [T] → [T, K] float32."""
-        codes, scale = (tensors[key].index_select(0, token_ids) for key in ("codes", "scale"))
-        return GridWeight(codes, scale, None, GROUP_SIZE).dequantize()
+    def lookup(self, tensors: Tensors, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the table: token_ids [T] → [T, K]."""
+        return lookup(token_ids, tensors["codes"], tensors["scale"], dtype)

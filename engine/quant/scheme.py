@@ -6,16 +6,28 @@ call the function it binds to them; they never look inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
+from engine.kernels.activations import Activations, Format
 from engine.quant.weight import Weight
 
 Tensors = dict[str, torch.Tensor]
-Matmul = Callable[[torch.Tensor], torch.Tensor]
-"""[M, K] activations → [M, N], of the activations' dtype."""
+
+
+class Matmul(Protocol):
+    """A product with one weight, bias included.
+
+    Attributes:
+        format: What it takes without work of its own; it takes floats in any case.
+    """
+
+    format: Format
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        """[M, K] → [M, N], of the activations' dtype."""
+        ...
 
 
 class Storage(Protocol):
@@ -45,14 +57,18 @@ class Storage(Protocol):
 class Scheme(Storage, Protocol):
     """How a weight is stored and multiplied."""
 
-    def bind(self, tensors: Tensors) -> Matmul:
-        """The product with these tensors, on their device; prepares what is prepared once."""
+    def bind(self, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
+        """The product with these tensors, on their device; prepares what is prepared once.
+
+        Args:
+            bias: [N] float32.
+        """
         ...
 
 
 class TableScheme(Storage, Protocol):
     """How an embedding table is stored and looked up."""
 
-    def lookup(self, tensors: Tensors, token_ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the table: token_ids [T] → [T, K] float."""
+    def lookup(self, tensors: Tensors, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the table: token_ids [T] → [T, K] of `dtype`."""
         ...

@@ -36,12 +36,17 @@ def derive_seed(seed: int, index: int) -> int:
 
 def gumbel_noise(key: tuple[int, int], token_ids: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise for each of `token_ids` ([...] integer), float32 of the same shape."""
+    # The winner has the smallest exponential: -log1p(-u) is fine-grained there, -log(u) is not.
+    exponential = -torch.log1p(-uniform_noise(key, token_ids))
+    return -torch.log(exponential)
+
+
+def uniform_noise(key: tuple[int, int], token_ids: torch.Tensor) -> torch.Tensor:
+    """Uniform noise between 2^-33 and 1 - 2^-24 for each of `token_ids` ([...] integer), float32."""
     low, high = key
     bits = _mix32(_mix32(token_ids.to(torch.int32) ^ low) + high)
     uniform = ((bits.to(torch.int64) & 0xFFFFFFFF).to(torch.float32) + 0.5) * 2.0**-32
-    # The winner has the smallest exponential: -log1p(-u) is fine-grained there, -log(u) is not.
-    exponential = -torch.log1p(-uniform.clamp_(max=1.0 - 2.0**-24))
-    return -torch.log(exponential)
+    return uniform.clamp_(max=1.0 - 2.0**-24)
 
 
 def _mix32(bits: torch.Tensor) -> torch.Tensor:

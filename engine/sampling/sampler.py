@@ -1,21 +1,25 @@
 """The sampler: from logits to tokens, row by row, each row by itself alone.
 
 Order of operations: log-probabilities are taken from the model's own logits; then logit_bias, penalties and
-banned tokens; then temperature, min_p, top_k, top_p (over what top_k left), and the draw.
+banned tokens; then temperature, top_k, min_p, top_p (over what the other two left), and the draw. Filters keep
+or drop equal logits together, and among equal maxima the lowest token id wins.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 from engine.batch import Draw
+from engine.kernels.sample import Adjustments, DrawParameters, adjust_logits, draw, logprobs_of
 from engine.request import RowFailure, SampledToken
-from engine.sampling.params import SamplingParams
-from engine.sampling.random import draw_key, gumbel_noise
+from engine.sampling.random import draw_key
 
 
 def sample(logits: torch.Tensor, draws: list[Draw]) -> list[SampledToken | RowFailure]:
-    """Draws one token a row.
+    """Draws one token a row, on the CPU.
 
     Args:
         logits: [rows, vocabulary] float32.
@@ -24,89 +28,88 @@ def sample(logits: torch.Tensor, draws: list[Draw]) -> list[SampledToken | RowFa
     Returns:
         One entry a row; a row that cannot be sampled does not touch the others.
     """
-    largest, likeliest = logits.max(dim=-1)
-    valid = largest.isfinite().tolist()
-    results: list[SampledToken | RowFailure] = []
-    for row, (draw, token_id) in enumerate(zip(draws, likeliest.tolist(), strict=True)):
-        if not valid[row]:
-            results.append(RowFailure("the model's logits are not finite (NaN or infinity)"))
-            continue
-        try:
-            if not _is_plain_greedy(draw):
-                token_id = _draw_token(logits[row].clone(), draw)
-            results.append(_with_logprobs(logits[row], token_id, draw.params.logprobs))
-        except (IndexError, RuntimeError, ValueError) as error:
-            results.append(RowFailure(f"sampling failed: {error}"))
-    return results
+    return [_sample_row(logits[row : row + 1], how) for row, how in enumerate(draws)]
 
 
-def _is_plain_greedy(draw: Draw) -> bool:
-    params = draw.params
-    return params.is_greedy and not (params.logit_bias or params.has_penalties or draw.stop_token_ids)
-
-
-def _draw_token(logits: torch.Tensor, draw: Draw) -> int:
-    """Draws from one row; `logits` [vocabulary] is overwritten."""
-    params = draw.params
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-    if params.has_penalties:
-        _penalize(logits, draw)
-    if draw.stop_token_ids:
-        logits[list(draw.stop_token_ids)] = -torch.inf
-    if params.is_greedy:
-        return int(logits.argmax())
-    logits /= params.temperature
-    token_ids = _candidates(logits, params)
-    noise = gumbel_noise(draw_key(draw.seed, draw.index, draw.position), token_ids)
-    return int(token_ids[(logits[token_ids] + noise).argmax()])
-
-
-def _penalize(logits: torch.Tensor, draw: Draw) -> None:
-    params, device = draw.params, logits.device
-    output = torch.tensor(draw.output_token_ids, dtype=torch.int64, device=device)
-    if params.repetition_penalty != 1.0:
-        prompt = torch.tensor(draw.prompt_token_ids, dtype=torch.int64, device=device)
-        seen = torch.unique(torch.cat((prompt, output)))
-        values = logits[seen]
-        penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    used, counts = torch.unique(output, return_counts=True)
-    logits[used] -= params.frequency_penalty * counts + params.presence_penalty
-
-
-def _candidates(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Ids of the tokens that min_p, top_k and top_p leave, [candidates] int64."""
-    num_tokens = logits.shape[0]
-    if params.top_k and params.top_k < num_tokens:
-        values, token_ids = logits.topk(params.top_k)
-    else:
-        values, token_ids = logits, torch.arange(num_tokens, device=logits.device)
-    if params.min_p > 0.0:
-        # p >= min_p * p_max, in logarithms.
-        keep = values >= values.max() + torch.log(torch.tensor(params.min_p))
-        values, token_ids = values[keep], token_ids[keep]
-    if params.top_p < 1.0:
-        probabilities = torch.softmax(values, dim=-1)
-        # Tokens below (1 - top_p) / n together weigh less than 1 - top_p: none of them is in the nucleus,
-        # so only the others need sorting.
-        keep = probabilities >= (1.0 - params.top_p) / probabilities.shape[0]
-        probabilities, order = probabilities[keep].sort(descending=True, stable=True)
-        token_ids = token_ids[keep][order]
-        before = probabilities.cumsum(dim=-1) - probabilities
-        token_ids = token_ids[before < params.top_p]
-    return token_ids
-
-
-def _with_logprobs(logits: torch.Tensor, token_id: int, num_logprobs: int | None) -> SampledToken:
-    if num_logprobs is None:
+def _sample_row(logits: torch.Tensor, how: Draw) -> SampledToken | RowFailure:
+    adjustments = adjustments_of([how])
+    adjusted = logits
+    if adjustments is not None:
+        adjusted = logits.clone()
+        adjust_logits(adjusted, adjustments)
+    token = draw(adjusted, parameters_of([how]), filters=has_filters(how))
+    token_id = int(token)
+    if token_id < 0:
+        return RowFailure("no token can be drawn: the logits are not finite (NaN or infinity)")
+    if how.params.logprobs is None:
         return SampledToken(token_id)
-    logprobs = torch.log_softmax(logits, dim=-1)
-    values, token_ids = logprobs.topk(num_logprobs)
+    logprobs = logprobs_of(logits, token, how.params.logprobs)
     return SampledToken(
         token_id,
-        logprob=float(logprobs[token_id]),
-        rank=int((logprobs > logprobs[token_id]).sum()) + 1,
-        top_logprobs=list(zip(token_ids.tolist(), values.tolist(), strict=True)),
+        logprob=float(logprobs.chosen),
+        rank=int(logprobs.ranks),
+        top_logprobs=list(zip(logprobs.top_ids[0].tolist(), logprobs.top_values[0].tolist(), strict=True)),
     )
+
+
+def has_filters(how: Draw) -> bool:
+    """Whether top_k, top_p or min_p restrict the draw."""
+    params = how.params
+    return not params.is_greedy and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
+
+
+def parameters_of(draws: Sequence[Draw]) -> DrawParameters:
+    """The draws as the kernel takes them, on the CPU."""
+    keys = [draw_key(how.seed, how.index, how.position) for how in draws]
+    params = [how.params for how in draws]
+    return DrawParameters(
+        key_low=torch.tensor([low for low, _ in keys], dtype=torch.int32),
+        key_high=torch.tensor([high for _, high in keys], dtype=torch.int32),
+        temperature=torch.tensor([0.0 if p.is_greedy else p.temperature for p in params]),
+        # More than any vocabulary is all of it.
+        top_k=torch.tensor([min(p.top_k, 2**31 - 1) for p in params], dtype=torch.int32),
+        top_p=torch.tensor([p.top_p for p in params]),
+        min_p=torch.tensor([p.min_p for p in params]),
+    )
+
+
+def adjustments_of(draws: Sequence[Draw]) -> Adjustments | None:
+    """The bias, penalties and bans of the draws' rows, on the CPU; None where there are none."""
+    rows = [(row, *_adjustments_of_row(how)) for row, how in enumerate(draws) if _is_adjusted(how)]
+    if not rows:
+        return None
+    numbers, token_ids, bias, repetition, subtract = zip(*rows, strict=True)
+    return Adjustments(
+        rows=torch.from_numpy(np.repeat(np.array(numbers, np.int32), [len(ids) for ids in token_ids])),
+        token_ids=torch.from_numpy(np.concatenate(token_ids).astype(np.int32)),
+        bias=torch.from_numpy(np.concatenate(bias)),
+        repetition=torch.from_numpy(np.concatenate(repetition)),
+        subtract=torch.from_numpy(np.concatenate(subtract)),
+    )
+
+
+def _is_adjusted(how: Draw) -> bool:
+    return bool(how.params.logit_bias or how.params.has_penalties or how.stop_token_ids)
+
+
+def _adjustments_of_row(how: Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(token ids, bias, repetition, subtract), ids ascending and each once."""
+    params = how.params
+    biased = np.array(list(params.logit_bias), np.int64)
+    banned = np.array(how.stop_token_ids, np.int64)
+    used, counts = np.unique(np.array(how.output_token_ids, np.int64), return_counts=True)
+    seen = (
+        np.union1d(used, np.array(how.prompt_token_ids, np.int64))
+        if params.repetition_penalty != 1.0
+        else used
+    )
+    token_ids = np.unique(np.concatenate((biased, banned, seen)))
+    bias, subtract = np.zeros((2, len(token_ids)), np.float32)
+    repetition = np.ones(len(token_ids), np.float32)
+    bias[np.searchsorted(token_ids, biased)] = list(params.logit_bias.values())
+    bias[np.searchsorted(token_ids, banned)] = -np.inf
+    repetition[np.searchsorted(token_ids, seen)] = params.repetition_penalty
+    subtract[np.searchsorted(token_ids, used)] = np.float32(params.frequency_penalty) * counts.astype(
+        np.float32
+    ) + np.float32(params.presence_penalty)
+    return token_ids, bias, repetition, subtract

@@ -10,8 +10,8 @@ import torch
 from engine.batch import BatchRow
 from engine.kernels import cpu
 from engine.kernels.attention import paged_attention, plan_attention, rotate_and_write
-from engine.kernels.kv_layer import KVLayer
 from engine.kernels.int8_matmul import MAX_C_TOKENS
+from engine.kernels.kv_layer import KVLayer
 from engine.kernels.norm import reference, rms_norm
 from engine.quant.int8 import Int8
 
@@ -41,16 +41,16 @@ def test_int8_products_are_equal_to_the_bit(
     x = torch.randn(num_tokens, columns, generator=generator) * 3
     x[0, 0] = 1000.0
     x[-1] = 0.0 if num_tokens > 1 else x[-1]
-    in_c = Int8().bind(stored)(x)
+    in_c = Int8().bind(stored, None)(x)
     monkeypatch.setattr(cpu, "library", lambda: None)
-    assert torch.equal(Int8().bind(stored)(x), in_c)
+    assert torch.equal(Int8().bind(stored, None)(x), in_c)
 
 
 @needs_compiler
 def test_int8_extremes_do_not_saturate() -> None:
     stored = {"weight": torch.full((8, 1536), -127, dtype=torch.int8), "scale": torch.ones(8)}
     x = torch.full((1, 1536), 127.0)
-    assert torch.equal(Int8().bind(stored)(x), torch.full((1, 8), -127.0 * 127 * 1536))
+    assert torch.equal(Int8().bind(stored, None)(x), torch.full((1, 8), -127.0 * 127 * 1536))
 
 
 @needs_compiler
@@ -75,7 +75,7 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
     stored = Int8().quantize(torch.randn(8, 64))
     x = torch.randn(2, 64)
     x[1, 7] = value
-    y = Int8().bind(stored)(x)
+    y = Int8().bind(stored, None)(x)
     assert y[0].isfinite().all()
     assert not y[1].isfinite().any()
 

@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kernels import int4_matmul, int8_matmul
+from engine.kernels.activations import Int8Format
+from engine.kernels.int8_matmul import MAX_IN_FEATURES
+from engine.kernels.quantize import quantize_per_token
 from engine.quant.floating import Float
 from engine.quant.int4 import Int4, pack_nibbles
-from engine.quant.int8 import MAX_IN_FEATURES, Int8
+from engine.quant.int8 import Int8
 from engine.quant.int8_table import Int8Table
 from engine.quant.scheme import Storage
 from engine.quant.weight import GridWeight
@@ -54,7 +57,7 @@ def test_int4_keeps_the_grid_of_q4_1() -> None:
 def test_int8_table_keeps_the_grid_of_q8_0() -> None:
     codes = torch.randint(-127, 128, (10, 64), dtype=torch.int8)
     weight = GridWeight(codes, torch.rand(10, 2).half(), None, 32)
-    rows = Int8Table().lookup(Int8Table().quantize(weight), torch.tensor([3, 0, 3]))
+    rows = Int8Table().lookup(Int8Table().quantize(weight), torch.tensor([3, 0, 3]), torch.float32)
     assert torch.equal(rows, weight.dequantize()[[3, 0, 3]])
 
 
@@ -83,8 +86,9 @@ def test_int8_rounds_to_half_a_step() -> None:
 def test_int8_product_equals_its_reference_to_the_bit(num_tokens: int, rows: int, columns: int) -> None:
     stored = Int8().quantize(random(rows, columns))
     x = random(num_tokens, columns, seed=1) * 3
-    product = Int8().bind(stored)(x)
-    assert torch.equal(product, int8_matmul.reference(x, stored["weight"], stored["scale"]))
+    product = Int8().bind(stored, None)(x)
+    terms = quantize_per_token(x, Int8Format())
+    assert torch.equal(product, int8_matmul.reference(terms, stored["weight"], stored["scale"]))
 
 
 def test_int8_product_is_close_to_the_float_product() -> None:
@@ -95,7 +99,7 @@ def test_int8_product_is_close_to_the_float_product() -> None:
     expected = x.double() @ weight.t()
     # Each activation is off by at most half a low step: max|x| / 127 / 254 / 2.
     bound = x.abs().amax(dim=1, keepdim=True).double() / 127 / 508 * weight.abs().sum(dim=1)
-    assert torch.all((Int8().bind(stored)(x).double() - expected).abs() <= bound * 1.01)
+    assert torch.all((Int8().bind(stored, None)(x).double() - expected).abs() <= bound * 1.01)
 
 
 @settings(max_examples=40, deadline=None)
@@ -104,13 +108,13 @@ def test_int8_rows_do_not_depend_on_the_batch(others: int, row: int, seed: int) 
     stored = Int8().quantize(random(48, 576))
     x = random(others + 1, 576, seed=seed)
     row %= others + 1
-    matmul = Int8().bind(stored)
+    matmul = Int8().bind(stored, None)
     assert torch.equal(matmul(x)[row], matmul(x[row : row + 1])[0])
 
 
 def test_int8_of_zeros_is_zero() -> None:
     stored = Int8().quantize(random(8, 64))
-    assert torch.equal(Int8().bind(stored)(torch.zeros(2, 64)), torch.zeros(2, 8))
+    assert torch.equal(Int8().bind(stored, None)(torch.zeros(2, 64)), torch.zeros(2, 8))
 
 
 def test_int8_sums_reach_their_bound_without_overflow() -> None:
@@ -129,7 +133,7 @@ def test_int8_sums_reach_their_bound_without_overflow() -> None:
 def test_int4_product_is_close_to_its_reference(num_tokens: int, rows: int, columns: int) -> None:
     stored = Int4(32).quantize(random(rows, columns))
     x = random(num_tokens, columns, seed=1)
-    product = Int4(32).bind(stored)(x)
+    product = Int4(32).bind(stored, None)(x)
     # bf16 activations: 2**-9 of each |x| |w|. The two products' results, each bf16: 2**-9 of each.
     expected = int4_matmul.reference(x, *stored.values(), 32)
     weight = int4_matmul.dequantize(*stored.values(), 32, columns)
@@ -138,7 +142,7 @@ def test_int4_product_is_close_to_its_reference(num_tokens: int, rows: int, colu
 
 
 def test_int4_rows_do_not_depend_on_the_batch() -> None:
-    matmul = Int4(32).bind(Int4(32).quantize(random(48, 576)))
+    matmul = Int4(32).bind(Int4(32).quantize(random(48, 576)), None)
     x = random(70, 576, seed=2)
     together = matmul(x)
     for row in (0, 1, 33, 69):

@@ -61,20 +61,20 @@ def test_draws_follow_the_softmax(logits: torch.Tensor, temperature: float) -> N
 
 
 def kept_by_definition(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:
-    """min_p, top_k and top_p as their papers define them, over a fully sorted list."""
+    """min_p, top_k and top_p as their papers define them, over a fully sorted list; equal logits stay together."""
     probabilities = torch.softmax(logits.double(), dim=-1)
     order = probabilities.argsort(descending=True).tolist()
     order = [i for i in order if probabilities[i] >= min_p * probabilities.max()]
     if top_k:
-        order = order[:top_k]
+        order = [i for i in order if probabilities[i] >= probabilities[order[min(top_k, len(order)) - 1]]]
     total = sum(float(probabilities[i]) for i in order)
-    kept, mass = set(), 0.0
+    nucleus, mass = [], 0.0
     for i in order:
         if mass >= top_p and top_p < 1.0:
             break
-        kept.add(i)
+        nucleus.append(i)
         mass += float(probabilities[i]) / total
-    return kept
+    return {i for i in order if probabilities[i] >= probabilities[nucleus[-1]]}
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,30 @@ def test_filters_keep_what_their_definitions_keep(
     assert set(measured.nonzero().flatten().tolist()) <= kept
     likely = {i for i in kept if torch.softmax(logits / 2.0, -1)[i] > 0.01}
     assert likely <= set(measured.nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"), [(4, 1.0, 0.0), (0, 0.6, 0.0), (0, 1.0, 0.2), (12, 0.7, 0.0), (30, 0.8, 0.1)]
+)
+def test_filters_keep_equal_logits_together(
+    logits: torch.Tensor, top_k: int, top_p: float, min_p: float
+) -> None:
+    coarse = logits.round()
+    measured = frequencies(coarse, 3000, top_k=top_k, top_p=top_p, min_p=min_p, temperature=2.0)
+    drawn = set(measured.nonzero().flatten().tolist())
+    kept = kept_by_definition(coarse / 2.0, top_k, top_p, min_p)
+    assert drawn == kept
+    assert len(kept) > len(set(coarse[sorted(kept)].tolist()))
+
+
+def test_among_equals_the_lowest_token_id_wins() -> None:
+    """At 1e30 the noise is lost in rounding, and a draw is a choice among equals too."""
+    logits = torch.zeros(100_003)
+    logits[[70_001, 9, 42, 100_002]] = 1e30
+    assert sample_one(logits, draw(temperature=0)) == 9
+    for seed in range(5):
+        assert sample_one(logits, draw(seed)) == 9
+        assert sample_one(logits, draw(seed, top_k=2, top_p=0.5)) == 9
 
 
 @settings(max_examples=30, deadline=None)
@@ -161,6 +185,11 @@ def test_a_row_that_is_not_finite_fails_alone(logits: torch.Tensor) -> None:
     assert isinstance(broken, RowFailure)
     assert "finite" in broken.message
     assert first == last == SampledToken(int(logits.argmax()))
+
+
+def test_a_row_without_a_token_left_to_draw_fails() -> None:
+    (result,) = sample(torch.zeros(1, 3), [draw(temperature=0, stop_token_ids=(0, 1, 2))])
+    assert isinstance(result, RowFailure)
 
 
 def test_gumbel_noise_has_the_gumbel_distribution() -> None:

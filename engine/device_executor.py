@@ -1,0 +1,208 @@
+"""DeviceExecutor: runs steps on a GPU, or wherever Triton's kernels run, without waiting for them.
+
+one copy of a step's inputs ─► block tables ─► forward pass (a CUDA graph for decodes) ─► logits
+adjustments, if any ─► draw ─► last tokens, which the next step reads on the device ─► copy to the host
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.batch import Batch, Draw
+from engine.config import SchedulerConfig
+from engine.cuda_graphs import CudaGraphs
+from engine.host_executor import Drawn, Sampled
+from engine.kernels.kv_layer import KVCache
+from engine.kernels.launch import target_of
+from engine.kernels.paged_attention import form, make_scratch, scratch_capacity
+from engine.kernels.sample import Adjustments, Logprobs, adjust_logits, draw, logprobs_of
+from engine.kernels.step import resolve_tokens, update_tables
+from engine.layers.attention import DeviceAttentionInputs
+from engine.layers.rope import RotaryTable
+from engine.models.config import RopeConfig
+from engine.models.decoder import Decoder
+from engine.request import RowFailure, SampledToken
+from engine.sampling.sampler import adjustments_of, has_filters
+from engine.step_buffers import AttentionForms, StepBuffers, StepInputs
+
+
+class DeviceExecutor:
+    """Owns what steps work with on the device besides weights and cache.
+
+    Args:
+        rotary: By rope, the table for every position that a sequence can reach.
+        num_slots: Tokens that the cache will hold: buffers are made for so many.
+        pinned: Attention in one form for chunks and decodes, so that a token does not depend on its chunk.
+
+    Attributes:
+        cache: May be replaced until `capture_graphs`.
+        graphs: Captured decodes; None until `capture_graphs`.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        rotary: dict[RopeConfig, RotaryTable],
+        limits: SchedulerConfig,
+        num_slots: int,
+        pinned: bool,
+    ) -> None:
+        self.model, self.cache, self.rotary, self.limits = model, cache, rotary, limits
+        self.device = cache.data.device
+        self.graphs: CudaGraphs | None = None
+        self.last_tokens = torch.zeros(limits.max_num_seqs, dtype=torch.int32, device=self.device)
+        config = model.config
+        self.buffers = StepBuffers(
+            limits,
+            cache.block_size,
+            sorted(set(config.sliding_windows), key=lambda window: window or limits.max_model_len),
+            _attention_forms(model, cache, limits, num_slots, pinned),
+            self.device,
+        )
+        self._inputs: StepInputs
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Captures the forward pass of decodes; call once everything is compiled."""
+        self.graphs = CudaGraphs(
+            lambda size: self._forward(self.buffers.padded(size)), self.limits.max_num_seqs
+        )
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> torch.Tensor:
+        """Launches the forward pass: logits [rows that draw, vocabulary] float32."""
+        is_decode = all(len(row.token_ids) == 1 for row in batch.rows)
+        size = self.graphs.size_for(len(batch.rows)) if self.graphs is not None and is_decode else None
+        inputs = self._inputs = self.buffers.write(batch, size)
+        if len(inputs.update_blocks):
+            update_tables(self.buffers.tables, inputs.update_indices, inputs.update_blocks)
+        num_draws = sum(row.draw is not None for row in batch.rows)
+        if self.graphs is not None and inputs.padded_size is not None:
+            logits = self.graphs.replay(inputs.padded_size)
+            if num_draws == len(batch.rows):
+                return logits[:num_draws]
+            return logits.index_select(0, inputs.last_rows[:num_draws])
+        return self._forward(inputs, inputs.last_rows[:num_draws])
+
+    def _forward(self, inputs: StepInputs, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of these rows of the flat batch, [n] int32; None for all."""
+        attention = DeviceAttentionInputs(
+            inputs.positions, inputs.slots, inputs.plans, self.rotary, self.buffers.attention.is_pinned
+        )
+        hidden = self.model(resolve_tokens(inputs.token_ids, self.last_tokens), self.cache, attention)
+        return self.model.logits(hidden if rows is None else hidden.index_select(0, rows))
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
+        """Launches the draws of the step that was executed last."""
+        wanted = [how for how in draws if how is not None]
+        if not wanted:
+            return Drawn([None] * len(draws))
+        asking = [row for row, how in enumerate(wanted) if how.params.logprobs is not None]
+        index = self._to_device(torch.tensor(asking, dtype=torch.int64))
+        raw = logits.index_select(0, index) if asking else None
+        adjustments = adjustments_of(wanted)
+        if adjustments is not None:
+            entries = (self._to_device(getattr(adjustments, name)) for name in Adjustments.__slots__)
+            adjust_logits(logits, Adjustments(*entries))
+        slots = self._inputs.draw_slots[: len(wanted)]
+        tokens = draw(
+            logits,
+            self._inputs.draws,
+            filters=any(has_filters(how) for how in wanted),
+            last_tokens=self.last_tokens,
+            table_rows=slots,
+        )
+        logprobs = None
+        if raw is not None:
+            num = max(wanted[row].params.logprobs or 0 for row in asking)
+            logprobs = logprobs_of(raw, tokens.index_select(0, index), num)
+        return DeviceSampled.start(draws, tokens, asking, logprobs)
+
+    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSampled:
+    """Tokens on their way to the host.
+
+    Attributes:
+        draws: One a row of the batch.
+        tokens: [draws] int32, -1 where the logits were not finite.
+        asking: The draws that want log-probabilities.
+        arrived: Recorded after the copies; None where they are no matter of time.
+    """
+
+    draws: list[Draw | None]
+    tokens: torch.Tensor
+    asking: list[int]
+    logprobs: Logprobs | None
+    arrived: torch.cuda.Event | None
+
+    @staticmethod
+    def start(
+        draws: list[Draw | None], tokens: torch.Tensor, asking: list[int], logprobs: Logprobs | None
+    ) -> DeviceSampled:
+        """Starts the copies to the host."""
+        if logprobs is not None:
+            logprobs = Logprobs(*(_to_host(getattr(logprobs, name)) for name in Logprobs.__slots__))
+        tokens_on_host = _to_host(tokens)
+        arrived = None
+        if tokens.device.type == "cuda":
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        return DeviceSampled(draws, tokens_on_host, asking, logprobs, arrived)
+
+    def read(self) -> list[SampledToken | RowFailure | None]:
+        """Waits for the tokens: the one synchronization of a step."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        drawn = (self._token(row, token_id) for row, token_id in enumerate(self.tokens.tolist()))
+        return [None if how is None else next(drawn) for how in self.draws]
+
+    def _token(self, row: int, token_id: int) -> SampledToken | RowFailure:
+        if token_id < 0:
+            return RowFailure("the model's logits are not finite (NaN or infinity)")
+        if row not in self.asking or self.logprobs is None:
+            return SampledToken(token_id)
+        index = self.asking.index(row)
+        params = [how.params for how in self.draws if how is not None][row]
+        ids = self.logprobs.top_ids[index, : params.logprobs].tolist()
+        values = self.logprobs.top_values[index, : params.logprobs].tolist()
+        return SampledToken(
+            token_id,
+            logprob=float(self.logprobs.chosen[index]),
+            rank=int(self.logprobs.ranks[index]),
+            top_logprobs=list(zip(ids, values, strict=True)),
+        )
+
+
+def _to_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy in memory that the device writes to by itself."""
+    if x.device.type != "cuda":
+        return x
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x, non_blocking=True)
+
+
+def _attention_forms(
+    model: Decoder, cache: KVCache, limits: SchedulerConfig, num_slots: int, pinned: bool
+) -> AttentionForms:
+    config, data = model.config, cache.data
+    target = target_of(data)
+    assert target is not None
+    group = config.num_heads // config.num_kv_heads
+    capacity = scratch_capacity(num_slots, limits.max_num_seqs, limits.max_model_len, group)
+    shape = (model.dtype, data.dtype, config.num_heads, config.num_kv_heads, config.head_dim)
+    decode = form(target, "pinned" if pinned else "decode", *shape)
+    return AttentionForms(
+        decode=decode,
+        prefill=decode if pinned else form(target, "prefill", *shape),
+        group=group,
+        capacity=capacity,
+        scratch=make_scratch(capacity, config.num_kv_heads, config.head_dim, data.device),
+    )

@@ -1,0 +1,70 @@
+"""Rows of an embedding table by token id; the table is float, or int8 in groups of 32 along K."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from engine.kernels.launch import Tile, launch, select_tile, target_of
+
+GROUP_SIZE = 32
+"""Elements of a table's row that share a scale, as in GGUF's Q8_0."""
+
+
+def reference(
+    token_ids: torch.Tensor, table: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """`lookup` in torch's operators."""
+    if scale is None:
+        return F.embedding(token_ids, table).to(dtype)
+    codes, scale = table.index_select(0, token_ids), scale.index_select(0, token_ids)
+    scale = scale.float().repeat_interleave(GROUP_SIZE, dim=1)[:, : table.shape[1]]
+    return (codes.float() * scale).to(dtype)
+
+
+def lookup(
+    token_ids: torch.Tensor,
+    table: torch.Tensor,
+    scale: torch.Tensor | None,
+    dtype: torch.dtype,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """Rows of the table, in float32 until they are rounded to `dtype`.
+
+    Args:
+        token_ids: [T] int64 or int32, each below V.
+        table: [V, K] float, or int8 codes.
+        scale: [V, ceil(K / 32)] float16 of the codes.
+
+    Returns:
+        [T, K] of `dtype`.
+    """
+    target = target_of(table)
+    if target is None:
+        return reference(token_ids, table, scale, dtype)
+    num_tokens, features = token_ids.shape[0], table.shape[1]
+    tile = tile or select_tile(target, "embedding", num_tokens)
+    y = torch.empty(num_tokens, features, dtype=dtype, device=table.device)
+    launch(
+        _lookup_kernel,
+        (num_tokens, triton.cdiv(features, tile["BLOCK"])),
+        {"token_ids": token_ids, "table": table, "scale": scale, "output": y, "features": features},
+        tile,
+        GROUP=GROUP_SIZE,
+    )
+    return y
+
+
+@triton.jit
+def _lookup_kernel(token_ids, table, scale, output, features, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_column = columns < features
+    row = tl.load(token_ids + token).to(tl.int64)
+    values = tl.load(table + row * features + columns, is_column, 0).to(tl.float32)
+    if scale is not None:
+        scales = tl.load(scale + row * tl.cdiv(features, GROUP) + columns // GROUP, is_column, 0.0)
+        values *= scales.to(tl.float32)
+    tl.store(output + token * features + columns, values.to(output.dtype.element_ty), is_column)

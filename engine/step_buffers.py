@@ -1,0 +1,308 @@
+"""StepBuffers: a step's inputs as one array of 32-bit words, which one copy takes to the device.
+
+    token ids │ positions │ slots │ query starts │ … │ draws │ additions to block tables │ attention's work lists
+
+A CUDA graph reads fixed addresses, so steps padded to the same size have the same layout. Two host arrays take
+turns, since the copy of one step may still wait in the stream while the next step is written.
+
+Block tables stay on the device, a row for each place in the running batch; a step brings what was added to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from engine.batch import Batch, BatchRow, Draw
+from engine.config import SchedulerConfig
+from engine.kernels.paged_attention import Form, PagedPlan, Scratch, WorkList, plan_items
+from engine.kernels.sample import DrawParameters
+from engine.sampling.sampler import parameters_of
+
+Words = np.ndarray[tuple[int], np.dtype[np.int32]]
+Items = np.ndarray[tuple[int, int], np.dtype[np.int32]]
+
+ITEM_WORDS = 5
+"""An item of attention's work lists."""
+
+ALIGNMENT = 4
+"""Words: every part starts on 16 bytes, as the kernels were compiled for."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """A step's inputs on the device, T tokens and R rows, padding included; int32 where not said otherwise.
+
+    Attributes:
+        token_ids: [T]; -1 - slot stands for the token that was drawn last in that place of the batch.
+        positions, slots: [T]; each token's position, and where its key and value go. Padding goes to block 0.
+        last_rows: [R], the rows of the flat batch that draw; as many as there are draws count.
+        draw_slots: [R], their places in the running batch.
+        draws: How they draw, [R] each.
+        padded_size: T and R, if the inputs lie where a CUDA graph of that size reads them.
+        update_indices, update_blocks: [U], additions to the block tables: an index into the flattened tables
+            and a block id.
+        plans: By window, what attention reads.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    last_rows: torch.Tensor
+    draw_slots: torch.Tensor
+    draws: DrawParameters
+    update_indices: torch.Tensor
+    update_blocks: torch.Tensor
+    plans: dict[int | None, PagedPlan]
+    padded_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionForms:
+    """How attention's work is cut.
+
+    Attributes:
+        decode, prefill: The forms for sequences with few and with many queries; the same one if they are pinned.
+        group: Query heads that share a key head.
+        capacity: Rows of the scratch.
+    """
+
+    decode: Form
+    prefill: Form
+    group: int
+    capacity: int
+    scratch: Scratch
+
+    @property
+    def is_pinned(self) -> bool:
+        return self.decode is self.prefill
+
+    def max_items(self, num_tokens: int, num_rows: int) -> int:
+        """Most items of a list."""
+        smallest = min(self.decode.block_q, self.prefill.block_q)
+        return num_tokens // smallest + num_rows + self.capacity // self.group
+
+
+@dataclass(slots=True)
+class Layout:
+    """Names the parts of an array of words, each on a multiple of ALIGNMENT."""
+
+    parts: dict[str, slice] = field(default_factory=dict)
+    end: int = 0
+
+    def add(self, name: str, size: int) -> None:
+        self.parts[name] = slice(self.end, self.end + size)
+        self.end += size + -size % ALIGNMENT
+
+
+class StepBuffers:
+    """The arrays, and the block tables that steps keep up to date.
+
+    Args:
+        windows: The model's sliding windows, None for attention to everything.
+
+    Attributes:
+        tables: [max_num_seqs + 1, width] int32 on the device; the last row is padding's, all null blocks.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerConfig,
+        block_size: int,
+        windows: Sequence[int | None],
+        attention: AttentionForms,
+        device: torch.device,
+    ) -> None:
+        self.block_size, self.windows, self.attention = block_size, list(windows), attention
+        width = -(-limits.max_model_len // block_size)
+        self.tables = torch.zeros(limits.max_num_seqs + 1, width, dtype=torch.int32, device=device)
+        self._host_tables = np.zeros((limits.max_num_seqs + 1, width), dtype=np.int32)
+        self._padding_slot = limits.max_num_seqs
+        self._admissions = [-1] * limits.max_num_seqs
+        self._num_blocks = [0] * limits.max_num_seqs
+        num_tokens, num_rows = limits.max_num_batched_tokens, limits.max_num_seqs
+        max_items = attention.max_items(num_tokens, num_rows)
+        lists = dict.fromkeys(self._list_names(("decode", "prefill")), max_items)
+        size = self._layout(num_tokens, num_rows, self.tables.numel(), lists).end
+        pinned = device.type == "cuda"
+        self._host = [torch.empty(size, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._device = torch.empty(size, dtype=torch.int32, device=device)
+        self._padded: dict[int, tuple[Layout, StepInputs]] = {}
+
+    def padded(self, size: int) -> StepInputs:
+        """The inputs of a step of decodes that is padded to `size` rows: always at the same addresses."""
+        return self._padded_layout(size)[1]
+
+    def write(self, batch: Batch, padded_size: int | None) -> StepInputs:
+        """Writes a step and starts its copy to the device.
+
+        Args:
+            padded_size: Rows of a step of decodes that a CUDA graph runs; None for the batch's own size.
+        """
+        rows = batch.rows
+        lengths = np.fromiter((len(row.token_ids) for row in rows), np.int32, len(rows))
+        starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
+        indices, blocks = self._additions(rows)
+        lists = self._work_lists(lengths, starts)
+        # A sequence of decodes gets a block now and then; many new ones at a time have no room in the padded form.
+        if padded_size is None or len(blocks) > padded_size:
+            sizes = {name: len(items) for name, items in lists.items()}
+            layout = self._layout(int(lengths.sum()), len(rows), len(blocks), sizes)
+            inputs = self._inputs(layout)
+        else:
+            layout, inputs = self._padded_layout(padded_size)
+        host = self._host[0]
+        self._host.reverse()
+        words: Words = host.numpy()
+        self._write_tokens(words, layout, rows, lengths, starts)
+        self._write_draws(words, layout, rows, lengths)
+        words[layout.parts["update_indices"]][: len(blocks)] = indices
+        words[layout.parts["update_blocks"]][: len(blocks)] = blocks
+        for name, items in lists.items():
+            words[layout.parts[f"num_items.{name}"]] = len(items)
+            words[layout.parts[f"items.{name}"]][: items.size] = items.ravel()
+        self._device[: layout.end].copy_(host[: layout.end], non_blocking=True)
+        return replace(
+            inputs,
+            update_indices=inputs.update_indices[: len(blocks)],
+            update_blocks=inputs.update_blocks[: len(blocks)],
+        )
+
+    def _additions(self, rows: Sequence[BatchRow]) -> tuple[list[int], list[int]]:
+        """Indices into the flattened tables and the blocks to write there; notes them in the host's copy."""
+        indices: list[int] = []
+        blocks: list[int] = []
+        width = self._host_tables.shape[1]
+        for row in rows:
+            if self._admissions[row.slot] != row.admission:
+                self._admissions[row.slot] = row.admission
+                self._num_blocks[row.slot] = 0
+            known, total = self._num_blocks[row.slot], len(row.block_table)
+            if known < total:
+                added = row.block_table[known:]
+                self._host_tables[row.slot, known:total] = added
+                indices += range(row.slot * width + known, row.slot * width + total)
+                blocks += added
+                self._num_blocks[row.slot] = total
+        return indices, blocks
+
+    def _work_lists(self, lengths: Words, starts: Words) -> dict[str, Items]:
+        """Attention's items by kind and window; a kind without any is left out."""
+        forms = self.attention
+        is_decode = lengths <= forms.decode.block_q
+        kinds = {"decode": np.where(is_decode, lengths, 0), "prefill": np.where(is_decode, 0, lengths)}
+        if forms.is_pinned:
+            kinds = {"decode": lengths}
+        return {
+            self._list_name(kind, index): plan_items(
+                kept, starts, window, forms.group, form.block_q, form.num_programs, forms.capacity
+            )
+            for index, window in enumerate(self.windows)
+            for kind, form in (("decode", forms.decode), ("prefill", forms.prefill))
+            if (kept := kinds.get(kind)) is not None and kept.any()
+        }
+
+    def _write_tokens(
+        self, words: Words, layout: Layout, rows: Sequence[BatchRow], lengths: Words, starts: Words
+    ) -> None:
+        parts = {name: words[layout.parts[name]] for name in ("token_ids", "positions", "slots")}
+        count, num_tokens = len(rows), int(lengths.sum())
+        slots = np.fromiter((row.slot for row in rows), np.int32, count)
+        ends = np.cumsum(lengths)
+        first = np.repeat(ends - lengths, lengths)
+        positions = np.repeat(starts, lengths) + np.arange(num_tokens) - first
+        token_ids = np.fromiter((token for row in rows for token in row.token_ids), np.int32, num_tokens)
+        token_slots = np.repeat(slots, lengths)
+        parts["token_ids"][:num_tokens] = np.where(token_ids < 0, -1 - token_slots, token_ids)
+        parts["positions"][:num_tokens] = positions
+        stored = np.repeat(np.fromiter((row.num_stored_tokens for row in rows), np.int32, count), lengths)
+        blocks = self._host_tables[token_slots, positions // self.block_size]
+        # What is stored already is written to the null block instead.
+        parts["slots"][:num_tokens] = (
+            np.where(positions < stored, 0, blocks) * self.block_size + positions % self.block_size
+        )
+        for part in parts.values():
+            part[num_tokens:] = 0
+        query_starts = words[layout.parts["query_starts"]]
+        query_starts[0] = 0
+        query_starts[1 : count + 1] = ends
+        query_starts[count + 1 :] = np.arange(num_tokens + 1, num_tokens + len(query_starts) - count)
+        for name, values, padding in (("starts", starts, 0), ("table_rows", slots, self._padding_slot)):
+            words[layout.parts[name]][:count] = values
+            words[layout.parts[name]][count:] = padding
+
+    def _write_draws(self, words: Words, layout: Layout, rows: Sequence[BatchRow], lengths: Words) -> None:
+        drawing = [index for index, row in enumerate(rows) if row.draw is not None]
+        count = len(drawing)
+        words[layout.parts["last_rows"]][:count] = np.cumsum(lengths)[drawing] - 1
+        words[layout.parts["draw_slots"]][:count] = [rows[index].slot for index in drawing]
+        draws: list[Draw] = [row.draw for row in rows if row.draw is not None]
+        parameters = parameters_of(draws)
+        for name in DrawParameters.__slots__:
+            words[layout.parts[name]][:count] = getattr(parameters, name).numpy().view(np.int32)
+
+    def _list_name(self, kind: str, window_index: int) -> str:
+        return f"{kind}.{window_index}"
+
+    def _list_names(self, kinds: Sequence[str]) -> list[str]:
+        return [self._list_name(kind, index) for kind in kinds for index in range(len(self.windows))]
+
+    def _padded_layout(self, size: int) -> tuple[Layout, StepInputs]:
+        if size not in self._padded:
+            lists = {name: self.attention.max_items(size, size) for name in self._list_names(["decode"])}
+            layout = self._layout(size, size, size, lists)
+            self._padded[size] = layout, replace(self._inputs(layout), padded_size=size)
+        return self._padded[size]
+
+    def _layout(self, num_tokens: int, num_rows: int, num_updates: int, lists: dict[str, int]) -> Layout:
+        """The parts of a step; `lists` says how long each work list may be."""
+        layout = Layout()
+        for name in ("token_ids", "positions", "slots"):
+            layout.add(name, num_tokens)
+        layout.add("query_starts", num_rows + 1)
+        for name in ("starts", "table_rows", "last_rows", "draw_slots", *DrawParameters.__slots__):
+            layout.add(name, num_rows)
+        layout.add("update_indices", num_updates)
+        layout.add("update_blocks", num_updates)
+        for name, length in lists.items():
+            layout.add(f"num_items.{name}", 1)
+            layout.add(f"items.{name}", length * ITEM_WORDS)
+        return layout
+
+    def _inputs(self, layout: Layout) -> StepInputs:
+        words = {name: self._device[part] for name, part in layout.parts.items()}
+        floats = {name: words[name].view(torch.float32) for name in ("temperature", "top_p", "min_p")}
+
+        def work_list(kind: str, index: int) -> WorkList | None:
+            name = self._list_name(kind, index)
+            if f"items.{name}" not in words:
+                return None
+            return WorkList(words[f"items.{name}"].view(-1, ITEM_WORDS), words[f"num_items.{name}"])
+
+        return StepInputs(
+            token_ids=words["token_ids"],
+            positions=words["positions"],
+            slots=words["slots"],
+            last_rows=words["last_rows"],
+            draw_slots=words["draw_slots"],
+            update_indices=words["update_indices"],
+            update_blocks=words["update_blocks"],
+            draws=DrawParameters(
+                **{name: floats.get(name, words[name]) for name in DrawParameters.__slots__}
+            ),
+            plans={
+                window: PagedPlan(
+                    query_starts=words["query_starts"],
+                    starts=words["starts"],
+                    table_rows=words["table_rows"],
+                    block_tables=self.tables,
+                    decode=work_list("decode", index),
+                    prefill=work_list("prefill", index),
+                    scratch=self.attention.scratch,
+                )
+                for index, window in enumerate(self.windows)
+            },
+        )

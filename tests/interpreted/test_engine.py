@@ -1,0 +1,130 @@
+"""The engine on Triton's kernels from end to end: the runner that GPUs have, without what only CUDA has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.core import EngineCore
+from engine.cuda_graphs import graph_sizes
+from engine.device_executor import DeviceExecutor
+from engine.errors import ConfigError
+from engine.runner import ModelRunner
+from tests.paged import make_runner, make_sequences, run_chunks
+from tests.test_overlap import make_core, make_requests, run
+from tests.test_quantized_models import dequantized, relative_error
+from tests.tiny import TINY_CONFIGS, load_reference, reference_logits, write_checkpoint
+
+CHUNKS = [[40, 1, 1], [17, 20, 1], [3, 1, 2]]
+"""Prompts in one chunk and in two, decodes beside them; longer than Gemma's window."""
+
+FAMILIES = ["llama", "smollm2", "mistral", "qwen2-sliding", "qwen3", "gemma3", "llama-biases"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("interpreted")
+    for name in FAMILIES:
+        write_checkpoint(directory / name, TINY_CONFIGS[name])
+    return {name: directory / name for name in FAMILIES}
+
+
+def logits_of(runner: ModelRunner, chunks: list[list[int]]) -> list[dict[int, torch.Tensor]]:
+    return run_chunks(runner, make_sequences(320, chunks), chunks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_transformers(checkpoints: dict[str, Path], family: str) -> None:
+    runner = make_runner(checkpoints[family])
+    assert isinstance(runner.executor, DeviceExecutor)
+    reference = load_reference(checkpoints[family])
+    for sequence, computed in zip(make_sequences(320, CHUNKS), logits_of(runner, CHUNKS), strict=True):
+        expected = reference_logits(reference, sequence)
+        for position, logits in computed.items():
+            torch.testing.assert_close(logits, expected[position], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("quant", "group_size", "deterministic"), [("int8", 32, False), ("int4", 32, True), ("int4", 128, False)]
+)
+def test_quantized_logits_are_those_of_the_dequantized_weights(
+    checkpoints: dict[str, Path], quant: str, group_size: int, deterministic: bool
+) -> None:
+    path = checkpoints["smollm2"]
+    runner = make_runner(path, quant=quant, group_size=group_size, deterministic=deterministic)
+    reference, original = dequantized(path, quant, group_size), load_reference(path)
+    for sequence, computed in zip(make_sequences(320, CHUNKS), logits_of(runner, CHUNKS), strict=True):
+        logits = torch.stack(list(computed.values()))
+        expected = reference_logits(reference, sequence)[list(computed)]
+        # Two int8 terms leave 1 / (2 * 127 * 254) of the largest value of a row; the head has them in each case.
+        assert relative_error(logits, expected) < 2e-3
+        assert relative_error(reference_logits(original, sequence)[list(computed)], expected) > 8e-3
+
+
+@pytest.mark.parametrize(("cache_type", "bound"), [("int8", 0.03), ("fp8_e4m3", 0.12)])
+def test_a_quantized_cache_costs_little(checkpoints: dict[str, Path], cache_type: str, bound: float) -> None:
+    exact, rounded = (
+        logits_of(make_runner(checkpoints["llama"], kv_cache_dtype=name), CHUNKS)
+        for name in ("float32", cache_type)
+    )
+    for expected, computed in zip(exact, rounded, strict=True):
+        a, b = (torch.stack(list(logits.values())) for logits in (computed, expected))
+        assert 0 < relative_error(a, b) < bound
+
+
+def test_int8_logits_depend_neither_on_chunks_nor_on_company(checkpoints: dict[str, Path]) -> None:
+    path = checkpoints["llama"]
+    chunked, whole = [[9, 7, 1, 1], [20, 1, 1, 1]], [[16, 1, 1], [23]]
+    first, second = (logits_of(make_runner(path, quant="int8"), chunks) for chunks in (chunked, whole))
+    for a, b in zip(first, second, strict=True):
+        shared = a.keys() & b.keys()
+        assert shared
+        assert all(torch.equal(a[position], b[position]) for position in shared)
+
+
+class UncapturedGraphs:
+    """The forward passes that CUDA graphs would replay, over the same padded inputs."""
+
+    def __init__(self, executor: DeviceExecutor) -> None:
+        self.executor = executor
+        self.replayed: list[int] = []
+
+    def size_for(self, num_rows: int) -> int | None:
+        sizes = graph_sizes(self.executor.limits.max_num_seqs)
+        return next((size for size in sizes if size >= num_rows), None)
+
+    def replay(self, size: int) -> torch.Tensor:
+        self.replayed.append(size)
+        return self.executor._forward(self.executor.buffers.padded(size))
+
+
+def device_core(path: Path, **options: Any) -> EngineCore:
+    core = make_core(path, max_num_batched_tokens=96, **options)
+    assert isinstance(core.runner.executor, DeviceExecutor)
+    return core
+
+
+def test_padding_and_overlap_bring_the_same_tokens(checkpoints: dict[str, Path]) -> None:
+    """Penalties, log-probabilities, late stops and draws of every kind, in a batch that changes as it goes."""
+    path = checkpoints["llama"]
+    requests = make_requests()[:9]
+    expected = run(device_core(path, overlap=False), requests)
+    core = device_core(path, overlap=True)
+    graphs = core.runner.executor.graphs = UncapturedGraphs(core.runner.executor)  # type: ignore[attr-defined, assignment, arg-type]
+    assert run(core, requests) == expected
+    assert set(graphs.replayed) == {1, 2, 4, 8}
+    assert {result[-1][0] for result in expected.values()} == {"stop", "length"}
+
+
+def test_more_query_heads_than_a_tile_has_rows_are_refused(tmp_path: Path) -> None:
+    config = TINY_CONFIGS["llama"].to_dict() | {
+        "num_attention_heads": 64,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    write_checkpoint(tmp_path, type(TINY_CONFIGS["llama"])(**config))
+    with pytest.raises(ConfigError, match="64 heads share 1"):
+        make_runner(tmp_path)

@@ -1,0 +1,123 @@
+"""Rotary embedding with the cache write against plain torch, for every kind of cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.kernels.kv_layer import KVLayer
+from engine.kernels.rotary import reference, rotate_and_write
+
+CACHE_DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
+
+
+def make_layer(
+    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> KVLayer:
+    shape = (2, num_blocks, block_size, num_kv_heads)
+    return KVLayer(
+        torch.zeros(*shape, head_dim, dtype=dtype), torch.zeros(shape) if dtype == torch.int8 else None
+    )
+
+
+def make_inputs(
+    num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Heads, positions, cosine, sine, slots: the last token is padding and goes to slot 0."""
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, generator=generator).to(dtype)
+    positions = torch.randint(0, 50, (num_tokens,), generator=generator, dtype=torch.int32)
+    angles = torch.rand(50, head_dim // 2, generator=generator) * 6
+    slots = torch.randperm(40, generator=generator)[:num_tokens].to(torch.int32) + 4
+    slots[num_tokens - 1 :] = 0
+    return heads, positions, angles.cos(), angles.sin(), slots
+
+
+STEPS = {torch.float32: 2**-21, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+"""One step of each dtype, relative; of float32, in which all else is computed, a few."""
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, *dtypes: torch.dtype) -> None:
+    """Equal up to a step of the coarsest dtype that is rounded to on the way, taken at the vector's largest.
+
+    An element is a difference of two products, whose errors are steps of these.
+    """
+    step = max(STEPS[dtype] for dtype in dtypes)
+    error, largest = (actual.float() - expected.float()).abs(), expected.float().abs().amax(-1, keepdim=True)
+    assert (error <= 2 * step * largest).all()
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "dtype"),
+    [
+        (1, 4, 1, 64, torch.float16),
+        (3, 9, 3, 80, torch.float32),
+        (17, 2, 2, 24, torch.bfloat16),
+        (3, 8, 1, 256, torch.float16),
+    ],
+)
+def test_equals_the_reference(
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    has_norm: bool,
+) -> None:
+    heads, positions, cosine, sine, slots = make_inputs(num_tokens, num_heads, num_kv_heads, head_dim, dtype)
+    heads[0, num_heads] = 0  # a key of zeros
+    norms = torch.rand(2, head_dim).to(dtype) + 0.5 if has_norm else (None, None)
+    layers = [make_layer(11, 4, num_kv_heads, head_dim, cache_dtype) for _ in range(2)]
+    actual, expected = (
+        function(heads, positions, cosine, sine, layer, slots, num_kv_heads, *norms, 1e-6)
+        for function, layer in zip((rotate_and_write, reference), layers, strict=True)
+    )
+    assert actual.is_contiguous()
+    assert_close(actual, expected, dtype)
+    if cache_dtype != torch.int8:
+        assert_close(layers[0].data, layers[1].data, dtype, cache_dtype)
+        return
+    # A code may be the neighbour where the value before it differs by a rounding.
+    codes = layers[0].data.int() - layers[1].data.int()
+    assert codes.abs().max() <= 1
+    assert (codes != 0).float().mean() < 0.05
+    torch.testing.assert_close(layers[0].scales, layers[1].scales, rtol=2**-7 if has_norm else 2**-21, atol=0)
+
+
+def test_int8_values_are_quantized_exactly() -> None:
+    """Values are not rotated: codes and scales equal the reference's, ties to even included."""
+    heads, positions, cosine, sine, slots = make_inputs(5, 1, 2, 16, torch.float32)
+    heads[:, -2:] = torch.arange(5 * 2 * 16).view(5, 2, 16) % 255 - 127 + 0.5
+    heads[:, -1, 0] = 127
+    layers = [make_layer(11, 4, 2, 16, torch.int8) for _ in range(2)]
+    for function, layer in zip((rotate_and_write, reference), layers, strict=True):
+        function(heads, positions, cosine, sine, layer, slots, 2)
+    assert torch.equal(layers[0].values, layers[1].values)
+    assert torch.equal(layers[0].scales[1], layers[1].scales[1])
+    assert (heads[:4, -1] == heads[:4, -1].floor() + 0.5).any()
+
+
+def test_fp8_saturates() -> None:
+    """On numbers that fp8 has: Triton's interpreter (3.9) rounds others wrongly where a carry goes into the exponent."""
+    heads, positions, _, _, slots = make_inputs(5, 2, 2, 16, torch.float32)
+    heads = heads.to(torch.float8_e4m3fn).float()
+    heads[1, 2:, 3:5] = torch.tensor([1000.0, -449.0])
+    layer = make_layer(11, 4, 2, 16, torch.float8_e4m3fn)
+    rotate_and_write(heads, positions, torch.ones(50, 8), torch.zeros(50, 8), layer, slots, 2)
+    stored = layer.data.flatten(1, 2)[:, slots.long()].float()
+    assert torch.equal(stored[0], heads[:, 2:4].clamp(-448, 448))
+    assert torch.equal(stored[1], heads[:, 4:].clamp(-448, 448))
+
+
+def test_other_slots_are_left_alone() -> None:
+    heads, positions, cosine, sine, slots = make_inputs(3, 2, 1, 16, torch.float32)
+    layer = make_layer(11, 4, 1, 16, torch.float32)
+    layer.data.fill_(7)
+    rotate_and_write(heads, positions, cosine, sine, layer, slots, 1)
+    others = torch.ones(44, dtype=torch.bool)
+    others[slots.long()] = False
+    assert (layer.data.flatten(1, 2)[:, others] == 7).all()
+    assert torch.equal(layer.values.flatten(0, 1)[slots.long()], heads[:, -1:])

@@ -1,0 +1,475 @@
+"""Every tile of every operation compiles for its chip without spills; what does not, is reported.
+
+All of it runs without a GPU. `make test` compiles Llama-3.1-8B's shapes for sm_90 and gfx942, `make test-all`
+every chip and model. Kernels are recorded and compiled in processes of their own, which know nothing of a
+TRITON_INTERPRET around the tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from engine.errors import ConfigError
+from engine.kernels.activation import gelu_mul, silu_mul
+from engine.kernels.activations import Int8Format, SumsFormat
+from engine.kernels.compile import (
+    CompiledLaunch,
+    PortableLaunch,
+    compile_launch,
+    gpu_target,
+    main,
+    problems,
+    resources_of,
+)
+from engine.kernels.embedding import lookup
+from engine.kernels.group_sums import group_sums
+from engine.kernels.launch import TARGETS, TILES_DIRECTORY, Launch, Tile, launch, recording, tiles
+from engine.kernels.norm import rms_norm
+from engine.kernels.quantize import quantize_per_token
+from engine.kernels.sample import Adjustments, DrawParameters, adjust_logits, draw, logprobs_of
+
+SAMPLE = ("sm_90", "gfx942")
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
+    """Processes that compile, with an empty disk cache unless TRITON_CACHE_DIR names one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        if "TRITON_CACHE_DIR" not in os.environ:
+            patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            yield pool
+
+
+# The check itself, on kernels that are made for it.
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _center_kernel(x, bias, out, num_rows, stride, step, BLOCK: tl.constexpr):
+    """A row less its maximum: all of the row is held in registers."""
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    values = tl.load(x + row * stride + columns * step, mask=row < num_rows, other=0.0)
+    if bias is not None:
+        values += tl.load(bias + columns)
+    tl.store(out + row * stride + columns * step, values - tl.max(values, 0), mask=row < num_rows)
+
+
+@triton.jit
+def _product_kernel(x, y, out, K, BLOCK: tl.constexpr):
+    """[BLOCK, K] times [K, BLOCK], in tiles that are staged in shared memory."""
+    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    sums = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(0, K, BLOCK):
+        sums = tl.dot(tl.load(x + rows * K + k + columns), tl.load(y + (k + rows) * BLOCK + columns), sums)
+    tl.store(out + rows * BLOCK + columns, sums)
+
+
+@triton.jit
+def _broken_kernel(x, BLOCK: tl.constexpr):
+    tl.static_assert(BLOCK > 16, "too small a block")
+    tl.store(x + tl.arange(0, BLOCK), 0.0)
+
+
+def center_arguments(device: str, bias: bool = False) -> dict[str, Any]:
+    x = torch.empty(16, 64, device=device)
+    return {"x": x, "bias": x if bias else None, "out": x, "num_rows": 16, "stride": 64, "step": 1}
+
+
+def record_center(block: int, num_warps: int, bias: bool = False) -> Launch:
+    with recording(TARGETS["sm_90"]) as launches:
+        launch(_center_kernel, (1,), center_arguments("meta", bias), Tile({"BLOCK": block}, num_warps, 1))
+    (only,) = launches
+    return only
+
+
+def compile_center(arch: str, block: int, num_warps: int, bias: bool = False) -> CompiledLaunch:
+    return compile_launch(record_center(block, num_warps, bias), arch)
+
+
+def compile_product(arch: str, block: int, num_stages: int) -> CompiledLaunch:
+    x = torch.empty(block, 16 * block, dtype=torch.float16, device="meta")
+    arguments = {"x": x, "y": x, "out": x.float(), "K": x.shape[1]}
+    with recording(TARGETS[arch]) as launches:
+        launch(_product_kernel, (1,), arguments, Tile({"BLOCK": block}, 8, num_stages))
+    (only,) = launches
+    return compile_launch(only, arch)
+
+
+def spilling_block(arch: str) -> int:
+    """Numbers in a row that one warp cannot hold: 256 registers a thread of 255, on AMD 512 of 512."""
+    return 8192 if TARGETS[arch].is_nvidia else 32768
+
+
+def chips(*sample: str) -> list[Any]:
+    """All chips; those outside the sample are slow."""
+    return [pytest.param(arch, marks=[] if arch in sample else pytest.mark.slow) for arch in TARGETS]
+
+
+@pytest.mark.parametrize("arch", chips(*SAMPLE))
+def test_a_spill_is_a_problem(compiler: Executor, arch: str) -> None:
+    compiled = compiler.submit(compile_center, arch, spilling_block(arch), 1).result()
+    resources = resources_of(compiled)
+    assert resources.spills > 0
+    assert resources.stack_bytes > 0
+    (problem,) = problems(compiled)
+    assert problem.startswith(f"spills: {resources.spills}, {resources.stack_bytes} bytes")
+
+
+@pytest.mark.parametrize("arch", chips(*SAMPLE))
+def test_a_kernel_without_spills_has_no_problems(compiler: Executor, arch: str) -> None:
+    compiled = compiler.submit(compile_center, arch, spilling_block(arch), 16).result()
+    assert problems(compiled) == []
+    resources = resources_of(compiled)
+    # Each thread holds its part of the row, and reads it in loads of four floats.
+    lanes = 16 * gpu_target(arch).warp_size
+    values = spilling_block(arch) // lanes
+    assert values <= resources.registers <= 255
+    assert (resources.wide_loads, resources.narrow_loads) == (values // 4, 0)
+    assert resources.matrix_instructions == resources.tensor_memory == 0
+
+
+@pytest.mark.parametrize("arch", chips(*SAMPLE))
+def test_instructions_of_a_matrix_product_are_counted(compiler: Executor, arch: str) -> None:
+    resources = resources_of(compiler.submit(compile_product, arch, 64, 2).result())
+    assert resources.matrix_instructions > 0
+    assert resources.wide_loads > 0
+    assert (resources.tensor_memory > 0) == (arch == "sm_100")
+    # Two operands of 64 × 64 halves in flight; AMD stages through registers and holds one of them.
+    assert resources.shared_bytes >= 2 * 64 * 64 * 2
+
+
+@pytest.mark.parametrize("arch", chips("sm_90"))
+def test_too_much_shared_memory_is_a_problem(compiler: Executor, arch: str) -> None:
+    num_stages = 6 if TARGETS[arch].is_nvidia else 3
+    compiled = compiler.submit(compile_product, arch, 128, num_stages).result()
+    (problem,) = [problem for problem in problems(compiled) if problem.startswith("shared memory")]
+    assert f"{compiled.shared_bytes / 1024:.1f} KiB" in problem
+
+
+class FakeDriver:
+    """Stands for a GPU's driver, as far as Triton asks it before a launch."""
+
+    def __init__(self, arch: str) -> None:
+        self.target = gpu_target(arch)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def keys_of_center(arch: str, bias: bool) -> tuple[str, str]:
+    """The disk cache's key of a compiled launch, and of the launch itself where the chip is there."""
+    compiled = compile_launch(record_center(1024, 4, bias), arch)
+    _center_kernel.device_caches.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.runtime.driver, "_active", FakeDriver(arch))
+        launched = _center_kernel.run(
+            **center_arguments("cpu", bias),
+            BLOCK=1024,
+            num_warps=4,
+            num_stages=1,
+            enable_fp_fusion=False,
+            grid=(1,),
+            warmup=True,
+        )
+    return compiled.key, launched.hash
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("arch", chips(*SAMPLE))
+def test_a_launch_finds_what_was_compiled_ahead(compiler: Executor, arch: str, bias: bool) -> None:
+    """With None or a tensor, an integer that is 1, one that is a multiple of 16 and an unspecialized one."""
+    compiled, launched = compiler.submit(keys_of_center, arch, bias).result()
+    assert compiled == launched
+
+
+# The command.
+
+
+def record_for_command(names: list[str]) -> list[PortableLaunch]:
+    x = torch.empty(16, 64, device="meta")
+    with recording(TARGETS["sm_90"]) as launches:
+        if "broken" in names:
+            launch(_broken_kernel, (1,), {"x": x}, Tile({"BLOCK": 16}, 4, 1))
+        if "clean" in names:
+            launch(_center_kernel, (1,), center_arguments("meta"), Tile({"BLOCK": 1024}, 4, 1))
+        if "spilling" in names:
+            launch(_center_kernel, (1,), center_arguments("meta"), Tile({"BLOCK": 8192}, 1, 1))
+    return [PortableLaunch.of(one) for one in launches]
+
+
+@pytest.fixture
+def launches_of_a_model(compiler: Executor, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """Makes the engine launch the kernels that are named."""
+
+    def launch_these(names: list[str]) -> None:
+        recorded = {one.restore() for one in compiler.submit(record_for_command, names).result()}
+        stand_in = SimpleNamespace(record_launches=lambda config, arch: recorded)
+        monkeypatch.setitem(sys.modules, "engine.warmup", stand_in)
+
+    return launch_these
+
+
+def test_the_command_ends_with_1_and_the_problems(
+    launches_of_a_model: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    launches_of_a_model(["broken", "clean", "spilling"])
+    file = tmp_path / "report.json"
+    assert main(["--arch", "sm_90", "--model", "any", "--jobs", "2", "--json", str(file)]) == 1
+    output = capsys.readouterr().out
+    table, listed = output.split("kernels: 3 for sm_90")
+    assert len(table.splitlines()) == 4
+    assert "_center_kernel BLOCK=1024 num_warps=4" in table
+    assert "problems: 2" in listed
+    assert "too small a block" in listed
+    assert "_center_kernel (x=*fp32" in listed
+    assert "spills: " in listed
+    kernels = json.loads(file.read_text())["kernels"]
+    assert [len(kernel["problems"]) for kernel in kernels] == [1, 0, 1]
+    assert kernels[0]["resources"] is None
+    assert kernels[1]["resources"]["spills"] == 0
+
+
+def test_the_command_ends_with_0_without_problems(
+    launches_of_a_model: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launches_of_a_model(["clean"])
+    assert main(["--arch", "sm_90", "--model", "any", "--jobs", "1"]) == 0
+    assert "kernels: 1 for sm_90" in capsys.readouterr().out
+
+
+def test_the_command_refuses_an_unknown_chip(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--arch", "sm_70", "--model", "llama"])
+    assert exit.value.code == 2
+    assert "sm_70" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_command_refuses_an_unknown_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["--arch", "sm_90", "--model", "/no/such/model"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ModelNotFoundError: /no/such/model")
+
+
+def test_the_command_refuses_an_option_that_the_engine_refuses(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["--arch", "sm_90", "--model", "llama", "--quant", "int5"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "quant must be one of" in line
+
+
+def test_the_command_refuses_the_interpreter(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["--arch", "sm_90", "--model", "llama"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "ConfigError: TRITON_INTERPRET=1 replaces the compiler: unset it to compile kernels"
+
+
+def test_an_unknown_chip_is_refused() -> None:
+    with pytest.raises(ConfigError, match="sm_70"):
+        compile_launch(None, "sm_70")  # type: ignore[arg-type]
+
+
+# The matrix: every tile of every operation on every chip, with the shapes of a few models.
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that its kernels depend on."""
+
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    sliding_window: int | None = None
+
+    @property
+    def products(self) -> list[tuple[int, int]]:
+        """(N, K) of each linear layer: query, key and value; output; gate and up; down."""
+        query = self.heads * self.head_dim
+        return [
+            (query + 2 * self.kv_heads * self.head_dim, self.hidden),
+            (self.hidden, query),
+            (2 * self.intermediate, self.hidden),
+            (self.hidden, self.intermediate),
+        ]
+
+
+LLAMA = Shape("llama-3.1-8b", 4096, 32, 8, 128, 14336, 128256)
+SHAPES = (
+    LLAMA,
+    Shape("smollm2-135m", 576, 9, 3, 64, 1536, 49152),
+    Shape("gemma-3-270m", 640, 4, 1, 256, 2048, 262144, sliding_window=512),
+)
+
+FORMATS = (None, Int8Format(1), Int8Format(2), Int8Format(2, 128), SumsFormat())
+
+Operation = Callable[[Shape, int], None]
+
+
+def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*size, dtype=dtype, device="meta")
+
+
+def call_norm(shape: Shape, num_tokens: int) -> None:
+    x, weight = empty(num_tokens, shape.hidden), empty(shape.hidden)
+    for format in FORMATS:
+        rms_norm(x, weight, 1e-5, format)
+        rms_norm(x, weight, 1e-5, format, delta=x)
+    # The norm of queries and keys: heads of a stack.
+    size = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    heads = empty(num_tokens, size).view(num_tokens, -1, shape.head_dim)
+    rms_norm(heads[:, : shape.heads], empty(shape.head_dim), 1e-5)
+
+
+def call_quantize(shape: Shape, num_tokens: int) -> None:
+    for columns in (shape.hidden, shape.heads * shape.head_dim, shape.intermediate):
+        for format in FORMATS:
+            if isinstance(format, Int8Format):
+                quantize_per_token(empty(num_tokens, columns), format)
+
+
+def call_activation(shape: Shape, num_tokens: int) -> None:
+    for format in FORMATS:
+        silu_mul(empty(num_tokens, 2 * shape.intermediate), format)
+        gelu_mul(empty(num_tokens, 2 * shape.intermediate), format)
+
+
+def call_embedding(shape: Shape, num_tokens: int) -> None:
+    token_ids = empty(num_tokens, dtype=torch.int32)
+    lookup(token_ids, empty(shape.vocab, shape.hidden), None, torch.bfloat16)
+    codes = empty(shape.vocab, shape.hidden, dtype=torch.int8)
+    scale = empty(shape.vocab, -(-shape.hidden // 32), dtype=torch.float16)
+    lookup(token_ids, codes, scale, torch.bfloat16)
+
+
+def call_group_sums(shape: Shape, num_tokens: int) -> None:
+    for _, in_features in shape.products:
+        group_sums(empty(num_tokens, in_features))
+
+
+def call_adjust(shape: Shape, num_tokens: int) -> None:
+    rows, token_ids = empty(2, num_tokens, dtype=torch.int32)
+    bias, repetition, subtract = empty(3, num_tokens, dtype=torch.float32)
+    entries = Adjustments(rows, token_ids, bias, repetition, subtract)
+    adjust_logits(empty(num_tokens, shape.vocab, dtype=torch.float32), entries)
+
+
+def call_draw(shape: Shape, num_tokens: int) -> None:
+    logits = empty(num_tokens, shape.vocab, dtype=torch.float32)
+    integers, floats = empty(num_tokens, dtype=torch.int32), empty(num_tokens, dtype=torch.float32)
+    parameters = DrawParameters(integers, integers, floats, integers, floats, floats)
+    for filters in (False, True):
+        draw(logits, parameters, filters=filters)
+        draw(logits, parameters, filters=filters, last_tokens=integers, table_rows=integers)
+    logprobs_of(logits, integers, 1)
+
+
+OPERATIONS: dict[str, Operation] = {
+    "activation": call_activation,
+    "embedding": call_embedding,
+    "group_sums": call_group_sums,
+    "sample_adjust": call_adjust,
+    "sample_draw": call_draw,
+    "sample_maxima": call_draw,
+}
+"""By the tiles' names: calls an operation's public functions on meta tensors, for a model and a number of tokens."""
+
+UNTILED: dict[str, Operation] = {"norm": call_norm, "quantize": call_quantize}
+"""Likewise, where the tile follows from the shape and is no data."""
+
+
+def num_tokens(arch: str, operation: str, index: int) -> int:
+    """The most tokens that a tile serves, or one more than the others do."""
+    table = tiles(TARGETS[arch], operation)
+    if table[index].max_tokens is not None:
+        return table[index].max_tokens
+    return 1 + max((tile.max_tokens or 0 for tile in table[:index]), default=0)
+
+
+def record_operation(arch: str, operation: str, shape: Shape) -> list[PortableLaunch]:
+    """What an operation launches for numbers of tokens that take each of its tiles."""
+    with recording(TARGETS[arch]) as launches:
+        if operation in UNTILED:
+            UNTILED[operation](shape, 1)
+        else:
+            for index in range(len(tiles(TARGETS[arch], operation))):
+                OPERATIONS[operation](shape, num_tokens(arch, operation, index))
+    return [PortableLaunch.of(one) for one in launches]
+
+
+def compile_and_check(portable: PortableLaunch, arch: str) -> tuple[float, list[str]]:
+    """(seconds, problems)"""
+    start = time.perf_counter()
+    try:
+        found = problems(compile_launch(portable.restore(), arch))
+    except Exception as error:  # Triton's errors share no base
+        found = [f"{type(error).__name__}: {error}"]
+    return time.perf_counter() - start, [f"{portable.launch}: {problem}" for problem in found]
+
+
+def uses(one: Launch, tile: Tile) -> bool:
+    return tile.sizes.items() <= dict(one.constants).items() and (one.num_warps, one.num_stages) == (
+        tile.num_warps,
+        tile.num_stages,
+    )
+
+
+def matrix() -> list[Any]:
+    return [
+        pytest.param(
+            arch,
+            operation,
+            shape,
+            marks=[] if arch in SAMPLE and shape is LLAMA else pytest.mark.slow,
+            id=f"{arch}-{operation}-{shape.name}",
+        )
+        for arch in TARGETS
+        for operation in [*json.loads((TILES_DIRECTORY / f"{arch}.json").read_text()), *UNTILED]
+        for shape in SHAPES
+    ]
+
+
+@pytest.mark.parametrize(("arch", "operation", "shape"), matrix())
+def test_every_tile_compiles(compiler: Executor, arch: str, operation: str, shape: Shape) -> None:
+    assert operation in OPERATIONS or operation in UNTILED, f"give {operation} a function in OPERATIONS"
+    launches = compiler.submit(record_operation, arch, operation, shape).result()
+    if operation in OPERATIONS:
+        for tile in tiles(TARGETS[arch], operation):
+            assert any(uses(one.launch, tile) for one in launches), f"no launch uses {tile}"
+    results = list(compiler.map(compile_and_check, launches, repeat(arch)))
+    print(f"{len(launches)} kernels in {sum(seconds for seconds, _ in results):.1f} s of one process")
+    assert not [problem for _, found in results for problem in found]
