@@ -74,12 +74,15 @@ class DeviceExecutor:
     @torch.inference_mode()
     def execute(self, batch: Batch) -> torch.Tensor:
         """Launches the forward pass: logits [rows that draw, vocabulary] float32."""
-        is_decode = all(len(row.token_ids) == 1 for row in batch.rows)
+        num_draws = sum(row.draw is not None for row in batch.rows)
+        is_decode = num_draws > 0 and all(len(row.token_ids) == 1 for row in batch.rows)
         size = self.graphs.size_for(len(batch.rows)) if self.graphs is not None and is_decode else None
         inputs = self._inputs = self.buffers.write(batch, size)
         if len(inputs.update_blocks):
             update_tables(self.buffers.tables, inputs.update_indices, inputs.update_blocks)
-        num_draws = sum(row.draw is not None for row in batch.rows)
+        if num_draws == 0:
+            self._hidden(inputs)
+            return torch.empty(0, self.model.config.vocab_size, device=self.device)
         if self.graphs is not None and inputs.padded_size is not None:
             logits = self.graphs.replay(inputs.padded_size)
             if num_draws == len(batch.rows):
@@ -89,11 +92,14 @@ class DeviceExecutor:
 
     def _forward(self, inputs: StepInputs, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of these rows of the flat batch, [n] int32; None for all."""
+        hidden = self._hidden(inputs)
+        return self.model.logits(hidden if rows is None else hidden.index_select(0, rows))
+
+    def _hidden(self, inputs: StepInputs) -> torch.Tensor:
         attention = DeviceAttentionInputs(
             inputs.positions, inputs.slots, inputs.plans, self.rotary, self.buffers.attention.is_pinned
         )
-        hidden = self.model(resolve_tokens(inputs.token_ids, self.last_tokens), self.cache, attention)
-        return self.model.logits(hidden if rows is None else hidden.index_select(0, rows))
+        return self.model(resolve_tokens(inputs.token_ids, self.last_tokens), self.cache, attention)
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:

@@ -28,6 +28,7 @@ class MemoryPlan:
         graphs: Estimate for the CUDA graphs' own memory; 0 without graphs.
         num_blocks: Blocks that sequences can use; one more is kept as the null block.
         max_model_len: Longest sequence in tokens: the model's, or what the cache can hold.
+        estimate: The plan that this one corrects by a measurement.
     """
 
     device: str
@@ -41,6 +42,7 @@ class MemoryPlan:
     num_blocks: int
     max_model_len: int
     requested_max_len: int
+    estimate: MemoryPlan | None = None
 
     @property
     def kv_cache(self) -> int:
@@ -49,6 +51,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         tokens = self.num_blocks * self.block_size
         lines = [
+            *([str(self.estimate)] if self.estimate else []),
             f"memory plan ({self.device}, {format_bytes(self.available)} available)",
             f"  weights      {format_bytes(self.weights):>12}",
             f"  activations  {format_bytes(self.activations):>12}"

@@ -127,7 +127,7 @@ class ModelRunner:
             activations = _measure_activations(executor)
             # What is free now is free of the weights and of all other things that stay.
             available = available_bytes(self.config, self.device) + self._weight_bytes
-            plan = self._plan_memory(available, activations)
+            plan = replace(self._plan_memory(available, activations), estimate=self.plan)
             self.plan = replace(plan, max_model_len=min(plan.max_model_len, self.plan.max_model_len))
             logger.info("%s", self.plan)
         self.cache = executor.cache = self._allocate_cache(self.plan.num_blocks + 1)

@@ -32,6 +32,9 @@ FULL = SamplingParams(
 )
 """Everything that a draw may need."""
 
+NUM_META_SLOTS = 2**20
+"""Tokens of a cache that is not there: of a size that GPUs hold, which only decides that it is larger than 2 GiB."""
+
 DUMMY = -2
 """The admission of rows that belong to no sequence."""
 
@@ -99,7 +102,7 @@ def make_meta_executor(config: EngineConfig, target: Target) -> DeviceExecutor:
     model.bind()
     cache = KVCache.allocate(
         model_config.num_layers,
-        2,
+        NUM_META_SLOTS // config.block_size,
         config.block_size,
         model_config.num_kv_heads,
         model_config.head_dim,
@@ -109,8 +112,7 @@ def make_meta_executor(config: EngineConfig, target: Target) -> DeviceExecutor:
     rotary = {
         rope: RotaryTable(rope, model_config.head_dim, context, device) for rope in set(model_config.ropes)
     }
-    # More slots than any card holds: what depends on their number is no part of a launch.
-    return DeviceExecutor(model, cache, rotary, limits, 2**20, config.pins_attention)
+    return DeviceExecutor(model, cache, rotary, limits, NUM_META_SLOTS, config.pins_attention)
 
 
 def record_launches(config: EngineConfig, arch: str) -> set[Launch]:

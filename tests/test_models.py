@@ -133,3 +133,16 @@ def assert_same_logits(one: Path, other: Path) -> None:
     ):
         assert expected.keys() == actual.keys()
         assert all(torch.equal(expected[position], actual[position]) for position in expected)
+
+
+@pytest.mark.parametrize(("cache_type", "bound"), [("bfloat16", 0.02), ("int8", 0.03), ("fp8_e4m3", 0.15)])
+def test_a_smaller_cache_costs_little(checkpoints: dict[str, Path], cache_type: str, bound: float) -> None:
+    exact, rounded = (
+        run_chunks(runner, make_sequences(320))
+        for runner in (
+            make_runner(checkpoints["llama"], kv_cache_dtype=name) for name in ("float32", cache_type)
+        )
+    )
+    for expected, computed in zip(exact, rounded, strict=True):
+        a, b = (torch.stack(list(logits.values())) for logits in (computed, expected))
+        assert 0 < float((a - b).norm() / b.norm()) < bound

@@ -238,7 +238,8 @@ def _specialization(launch: Launch, parameter: Any, type: str, target: GPUTarget
     if parameter.do_not_specialize or not (is_pointer or type.startswith("i")):
         return None
     aligned = "D" if parameter.name in launch.aligned else ""
-    return aligned + ("S" if is_pointer and target.backend == "hip" else "")
+    is_small = is_pointer and target.backend == "hip" and parameter.name not in launch.large
+    return aligned + ("S" if is_small else "")
 
 
 def _cuobjdump(compiled: CompiledLaunch, *options: str) -> str:

@@ -20,11 +20,11 @@ def reference(x: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def sums_along_rows(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM_SIZE: tl.constexpr):
     """[ROWS, COLUMNS] → [ROWS, COLUMNS / SUM_SIZE]: neighbours are added pairwise, whatever the tile."""
-    columns: tl.constexpr = COLUMNS
     if SUM_SIZE == 1:
         return values
-    even, odd = tl.split(tl.reshape(values, (ROWS, columns // 2, 2)))
-    return sums_along_rows(even + odd, ROWS, columns // 2, SUM_SIZE // 2)
+    else:
+        even, odd = tl.split(tl.reshape(values, (ROWS, COLUMNS // 2, 2)))
+        return sums_along_rows(even + odd, ROWS, COLUMNS // 2, SUM_SIZE // 2)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

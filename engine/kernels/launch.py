@@ -88,6 +88,7 @@ class Launch:
     Attributes:
         arguments: (name, type) of each argument, e.g. ("x", "*bf16") or ("num_tokens", "i32"), in order.
         aligned: Names of the arguments that are multiples of 16.
+        large: Names of the tensors of more than 2 GiB, where that matters (AMD).
         constants: Constant arguments: constexpr ones, None, and integers that are 1.
     """
 
@@ -95,6 +96,7 @@ class Launch:
     name: str
     arguments: tuple[tuple[str, str], ...]
     aligned: tuple[str, ...]
+    large: tuple[str, ...]
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
@@ -234,7 +236,7 @@ def launch(
     constants = {**tile.sizes, **constants}
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.launches.add(_describe(kernel, arguments, tile, constants))
+        recorder.launches.add(_describe(recorder.target, kernel, arguments, tile, constants))
         return
     kernel[tuple(grid) if not callable(grid) else grid](
         **arguments,
@@ -272,11 +274,13 @@ _TYPES = {
 }
 
 
-def _describe(kernel: Any, arguments: Mapping[str, Any], tile: Tile, constants: dict[str, Any]) -> Launch:
+def _describe(
+    target: Target, kernel: Any, arguments: Mapping[str, Any], tile: Tile, constants: dict[str, Any]
+) -> Launch:
     unspecialized = {
         kernel.params[i].name for i in range(len(kernel.params)) if kernel.params[i].do_not_specialize
     }
-    types, aligned = [], []
+    types, aligned, large = [], [], []
     constants = dict(constants)
     for name, value in arguments.items():
         if value is None or (value is True or value is False):
@@ -286,6 +290,8 @@ def _describe(kernel: Any, arguments: Mapping[str, Any], tile: Tile, constants: 
             # The offset into the storage stands for the address: allocations are aligned.
             if value.storage_offset() * value.itemsize % 16 == 0:
                 aligned.append(name)
+            if not target.is_nvidia and value.untyped_storage().nbytes() >= 2**31:
+                large.append(name)
         elif isinstance(value, float):
             types.append((name, "fp32"))
         elif value == 1 and name not in unspecialized:
@@ -299,6 +305,7 @@ def _describe(kernel: Any, arguments: Mapping[str, Any], tile: Tile, constants: 
         kernel.__name__,
         tuple(types),
         tuple(aligned),
+        tuple(large),
         tuple(sorted(constants.items())),
         tile.num_warps,
         tile.num_stages,

@@ -4,6 +4,7 @@ batch, whole or in chunks."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -206,7 +207,7 @@ def test_a_row_does_not_depend_on_the_batch(pinned: bool) -> None:
     sequences = make_sequences([(37, 1), (0, 20), (520, 3)], Shape(3, 1, 16))
     together = attend(sequences, pinned=pinned)
     rows = sequences.starts_of_queries()
-    for i, (first, last) in enumerate(zip(rows[:-1], rows[1:], strict=True)):
+    for i, (first, last) in enumerate(pairwise(rows)):
         alone = replace(
             sequences,
             lengths=sequences.lengths[i : i + 1],

@@ -101,7 +101,7 @@ def test_int8_values_are_quantized_exactly() -> None:
 
 
 def test_fp8_saturates() -> None:
-    """On numbers that fp8 has: Triton's interpreter (3.9) rounds others wrongly where a carry goes into the exponent."""
+    """On numbers that fp8 has: Triton's interpreter (3.9) misrounds others whose carry reaches the exponent."""
     heads, positions, _, _, slots = make_inputs(5, 2, 2, 16, torch.float32)
     heads = heads.to(torch.float8_e4m3fn).float()
     heads[1, 2:, 3:5] = torch.tensor([1000.0, -449.0])
