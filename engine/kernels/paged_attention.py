@@ -270,10 +270,12 @@ def form(
         raise ValueError(
             f"{num_heads} heads share {num_kv_heads} key heads: more than {tile['BLOCK_M']} each"
         )
-    # What 8-bit keys and values are converted to takes registers, of which the wider forms have none to spare.
+    # Converting 8-bit keys and masking padded heads take registers, of which the wider forms have none to spare.
     most_keys = 64
-    if cache_dtype.itemsize == 1:
-        most_keys = 16 if dtype == torch.float32 else 64 if name == "decode" else 32
+    if dtype == torch.float32:
+        most_keys = 16 if cache_dtype.itemsize == 1 else 64
+    elif name != "decode" and (cache_dtype.itemsize == 1 or head_dim != block_d):
+        most_keys = 32
     sizes = {key: size for key, size in tile.sizes.items() if key != "PROGRAMS"}
     return Form(
         tile=replace(tile, sizes=sizes),

@@ -188,10 +188,18 @@ def test_equals_the_reference(shape: Shape, window: int | None, soft_cap: float,
     assert_close(output, expect(sequences, window, soft_cap), shape.dtype)
 
 
-@pytest.mark.parametrize("window", [None, 1200])
-@pytest.mark.parametrize("pinned", [False, True])
-def test_split_equals_unsplit(pinned: bool, window: int | None) -> None:
-    shape = Shape(4, 1, 16, dtype=torch.float16, cache_dtype=torch.float16)
+@pytest.mark.parametrize(
+    ("dtype", "window", "pinned"),
+    [
+        # Outputs in float32 show what those in 16 bits would round away.
+        (torch.float32, None, False),
+        (torch.float32, 1200, False),
+        (torch.float16, 1200, False),
+        (torch.float16, None, True),
+    ],
+)
+def test_split_equals_unsplit(dtype: torch.dtype, window: int | None, pinned: bool) -> None:
+    shape = Shape(4, 1, 16, dtype=dtype, cache_dtype=torch.float16)
     sequences = make_sequences([(1500, 1), (3, 1), (1100, 5), (530, 2)], shape)
     chosen = form_of(shape, "pinned" if pinned else "decode")
     arguments = (np.array([1, 1, 0, 2]), np.array([1500, 3, 0, 530]), window, 4, chosen.block_q)
