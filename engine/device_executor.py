@@ -13,6 +13,7 @@ import torch
 from engine.batch import Batch, Draw
 from engine.config import SchedulerConfig
 from engine.cuda_graphs import CudaGraphs
+from engine.errors import ConfigError
 from engine.host_executor import Drawn, Sampled
 from engine.kernels.kv_layer import KVCache
 from engine.kernels.launch import target_of
@@ -204,10 +205,14 @@ def _attention_forms(
     group = config.num_heads // config.num_kv_heads
     capacity = scratch_capacity(num_slots, limits.max_num_seqs, limits.max_model_len, group)
     shape = (model.dtype, data.dtype, config.num_heads, config.num_kv_heads, config.head_dim)
-    decode = form(target, "pinned" if pinned else "decode", *shape)
+    try:
+        decode = form(target, "pinned" if pinned else "decode", *shape)
+        prefill = decode if pinned else form(target, "prefill", *shape)
+    except ValueError as error:
+        raise ConfigError(f"model: {error} fit an attention kernel; use --device cpu") from error
     return AttentionForms(
         decode=decode,
-        prefill=decode if pinned else form(target, "prefill", *shape),
+        prefill=prefill,
         group=group,
         capacity=capacity,
         scratch=make_scratch(capacity, config.num_kv_heads, config.head_dim, data.device),
