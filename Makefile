@@ -4,8 +4,9 @@ PIP := $(VENV)/bin/pip
 PYTHON := $(VENV)/bin/python
 MODEL ?= llama
 QUANT ?= int8
+OUT ?= gpu-check
 
-.PHONY: install models serve test test-all lint bench clean
+.PHONY: install models serve test test-all test-oldest-triton lint bench gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -35,12 +36,25 @@ test: lint
 	$(PYTHON) -m pytest -m 'not slow'
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m 'not slow' tests/interpreted
 
-test-all: lint
+test-all: lint test-oldest-triton
 	$(PYTHON) -m pytest
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/interpreted
+
+# The interpreter of Triton 3.6 does what numpy 2.4 no longer allows.
+test-oldest-triton: .triton-3.6
+	PYTHONPATH=$< $(PYTHON) -m pytest tests/kernels/test_compile.py tests/test_warmup.py
+	PYTHONPATH=$< TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/interpreted
+
+.triton-3.6: install
+	$(PIP) install --disable-pip-version-check --no-deps --target $@ triton==3.6.0 numpy==2.3.5
 
 bench: install
 	$(PYTHON) -m benchmarks.throughput --model $(MODEL) --quant none --quant int8 --quant int4
 
+# Needs no .venv: where there is none, a python3 with torch, triton, transformers, safetensors and numpy will do.
+gpu-check: PYTHON := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .triton-3.6 .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -80,7 +80,8 @@ def _paged_attention_kernel(
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // triton.next_power_of_2(GROUP)
     BLOCK_SHIFT: tl.constexpr = BLOCK_SIZE.bit_length() - 1
-    BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
+    # A product takes at least 16 of what it adds up.
+    BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM) if HEAD_DIM > 16 else 16
     NUM_LOOPS: tl.constexpr = LOOPS if WINDOW is None else 1
     head = tl.program_id(1)
     # A score becomes an exponent of 2; under a soft cap it has been scaled before.

@@ -469,7 +469,7 @@ def call_attention(operation: str, arch: str, shape: Shape, num_tokens: int) -> 
     plan = dataclasses.replace(plan, **{"prefill" if name == "prefill" else "decode": work})
     for dtype in dtypes:
         # Soft caps are no main path: no model that is supported has one, and prefill spills two words with it.
-        for head_dim in {"64": (64,), "128": (80, 128), "256": (256,)}[block]:
+        for head_dim in {"64": (8, 64), "128": (80, 128), "256": (256,)}[block]:
             queries = empty(
                 num_tokens,
                 shape.heads,
