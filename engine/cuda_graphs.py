@@ -24,14 +24,17 @@ class CudaGraphs:
     """Captured forward passes by size; they share one pool of memory.
 
     Args:
-        run: The forward pass over inputs padded to a size, which lie at fixed addresses; returns the logits.
+        prepare: Puts inputs padded to a size in their place, outside the graph.
+        run: The forward pass over inputs of that size, which lie at fixed addresses; returns the logits.
         max_num_seqs: Most sequences in a step.
 
     Attributes:
         num_bytes: Memory of the device that capturing took.
     """
 
-    def __init__(self, run: Callable[[int], torch.Tensor], max_num_seqs: int) -> None:
+    def __init__(
+        self, prepare: Callable[[int], None], run: Callable[[int], torch.Tensor], max_num_seqs: int
+    ) -> None:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         free, _ = torch.cuda.mem_get_info()
         pool = torch.cuda.graph_pool_handle()
@@ -39,6 +42,7 @@ class CudaGraphs:
         for size in tqdm(
             graph_sizes(max_num_seqs)[::-1], desc="Capturing CUDA graphs", unit="size", leave=False
         ):
+            prepare(size)
             run(size)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()

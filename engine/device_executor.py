@@ -6,6 +6,7 @@ adjustments, if any ─► draw ─► last tokens, which the next step reads on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,11 +67,20 @@ class DeviceExecutor:
         self._inputs: StepInputs
 
     @torch.inference_mode()
-    def capture_graphs(self) -> None:
-        """Captures the forward pass of decodes; call once everything is compiled."""
-        self.graphs = CudaGraphs(
-            lambda size: self._forward(self.buffers.padded(size)), self.limits.max_num_seqs
-        )
+    def capture_graphs(self, make_decodes: Callable[[int], Batch]) -> None:
+        """Captures the forward pass of decodes; call once everything is compiled.
+
+        Args:
+            make_decodes: A batch of so many decodes that touches no sequence's blocks.
+        """
+
+        def prepare(size: int) -> None:
+            self._write(make_decodes(size), size)
+
+        def run(size: int) -> torch.Tensor:
+            return self._forward(self.buffers.padded(size))
+
+        self.graphs = CudaGraphs(prepare, run, self.limits.max_num_seqs)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> torch.Tensor:
@@ -78,9 +88,7 @@ class DeviceExecutor:
         num_draws = sum(row.draw is not None for row in batch.rows)
         is_decode = num_draws > 0 and all(len(row.token_ids) == 1 for row in batch.rows)
         size = self.graphs.size_for(len(batch.rows)) if self.graphs is not None and is_decode else None
-        inputs = self._inputs = self.buffers.write(batch, size)
-        if len(inputs.update_blocks):
-            update_tables(self.buffers.tables, inputs.update_indices, inputs.update_blocks)
+        inputs = self._inputs = self._write(batch, size)
         if num_draws == 0:
             self._hidden(inputs)
             return torch.empty(0, self.model.config.vocab_size, device=self.device)
@@ -90,6 +98,13 @@ class DeviceExecutor:
                 return logits[:num_draws]
             return logits.index_select(0, inputs.last_rows[:num_draws])
         return self._forward(inputs, inputs.last_rows[:num_draws])
+
+    def _write(self, batch: Batch, size: int | None) -> StepInputs:
+        """Brings a step's inputs to the device, and its block tables up to date."""
+        inputs = self.buffers.write(batch, size)
+        if len(inputs.update_blocks):
+            update_tables(self.buffers.tables, inputs.update_indices, inputs.update_blocks)
+        return inputs
 
     def _forward(self, inputs: StepInputs, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of these rows of the flat batch, [n] int32; None for all."""
@@ -109,8 +124,8 @@ class DeviceExecutor:
         if not wanted:
             return Drawn([None] * len(draws))
         asking = [row for row, how in enumerate(wanted) if how.params.logprobs is not None]
-        index = self._to_device(torch.tensor(asking, dtype=torch.int64))
-        raw = logits.index_select(0, index) if asking else None
+        index = self._to_device(torch.tensor(asking, dtype=torch.int64)) if asking else None
+        raw = None if index is None else logits.index_select(0, index)
         adjustments = adjustments_of(wanted)
         if adjustments is not None:
             entries = (self._to_device(getattr(adjustments, name)) for name in Adjustments.__slots__)
@@ -124,7 +139,7 @@ class DeviceExecutor:
             table_rows=slots,
         )
         logprobs = None
-        if raw is not None:
+        if raw is not None and index is not None:
             num = max(wanted[row].params.logprobs or 0 for row in asking)
             logprobs = logprobs_of(raw, tokens.index_select(0, index), num)
         return DeviceSampled.start(draws, tokens, asking, logprobs)

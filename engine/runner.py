@@ -24,7 +24,7 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.options import resolve_cache_dtype, resolve_device, resolve_dtype
 from engine.quant import plan_quantization
-from engine.warmup import largest_batch, warm_up
+from engine.warmup import GREEDY, dummy_batch, largest_batch, warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class ModelRunner:
             logger.info("%s", self.plan)
         self.cache = executor.cache = self._allocate_cache(self.plan.num_blocks + 1)
         if self.device.type == "cuda" and not self.config.enforce_eager:
-            executor.capture_graphs()
+            executor.capture_graphs(lambda size: dummy_batch([1] * size, GREEDY))
         return executor
 
     def _allocate_cache(self, num_blocks: int) -> KVCache:

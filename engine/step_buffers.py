@@ -129,6 +129,7 @@ class StepBuffers:
         size = self._layout(num_tokens, num_rows, self.tables.numel(), lists).end
         pinned = device.type == "cuda"
         self._host = [torch.empty(size, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else None  # type: ignore[no-untyped-call]
         self._device = torch.empty(size, dtype=torch.int32, device=device)
         self._padded: dict[int, tuple[Layout, StepInputs]] = {}
 
@@ -156,15 +157,24 @@ class StepBuffers:
             layout, inputs = self._padded_layout(padded_size)
         host = self._host[0]
         self._host.reverse()
+        if self._copied is not None:
+            # Done long ago, unless steps without a draw, which nobody waits for, have run ahead.
+            self._copied.reverse()
+            self._copied[-1].synchronize()
         words: Words = host.numpy()
         self._write_tokens(words, layout, rows, lengths, starts)
         self._write_draws(words, layout, rows, lengths)
         words[layout.parts["update_indices"]][: len(blocks)] = indices
         words[layout.parts["update_blocks"]][: len(blocks)] = blocks
+        end = layout.end
         for name, items in lists.items():
             words[layout.parts[f"num_items.{name}"]] = len(items)
             words[layout.parts[f"items.{name}"]][: items.size] = items.ravel()
-        self._device[: layout.end].copy_(host[: layout.end], non_blocking=True)
+            # The last list ends the copy: padded ones are much longer than what is used of them.
+            end = layout.parts[f"items.{name}"].start + items.size
+        self._device[:end].copy_(host[:end], non_blocking=True)
+        if self._copied is not None:
+            self._copied[-1].record()
         return replace(
             inputs,
             update_indices=inputs.update_indices[: len(blocks)],

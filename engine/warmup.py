@@ -78,7 +78,9 @@ def warm_up(executor: DeviceExecutor, target: Target) -> None:
     """Runs the batches; kernels that Triton's cache on disk has are loaded, the others compiled."""
     batches = list(warm_up_batches(executor.limits, target))
     for batch in tqdm(batches, desc="Compiling kernels", unit="step", leave=False):
-        executor.sample(executor.execute(batch), batch, [row.draw for row in batch.rows])
+        sampled = executor.sample(executor.execute(batch), batch, [row.draw for row in batch.rows])
+        if executor.device.type != "meta":
+            sampled.read()
 
 
 def make_meta_executor(config: EngineConfig, target: Target) -> DeviceExecutor:
