@@ -10,6 +10,7 @@ Sampling is launched after the update, so that penalties and grammars see every 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from engine.request import EngineOutput, Request, RowFailure, SampledToken
 from engine.runner import ModelRunner
 from engine.sampling.params import SamplingParams
 from engine.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """The keys of generation_config.json that are sampling parameters here too."""
@@ -99,7 +102,8 @@ class EngineCore:
             return self.runner.execute(batch)
         except torch.AcceleratorError:
             raise  # the device is lost, not a row
-        except Exception:
+        except Exception as error:
+            _log_failure(batch, error)
             return None
 
     def _sample(self, batch: Batch, logits: torch.Tensor | None) -> Sampled:
@@ -109,8 +113,8 @@ class EngineCore:
                 return self.runner.sample(logits, batch, draws)
         except torch.AcceleratorError:
             raise
-        except Exception:
-            pass  # _isolate finds the row and its error
+        except Exception as error:
+            _log_failure(batch, error)
         return Drawn(self._isolate(batch, draws))
 
     def _isolate(self, batch: Batch, draws: list[Draw | None]) -> list[SampledToken | RowFailure | None]:
@@ -128,6 +132,15 @@ class EngineCore:
             except Exception as error:
                 results.append(RowFailure(f"{type(error).__name__}: {error}"))
         return results
+
+
+def _log_failure(batch: Batch, error: Exception) -> None:
+    logger.warning(
+        "a step of %d rows failed, each now runs by itself: %s: %s",
+        len(batch.rows),
+        type(error).__name__,
+        error,
+    )
 
 
 def _default_params(generation_config: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,16 @@ from engine.kernels.group_sums import group_sums
 from engine.kernels.int4_matmul import Int4Matmul
 from engine.kernels.int8_matmul import Int8Matmul
 from engine.kernels.kv_layer import KVLayer
-from engine.kernels.launch import TARGETS, TILES_DIRECTORY, Launch, Tile, launch, recording, tiles
+from engine.kernels.launch import (
+    TARGETS,
+    TILES_DIRECTORY,
+    CompilationCounter,
+    Launch,
+    Tile,
+    launch,
+    recording,
+    tiles,
+)
 from engine.kernels.norm import rms_norm
 from engine.kernels.paged_attention import PagedPlan, WorkList, make_scratch, paged_attention
 from engine.kernels.quantize import quantize_per_token
@@ -212,6 +221,24 @@ def test_a_launch_finds_what_was_compiled_ahead(compiler: Executor, arch: str, b
     """With None or a tensor, an integer that is 1, one that is a multiple of 16 and an unspecialized one."""
     compiled, launched = compiler.submit(keys_of_center, arch, bias).result()
     assert compiled == launched
+
+
+def count_compilations(arch: str) -> list[int]:
+    """What the counter shows after each of three launches, of which the last repeats the second."""
+    counter = CompilationCounter()
+    counts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.runtime.driver, "_active", FakeDriver(arch))
+        _center_kernel.device_caches.clear()
+        for block in (512, 2048, 2048):
+            options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+            _center_kernel.run(**center_arguments("cpu"), BLOCK=block, **options, grid=(1,), warmup=True)
+            counts.append(counter.count)
+    return counts
+
+
+def test_a_compilation_is_counted_and_a_launch_that_is_known_is_not(compiler: Executor) -> None:
+    assert compiler.submit(count_compilations, "sm_90").result() == [1, 2, 2]
 
 
 # The command.
