@@ -81,7 +81,7 @@ class EngineConfig:
         "auto",
         "type of cached keys and values; auto is the activations' type; int8 has a scale for each token and head",
     )
-    block_size: int = _option(16, "tokens in a block of the KV cache")
+    block_size: int = _option(16, "tokens in a block of the KV cache, a power of two from 4 to 256")
     enable_prefix_caching: bool = _option(True, "find the blocks of equal prompt prefixes again")
     seed: int | None = _option(None, "seed from which requests without one get theirs; default: random")
     cache_dir: str | None = _option(
@@ -112,8 +112,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        if not 1 <= self.block_size <= 256:
-            raise ConfigError(f"block_size must be between 1 and 256, got {self.block_size}")
+        if self.block_size not in (4, 8, 16, 32, 64, 128, 256):
+            raise ConfigError(f"block_size must be a power of two from 4 to 256, got {self.block_size}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"

@@ -120,10 +120,11 @@ class EngineCore:
     def _isolate(self, batch: Batch, draws: list[Draw | None]) -> list[SampledToken | RowFailure | None]:
         """Runs each row by itself, to find the one that spoils the step.
 
-        Rows do not read each other's blocks before `update`, and writing a key twice writes the same.
+        Rows do not read each other's blocks before `update`, and writing a key twice writes the same. The tokens that
+        were pending are known by now, and the runner may have drawn others since.
         """
         results: list[SampledToken | RowFailure | None] = []
-        for row, draw in zip(batch.rows, draws, strict=True):
+        for row, draw in zip(self.scheduler.resolve(batch).rows, draws, strict=True):
             alone = Batch([row])
             try:
                 results += self.runner.sample(self.runner.execute(alone), alone, [draw]).read()

@@ -16,8 +16,8 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """The sizes that are captured, ascending; the largest holds every running sequence."""
-    return [size for size in SIZES if size < max_num_seqs] + [min(max_num_seqs, SIZES[-1])]
+    """The sizes that are captured, ascending; steps of more sequences than the largest are launched one by one."""
+    return sorted({*(size for size in SIZES if size < max_num_seqs), min(max_num_seqs, SIZES[-1])})
 
 
 class CudaGraphs:

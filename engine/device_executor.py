@@ -6,14 +6,14 @@ adjustments, if any ─► draw ─► last tokens, which the next step reads on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from engine.batch import Batch, Draw
 from engine.config import SchedulerConfig
-from engine.cuda_graphs import CudaGraphs
+from engine.cuda_graphs import CudaGraphs, graph_sizes
 from engine.errors import ConfigError
 from engine.host_executor import Drawn, Sampled
 from engine.kernels.kv_layer import KVCache
@@ -77,8 +77,13 @@ class DeviceExecutor:
         def prepare(size: int) -> None:
             self._write(make_decodes(size), size)
 
+        # One for all sizes: in the graphs' own memory each would keep its own.
+        logits = torch.empty(
+            graph_sizes(self.limits.max_num_seqs)[-1], self.model.config.vocab_size, device=self.device
+        )
+
         def run(size: int) -> torch.Tensor:
-            return self._forward(self.buffers.padded(size))
+            return logits[:size].copy_(self.model.head(self._hidden(self.buffers.padded(size))))
 
         self.graphs = CudaGraphs(prepare, run, self.limits.max_num_seqs)
 
@@ -101,9 +106,13 @@ class DeviceExecutor:
 
     def _write(self, batch: Batch, size: int | None) -> StepInputs:
         """Brings a step's inputs to the device, and its block tables up to date."""
-        inputs = self.buffers.write(batch, size)
-        if len(inputs.update_blocks):
-            update_tables(self.buffers.tables, inputs.update_indices, inputs.update_blocks)
+        try:
+            inputs = self.buffers.write(batch, size)
+            if len(inputs.update_blocks):
+                update_tables(self.buffers.tables, inputs.update_indices, inputs.update_blocks)
+        except Exception:
+            self.buffers.forget(batch.rows)
+            raise
         return inputs
 
     def _forward(self, inputs: StepInputs, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -183,18 +192,19 @@ class DeviceSampled:
         """Waits for the tokens: the one synchronization of a step."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        drawn = (self._token(row, token_id) for row, token_id in enumerate(self.tokens.tolist()))
-        return [None if how is None else next(drawn) for how in self.draws]
+        token_ids = iter(self.tokens.tolist())
+        places = iter(range(len(self.asking)))
+        return [None if how is None else self._token(how, next(token_ids), places) for how in self.draws]
 
-    def _token(self, row: int, token_id: int) -> SampledToken | RowFailure:
+    def _token(self, how: Draw, token_id: int, places: Iterator[int]) -> SampledToken | RowFailure:
+        """One draw's result; `places` counts the rows of the log-probabilities."""
+        index = None if how.params.logprobs is None else next(places)
         if token_id < 0:
             return RowFailure("the model's logits are not finite (NaN or infinity)")
-        if row not in self.asking or self.logprobs is None:
+        if index is None or self.logprobs is None:
             return SampledToken(token_id)
-        index = self.asking.index(row)
-        params = [how.params for how in self.draws if how is not None][row]
-        ids = self.logprobs.top_ids[index, : params.logprobs].tolist()
-        values = self.logprobs.top_values[index, : params.logprobs].tolist()
+        ids = self.logprobs.top_ids[index, : how.params.logprobs].tolist()
+        values = self.logprobs.top_values[index, : how.params.logprobs].tolist()
         return SampledToken(
             token_id,
             logprob=float(self.logprobs.chosen[index]),

@@ -143,6 +143,15 @@ class Scheduler:
         """The draws of the step planned last, one a row, now that all tokens before them are known."""
         return [None if row.draw is None else self._complete(row) for row in self._in_flight[-1]]
 
+    def resolve(self, batch: Batch) -> Batch:
+        """The step planned last, `batch`, with the tokens that were pending then."""
+        rows = []
+        for row, planned in zip(batch.rows, self._in_flight[-1], strict=True):
+            known = planned.sequence.token_ids[planned.start : planned.end]
+            # A sequence that failed meanwhile has no token there, and what is computed of it is dropped.
+            rows.append(replace(row, token_ids=known) if len(known) == len(row.token_ids) else row)
+        return Batch(rows)
+
     def update(self, results: list[SampledToken | RowFailure | None]) -> list[EngineOutput]:
         """Takes in what the oldest step in flight computed: one entry a row, None where nothing was drawn."""
         outputs = []

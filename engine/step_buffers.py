@@ -181,6 +181,11 @@ class StepBuffers:
             update_blocks=inputs.update_blocks[: len(blocks)],
         )
 
+    def forget(self, rows: Sequence[BatchRow]) -> None:
+        """Lets the rows' block tables be sent again: a step failed, and what it brought may not have arrived."""
+        for row in rows:
+            self._admissions[row.slot] = -1
+
     def _additions(self, rows: Sequence[BatchRow]) -> tuple[list[int], list[int]]:
         """Indices into the flattened tables and the blocks to write there; notes them in the host's copy."""
         indices: list[int] = []

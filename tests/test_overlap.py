@@ -132,6 +132,24 @@ def test_a_row_that_fails_fails_alone(checkpoint: Path, monkeypatch: pytest.Monk
     assert results == expected
 
 
+def test_a_step_that_fails_behind_its_draw_is_drawn_again(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runner then has other tokens than those that were pending when the step was planned."""
+    expected = run(make_core(checkpoint, overlap=False), make_requests())
+    core = make_core(checkpoint, overlap=True)
+    sample = core.runner.sample
+
+    def broken(logits: Any, batch: Any, draws: Any) -> Any:
+        sampled = sample(logits, batch, draws)
+        if len(batch.rows) > 1 and core.stats.num_steps % 3 == 0:
+            raise RuntimeError("out of memory")
+        return sampled
+
+    monkeypatch.setattr(core.runner, "sample", broken)
+    assert run(core, make_requests()) == expected
+
+
 def test_aborting_everything_leaves_nothing_behind(checkpoint: Path) -> None:
     core = make_core(checkpoint, overlap=True)
     for request in make_requests():

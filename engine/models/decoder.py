@@ -131,4 +131,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocabulary] float32 of hidden states [rows, hidden]."""
-        return self.head_matmul(self.norm(hidden)).float()
+        return self.head(hidden).float()
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits in the activations' type."""
+        return self.head_matmul(self.norm(hidden))

@@ -65,11 +65,13 @@ def parameters_of(draws: Sequence[Draw]) -> DrawParameters:
     return DrawParameters(
         key_low=torch.tensor([low for low, _ in keys], dtype=torch.int32),
         key_high=torch.tensor([high for _, high in keys], dtype=torch.int32),
-        temperature=torch.tensor([0.0 if p.is_greedy else p.temperature for p in params]),
+        temperature=torch.tensor(
+            [0.0 if p.is_greedy else p.temperature for p in params], dtype=torch.float32
+        ),
         # More than any vocabulary is all of it.
         top_k=torch.tensor([min(p.top_k, 2**31 - 1) for p in params], dtype=torch.int32),
-        top_p=torch.tensor([p.top_p for p in params]),
-        min_p=torch.tensor([p.min_p for p in params]),
+        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32),
+        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32),
     )
 
 

@@ -13,7 +13,7 @@ from engine.batch import Draw
 from engine.request import RowFailure, SampledToken
 from engine.sampling.params import SamplingParams
 from engine.sampling.random import derive_seed, draw_key, gumbel_noise
-from engine.sampling.sampler import sample
+from engine.sampling.sampler import parameters_of, sample
 
 VOCABULARY = 50
 
@@ -215,3 +215,8 @@ def test_the_generator_is_fixed() -> None:
     assert derive_seed(0, 1) == 313702574736366215
     noise = gumbel_noise(draw_key(42, 1, 7), torch.tensor([0, 1, 2, 49151]))
     assert noise.tolist() == pytest.approx([-0.52319163, 0.57648152, 0.44929618, 3.22080207], abs=1e-5)
+
+
+def test_parameters_that_are_integers_are_drawn_as_floats() -> None:
+    parameters = parameters_of([Draw(SamplingParams(temperature=1, top_p=1, min_p=0), 0, 0, 0)])
+    assert {parameters.temperature.dtype, parameters.top_p.dtype, parameters.min_p.dtype} == {torch.float32}
