@@ -110,6 +110,9 @@ class Recorder:
     launches: set[Launch] = field(default_factory=set)
 
 
+_INTERPRETS = bool(knobs.runtime.interpret)
+"""As of this import, when the kernels are made for the one or the other; looking it up takes microseconds."""
+
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
@@ -126,12 +129,12 @@ def recording(target: Target) -> Iterator[set[Launch]]:
 
 def target_of(x: torch.Tensor) -> Target | None:
     """The chip whose Triton bodies take this tensor; None where the CPU's bodies do."""
-    if x.device.type == "cuda":
+    if x.is_cuda:
         return _device_target(x.device.index or 0)
-    recorder = _recorder.get()
-    if recorder is not None and x.device.type == "meta":
-        return recorder.target
-    return INTERPRETER if is_interpreting() else None
+    if x.is_meta:
+        recorder = _recorder.get()
+        return None if recorder is None else recorder.target
+    return INTERPRETER if _INTERPRETS else None
 
 
 def runs_triton(x: torch.Tensor) -> bool:
