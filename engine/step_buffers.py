@@ -18,15 +18,12 @@ import torch
 
 from engine.batch import Batch, BatchRow, Draw
 from engine.config import SchedulerConfig
-from engine.kernels.paged_attention import Form, PagedPlan, Scratch, WorkList, plan_items
+from engine.kernels.paged_attention import ITEM_WORDS, Form, PagedPlan, Scratch, WorkList, plan_items
 from engine.kernels.sample import DrawParameters
 from engine.sampling.sampler import parameters_of
 
 Words = np.ndarray[tuple[int], np.dtype[np.int32]]
 Items = np.ndarray[tuple[int, int], np.dtype[np.int32]]
-
-ITEM_WORDS = 5
-"""An item of attention's work lists."""
 
 ALIGNMENT = 4
 """Words: every part starts on 16 bytes, as the kernels were compiled for."""

@@ -50,9 +50,15 @@ def make_sequences(vocab_size: int, chunks: list[list[int]] = CHUNKS) -> list[li
 
 
 def run_chunks(
-    runner: ModelRunner, sequences: list[list[int]], chunks: list[list[int]] = CHUNKS
+    runner: ModelRunner,
+    sequences: list[list[int]],
+    chunks: list[list[int]] = CHUNKS,
+    admission: int = 0,
 ) -> list[dict[int, torch.Tensor]]:
     """Feeds the sequences in chunks, all in the same steps, from blocks in random order.
+
+    Args:
+        admission: Another one for every run over the same runner.
 
     Returns:
         For each sequence the logits, [vocabulary] by position, of the last token of every chunk.
@@ -60,7 +66,7 @@ def run_chunks(
     # Whatever is read before it was written shows.
     (runner.cache.data if runner.cache.scales is None else runner.cache.scales).fill_(torch.nan)
     free_blocks = list(range(1, runner.plan.num_blocks + 1))
-    random.Random(0).shuffle(free_blocks)
+    random.Random(admission).shuffle(free_blocks)
     tables: list[list[int]] = [[] for _ in sequences]
     ends = [0 for _ in sequences]
     logits: list[dict[int, torch.Tensor]] = [{} for _ in sequences]
@@ -69,11 +75,11 @@ def run_chunks(
         active = [index for index, size in enumerate(sizes) if size]
         for index in active:
             start, ends[index] = ends[index], ends[index] + sizes[index]
-            while len(tables[index]) * BLOCK_SIZE < ends[index]:
+            while len(tables[index]) * runner.cache.block_size < ends[index]:
                 tables[index].append(free_blocks.pop())
             chunk = sequences[index][start : ends[index]]
-            rows.append(BatchRow(chunk, start, 0, list(tables[index]), DRAW, slot=index))
-        results = runner.execute(Batch(rows))
+            rows.append(BatchRow(chunk, start, 0, list(tables[index]), DRAW, index, admission))
+        results = runner.execute(Batch(rows)).float().cpu()
         for index, row in zip(active, results, strict=True):
             logits[index][ends[index] - 1] = row
     return logits

@@ -9,14 +9,12 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.steps import Skipped, Step, Values, equal
-from engine.batch import Batch, BatchRow, Draw
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import EngineError
@@ -25,18 +23,7 @@ from engine.loading.resolve import resolve_model
 from engine.request import Request
 from engine.runner import ModelRunner
 from engine.sampling.params import SamplingParams
-
-CHUNKS = [
-    [100] + [1] * 12,
-    [37, 37, 20] + [1] * 12,
-    [16] * 6 + [1] * 6,
-    [5] * 15,
-    [1] * 45,
-    [3],
-]
-"""How each sequence of a batch arrives: the tokens it brings to each step, one for a decode."""
-
-DRAW = Draw(params=SamplingParams(temperature=0), seed=0, index=0, position=0)
+from tests.paged import CHUNKS, make_sequences, run_chunks
 
 TOLERANCES = {"float32": 0.001, "bfloat16": 0.06, "float16": 0.01}
 """By activations: the root mean square of the logits' errors, as a share of their standard deviation.
@@ -80,48 +67,6 @@ def make_config(path: Path, device: str, dtype: str, **options: Any) -> EngineCo
 
 def make_runner(path: Path, device: str, dtype: str, **options: Any) -> ModelRunner:
     return ModelRunner(make_config(path, device, dtype, **options), open_checkpoint(path))
-
-
-def make_sequences(vocab_size: int, chunks: Sequence[Sequence[int]]) -> list[list[int]]:
-    source = random.Random(0)
-    return [[source.randrange(vocab_size) for _ in range(sum(sizes))] for sizes in chunks]
-
-
-def run_chunks(
-    runner: ModelRunner,
-    sequences: Sequence[Sequence[int]],
-    chunks: Sequence[Sequence[int]],
-    admission: int = 0,
-) -> Logits:
-    """Feeds the sequences in chunks, all in the same steps, from blocks in random order.
-
-    Args:
-        admission: Another one for every run over the same runner.
-
-    Returns:
-        For each sequence the logits, [vocabulary] float32 on the CPU by position, of every chunk's last token.
-    """
-    size = runner.config.block_size
-    # Whatever is read before it was written shows.
-    (runner.cache.data if runner.cache.scales is None else runner.cache.scales).fill_(torch.nan)
-    free_blocks = list(range(1, runner.plan.num_blocks + 1))
-    random.Random(admission).shuffle(free_blocks)
-    tables: list[list[int]] = [[] for _ in sequences]
-    ends = [0 for _ in sequences]
-    logits: Logits = [{} for _ in sequences]
-    for counts in zip_longest(*chunks, fillvalue=0):
-        rows = []
-        active = [index for index, count in enumerate(counts) if count]
-        for index in active:
-            start, ends[index] = ends[index], ends[index] + counts[index]
-            while len(tables[index]) * size < ends[index]:
-                tables[index].append(free_blocks.pop())
-            chunk = list(sequences[index][start : ends[index]])
-            rows.append(BatchRow(chunk, start, 0, list(tables[index]), DRAW, index, admission))
-        results = runner.execute(Batch(rows)).float().cpu()
-        for index, row in zip(active, results, strict=True):
-            logits[index][ends[index] - 1] = row
-    return logits
 
 
 def stack(logits: Logits) -> torch.Tensor:

@@ -18,13 +18,13 @@ def reference(x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def sums_along_rows(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM_SIZE: tl.constexpr):
-    """[ROWS, COLUMNS] → [ROWS, COLUMNS / SUM_SIZE]: neighbours are added pairwise, whatever the tile."""
-    if SUM_SIZE == 1:
-        return values
-    else:
-        even, odd = tl.split(tl.reshape(values, (ROWS, COLUMNS // 2, 2)))
-        return sums_along_rows(even + odd, ROWS, COLUMNS // 2, SUM_SIZE // 2)
+def sum_groups(values, GROUP: tl.constexpr):
+    """[BLOCK] float32 → [BLOCK / GROUP]: neighbours are added pairwise, so that nothing else decides the order."""
+    for i in tl.static_range(GROUP):
+        if 1 << i < GROUP:
+            even, odd = tl.split(tl.reshape(values, (values.shape[0] // 2, 2)))
+            values = even + odd
+    return values
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -46,7 +46,9 @@ def _group_sums_kernel(
     values = tl.load(
         x + rows * in_features + columns[None, :], is_row & (columns < in_features)[None, :], 0.0
     )
-    totals = sums_along_rows(values.to(tl.float32), BLOCK_M, BLOCK_K, SUM_SIZE)
+    # A row is whole groups, so that rows one behind the other are, too.
+    totals = sum_groups(tl.reshape(values.to(tl.float32), (BLOCK_M * BLOCK_K,)), SUM_SIZE)
+    totals = tl.reshape(totals, (BLOCK_M, NUM_SUMS))
     groups = tl.program_id(1) * NUM_SUMS + tl.arange(0, NUM_SUMS)
     tl.store(sums + rows * num_sums + groups[None, :], totals, is_row & (groups < num_sums)[None, :])
 

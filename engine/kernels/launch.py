@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -225,7 +225,7 @@ def _read_tile(entry: dict[str, Any]) -> Tile:
 
 def launch(
     kernel: Any,
-    grid: Sequence[int] | Callable[[Mapping[str, Any]], Sequence[int]],
+    grid: Sequence[int],
     arguments: Mapping[str, Any],
     tile: Tile,
     **constants: Any,
@@ -241,7 +241,7 @@ def launch(
     if recorder is not None:
         recorder.launches.add(_describe(recorder.target, kernel, arguments, tile, constants))
         return
-    kernel[tuple(grid) if not callable(grid) else grid](
+    kernel[tuple(grid)](
         **arguments,
         **constants,
         num_warps=tile.num_warps,

@@ -27,6 +27,11 @@ from engine.kernels.launch import Target, Tile, launch, select_tile, target_of
 SEGMENT = 512
 """Keys with a softmax of their own, counted from position 0. Part of the operation: it changes bits."""
 
+ITEM_WORDS = 5
+"""Words of an item: sequence, query tile, first segment, last segment, first row in the scratch."""
+
+_ITEM_WORDS = tl.constexpr(ITEM_WORDS)
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -90,11 +95,11 @@ def _paged_attention_kernel(
     dims = tl.arange(0, BLOCK_D)
     tile_keys = tl.arange(0, KEY_TILE)
     for item in range(tl.program_id(0), tl.load(num_items), tl.num_programs(0)):
-        sequence = tl.load(items + item * 5)
-        query_tile = tl.load(items + item * 5 + 1)
-        first_segment = tl.load(items + item * 5 + 2)
-        last_segment = tl.load(items + item * 5 + 3)
-        partial = tl.load(items + item * 5 + 4)
+        sequence = tl.load(items + item * _ITEM_WORDS)
+        query_tile = tl.load(items + item * _ITEM_WORDS + 1)
+        first_segment = tl.load(items + item * _ITEM_WORDS + 2)
+        last_segment = tl.load(items + item * _ITEM_WORDS + 3)
+        partial = tl.load(items + item * _ITEM_WORDS + 4)
         query_start = tl.load(query_starts + sequence)
         num_queries = tl.load(query_starts + sequence + 1) - query_start
         start = tl.load(starts + sequence)

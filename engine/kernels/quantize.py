@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.activations import SUM_SIZE, Activations, Format, GroupSums, Int8Activations, Int8Format
+from engine.kernels.group_sums import sum_groups
 from engine.kernels.launch import Tile, launch, runs_triton
 
 LOW_STEPS = 254
@@ -145,7 +146,7 @@ def write_row(values, row, first, num_columns, output, low, scale, BLOCK: tl.con
     else:
         tl.store(output + row * num_columns + columns, values.to(output.dtype.element_ty), is_column)
         if scale is not None:
-            tl.store(scale + row * num_groups + groups, _sum_groups(values, GROUP), groups < num_groups)
+            tl.store(scale + row * num_groups + groups, sum_groups(values, GROUP), groups < num_groups)
 
 
 @triton.jit
@@ -161,16 +162,6 @@ def _quantize(values):
     high = _round(steps)
     low = _round((steps - high) * _LOW_STEPS)
     return high.to(tl.int8), low.to(tl.int8), tl.where(is_finite, scale, float("nan"))
-
-
-@triton.jit
-def _sum_groups(values, GROUP: tl.constexpr):
-    """[BLOCK] float32 → [BLOCK / GROUP]: neighbours are added pairwise, so that nothing else decides the order."""
-    for i in tl.static_range(GROUP):
-        if 1 << i < GROUP:
-            even, odd = tl.split(tl.reshape(values, (values.shape[0] // 2, 2)))
-            values = even + odd
-    return values
 
 
 @triton.jit
