@@ -33,7 +33,7 @@ from triton.compiler import ASTSource, make_backend
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError
-from engine.kernels.launch import TARGETS, Launch, is_interpreting
+from engine.kernels.launch import TARGETS, Launch
 
 SHARED_LIMITS = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 """KiB of shared memory that one block may have.
@@ -203,7 +203,7 @@ def _examine(launch: PortableLaunch, arch: str) -> Examination:
 def _check(arch: str) -> None:
     if arch not in TARGETS:
         raise ConfigError(f"arch must be one of {', '.join(TARGETS)}, got {arch!r}")
-    if is_interpreting():
+    if knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET=1 replaces the compiler: unset it to compile kernels")
 
 

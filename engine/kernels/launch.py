@@ -110,8 +110,9 @@ class Recorder:
     launches: set[Launch] = field(default_factory=set)
 
 
-_INTERPRETS = bool(knobs.runtime.interpret)
-"""As of this import, when the kernels are made for the one or the other; looking it up takes microseconds."""
+INTERPRETS = bool(knobs.runtime.interpret)
+"""Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1), as of this import: that is when
+they are made for the one or the other."""
 
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
@@ -134,17 +135,12 @@ def target_of(x: torch.Tensor) -> Target | None:
     if x.is_meta:
         recorder = _recorder.get()
         return None if recorder is None else recorder.target
-    return INTERPRETER if _INTERPRETS else None
+    return INTERPRETER if INTERPRETS else None
 
 
 def runs_triton(x: torch.Tensor) -> bool:
     """Whether Triton's bodies take this tensor: on a GPU, under `recording`, or under TRITON_INTERPRET=1."""
     return target_of(x) is not None
-
-
-def is_interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1)."""
-    return bool(knobs.runtime.interpret)
 
 
 @functools.cache

@@ -136,7 +136,7 @@ def test_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The device executor under the interpreter against the host's; wrong logits fail."""
     monkeypatch.setattr(models, "CHUNKS", [[5, 1, 1], [1, 6], [3]])
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "is_interpreting", lambda: False)
+        patch.setattr(launch, "INTERPRETS", False)
         models._host_logits("qwen2", "none")
     step = models.family_steps(["qwen2"], "cpu")[1]
     assert step.name == "qwen2 float32 none"

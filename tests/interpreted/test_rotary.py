@@ -84,7 +84,9 @@ def test_equals_the_reference(
     codes = layers[0].data.int() - layers[1].data.int()
     assert codes.abs().max() <= 1
     assert (codes != 0).float().mean() < 0.05
-    torch.testing.assert_close(layers[0].scales, layers[1].scales, rtol=2**-7 if has_norm else 2**-21, atol=0)
+    # The largest element differs as the others do: by steps of the norm's output, before two products of it.
+    step = 2 * STEPS[dtype] if has_norm else STEPS[torch.float32]
+    torch.testing.assert_close(layers[0].scales, layers[1].scales, rtol=step, atol=0)
 
 
 def test_int8_values_are_quantized_exactly() -> None:
