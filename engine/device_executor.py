@@ -21,7 +21,7 @@ from engine.kernels.launch import target_of
 from engine.kernels.paged_attention import form, make_scratch, scratch_capacity
 from engine.kernels.sample import Adjustments, Logprobs, adjust_logits, draw, logprobs_of
 from engine.kernels.step import resolve_tokens, update_tables
-from engine.layers.attention import DeviceAttentionInputs
+from engine.layers.attention import PagedInputs
 from engine.layers.rope import RotaryTable
 from engine.models.config import RopeConfig
 from engine.models.decoder import Decoder
@@ -121,7 +121,7 @@ class DeviceExecutor:
         return self.model.logits(hidden if rows is None else hidden.index_select(0, rows))
 
     def _hidden(self, inputs: StepInputs) -> torch.Tensor:
-        attention = DeviceAttentionInputs(
+        attention = PagedInputs(
             inputs.positions, inputs.slots, inputs.plans, self.rotary, self.buffers.attention.is_pinned
         )
         return self.model(resolve_tokens(inputs.token_ids, self.last_tokens), self.cache, attention)

@@ -1,21 +1,24 @@
-"""HostExecutor: runs a step on the CPU, one operation after the other."""
+"""HostExecutor: runs a step on the CPU with torch's operators, where there are no C kernels for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from engine.batch import PENDING, Batch, Draw
 from engine.kernels.attention import plan_attention, slot_mapping
 from engine.kernels.kv_layer import KVCache
-from engine.layers.attention import HostAttentionInputs
+from engine.layers.attention import TorchInputs
 from engine.layers.rope import RotaryTable
 from engine.models.config import RopeConfig
 from engine.models.decoder import Decoder
 from engine.request import RowFailure, SampledToken
 from engine.sampling.sampler import sample
+
+Words = np.ndarray[tuple[int], np.dtype[np.int32]]
 
 
 class Sampled(Protocol):
@@ -48,20 +51,20 @@ class HostExecutor:
         self, model: Decoder, cache: KVCache, rotary: dict[RopeConfig, RotaryTable], max_num_seqs: int
     ) -> None:
         self.model, self.cache, self.rotary = model, cache, rotary
-        self._last_tokens = [0] * max_num_seqs
+        self._last_tokens = np.zeros(max_num_seqs, np.int32)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> torch.Tensor:
         """Logits [rows that draw, vocabulary] float32; the batch's slots of the cache are filled."""
         rows = batch.rows
         token_ids = [
-            self._last_tokens[row.slot] if token == PENDING else token
+            int(self._last_tokens[row.slot]) if token == PENDING else token
             for row in rows
             for token in row.token_ids
         ]
         positions = torch.tensor([row.start + i for row in rows for i in range(len(row.token_ids))])
         layer = self.cache.layer(0)
-        inputs = HostAttentionInputs(
+        inputs = TorchInputs(
             slots=slot_mapping(rows, self.cache.block_size),
             plans={
                 window: plan_attention(rows, layer, window, self.model.dtype)
@@ -81,10 +84,17 @@ class HostExecutor:
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
         """Draws a token for each row that has a draw."""
-        wanted = [draw for draw in draws if draw is not None]
-        drawn = iter(sample(logits, wanted) if wanted else [])
-        results = [None if draw is None else next(drawn) for draw in draws]
-        for row, result in zip(batch.rows, results, strict=True):
-            if isinstance(result, SampledToken):
-                self._last_tokens[row.slot] = result.token_id
-        return Drawn(results)
+        return Drawn(read_drawn(logits, batch, draws, self._last_tokens))
+
+
+def read_drawn(
+    logits: torch.Tensor, batch: Batch, draws: list[Draw | None], last_tokens: Words
+) -> list[SampledToken | RowFailure | None]:
+    """Draws on the CPU, and notes the tokens in `last_tokens` ([slots] int32)."""
+    wanted = [draw for draw in draws if draw is not None]
+    drawn = iter(sample(logits, wanted) if wanted else [])
+    results = [None if draw is None else next(drawn) for draw in draws]
+    for row, result in zip(batch.rows, results, strict=True):
+        if isinstance(result, SampledToken):
+            last_tokens[row.slot] = result.token_id
+    return results

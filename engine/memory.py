@@ -10,7 +10,7 @@ import torch
 
 from engine.config import EngineConfig, SchedulerConfig, format_bytes, parse_bytes
 from engine.errors import ConfigError
-from engine.kernels import cpu
+from engine.kernels.host_attention import SEGMENT
 from engine.kernels.kv_layer import block_bytes
 from engine.models.config import ModelConfig
 
@@ -151,7 +151,7 @@ def _host_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> in
     # and a share of the output for each segment of each sequence that decodes.
     group = model.num_heads // model.num_kv_heads
     masks = scheduler.max_num_batched_tokens * scheduler.max_model_len * (group + 2)
-    segments = -(-scheduler.max_model_len // cpu.SEGMENT)
+    segments = -(-scheduler.max_model_len // SEGMENT)
     partial = scheduler.max_num_seqs * segments * model.num_heads * (model.head_dim + 2)
     return 4 * (scheduler.max_num_batched_tokens * width + logits + masks + partial)
 

@@ -32,7 +32,14 @@ def resolve_dtype(config: EngineConfig, model: dict[str, Any], on_cpu: bool) -> 
 
     Args:
         model: The keys of config.json.
+
+    Raises:
+        ConfigError: On a CPU, quantized products take and return float32.
     """
+    if on_cpu and config.quant != "none" and config.dtype not in ("auto", "float32"):
+        raise ConfigError(
+            f"dtype: {config.dtype} is for --quant none on a CPU; {config.quant} computes in float32, use auto"
+        )
     if config.dtype != "auto":
         return DTYPES[config.dtype]
     if on_cpu:
@@ -60,4 +67,6 @@ def resolve_cache_dtype(config: EngineConfig, dtype: torch.dtype, target: Target
         raise ConfigError(
             f"kv_cache_dtype: fp8_e4m3 needs an sm_89 or newer, this is {target.arch}; use int8, which is as small"
         )
+    if config.kv_cache_dtype == "auto" and target is None and config.quant != "none":
+        return torch.bfloat16  # half of float32's memory, and of the time to read it
     return CACHE_DTYPES.get(config.kv_cache_dtype, dtype)

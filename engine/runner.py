@@ -14,6 +14,7 @@ from engine.batch import Batch, Draw
 from engine.config import EngineConfig, SchedulerConfig
 from engine.device_executor import DeviceExecutor
 from engine.host_executor import HostExecutor, Sampled
+from engine.kernels import cpu
 from engine.kernels.kv_layer import KVCache
 from engine.kernels.launch import CompilationCounter, Target, target_of
 from engine.layers.rope import RotaryTable
@@ -23,6 +24,7 @@ from engine.memory import MemoryPlan, available_bytes, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.options import resolve_cache_dtype, resolve_device, resolve_dtype
+from engine.program_executor import ProgramExecutor
 from engine.quant import plan_quantization
 from engine.warmup import GREEDY, dummy_batch, largest_batch, warm_up
 
@@ -33,7 +35,7 @@ class Executor(Protocol):
     """Runs steps. `execute` and `sample` are two calls, so that a step's tokens may be known only between them."""
 
     def execute(self, batch: Batch) -> torch.Tensor:
-        """Runs the model: logits [rows that draw, vocabulary] float32."""
+        """Runs the model: logits [rows that draw, vocabulary] float32, valid until the next step."""
         ...
 
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
@@ -80,9 +82,12 @@ class ModelRunner:
             for rope in set(self.model_config.ropes)
         }
         if target is None:
+            logger.info("on %d threads, %s", torch.get_num_threads(), cpu.describe())
             self.cache = self._allocate_cache(self.plan.num_blocks + 1)
-            self.executor: Executor = HostExecutor(
-                self.model, self.cache, self.rotary, self._limits.max_num_seqs
+            self.executor: Executor = (
+                ProgramExecutor(self.model, self.cache, self.rotary, self._limits)
+                if self.dtype == torch.float32 and cpu.library() is not None
+                else HostExecutor(self.model, self.cache, self.rotary, self._limits.max_num_seqs)
             )
         else:
             self.executor = self._make_device_executor(target)

@@ -20,10 +20,11 @@ from engine.batch import Batch, BatchRow, Draw
 from engine.config import SchedulerConfig
 from engine.kernels.paged_attention import ITEM_WORDS, Form, PagedPlan, Scratch, WorkList, plan_items
 from engine.kernels.sample import DrawParameters
+from engine.kv_cache import NULL_BLOCK
 from engine.sampling.sampler import parameters_of
 
 Words = np.ndarray[tuple[int], np.dtype[np.int32]]
-Items = np.ndarray[tuple[int, int], np.dtype[np.int32]]
+Table = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 
 ALIGNMENT = 4
 """Words: every part starts on 16 bytes, as the kernels were compiled for."""
@@ -83,6 +84,93 @@ class AttentionForms:
         return num_tokens // smallest + num_rows + self.capacity // self.group
 
 
+class BlockTables:
+    """The block tables of the running sequences, a row for each place in the batch.
+
+    Attributes:
+        values: [num_rows, width] int32.
+    """
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        self.values = np.zeros((num_rows, width), dtype=np.int32)
+        self._admissions = [-1] * num_rows
+        self._num_blocks = [0] * num_rows
+
+    def update(self, rows: Sequence[BatchRow]) -> tuple[list[int], list[int]]:
+        """Adds what the rows have more; the additions as indices into the flattened tables and blocks."""
+        indices: list[int] = []
+        blocks: list[int] = []
+        width = self.values.shape[1]
+        for row in rows:
+            if self._admissions[row.slot] != row.admission:
+                self._admissions[row.slot] = row.admission
+                self._num_blocks[row.slot] = 0
+            known, total = self._num_blocks[row.slot], len(row.block_table)
+            if known < total:
+                added = row.block_table[known:]
+                self.values[row.slot, known:total] = added
+                indices += range(row.slot * width + known, row.slot * width + total)
+                blocks += added
+                self._num_blocks[row.slot] = total
+        return indices, blocks
+
+    def forget(self, rows: Sequence[BatchRow]) -> None:
+        """Lets the rows' additions come again."""
+        for row in rows:
+            self._admissions[row.slot] = -1
+
+
+@dataclass(frozen=True, slots=True)
+class FlatTokens:
+    """The tokens of a step, [T] int32 each, and its rows, [R] int32 each.
+
+    Attributes:
+        token_ids: -1 - slot stands for the token that was drawn last in that place of the batch.
+        slots: Where each token's key and value go; what is stored already goes to the null block.
+        starts, ends: Position of each row's first token, and its end in the flat batch.
+        row_slots: Each row's place in the running batch.
+    """
+
+    token_ids: Words
+    positions: Words
+    slots: Words
+    starts: Words
+    ends: Words
+    row_slots: Words
+
+
+def flatten(
+    rows: Sequence[BatchRow], tables: np.ndarray[tuple[int, int], np.dtype[np.int32]], block_size: int
+) -> FlatTokens:
+    """The rows one after the other.
+
+    Args:
+        tables: The block table of each place in the running batch.
+    """
+    count = len(rows)
+    lengths = np.fromiter((len(row.token_ids) for row in rows), np.int32, count)
+    starts = np.fromiter((row.start for row in rows), np.int32, count)
+    row_slots = np.fromiter((row.slot for row in rows), np.int32, count)
+    num_stored = np.fromiter((row.num_stored_tokens for row in rows), np.int32, count)
+    ends = np.cumsum(lengths, dtype=np.int32)
+    num_tokens = int(ends[-1])
+    token_ids = np.fromiter((token for row in rows for token in row.token_ids), np.int32, num_tokens)
+    positions, token_slots, stored = starts, row_slots, num_stored
+    if num_tokens > count:
+        offsets = np.arange(num_tokens, dtype=np.int32) - np.repeat(ends - lengths, lengths)
+        positions = np.repeat(starts, lengths) + offsets
+        token_slots, stored = np.repeat(row_slots, lengths), np.repeat(num_stored, lengths)
+    blocks = np.where(positions < stored, NULL_BLOCK, tables[token_slots, positions // block_size])
+    return FlatTokens(
+        token_ids=np.where(token_ids < 0, -1 - token_slots, token_ids),
+        positions=positions,
+        slots=blocks * block_size + positions % block_size,
+        starts=starts,
+        ends=ends,
+        row_slots=row_slots,
+    )
+
+
 @dataclass(slots=True)
 class Layout:
     """Names the parts of an array of words, each on a multiple of ALIGNMENT."""
@@ -116,10 +204,8 @@ class StepBuffers:
         self.block_size, self.windows, self.attention = block_size, list(windows), attention
         width = -(-limits.max_model_len // block_size)
         self.tables = torch.zeros(limits.max_num_seqs + 1, width, dtype=torch.int32, device=device)
-        self._host_tables = np.zeros((limits.max_num_seqs + 1, width), dtype=np.int32)
+        self._host_tables = BlockTables(limits.max_num_seqs, width)
         self._padding_slot = limits.max_num_seqs
-        self._admissions = [-1] * limits.max_num_seqs
-        self._num_blocks = [0] * limits.max_num_seqs
         num_tokens, num_rows = limits.max_num_batched_tokens, limits.max_num_seqs
         max_items = attention.max_items(num_tokens, num_rows)
         lists = dict.fromkeys(self._list_names(("decode", "prefill")), max_items)
@@ -141,14 +227,14 @@ class StepBuffers:
             padded_size: Rows of a step of decodes that a CUDA graph runs; None for the batch's own size.
         """
         rows = batch.rows
-        lengths = np.fromiter((len(row.token_ids) for row in rows), np.int32, len(rows))
-        starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
-        indices, blocks = self._additions(rows)
-        lists = self._work_lists(lengths, starts)
+        indices, blocks = self._host_tables.update(rows)
+        tokens = flatten(rows, self._host_tables.values, self.block_size)
+        lengths = np.diff(tokens.ends, prepend=0)
+        lists = self._work_lists(lengths, tokens.starts)
         # A sequence of decodes gets a block now and then; many new ones at a time have no room in the padded form.
         if padded_size is None or len(blocks) > padded_size:
             sizes = {name: len(items) for name, items in lists.items()}
-            layout = self._layout(int(lengths.sum()), len(rows), len(blocks), sizes)
+            layout = self._layout(len(tokens.token_ids), len(rows), len(blocks), sizes)
             inputs = self._inputs(layout)
         else:
             layout, inputs = self._padded_layout(padded_size)
@@ -159,8 +245,8 @@ class StepBuffers:
             self._copied.reverse()
             self._copied[-1].synchronize()
         words: Words = host.numpy()
-        self._write_tokens(words, layout, rows, lengths, starts)
-        self._write_draws(words, layout, rows, lengths)
+        self._write_tokens(words, layout, tokens)
+        self._write_draws(words, layout, rows, tokens.ends)
         words[layout.parts["update_indices"]][: len(blocks)] = indices
         words[layout.parts["update_blocks"]][: len(blocks)] = blocks
         end = layout.end
@@ -180,28 +266,9 @@ class StepBuffers:
 
     def forget(self, rows: Sequence[BatchRow]) -> None:
         """Lets the rows' block tables be sent again: a step failed, and what it brought may not have arrived."""
-        for row in rows:
-            self._admissions[row.slot] = -1
+        self._host_tables.forget(rows)
 
-    def _additions(self, rows: Sequence[BatchRow]) -> tuple[list[int], list[int]]:
-        """Indices into the flattened tables and the blocks to write there; notes them in the host's copy."""
-        indices: list[int] = []
-        blocks: list[int] = []
-        width = self._host_tables.shape[1]
-        for row in rows:
-            if self._admissions[row.slot] != row.admission:
-                self._admissions[row.slot] = row.admission
-                self._num_blocks[row.slot] = 0
-            known, total = self._num_blocks[row.slot], len(row.block_table)
-            if known < total:
-                added = row.block_table[known:]
-                self._host_tables[row.slot, known:total] = added
-                indices += range(row.slot * width + known, row.slot * width + total)
-                blocks += added
-                self._num_blocks[row.slot] = total
-        return indices, blocks
-
-    def _work_lists(self, lengths: Words, starts: Words) -> dict[str, Items]:
+    def _work_lists(self, lengths: Words, starts: Words) -> dict[str, Table]:
         """Attention's items by kind and window; a kind without any is left out."""
         forms = self.attention
         is_decode = lengths <= forms.decode.block_q
@@ -217,39 +284,24 @@ class StepBuffers:
             if (kept := kinds.get(kind)) is not None and kept.any()
         }
 
-    def _write_tokens(
-        self, words: Words, layout: Layout, rows: Sequence[BatchRow], lengths: Words, starts: Words
-    ) -> None:
-        parts = {name: words[layout.parts[name]] for name in ("token_ids", "positions", "slots")}
-        count, num_tokens = len(rows), int(lengths.sum())
-        slots = np.fromiter((row.slot for row in rows), np.int32, count)
-        ends = np.cumsum(lengths)
-        first = np.repeat(ends - lengths, lengths)
-        positions = np.repeat(starts, lengths) + np.arange(num_tokens) - first
-        token_ids = np.fromiter((token for row in rows for token in row.token_ids), np.int32, num_tokens)
-        token_slots = np.repeat(slots, lengths)
-        parts["token_ids"][:num_tokens] = np.where(token_ids < 0, -1 - token_slots, token_ids)
-        parts["positions"][:num_tokens] = positions
-        stored = np.repeat(np.fromiter((row.num_stored_tokens for row in rows), np.int32, count), lengths)
-        blocks = self._host_tables[token_slots, positions // self.block_size]
-        # What is stored already is written to the null block instead.
-        parts["slots"][:num_tokens] = (
-            np.where(positions < stored, 0, blocks) * self.block_size + positions % self.block_size
-        )
-        for part in parts.values():
-            part[num_tokens:] = 0
+    def _write_tokens(self, words: Words, layout: Layout, tokens: FlatTokens) -> None:
+        count, num_tokens = len(tokens.starts), len(tokens.token_ids)
+        for name in ("token_ids", "positions", "slots"):
+            part = words[layout.parts[name]]
+            part[:num_tokens], part[num_tokens:] = getattr(tokens, name), 0
         query_starts = words[layout.parts["query_starts"]]
         query_starts[0] = 0
-        query_starts[1 : count + 1] = ends
+        query_starts[1 : count + 1] = tokens.ends
         query_starts[count + 1 :] = np.arange(num_tokens + 1, num_tokens + len(query_starts) - count)
-        for name, values, padding in (("starts", starts, 0), ("table_rows", slots, self._padding_slot)):
+        parts = (("starts", tokens.starts, 0), ("table_rows", tokens.row_slots, self._padding_slot))
+        for name, values, padding in parts:
             words[layout.parts[name]][:count] = values
             words[layout.parts[name]][count:] = padding
 
-    def _write_draws(self, words: Words, layout: Layout, rows: Sequence[BatchRow], lengths: Words) -> None:
+    def _write_draws(self, words: Words, layout: Layout, rows: Sequence[BatchRow], ends: Words) -> None:
         drawing = [index for index, row in enumerate(rows) if row.draw is not None]
         count = len(drawing)
-        words[layout.parts["last_rows"]][:count] = np.cumsum(lengths)[drawing] - 1
+        words[layout.parts["last_rows"]][:count] = ends[drawing] - 1
         words[layout.parts["draw_slots"]][:count] = [rows[index].slot for index in drawing]
         draws: list[Draw] = [row.draw for row in rows if row.draw is not None]
         parameters = parameters_of(draws)

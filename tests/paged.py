@@ -79,7 +79,7 @@ def run_chunks(
                 tables[index].append(free_blocks.pop())
             chunk = sequences[index][start : ends[index]]
             rows.append(BatchRow(chunk, start, 0, list(tables[index]), DRAW, index, admission))
-        results = runner.execute(Batch(rows)).float().cpu()
+        results = runner.execute(Batch(rows)).float().cpu().clone()
         for index, row in zip(active, results, strict=True):
             logits[index][ends[index] - 1] = row
     return logits

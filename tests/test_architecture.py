@@ -39,6 +39,7 @@ LEVELS = {
     "engine.cuda_graphs": 5,
     "engine.step_buffers": 6,
     "engine.host_executor": 9,
+    "engine.program_executor": 9,
     "engine.device_executor": 9,
     "engine.warmup": 10,
     "engine.runner": 10,

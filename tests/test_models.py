@@ -53,7 +53,7 @@ def test_tokens_that_are_stored_already_are_not_written_again(checkpoints: dict[
     tokens = make_sequences(320)[0][: 2 * BLOCK_SIZE]
     runner.execute(Batch([BatchRow(tokens, 0, 0, [3, 2], None)]))
     stored = runner.cache.data[:, :, [3, 2]].clone()
-    logits = runner.execute(Batch([BatchRow(tokens, 0, 0, [5, 4], DRAW)]))
+    logits = runner.execute(Batch([BatchRow(tokens, 0, 0, [5, 4], DRAW)])).clone()
     # Another token at the place of the last one would change its key, were that written.
     runner.execute(Batch([BatchRow([tokens[-1] ^ 1], len(tokens) - 1, len(tokens), [3, 2], DRAW)]))
     assert torch.equal(runner.cache.data[:, :, [3, 2]], stored)

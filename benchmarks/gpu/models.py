@@ -116,7 +116,7 @@ def _graphs(name: str, device: str, options: dict[str, Any]) -> Values:
     chunks = PADDED_GRAPHS if "quant" in options else FULL_GRAPHS
     logits = []
     for eager in (False, True):
-        runner = make_runner(checkpoint(name), device, "bfloat16", enforce_eager=eager, **options)
+        runner = make_runner(checkpoint(name), device, "auto", enforce_eager=eager, **options)
         sequences = make_sequences(runner.model_config.vocab_size, chunks)
         logits.append(stack(run_chunks(runner, sequences, chunks)))
         count = runner.compilations.count

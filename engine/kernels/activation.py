@@ -7,9 +7,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from engine.kernels import cpu
 from engine.kernels.activations import Activations, Format, Int8Format
 from engine.kernels.launch import Tile, launch, select_tile, target_of
-from engine.kernels.quantize import empty_activations, group_of, outputs, row_tile, write_row
+from engine.kernels.quantize import empty_activations, group_of, host_outputs, outputs, row_tile, write_row
 
 
 def silu_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -27,25 +28,27 @@ def gelu_reference(gate_up: torch.Tensor) -> torch.Tensor:
 def silu_mul(gate_up: torch.Tensor, format: Format = None, tile: Tile | None = None) -> Activations:
     """SwiGLU (Shazeer 2020): [M, 2 * I] of gates, then ups, contiguous → [M, I].
 
-    A Triton kernel computes in float32 and writes the format, of the values rounded to gate_up's dtype; the
-    CPU's body returns floats.
+    Computed in float32; what is quantized or summed are the values rounded to gate_up's dtype.
     """
-    if target_of(gate_up) is None:
-        return silu_reference(gate_up)
-    return _triton_gated(gate_up, "silu", format, tile)
+    return _gated(gate_up, "silu", format, tile)
 
 
 def gelu_mul(gate_up: torch.Tensor, format: Format = None, tile: Tile | None = None) -> Activations:
     """GeGLU with the tanh form of GELU (Hendrycks and Gimpel 2016); else like `silu_mul`."""
-    if target_of(gate_up) is None:
-        return gelu_reference(gate_up)
-    return _triton_gated(gate_up, "gelu_tanh", format, tile)
+    return _gated(gate_up, "gelu_tanh", format, tile)
 
 
-def _triton_gated(gate_up: torch.Tensor, activation: str, format: Format, tile: Tile | None) -> Activations:
+def _gated(gate_up: torch.Tensor, activation: str, format: Format, tile: Tile | None) -> Activations:
     target = target_of(gate_up)
-    assert target is not None
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    is_gelu = activation == "gelu_tanh"
+    if target is None and cpu.serves(gate_up):
+        assert gate_up.is_contiguous()
+        product, outputs_of_c = host_outputs("gated", num_tokens, size, format)
+        cpu.run("gated", num_tokens, gate_up, size, int(is_gelu), *outputs_of_c)
+        return product
+    if target is None:
+        return gelu_reference(gate_up) if is_gelu else silu_reference(gate_up)
     y = empty_activations(num_tokens, size, gate_up, format)
     if isinstance(format, Int8Format) and format.group_size is None:
         tile = row_tile(size)  # one scale a token: a program sees all of it

@@ -1,8 +1,8 @@
 """What a product takes as its left operand: floats, or what an earlier kernel has made of them on its way out.
 
-A scheme names the format that its product wants. A norm or an activation that runs as a Triton kernel writes
-that format instead of floats, which saves a pass over memory; the CPU's bodies pass floats on, and every
-product takes floats too.
+A scheme names the format that its product wants. A norm or an activation that runs as a Triton or C kernel writes
+that format instead of floats, which saves a pass over memory; torch's operators pass floats on, and every product
+takes floats too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,18 @@ class SumsFormat:
     """Floats and the sums of each 32 of them."""
 
 
-Format = Int8Format | SumsFormat | None
+@dataclass(frozen=True, slots=True)
+class SparseInt8Format:
+    """int8 codes of each token, and a second term for the few elements that they cannot hold.
+
+    Attributes:
+        spread: The scale is so many times what would just hold the median of the largest elements of each 32.
+    """
+
+    spread: float
+
+
+Format = Int8Format | SumsFormat | SparseInt8Format | None
 """None: floats alone."""
 
 
@@ -56,6 +67,30 @@ class Int8Activations:
 
 
 @dataclass(frozen=True, slots=True)
+class SparseInt8Activations:
+    """x[m, k] = (128 * high[m, k] + low[m, k]) * scale[m], as the C bodies keep it (kernels/cpu/kernels.h).
+
+    Attributes:
+        low: [M, K padded to 64] int8.
+        tokens: [M, 4] int32: the bits of a float32 scale, the sums of low and high terms, the number of quads.
+        quads: [M, K / 4, 2] int32: the place of four elements along K, and their high terms as four bytes, for
+            each four that have one.
+    """
+
+    low: torch.Tensor
+    tokens: torch.Tensor
+    quads: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.low.shape[0]
+
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """The four words that C bodies take."""
+        return self.low, self.tokens, self.quads, self.low.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
 class GroupSums:
     """Floats, and their sums over SUM_SIZE consecutive elements along K.
 
@@ -68,7 +103,7 @@ class GroupSums:
     sums: torch.Tensor
 
 
-Activations = torch.Tensor | Int8Activations | GroupSums
+Activations = torch.Tensor | Int8Activations | SparseInt8Activations | GroupSums
 
 
 def num_tokens(x: Activations) -> int:
@@ -76,6 +111,8 @@ def num_tokens(x: Activations) -> int:
     match x:
         case Int8Activations():
             return x.high.shape[0]
+        case SparseInt8Activations():
+            return x.num_tokens
         case GroupSums():
             return x.values.shape[0]
     return x.shape[0]

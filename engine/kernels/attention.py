@@ -1,4 +1,4 @@
-"""Paged attention over a flat batch: each sequence brings 1 … n query tokens.
+"""Paged attention with torch's operators, over a flat batch: each sequence brings 1 … n query tokens.
 
 Keys and values are read as stored in the cache, those of the step itself too, so that a token cannot tell in
 which chunk its prompt arrived. A sequence is computed by itself: what is beside it in the batch does not enter.
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from engine.batch import BatchRow
-from engine.kernels import cpu
 from engine.kernels.kv_layer import KVLayer
 from engine.kernels.rotary import apply_rotary
 from engine.kv_cache import NULL_BLOCK
@@ -39,30 +38,6 @@ class RowPlan:
     mask: torch.Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class DecodePlan:
-    """Which keys the sequences with one query read, for the body that takes them all at once.
-
-    Attributes:
-        rows: [S] int64, the queries' rows in the flat batch.
-        tables: [S, blocks] int64, block tables filled up with the null block.
-        first, last: [S] int64, the keys at positions first … last - 1 are read.
-    """
-
-    rows: torch.Tensor
-    tables: torch.Tensor
-    first: torch.Tensor
-    last: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionPlan:
-    """Which keys each sequence's queries read: some sequences one by one, the others together."""
-
-    rows: list[RowPlan]
-    decodes: DecodePlan | None
-
-
 def slot_mapping(rows: Sequence[BatchRow], block_size: int) -> torch.Tensor:
     """Where each token's key and value go, [T] int64; tokens that are stored already go to the null block."""
     slots: list[int] = []
@@ -77,31 +52,19 @@ def slot_mapping(rows: Sequence[BatchRow], block_size: int) -> torch.Tensor:
 
 def plan_attention(
     rows: Sequence[BatchRow], layer: KVLayer, window: int | None, dtype: torch.dtype
-) -> AttentionPlan:
+) -> list[RowPlan]:
     """Plans attention for the layers that see `window` tokens back (None: all).
 
     Args:
         layer: The cache of any layer.
         dtype: The activations'.
     """
-    cache = layer.data
-    block_size, head_dim = layer.block_size, cache.shape[4]
     plans = []
-    decodes = []
-    decodes_together = (
-        dtype == cache.dtype == torch.float32
-        and head_dim % 16 == 0
-        and head_dim <= 256
-        and cpu.library() is not None
-    )
     first = 0
     for row in rows:
-        if decodes_together and len(row.token_ids) == 1:
-            decodes.append((first, row))
-        else:
-            plans.append(_plan_row(row, first, block_size, window, dtype))
+        plans.append(_plan_row(row, first, layer.block_size, window, dtype))
         first += len(row.token_ids)
-    return AttentionPlan(plans, _plan_decodes(decodes, window) if decodes else None)
+    return plans
 
 
 def _plan_row(row: BatchRow, first: int, block_size: int, window: int | None, dtype: torch.dtype) -> RowPlan:
@@ -127,18 +90,6 @@ def _plan_row(row: BatchRow, first: int, block_size: int, window: int | None, dt
     )
 
 
-def _plan_decodes(decodes: list[tuple[int, BatchRow]], window: int | None) -> DecodePlan:
-    width = max(len(row.block_table) for _, row in decodes)
-    return DecodePlan(
-        rows=torch.tensor([first for first, _ in decodes]),
-        tables=torch.tensor(
-            [row.block_table + [NULL_BLOCK] * (width - len(row.block_table)) for _, row in decodes]
-        ),
-        first=torch.tensor([_oldest_key(row, window) for _, row in decodes]),
-        last=torch.tensor([row.start + 1 for _, row in decodes]),
-    )
-
-
 def _oldest_key(row: BatchRow, window: int | None) -> int:
     """Position of the oldest key that the row's first query sees."""
     return 0 if window is None else max(0, row.start - window + 1)
@@ -155,31 +106,14 @@ def rotate_and_write(
     """Rotates queries and keys by their positions and stores keys and values in the cache.
 
     Args:
-        heads: [T, query heads + 2 * num_kv_heads, head_dim]: queries, keys, values; may be overwritten.
+        heads: [T, query heads + 2 * num_kv_heads, head_dim]: queries, keys, values.
         cosine, sine: [T, 1, head_dim], as for `apply_rotary`.
         slots: [T] int64.
 
     Returns:
         The rotated queries, [T, query heads, head_dim].
     """
-    num_heads, cache = heads.shape[1] - 2 * num_kv_heads, layer.data
-    if cpu.serves(heads, cache):
-        library = cpu.library()
-        assert library is not None
-        heads = heads.contiguous()
-        library.rotary_write_kv(
-            heads.data_ptr(),
-            cosine.data_ptr(),
-            sine.data_ptr(),
-            cache.data_ptr(),
-            slots.data_ptr(),
-            cache.stride(0),
-            len(heads),
-            num_heads,
-            num_kv_heads,
-            heads.shape[2],
-        )
-        return heads[:, :num_heads]
+    num_heads = heads.shape[1] - 2 * num_kv_heads
     rotated = apply_rotary(heads[:, :-num_kv_heads], cosine, sine)
     layer.write(slots, rotated[:, num_heads:], heads[:, -num_kv_heads:])
     return rotated[:, :num_heads]
@@ -199,7 +133,9 @@ def _read_keys_and_values(
     return keys.to(dtype), values.to(dtype)
 
 
-def paged_attention(queries: torch.Tensor, layer: KVLayer, plan: AttentionPlan, scale: float) -> torch.Tensor:
+def paged_attention(
+    queries: torch.Tensor, layer: KVLayer, plans: list[RowPlan], scale: float
+) -> torch.Tensor:
     """Causal attention of each row's queries over its own keys.
 
     Args:
@@ -210,10 +146,8 @@ def paged_attention(queries: torch.Tensor, layer: KVLayer, plan: AttentionPlan, 
         [T, heads * head_dim] of the queries' dtype.
     """
     output = queries.new_empty(queries.shape)
-    for row in plan.rows:
-        _attend_row(queries, layer, row, scale, output)
-    if plan.decodes is not None:
-        _attend_decodes(queries, layer.data, plan.decodes, scale, output)
+    for plan in plans:
+        _attend_row(queries, layer, plan, scale, output)
     return output.flatten(1)
 
 
@@ -230,38 +164,6 @@ def _attend_row(
     result = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
     result = result.view(num_kv_heads, group, num_queries, head_dim).permute(2, 0, 1, 3)
     output[plan.first : plan.last] = result.reshape(num_queries, num_heads, head_dim)
-
-
-def _attend_decodes(
-    queries: torch.Tensor, cache: torch.Tensor, plan: DecodePlan, scale: float, output: torch.Tensor
-) -> None:
-    library = cpu.library()
-    assert library is not None
-    (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = queries.shape, cache.shape
-    group = num_heads // num_kv_heads
-    num_sequences, num_blocks = plan.tables.shape
-    num_segments = -(-num_blocks * block_size // cpu.SEGMENT)
-    partial = queries.new_empty(num_sequences * num_heads * num_segments * (head_dim + 2))
-    library.decode_attention(
-        queries.data_ptr(),
-        cache.data_ptr(),
-        output.data_ptr(),
-        partial.data_ptr(),
-        plan.rows.data_ptr(),
-        plan.tables.data_ptr(),
-        plan.first.data_ptr(),
-        plan.last.data_ptr(),
-        scale,
-        cache.stride(0),
-        num_sequences,
-        num_blocks,
-        num_segments,
-        block_size,
-        num_kv_heads,
-        group,
-        head_dim,
-        queries.stride(0),
-    )
 
 
 def reference(

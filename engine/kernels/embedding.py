@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from engine.kernels import cpu
 from engine.kernels.launch import Tile, launch, select_tile, target_of
 
 GROUP_SIZE = 32
@@ -29,9 +30,10 @@ def lookup(
     table: torch.Tensor,
     scale: torch.Tensor | None,
     dtype: torch.dtype,
+    factor: float = 1.0,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Rows of the table, in float32 until they are rounded to `dtype`.
+    """Rows of the table, in float32 until they are rounded to `dtype`, times a factor.
 
     Args:
         token_ids: [T] int64 or int32, each below V.
@@ -42,9 +44,14 @@ def lookup(
         [T, K] of `dtype`.
     """
     target = target_of(table)
-    if target is None:
-        return reference(token_ids, table, scale, dtype)
     num_tokens, features = token_ids.shape[0], table.shape[1]
+    if target is None and token_ids.dtype == torch.int32 and dtype == torch.float32 and cpu.library():
+        y = cpu.empty("embedding", num_tokens, features)
+        cpu.run("embedding", num_tokens, token_ids, table, scale, features, factor, y)
+        return y
+    if target is None:
+        y = reference(token_ids, table, scale, dtype)
+        return y if factor == 1.0 else y * factor
     tile = tile or select_tile(target, "embedding", num_tokens)
     y = torch.empty(num_tokens, features, dtype=dtype, device=table.device)
     launch(
@@ -54,7 +61,7 @@ def lookup(
         tile,
         GROUP=GROUP_SIZE,
     )
-    return y
+    return y if factor == 1.0 else y * factor
 
 
 @triton.jit

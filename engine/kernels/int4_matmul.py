@@ -1,9 +1,5 @@
 """Float activations × int4 weights in groups along K. See `engine.quant.int4` for the grid.
 
-The CPU body is torch's packed int4 product, which reads each weight once and computes a row the same way
-whatever the other rows are. It takes bf16 scales; the fp16 ones are given as the sum of two bf16 terms, which
-is exact, in two products. Activations and each product's result are bf16.
-
 The Triton bodies compute the product transposed, weights × activations: unpacked in registers, the weights
 are the left operand of the matrix instruction, and the tokens its columns, so that few of them waste little and
 their number does not change the order of addition. There are two forms:
@@ -24,7 +20,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from engine.kernels.activations import Activations, Format, GroupSums, Int8Activations, SumsFormat, num_tokens
+from engine.kernels.activations import Activations, Format, GroupSums, SumsFormat, num_tokens
 from engine.kernels.group_sums import group_sums
 from engine.kernels.launch import Tile, launch, runs_triton, select_tile, target_of, tiles
 from engine.kernels.segments import (
@@ -447,7 +443,7 @@ def int4_large(
 
 
 class Int4Matmul:
-    """The product with one int4 weight, prepared for its device.
+    """The product of float activations with one int4 weight.
 
     Args:
         codes: [N, ceil(K / 2)] uint8, element k in byte k // 2, the even ones in the low nibble.
@@ -470,46 +466,22 @@ class Int4Matmul:
         pinned: bool = False,
     ) -> None:
         self.group_size, self.bias, self.pinned = group_size, bias, pinned
-        self.weight: PackedInt4 | None = None
-        self.packed: torch.Tensor | None = None
-        self.format: Format = None
-        in_features, out_features = 2 * codes.shape[1], codes.shape[0]
-        if runs_triton(codes):
-            self.weight = pack(codes, scale, minimum, group_size)
-            self.counters = new_counters(out_features, codes.device)
-            self.format = SumsFormat()
-            return
-        self.codes, self.scale, self.minimum = codes, scale, minimum
-        if codes.device.type == "cpu" and in_features % group_size == 0 and out_features % 16 == 0:
-            nibbles = torch.stack((codes & 15, codes >> 4), dim=2).view(out_features, -1)
-            self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
-            # The packed product computes (code - 8) * scale + zero, with [groups, N, (scale, zero)].
-            zero = minimum.float() + 8 * scale.float()
-            pairs = torch.stack((scale.float(), zero), dim=2).transpose(0, 1).contiguous()
-            self.high = pairs.to(torch.bfloat16)
-            self.low = (pairs - self.high.float()).to(torch.bfloat16)
+        self.weight = pack(codes, scale, minimum, group_size)
+        if not runs_triton(codes):
+            self._grid = codes, scale, minimum
+        self.counters = new_counters(codes.shape[0], codes.device)
+        self.format: Format = SumsFormat()
 
     def __call__(self, x: Activations) -> torch.Tensor:
         """[M, K] float → [M, N] of x's dtype."""
-        assert not isinstance(x, Int8Activations)
-        if self.weight is not None:
-            return self._triton_product(x, self.weight)
-        values = x.values if isinstance(x, GroupSums) else x
-        if self.packed is None:
-            return reference(values, self.codes, self.scale, self.minimum, self.group_size, self.bias)
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu
-        rows = values.to(torch.bfloat16)
-        high = product(rows, self.packed, self.group_size, self.high)
-        low = product(rows, self.packed, self.group_size, self.low)
-        total = torch.add(high.float(), low)
-        return (total if self.bias is None else total + self.bias).to(values.dtype)
-
-    def _triton_product(self, x: torch.Tensor | GroupSums, weight: PackedInt4) -> torch.Tensor:
-        target = target_of(weight.words)
-        assert target is not None
+        assert isinstance(x, torch.Tensor | GroupSums)
+        target = target_of(self.weight.words)
+        if target is None:
+            values = x.values if isinstance(x, GroupSums) else x
+            return reference(values, *self._grid, self.group_size, self.bias)
         # The last tile, for any number of tokens, is there for the pinned form.
         limit = max(tile.max_tokens or 0 for tile in tiles(target, "int4_matmul.segments"))
         if self.pinned or num_tokens(x) <= limit:
             sums = x if isinstance(x, GroupSums) else group_sums(x)
-            return int4_segments(sums, weight, self.bias, self.counters)
-        return int4_large(x.values if isinstance(x, GroupSums) else x, weight, self.bias)
+            return int4_segments(sums, self.weight, self.bias, self.counters)
+        return int4_large(x.values if isinstance(x, GroupSums) else x, self.weight, self.bias)

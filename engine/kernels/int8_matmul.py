@@ -20,16 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels import cpu
 from engine.kernels.activations import Activations, Format, Int8Activations, Int8Format
-from engine.kernels.launch import Target, Tile, launch, runs_triton, select_tile, target_of
+from engine.kernels.launch import Target, Tile, launch, select_tile, target_of
 from engine.kernels.quantize import LOW_STEPS, quantize_per_token
 
 MAX_IN_FEATURES = (2**31 - 1) // (255 * 127)
-"""More products could overflow an int32 sum; the C body adds 128 to its activations, so up to 255 * 127 each."""
-
-MAX_C_TOKENS = 16
-"""Up to here the C body is the faster one (measured with 2 threads)."""
+"""More products could overflow an int32 sum: at most 128 * 127 each, and room for what the C bodies add."""
 
 PROGRAMS_A_PROCESSOR = 2
 """A product of few tokens is split along K until each processor has this many programs to load at a time …"""
@@ -40,19 +36,6 @@ MIN_SPLIT_FEATURES = 1024
 TWO_TERMS = Int8Format(terms=2)
 
 _LOW_STEPS: tl.constexpr = tl.constexpr(LOW_STEPS)
-
-
-def integer_products(
-    high: torch.Tensor, low: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both terms [M, K] int8 × [N, K] int8 → [M, N] int32 each, exact for K up to `MAX_IN_FEATURES`; on a CPU."""
-    num_tokens = high.shape[0]
-    transposed = weight.t()
-    if num_tokens == 1:
-        # For one row oneDNN has a faster product, even twice.
-        return torch._int_mm(high, transposed), torch._int_mm(low, transposed)
-    sums = torch._int_mm(torch.cat((high, low)), transposed)
-    return sums[:num_tokens], sums[num_tokens:]
 
 
 def reference(
@@ -84,10 +67,6 @@ def reference(
 class Int8Matmul:
     """The product of activations, quantized a token at a time, with one int8 weight.
 
-    On a CPU, for a few float32 tokens the C body reads the weight once for both terms; torch's integer product
-    serves the rest. Their sums are equal integers, and what is done with the sums is the same arithmetic, so
-    their results are equal to the bit.
-
     Args:
         weight: [N, K] int8, K at most `MAX_IN_FEATURES`.
         scale: [N] float32, or [N, ceil(K / group size)] with the groups of the format.
@@ -95,7 +74,7 @@ class Int8Matmul:
         format: How the activations are quantized.
 
     Attributes:
-        format: That which the product takes ready-made; None on a CPU, whose body takes floats.
+        format: That which the product takes ready-made.
     """
 
     def __init__(
@@ -110,52 +89,16 @@ class Int8Matmul:
                 f"int8 sums of {weight.shape[1]} products can overflow; at most {MAX_IN_FEATURES}"
             )
         self.weight, self.scale, self.bias, self._format = weight, scale, bias, format
-        self.format: Format = format if runs_triton(weight) else None
-        self.arrivals: torch.Tensor | None = None
-        self.weight_sums: torch.Tensor | None = None
-        if self.format is not None:
-            self.arrivals = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
-        elif format == TWO_TERMS and cpu.library() is not None:
-            self.weight_sums = weight.sum(dim=1, dtype=torch.int32)
+        self.format: Format = format
+        self.arrivals = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
 
     def __call__(self, x: Activations) -> torch.Tensor:
         """[M, K] floats, or the format's terms → [M, N] of their dtype."""
         if isinstance(x, torch.Tensor):
-            if self.weight_sums is not None and x.shape[0] <= MAX_C_TOKENS and cpu.serves(x):
-                return self._c_product(x, self.weight_sums)
             x = quantize_per_token(x, self._format)
         assert isinstance(x, Int8Activations)
         group_size = self._format.group_size
-        if self.format is not None:
-            return int8_matmul(x, self.weight, self.scale, self.bias, group_size, self.arrivals)
-        if x.low is None or group_size is not None:
-            return reference(x, self.weight, self.scale, self.bias, group_size)
-        high_sum, low_sum = integer_products(x.high, x.low, self.weight)
-        # Each operator rounds once: one that fuses a product and a sum may round differently in its tails.
-        value = high_sum.float().mul_(LOW_STEPS).add_(low_sum)
-        value = value.mul_(x.scale * (1 / LOW_STEPS)).mul_(self.scale)
-        return (value if self.bias is None else value.add_(self.bias)).to(x.dtype)
-
-    def _c_product(self, x: torch.Tensor, weight_sums: torch.Tensor) -> torch.Tensor:
-        library = cpu.library()
-        assert library is not None
-        (num_tokens, in_features), out_features = x.shape, self.weight.shape[0]
-        x = x.contiguous()
-        y = x.new_empty(num_tokens, out_features)
-        scratch = torch.empty(num_tokens * (2 * in_features + 4) + 4, dtype=torch.uint8)
-        library.int8_matmul(
-            x.data_ptr(),
-            self.weight.data_ptr(),
-            self.scale.data_ptr(),
-            weight_sums.data_ptr(),
-            y.data_ptr(),
-            scratch.data_ptr() + 4 * num_tokens,
-            scratch.data_ptr(),
-            num_tokens,
-            out_features,
-            in_features,
-        )
-        return y if self.bias is None else y.add_(self.bias)
+        return int8_matmul(x, self.weight, self.scale, self.bias, group_size, self.arrivals)
 
 
 def int8_matmul(
@@ -167,7 +110,7 @@ def int8_matmul(
     arrivals: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """The Triton body of `Int8Matmul`.
+    """The product of quantized activations.
 
     Args:
         x: As `quantize_per_token` makes it: the rows of both terms alternate in memory.
@@ -178,7 +121,8 @@ def int8_matmul(
         [M, N] of x's dtype.
     """
     target = target_of(weight)
-    assert target is not None
+    if target is None:
+        return reference(x, weight, scale, bias, group_size)
     (num_tokens, in_features), out_features = x.high.shape, weight.shape[0]
     num_terms = 1 if x.low is None else 2
     assert in_features <= MAX_IN_FEATURES

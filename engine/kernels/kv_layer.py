@@ -9,6 +9,8 @@ import torch
 FP8_MAX = 448.0
 """The largest float8_e4m3fn; what is stored saturates at it."""
 
+CACHE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
@@ -42,6 +44,11 @@ class KVLayer:
     @property
     def block_size(self) -> int:
         return self.data.shape[2]
+
+    @property
+    def type_number(self) -> int:
+        """The cache's type as the C bodies number them (kernels/cpu/attention.c)."""
+        return CACHE_TYPES.index(self.data.dtype)
 
     def read(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the slots [L] as floats, [L, kv_heads, head_dim] float32 each."""

@@ -11,7 +11,7 @@ import triton.language as tl
 from engine.kernels import cpu
 from engine.kernels.activations import Activations, Format
 from engine.kernels.launch import launch, runs_triton
-from engine.kernels.quantize import empty_activations, group_of, outputs, row_tile, write_row
+from engine.kernels.quantize import empty_activations, group_of, host_outputs, outputs, row_tile, write_row
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -33,7 +33,7 @@ def rms_norm(
     Args:
         x: [..., H] float with H contiguous; of two or three dimensions, the outer ones may be strided.
         weight: [H].
-        format: Written by a Triton kernel for x [M, H]; the CPU's body returns floats.
+        format: Written by Triton's and C's kernels for x [M, H]; torch's operators return floats.
         delta: Like x, contiguous; added to x in place before, rounded to x's dtype.
 
     Returns:
@@ -41,18 +41,25 @@ def rms_norm(
     """
     if runs_triton(x):
         return _triton_rms_norm(x, weight, epsilon, format, delta)
-    if delta is not None:
-        x.add_(delta)
-    if not (cpu.serves(x, weight)):
+    if not cpu.serves(x, weight):
+        if delta is not None:
+            x.add_(delta)
         return F.rms_norm(x, weight.shape, weight, epsilon)
-    library = cpu.library()
-    assert library is not None
-    # Heads split off a stack are strided, unless there is one token: the body must not depend on that.
-    x = x.contiguous()
-    y = torch.empty_like(x)
+    assert x.is_contiguous()
+    assert delta is None or delta.is_contiguous()
     size = weight.shape[0]
-    library.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), epsilon, x.numel() // size, size)
+    num_rows = x.numel() // size
+    y, outputs_of_c = host_outputs("rms_norm", num_rows, size, format)
+    cpu.run("rms_norm", num_rows, x, delta, weight, epsilon, size, *outputs_of_c)
     return y
+
+
+def add(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """x + delta, in place: [M, H] each."""
+    if x.is_meta or not cpu.serves(x, delta):
+        return x.add_(delta)
+    cpu.run("add", x.shape[0], x, delta, x.shape[1])
+    return x
 
 
 def _triton_rms_norm(

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.host_attention import HostPlan, host_attention
 from engine.kernels.kv_layer import KVLayer
 from engine.kernels.launch import Target, Tile, launch, select_tile, target_of
 
@@ -443,7 +444,7 @@ def _balance(costs: Integers, num_programs: int) -> Integers:
 def paged_attention(
     queries: torch.Tensor,
     layer: KVLayer,
-    plan: PagedPlan,
+    plan: PagedPlan | HostPlan,
     scale: float,
     window: int | None = None,
     soft_cap: float = 0.0,
@@ -464,6 +465,9 @@ def paged_attention(
     Raises:
         ValueError: More query heads share a key head than an item has rows.
     """
+    if isinstance(plan, HostPlan):
+        assert not soft_cap
+        return host_attention(queries, layer, plan, scale, window)
     target = target_of(queries)
     assert target is not None
     _, num_heads, head_dim = queries.shape

@@ -6,6 +6,11 @@ The low term holds what rounding to the high one leaves, at most half a step, on
 the quality of the floats. Both terms of a token lie side by side, so that a product of two terms is a product
 of one with twice the rows.
 
+On a CPU the second term is sparse: the scale holds most elements of a token rather than all, and the few that it
+cannot hold get a high term, whose products are added for these elements alone.
+
+    x[m, k] = (128 * high[m, k] + low[m, k]) * scale[m]
+
 The other kernels that write activations (norm, gated activation) write their rows with `write_row`.
 """
 
@@ -16,7 +21,17 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from engine.kernels.activations import SUM_SIZE, Activations, Format, GroupSums, Int8Activations, Int8Format
+from engine.kernels import cpu
+from engine.kernels.activations import (
+    SUM_SIZE,
+    Activations,
+    Format,
+    GroupSums,
+    Int8Activations,
+    Int8Format,
+    SparseInt8Activations,
+    SparseInt8Format,
+)
 from engine.kernels.group_sums import sum_groups
 from engine.kernels.launch import Tile, launch, runs_triton
 
@@ -25,6 +40,12 @@ LOW_STEPS = 254
 
 TINY = torch.finfo(torch.float32).tiny
 """The smallest scale. A group of zeros keeps codes of 0; the smallest normal float avoids 0 / 0."""
+
+HIGH_STEPS = 128
+"""Steps of the low term in one step of the sparse high term."""
+
+SPREAD_BLOCK = 32
+"""Elements along K whose largest is one of those that the scale of a token is the median of."""
 
 _LOW_STEPS: tl.constexpr = tl.constexpr(LOW_STEPS)
 _TINY: tl.constexpr = tl.constexpr(TINY)
@@ -46,6 +67,51 @@ def reference(x: torch.Tensor, format: Int8Format) -> Int8Activations:
     terms = [high] if format.terms == 1 else [high, steps.sub_(high).mul_(LOW_STEPS).round_()]
     codes = [term.to(torch.int8).view(num_tokens, -1)[:, :in_features] for term in terms]
     return Int8Activations(codes[0], codes[1] if format.terms == 2 else None, scale.squeeze(2), x.dtype)
+
+
+def sparse_reference(x: torch.Tensor, format: SparseInt8Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] float → high and low terms [2, M, K] float32 and scale [M, 1] float32, NaN where x is not finite."""
+    x = x.float()
+    blocks = F.pad(x, (0, -x.shape[1] % SPREAD_BLOCK)).view(x.shape[0], -1, SPREAD_BLOCK).abs().amax(dim=2)
+    # torch's median is the lower one.
+    median, largest = blocks.median(dim=1, keepdim=True).values, blocks.amax(dim=1, keepdim=True)
+    scale = torch.maximum(median * (format.spread / 127), largest * (1 / (127 * HIGH_STEPS))).clamp(min=TINY)
+    codes = torch.where(largest.isfinite(), x * (1 / scale), 0.0).round()
+    high = torch.where(codes.abs() > 127, (codes / HIGH_STEPS).round(), 0.0)
+    return torch.stack((high, codes - high * HIGH_STEPS)), torch.where(largest.isfinite(), scale, torch.nan)
+
+
+def quantize_sparse(x: torch.Tensor, format: SparseInt8Format) -> SparseInt8Activations:
+    """The C body: x [M, K] float32, K contiguous."""
+    num_tokens, in_features = x.shape
+    y = empty_sparse("quantize", num_tokens, in_features)
+    spread = format.spread / 127
+    cpu.run("quantize", num_tokens, x, x.stride(0), in_features, spread, *y.arguments())
+    return y
+
+
+def empty_sparse(owner: str, num_tokens: int, in_features: int) -> SparseInt8Activations:
+    """Codes for the C body `owner` to write."""
+    stride = in_features + -in_features % 64
+    # The tile unit reads whole tiles of 16 tokens.
+    rows = num_tokens + -num_tokens % 16
+    return SparseInt8Activations(
+        cpu.empty(owner, rows, stride, dtype=torch.int8)[:num_tokens],
+        cpu.empty(owner, num_tokens, 4, dtype=torch.int32),
+        cpu.empty(owner, num_tokens, stride // 4, 2, dtype=torch.int32),
+    )
+
+
+def host_outputs(
+    owner: str, num_tokens: int, in_features: int, format: Format
+) -> tuple[Activations, list[cpu.Argument]]:
+    """What the C body `owner` writes, and the six words that say so: floats, spread, codes."""
+    if isinstance(format, SparseInt8Format):
+        codes = empty_sparse(owner, num_tokens, in_features)
+        return codes, [None, format.spread / 127, *codes.arguments()]
+    assert format is None
+    y = cpu.empty(owner, num_tokens, in_features)
+    return y, [y, 0.0, None, None, None, 0]
 
 
 def quantize_per_token(x: torch.Tensor, format: Int8Format) -> Int8Activations:
@@ -119,6 +185,7 @@ def outputs(y: Activations) -> dict[str, torch.Tensor | None]:
             return {"output": y.high, "low": y.low, "scale": y.scale}
         case GroupSums():
             return {"output": y.values, "low": None, "scale": y.sums}
+    assert isinstance(y, torch.Tensor)
     return {"output": y, "low": None, "scale": None}
 
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels import cpu
 from engine.kernels.kv_layer import FP8_MAX, KVLayer
 from engine.kernels.launch import launch, select_tile, target_of
 from engine.kernels.norm import reference as norm_reference
@@ -134,9 +135,13 @@ def rotate_and_write(
         query_norm, key_norm: [head_dim], weights of an RMSNorm of each query and key head; both or neither.
 
     Returns:
-        The rotated queries, [T, query heads, head_dim].
+        The rotated queries, [T, query heads, head_dim]; their tokens may be apart in memory.
     """
     target = target_of(heads)
+    if target is None and cpu.serves(heads):
+        return _host_rotate_and_write(
+            heads, positions, cosine, sine, layer, slots, num_kv_heads, query_norm, key_norm, epsilon
+        )
     if target is None:
         return reference(
             heads, positions, cosine, sine, layer, slots, num_kv_heads, query_norm, key_norm, epsilon
@@ -169,6 +174,45 @@ def rotate_and_write(
         HEAD_DIM=head_dim,
     )
     return queries
+
+
+def _host_rotate_and_write(
+    heads: torch.Tensor,
+    positions: torch.Tensor,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    layer: KVLayer,
+    slots: torch.Tensor,
+    num_kv_heads: int,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+    epsilon: float,
+) -> torch.Tensor:
+    """The C body, which rotates in place."""
+    num_tokens, total, head_dim = heads.shape
+    num_heads = total - 2 * num_kv_heads
+    assert heads.is_contiguous()
+    cpu.run(
+        "rotate_and_write",
+        num_tokens,
+        heads,
+        positions,
+        cosine,
+        sine,
+        slots,
+        query_norm,
+        key_norm,
+        epsilon,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        layer.keys,
+        layer.values,
+        layer.key_scales,
+        layer.value_scales,
+        layer.type_number,
+    )
+    return heads[:, :num_heads]
 
 
 def reference(

@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels import cpu
 from engine.kernels.launch import Tile, launch, select_tile, target_of
 from engine.sampling.random import gumbel_noise
 
@@ -570,6 +571,16 @@ def adjust_logits(logits: torch.Tensor, entries: Adjustments, tile: Tile | None 
         },
         tile,
     )
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of each row on the CPU, as `draw` finds it: logits [R, V] float32 → [R] int32."""
+    if cpu.serves(logits):
+        tokens = torch.empty(logits.shape[0], dtype=torch.int32)
+        cpu.run("argmax", logits.shape[0], logits, logits.shape[1], tokens)
+        return tokens
+    largest, tokens = logits.max(dim=1)  # of a row with a NaN that
+    return torch.where(largest.isfinite(), tokens, -1).int()
 
 
 def draw(

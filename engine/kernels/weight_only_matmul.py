@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from engine.kernels.activations import Activations, Format, GroupSums, Int8Activations
+from engine.kernels.activations import Activations, Format, GroupSums
 from engine.kernels.launch import Tile, launch, runs_triton, select_tile, target_of
 from engine.kernels.segments import (
     SEGMENT,
@@ -218,7 +218,7 @@ class WeightOnlyMatmul:
 
     def __call__(self, x: Activations) -> torch.Tensor:
         """[M, K] float → [M, N] of x's dtype."""
-        assert not isinstance(x, Int8Activations)
+        assert isinstance(x, torch.Tensor | GroupSums)
         values = x.values if isinstance(x, GroupSums) else x
         if runs_triton(values):
             return weight_only_matmul(

@@ -9,7 +9,8 @@ from torch import nn
 
 from engine.kernels import attention, paged_attention, rotary
 from engine.kernels.activations import Activations, num_tokens
-from engine.kernels.attention import AttentionPlan
+from engine.kernels.attention import RowPlan
+from engine.kernels.host_attention import HostPlan
 from engine.kernels.kv_layer import KVLayer
 from engine.kernels.paged_attention import PagedPlan
 from engine.layers.linear import Linear
@@ -20,8 +21,8 @@ from engine.quant import QuantizationPlan
 
 
 @dataclass(frozen=True, slots=True)
-class HostAttentionInputs:
-    """What the attention layers of a step on the CPU share.
+class TorchInputs:
+    """What the attention layers of a step share where torch's operators run it.
 
     Attributes:
         slots: [T] int64, where each token's key and value go in the cache.
@@ -30,13 +31,13 @@ class HostAttentionInputs:
     """
 
     slots: torch.Tensor
-    plans: dict[int | None, AttentionPlan]
+    plans: dict[int | None, list[RowPlan]]
     rotary: dict[RopeConfig, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceAttentionInputs:
-    """What the attention layers of a step share where Triton's kernels run.
+class PagedInputs:
+    """What the attention layers of a step share where Triton's or C's kernels run it.
 
     Attributes:
         positions, slots: [T] int32, of each token, and where its key and value go in the cache.
@@ -47,12 +48,12 @@ class DeviceAttentionInputs:
 
     positions: torch.Tensor
     slots: torch.Tensor
-    plans: dict[int | None, PagedPlan]
+    plans: dict[int | None, PagedPlan] | dict[int | None, HostPlan]
     rotary: dict[RopeConfig, RotaryTable]
     is_pinned: bool
 
 
-AttentionInputs = HostAttentionInputs | DeviceAttentionInputs
+AttentionInputs = TorchInputs | PagedInputs
 
 
 class Attention(nn.Module):
@@ -89,10 +90,10 @@ class Attention(nn.Module):
     def forward(self, x: Activations, cache: KVLayer, inputs: AttentionInputs) -> torch.Tensor:
         """x [T, hidden] → [T, hidden]; the step's keys and values are written to the cache."""
         heads = self.qkv(x).view(num_tokens(x), -1, self.head_dim)
-        attend = self._on_host if isinstance(inputs, HostAttentionInputs) else self._on_device
+        attend = self._in_torch if isinstance(inputs, TorchInputs) else self._paged
         return self.output(attend(heads, cache, inputs))  # type: ignore[arg-type, operator]
 
-    def _on_host(self, heads: torch.Tensor, cache: KVLayer, inputs: HostAttentionInputs) -> torch.Tensor:
+    def _in_torch(self, heads: torch.Tensor, cache: KVLayer, inputs: TorchInputs) -> torch.Tensor:
         if self.query_norm is not None and self.key_norm is not None:
             sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
             queries, keys, values = torch.split(heads, sizes, dim=1)
@@ -102,7 +103,7 @@ class Attention(nn.Module):
         )
         return attention.paged_attention(queries, cache, inputs.plans[self.window], self.scale)
 
-    def _on_device(self, heads: torch.Tensor, cache: KVLayer, inputs: DeviceAttentionInputs) -> torch.Tensor:
+    def _paged(self, heads: torch.Tensor, cache: KVLayer, inputs: PagedInputs) -> torch.Tensor:
         table = inputs.rotary[self.rope]
         queries = rotary.rotate_and_write(
             heads,

@@ -76,13 +76,19 @@ class Linear(StoredLayer):
 
 
 class Embedding(StoredLayer):
-    """Rows of a table by token id, in the activations' dtype."""
+    """Rows of a table by token id, in the activations' dtype, times a factor."""
 
     def __init__(
-        self, source: str, num_embeddings: int, features: int, scheme: TableScheme, dtype: torch.dtype
+        self,
+        source: str,
+        num_embeddings: int,
+        features: int,
+        scheme: TableScheme,
+        dtype: torch.dtype,
+        factor: float,
     ) -> None:
         super().__init__()
-        self.source, self.scheme, self.dtype = source, scheme, dtype
+        self.source, self.scheme, self.dtype, self.factor = source, scheme, dtype, factor
         self.shape = (num_embeddings, features)
         self._store(scheme.storage(num_embeddings, features))
         self.tensors: Tensors
@@ -98,4 +104,4 @@ class Embedding(StoredLayer):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] int64 → [T, features]."""
-        return self.scheme.lookup(self.tensors, token_ids, self.dtype)
+        return self.scheme.lookup(self.tensors, token_ids, self.dtype, self.factor)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from engine.kernels.kv_layer import KVCache, KVLayer
+from engine.kernels.norm import add
 from engine.layers.attention import Attention, AttentionInputs
 from engine.layers.linear import Embedding, Linear, ReadWeight
 from engine.layers.mlp import MLP
@@ -72,7 +73,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.embedding = Embedding(
-            "model.embed_tokens", config.vocab_size, config.hidden_size, quantization.embedding, dtype
+            "model.embed_tokens",
+            config.vocab_size,
+            config.hidden_size,
+            quantization.embedding,
+            dtype,
+            config.embedding_scale,
         )
         self.layers = nn.ModuleList(
             DecoderLayer(layer, config, quantization, dtype) for layer in range(config.num_layers)
@@ -122,12 +128,10 @@ class Decoder(nn.Module):
     def forward(self, token_ids: torch.Tensor, cache: KVCache, inputs: AttentionInputs) -> torch.Tensor:
         """Hidden states [T, hidden] of the flat batch token_ids [T]; the step's keys and values are written."""
         x = self.embedding(token_ids)
-        if self.config.embedding_scale != 1.0:
-            x = x * self.config.embedding_scale
         delta = None
         for index, layer in enumerate(self.layers):
             delta = layer(x, delta, cache.layer(index), inputs)
-        return x if delta is None else x.add_(delta)
+        return x if delta is None else add(x, delta)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocabulary] float32 of hidden states [rows, hidden]."""

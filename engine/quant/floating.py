@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from engine.kernels import cpu
 from engine.kernels.activations import Activations, Format
 from engine.kernels.embedding import lookup
+from engine.kernels.host_matmul import HostFloatMatmul
 from engine.kernels.launch import runs_triton
 from engine.kernels.weight_only_matmul import WeightOnlyMatmul
 from engine.quant.scheme import Matmul, Tensors
@@ -58,8 +60,12 @@ class Float:
         weight = tensors["weight"]
         if self.pinned and runs_triton(weight):
             return WeightOnlyMatmul(weight, None, None, bias)
+        if cpu.serves(weight):
+            return HostFloatMatmul(weight, bias)
         return FloatMatmul(weight, None if bias is None else bias.to(weight.dtype))
 
-    def lookup(self, tensors: Tensors, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of the weight: token_ids [T] → [T, K]."""
-        return lookup(token_ids, tensors["weight"], None, dtype)
+    def lookup(
+        self, tensors: Tensors, token_ids: torch.Tensor, dtype: torch.dtype, factor: float
+    ) -> torch.Tensor:
+        """Rows of the weight times a factor: token_ids [T] → [T, K]."""
+        return lookup(token_ids, tensors["weight"], None, dtype, factor)

@@ -1,12 +1,9 @@
-"""Int8: one scale a row of the weight, two int8 terms a token of the activations, exact int32 sums.
+"""Int8: one scale a row of the weight, int8 activations quantized as they come, exact int32 sums.
 
     w[n, k] ≈ weight[n, k] * scale[n]                     scale[n] = max_k |w[n, k]| / 127
-    x[m, k] ≈ (high[m, k] + low[m, k] / 254) * s[m]       s[m] = max_k |x[m, k]| / 127
-    y[m, n] = (Σ_k high * weight + Σ_k low * weight / 254) * s[m] * scale[n]
 
-The second term holds what rounding to the first leaves, at most half a step, on a grid 254 times finer: nearly
-the quality of float activations for a second product over the same read of the weights. Both sums are sums
-of integers, so their value does not depend on the order, the tiling or the batch.
+On a GPU activations are two int8 terms a token (`engine.kernels.int8_matmul`), on a CPU one and a sparse second
+(`engine.quant.host`). Sums of integers do not depend on the order, the tiling or the batch.
 """
 
 from __future__ import annotations
@@ -16,13 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from engine.kernels.int8_matmul import MAX_IN_FEATURES, Int8Matmul
+from engine.kernels.launch import runs_triton
+from engine.quant.host import host_product
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import Weight, to_float
 
 
 @dataclass(frozen=True)
 class Int8:
-    """Per-channel int8 weights × two-term int8 activations."""
+    """Per-channel int8 weights × int8 activations."""
 
     name: str = "int8"
 
@@ -49,4 +48,7 @@ class Int8:
         return {"weight": codes, "scale": scale}
 
     def bind(self, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
-        return Int8Matmul(tensors["weight"], tensors["scale"], bias)
+        weight, scale = tensors["weight"], tensors["scale"]
+        if runs_triton(weight):
+            return Int8Matmul(weight, scale, bias)
+        return host_product(weight, scale, bias)

@@ -41,6 +41,8 @@ class Int8Table:
         shape = (out_features, -(-in_features // GROUP_SIZE))
         return {"codes": codes, "scale": torch.full(shape, 1 / 73.3, dtype=torch.float16, device=device)}
 
-    def lookup(self, tensors: Tensors, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of the table: token_ids [T] → [T, K]."""
-        return lookup(token_ids, tensors["codes"], tensors["scale"], dtype)
+    def lookup(
+        self, tensors: Tensors, token_ids: torch.Tensor, dtype: torch.dtype, factor: float
+    ) -> torch.Tensor:
+        """Rows of the table times a factor: token_ids [T] → [T, K]."""
+        return lookup(token_ids, tensors["codes"], tensors["scale"], dtype, factor)

@@ -69,6 +69,8 @@ class Scheme(Storage, Protocol):
 class TableScheme(Storage, Protocol):
     """How an embedding table is stored and looked up."""
 
-    def lookup(self, tensors: Tensors, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of the table: token_ids [T] → [T, K] of `dtype`."""
+    def lookup(
+        self, tensors: Tensors, token_ids: torch.Tensor, dtype: torch.dtype, factor: float
+    ) -> torch.Tensor:
+        """Rows of the table times a factor: token_ids [T] → [T, K] of `dtype`."""
         ...

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from engine.batch import Draw
-from engine.kernels.sample import Adjustments, DrawParameters, adjust_logits, draw, logprobs_of
+from engine.kernels.sample import Adjustments, DrawParameters, adjust_logits, draw, greedy, logprobs_of
 from engine.request import RowFailure, SampledToken
 from engine.sampling.random import draw_key
 
@@ -28,7 +28,25 @@ def sample(logits: torch.Tensor, draws: list[Draw]) -> list[SampledToken | RowFa
     Returns:
         One entry a row; a row that cannot be sampled does not touch the others.
     """
-    return [_sample_row(logits[row : row + 1], how) for row, how in enumerate(draws)]
+    plain = [row for row, how in enumerate(draws) if _is_plain(how)]
+    results = {
+        row: _sample_row(logits[row : row + 1], how) for row, how in enumerate(draws) if not _is_plain(how)
+    }
+    if plain:
+        rows = logits if len(plain) == len(draws) else logits[plain]
+        results.update(zip(plain, map(_result, greedy(rows).tolist()), strict=True))
+    return [results[row] for row in range(len(draws))]
+
+
+def _is_plain(how: Draw) -> bool:
+    """Whether all that is wanted is the likeliest token."""
+    return how.params.is_greedy and how.params.logprobs is None and not _is_adjusted(how)
+
+
+def _result(token_id: int) -> SampledToken | RowFailure:
+    if token_id < 0:
+        return RowFailure("no token can be drawn: the logits are not finite (NaN or infinity)")
+    return SampledToken(token_id)
 
 
 def _sample_row(logits: torch.Tensor, how: Draw) -> SampledToken | RowFailure:
@@ -38,14 +56,12 @@ def _sample_row(logits: torch.Tensor, how: Draw) -> SampledToken | RowFailure:
         adjusted = logits.clone()
         adjust_logits(adjusted, adjustments)
     token = draw(adjusted, parameters_of([how]), filters=has_filters(how))
-    token_id = int(token)
-    if token_id < 0:
-        return RowFailure("no token can be drawn: the logits are not finite (NaN or infinity)")
-    if how.params.logprobs is None:
-        return SampledToken(token_id)
+    result = _result(int(token))
+    if isinstance(result, RowFailure) or how.params.logprobs is None:
+        return result
     logprobs = logprobs_of(logits, token, how.params.logprobs)
     return SampledToken(
-        token_id,
+        result.token_id,
         logprob=float(logprobs.chosen),
         rank=int(logprobs.ranks),
         top_logprobs=list(zip(logprobs.top_ids[0].tolist(), logprobs.top_values[0].tolist(), strict=True)),

@@ -50,6 +50,8 @@ class CompletionsServer:
             body = await reader.readexactly(int(headers.get("content-length", 0)))
             if head.startswith(b"GET /v1/models "):
                 self._write_json(writer, 200, {"data": [{"id": "tiny"}]})
+            elif head.startswith(b"GET /version "):
+                self._write_json(writer, 200, {"version": "1.2.3"})
             else:
                 self.authorizations.append(headers.get("authorization"))
                 self.bodies.append(json.loads(body))

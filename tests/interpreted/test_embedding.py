@@ -28,7 +28,7 @@ def test_equals_the_reference(
         table, scale = torch.randn(40, features, generator=generator).to(dtype), None
     expected = reference(token_ids, table, scale, dtype)
     for block in (32, 512):
-        y = lookup(token_ids, table, scale, dtype, Tile({"BLOCK": block}, 4, 1))
+        y = lookup(token_ids, table, scale, dtype, tile=Tile({"BLOCK": block}, 4, 1))
         assert y.dtype == dtype
         assert torch.equal(y, expected)
     assert torch.equal(lookup(token_ids, table, scale, dtype), expected)

@@ -54,17 +54,6 @@ def test_returns_the_activations_dtype_and_takes_their_terms() -> None:
     assert torch.equal(matmul(terms), expected)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 17])
-def test_equals_the_body_of_the_cpu(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, scale, bias = weight_codes(33, 96), random(33).abs(), random(33, seed=3)
-    x = random(num_tokens, 96, seed=1) * 5
-    in_triton = Int8Matmul(weight, scale, bias)(x)
-    monkeypatch.setattr(launch, "INTERPRETS", False)
-    on_cpu = Int8Matmul(weight, scale, bias)
-    assert on_cpu.format is None
-    assert torch.equal(in_triton, on_cpu(x))
-
-
 @pytest.mark.parametrize("format", [Int8Format(1), Int8Format(2), Int8Format(2, 32)], ids=str)
 def test_rows_depend_neither_on_the_batch_nor_on_the_tile(format: Int8Format) -> None:
     weight, scale, x = weight_codes(70, 160), random(70).abs(), random(21, 160, seed=1)

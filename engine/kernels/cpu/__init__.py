@@ -1,7 +1,12 @@
 """The kernels' C bodies: built once a machine by its own compiler, absent where it has none.
 
-torch's extension loader takes 40 s for what a C compiler does in one, since it compiles torch's headers; these
-functions take pointers and sizes and need none of them.
+A compiler builds them in seconds, where torch's extension loader would take a minute for torch's headers: they take
+addresses and sizes. They run on threads of their own (pool.c), since what waits for a thread that is not running
+waits long; torch's threads sleep meanwhile.
+
+`run` calls an operation. Under `Program.recording` it is noted instead, so that a model's whole step becomes a list
+of calls with fixed addresses, which one call then runs: `Program.run`. What differs from step to step, how many
+rows there are among it, is read from memory.
 """
 
 from __future__ import annotations
@@ -12,65 +17,147 @@ import hashlib
 import logging
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engine.cache_directory import cache_directory
+from engine.errors import ConfigError, EngineError
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.c")
-SEGMENT = 256
-"""Positions that decode attention takes at once; segments are combined in order."""
+SOURCES = sorted(Path(__file__).parent.glob("*.c"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 
 FLAGS = (
-    "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno",
-    "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", f"-DSEGMENT={SEGMENT}",
+    "-O3", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-strict-aliasing", "-Wno-psabi", "-pthread", "-shared", "-fPIC",
 )  # fmt: skip
 
-_POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_SIGNATURES = {
-    "int8_matmul": [_POINTER] * 7 + [_SIZE] * 3,
-    "rms_norm": [_POINTER] * 3 + [_FLOAT] + [_SIZE] * 2,
-    "rotary_write_kv": [_POINTER] * 5 + [_SIZE] * 5,
-    "decode_attention": [_POINTER] * 8 + [_FLOAT] + [_SIZE] * 9,
+_AVX512 = ("-march=x86-64-v4", "-mavx512vnni")
+_AMX = ("-mamx-tile", "-mamx-int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """An instruction set to build for.
+
+    Attributes:
+        flags: The compiler's.
+        needs: What the processor must name among its flags.
+    """
+
+    flags: tuple[str, ...]
+    needs: frozenset[str]
+
+
+LEVELS = {
+    "amx": Level((*_AVX512, *_AMX), frozenset({"amx_int8", "amx_tile", "avx512_vnni"})),
+    "vnni": Level(_AVX512, frozenset({"avx512_vnni", "avx512bw", "avx512dq", "avx512vl"})),
+    "avx2": Level(("-march=x86-64-v3",), frozenset({"avx2", "fma", "f16c"})),
+    "portable": Level(("-march=native",), frozenset()),
+    # Tests the code for AMX on machines without it.
+    "amx-emulated": Level((*_AVX512, "-DEMULATE_TILES"), frozenset({"avx512_vnni"})),
 }
+"""By name, the best first; `$ENGINE_CPU_KERNELS` takes one of them, or "torch" for torch's operators."""
+
+VARIABLE = "ENGINE_CPU_KERNELS"
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The loaded kernels.
+
+    Attributes:
+        level: A key of `LEVELS`.
+    """
+
+    functions: ctypes.CDLL
+    level: str
+
+    def address(self, operation: str) -> int:
+        """Where an operation's code lies."""
+        return ctypes.cast(getattr(self.functions, operation), ctypes.c_void_p).value or 0
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there is no C compiler ($CC, or cc)."""
-    name = os.environ.get("CC", "cc")
-    compiler = shutil.which(name)
+def library() -> Library | None:
+    """The compiled kernels, or None where there is no C compiler ($CC, or cc), or torch is asked for.
+
+    Raises:
+        ConfigError: $ENGINE_CPU_KERNELS names what there is not.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "torch":
+        return None
+    if wanted and wanted not in LEVELS:
+        raise ConfigError(f"{VARIABLE} must be torch or one of {', '.join(LEVELS)}, got {wanted!r}")
+    flags = processor_flags()
+    levels = {name: level for name, level in LEVELS.items() if level.needs <= flags}
+    if wanted and wanted not in levels:
+        missing = ", ".join(sorted(LEVELS[wanted].needs - flags))
+        raise ConfigError(f"{VARIABLE}={wanted}: this processor lacks {missing}")
+    name = wanted or next(iter(levels))
+    compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
-        logger.info("no C compiler (%s): torch's operators serve, slower at a few tokens a step", name)
         return None
     try:
-        loaded = ctypes.CDLL(str(_build(compiler)))
+        functions = ctypes.CDLL(str(_build(compiler, LEVELS[name])))
     except (subprocess.CalledProcessError, OSError) as error:
-        cause = getattr(error, "stderr", None) or error
-        logger.warning("%s could not build the CPU kernels, torch's operators serve: %s", compiler, cause)
+        cause = (getattr(error, "stderr", None) or str(error)).strip()
+        logger.warning("%s could not build the CPU kernels: %s", compiler, cause)
         return None
-    for name, types in _SIGNATURES.items():
-        getattr(loaded, name).argtypes = types
-    return loaded
+    functions.create_pool.argtypes, functions.create_pool.restype = [ctypes.c_int64], ctypes.c_void_p
+    functions.drain_pool.argtypes = [ctypes.c_void_p]
+    functions.run_calls.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    if functions.enable_tiles() != 0:
+        raise ConfigError(f"the system refuses the processor's tile registers; set {VARIABLE}=vnni")
+    return Library(functions, name)
+
+
+@functools.cache
+def processor_flags() -> frozenset[str]:
+    """What the processor can do, as Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def describe() -> str:
+    """The kernels in one line, with the remedy where they are not there."""
+    loaded = library()
+    if loaded is not None:
+        return f"C kernels for {loaded.level}"
+    return (
+        "torch's operators, which are slower, and whose results depend on how a prompt was cut into chunks: "
+        f"install a C compiler (gcc or clang) or set CC, and unset {VARIABLE}"
+    )
 
 
 def serves(*tensors: torch.Tensor) -> bool:
-    """Whether the C bodies take these tensors, once contiguous: float32 on the CPU, and there is a library."""
+    """Whether the C bodies take these tensors: float32 on the CPU, and there is a library."""
     return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors) and library() is not None
 
 
-def _build(compiler: str) -> Path:
+def _build(compiler: str, level: Level) -> Path:
     """Compiles into the user's cache, once for a source, compiler and processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line), "")
-    key = hashlib.blake2b(
-        SOURCE.read_bytes() + version + cpu.encode() + " ".join(FLAGS).encode(), digest_size=16
-    )
+    flags = [*level.flags, *FLAGS]
+    key = hashlib.blake2b(version + " ".join(flags).encode(), digest_size=16)
+    if "-march=native" in flags:
+        key.update(" ".join(sorted(processor_flags())).encode())
+    for file in SOURCES + HEADERS:
+        key.update(file.read_bytes())
     directory = cache_directory() / "kernels"
     path = directory / f"{key.hexdigest()}.so"
     if path.exists():
@@ -78,10 +165,144 @@ def _build(compiler: str) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=directory, suffix=".partial")
     os.close(handle)
+    start = time.perf_counter()
+    logger.info("building the CPU kernels with %s (once)", compiler)
     try:
-        command = [compiler, *FLAGS, "-o", temporary, str(SOURCE), "-lm"]
+        command = [compiler, *flags, "-o", temporary, *map(str, SOURCES), "-lm"]
         subprocess.run(command, capture_output=True, check=True, text=True)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+    logger.info("built the CPU kernels in %.1f s", time.perf_counter() - start)
     return path
+
+
+Argument = torch.Tensor | int | float | None
+"""What an operation takes: a tensor stands for its address, None for the null address."""
+
+
+@functools.cache
+def _pool(num_threads: int, process: int) -> int:
+    """The address of a pool of threads; a forked process needs one of its own."""
+    loaded = library()
+    assert loaded is not None
+    address: int | None = loaded.functions.create_pool(num_threads)
+    if address is None:
+        raise EngineError(f"the system refuses {num_threads} threads; lower num_threads")
+    return address
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (("operation", ctypes.c_void_p), ("words", ctypes.c_void_p))
+
+
+class Program:
+    """Calls with fixed addresses, run one after the other. One thread at a time may run programs.
+
+    Args:
+        num_threads: The calling one and others.
+
+    Attributes:
+        names: The operation of each call.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        loaded = library()
+        assert loaded is not None
+        self._library, self._num_threads = loaded, num_threads
+        self.names: list[str] = []
+        self._kept: list[object] = []
+        self._calls: list[_Call] = []
+        self._buffers: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
+        self._num_rows: torch.Tensor | None = None
+        self._array: ctypes.Array[_Call] | None = None
+
+    def __del__(self) -> None:
+        # A thread that is behind may still read the calls.
+        self._library.functions.drain_pool(self._pool)
+
+    @property
+    def _pool(self) -> int:
+        return _pool(self._num_threads, os.getpid())
+
+    @contextmanager
+    def recording(self, num_rows: torch.Tensor) -> Iterator[None]:
+        """`run` adds to the program within this context.
+
+        Args:
+            num_rows: [1] int64, whose value, when the program runs, is the number of rows of the operations.
+        """
+        self._num_rows = num_rows
+        token = _recorded.set(self)
+        try:
+            yield
+        finally:
+            _recorded.reset(token)
+
+    def add(self, name: str, num_rows: torch.Tensor, arguments: Sequence[Argument]) -> None:
+        """Adds a call; the tensors are kept."""
+        words = (ctypes.c_int64 * (1 + len(arguments)))(*map(_word, (num_rows, *arguments)))
+        self._kept += [num_rows, *arguments, words]
+        self.names.append(name)
+        self._calls.append(_Call(self._library.address(name), ctypes.addressof(words)))
+        self._array = None
+
+    def buffer(self, owner: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory for what an operation writes: the same one whenever it asks for such."""
+        key = (owner, tuple(shape), dtype)
+        if key not in self._buffers:
+            self._buffers[key] = torch.zeros(key[1], dtype=dtype)
+        return self._buffers[key]
+
+    def run(self, seconds: torch.Tensor | None = None) -> None:
+        """Runs all calls.
+
+        Args:
+            seconds: [calls] float64, to which the duration of each is added.
+        """
+        if self._array is None:
+            self._array = (_Call * len(self._calls))(*self._calls)
+        self._library.functions.run_calls(
+            self._pool, ctypes.addressof(self._array), len(self._calls), _word(seconds)
+        )
+
+
+_recorded: ContextVar[Program | None] = ContextVar("recorded", default=None)
+
+
+def run(name: str, num_rows: int | torch.Tensor, *arguments: Argument) -> None:
+    """Calls an operation of the C sources on this thread, or adds it to the program that is recorded.
+
+    Args:
+        num_rows: Its first word; while a program is recorded, a number stands for the program's own.
+    """
+    program = _recorded.get()
+    if program is None:
+        program = Program(num_threads=1)
+        rows = torch.tensor([num_rows]) if isinstance(num_rows, int) else num_rows
+        program.add(name, rows, arguments)
+        program.run()
+        return
+    if isinstance(num_rows, int):
+        assert program._num_rows is not None
+        num_rows = program._num_rows
+    program.add(name, num_rows, arguments)
+
+
+def empty(owner: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory for an operation's result. In a program an owner gets the same memory each time that it asks for this
+    shape: its result must have been used by then.
+    """
+    program = _recorded.get()
+    return torch.empty(shape, dtype=dtype) if program is None else program.buffer(owner, shape, dtype)
+
+
+def _word(argument: Argument) -> int:
+    match argument:
+        case None:
+            return 0
+        case torch.Tensor():
+            return argument.data_ptr()
+        case float():
+            return int(struct.unpack("q", struct.pack("d", argument))[0])
+    return argument

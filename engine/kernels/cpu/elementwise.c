@@ -1,0 +1,214 @@
+// Operations on tokens one by one: embedding, norm, gated activation, rotary embedding with the cache write.
+//
+// `Word` arguments are listed before each, w[0] is always the number of rows. Where codes are written, four words
+// say where: low, tokens, quads, stride; low is null where floats are wanted.
+
+#include "kernels.h"
+
+INLINE Codes codes_of(const Word *w) { return (Codes){w[0].p, w[1].p, w[2].p, w[3].i}; }
+
+// rows, x [M, K] float, x's stride, K, spread, codes (4 words)
+OPERATION(quantize) {
+    const int64_t rows = count(w[0]), stride = w[2].i, size = w[3].i;
+    const Codes codes = codes_of(w + 5);
+    int32_t maxima[size / SPREAD_BLOCK + 1];
+    FOR_ROWS(m, rows)
+        quantize_row((const float *)w[1].p + m * stride, size, (float)w[4].f, codes, m, maxima);
+}
+
+// rows, token_ids [M] int32, table [V, K] float or int8, scale [V, ceil(K / 32)] half or null, K, factor,
+// output [M, K] float
+OPERATION(embedding) {
+    const int64_t rows = count(w[0]), size = w[4].i, groups = (size + 31) / 32;
+    const int32_t *token_ids = w[1].p;
+    const float factor = (float)w[5].f;
+    FOR_ROWS(m, rows) {
+        float *y = (float *)w[6].p + m * size;
+        if (w[3].p == NULL) {
+            const float *row = (const float *)w[2].p + token_ids[m] * size;
+            for (int64_t k = 0; k < size; k++) y[k] = row[k] * factor;
+        } else {
+            const int8_t *row = (const int8_t *)w[2].p + token_ids[m] * size;
+            const _Float16 *scales = (const _Float16 *)w[3].p + token_ids[m] * groups;
+            for (int64_t k = 0; k < size; k++) y[k] = (float)row[k] * (float)scales[k / 32] * factor;
+        }
+    }
+}
+
+// rows, x [M, H] float, delta [M, H] float: x += delta
+OPERATION(add) {
+    const int64_t rows = count(w[0]), size = w[3].i;
+    float *x = w[1].p;
+    const float *delta = w[2].p;
+    FOR_ROWS(m, rows)
+        for (int64_t i = m * size; i < (m + 1) * size; i++) x[i] += delta[i];
+}
+
+// rows, x [T, H] float, indices [M] int32, H, output [M, H] float
+OPERATION(gather) {
+    const int64_t rows = count(w[0]), size = w[3].i;
+    const float *x = w[1].p;
+    const int32_t *indices = w[2].p;
+    FOR_ROWS(m, rows)
+        memcpy((float *)w[4].p + m * size, x + indices[m] * size, (size_t)size * sizeof(float));
+}
+
+// y = x / sqrt(mean(x²) + epsilon) * weight; x [size]
+INLINE void normalize(const float *x, const float *weight, float *y, float epsilon, int64_t size) {
+    Floats squares = {0};
+    for (int64_t k = 0; k < size; k += LANES) {
+        const Floats v = load_part(x + k, size - k);
+        squares = multiply_add(v, v, squares);
+    }
+    const float factor = 1.0f / sqrtf(sum_lanes(squares) / (float)size + epsilon);
+    for (int64_t k = 0; k < size; k += LANES) {
+        const Floats v = load_part(x + k, size - k) * factor * load_part(weight + k, size - k);
+        store_part(y + k, v, size - k);
+    }
+}
+
+// rows, x [M, H] float, delta [M, H] float to be added to x, or null, weight [H] float, epsilon, H,
+// output [M, H] float or null, spread, codes (4 words)
+OPERATION(rms_norm) {
+    const int64_t rows = count(w[0]), size = w[5].i;
+    const Codes codes = codes_of(w + 8);
+    float normed[size];
+    int32_t maxima[size / SPREAD_BLOCK + 1];
+    FOR_ROWS(m, rows) {
+        float *x = (float *)w[1].p + m * size;
+        if (w[2].p != NULL) {
+            const float *delta = (const float *)w[2].p + m * size;
+            for (int64_t k = 0; k < size; k++) x[k] += delta[k];
+        }
+        float *y = w[6].p == NULL ? normed : (float *)w[6].p + m * size;
+        normalize(x, w[3].p, y, (float)w[4].f, size);
+        if (codes.low != NULL) quantize_row(y, size, (float)w[7].f, codes, m, maxima);
+    }
+}
+
+// rows, gate_up [M, 2 * I] float, I, whether GELU (else SiLU), output [M, I] float or null, spread, codes (4 words)
+OPERATION(gated) {
+    const int64_t rows = count(w[0]), size = w[2].i, is_gelu = w[3].i;
+    const Codes codes = codes_of(w + 6);
+    float product[size];
+    int32_t maxima[size / SPREAD_BLOCK + 1];
+    FOR_ROWS(m, rows) {
+        const float *gates = (const float *)w[1].p + m * 2 * size, *ups = gates + size;
+        float *y = w[4].p == NULL ? product : (float *)w[4].p + m * size;
+        for (int64_t k = 0; k < size; k += LANES) {
+            const Floats gate = load_part(gates + k, size - k), up = load_part(ups + k, size - k);
+            // (1 + tanh(u)) / 2 is the sigmoid of 2u, here with u = sqrt(2 / pi) * (x + 0.044715 x³)
+            const Floats inner =
+                is_gelu ? 1.5957691216057308f * (gate + 0.044715f * (gate * gate * gate)) : gate;
+            const Floats power = exp_negative(-absolute(inner));
+            const Floats sigmoid = choose(inner < 0.0f, power, fill(1.0f)) / (1.0f + power);
+            store_part(y + k, gate * sigmoid * up, size - k);
+        }
+        if (codes.low != NULL) quantize_row(y, size, (float)w[5].f, codes, m, maxima);
+    }
+}
+
+// rows, logits [M, V] float, V, output [M] int32: the first of the largest; -1 where one is NaN or that infinite
+OPERATION(argmax) {
+    const int64_t rows = count(w[0]), size = w[2].i;
+    FOR_TASKS(m, rows) {
+        const float *x = (const float *)w[1].p + m * size;
+        Floats largest = fill(-INFINITY), sum = {0};
+        for (int64_t k = 0; k + LANES <= size; k += LANES) {
+            const Floats v = load(x + k);
+            largest = maximum(v, largest);
+            sum += v - v;  // NaN of anything that is not finite
+        }
+        float top = largest_lane(largest);
+        int is_finite = sum_lanes(sum) == 0.0f;
+        for (int64_t k = size - size % LANES; k < size; k++) {
+            top = fmaxf(top, x[k]);
+            is_finite &= x[k] - x[k] == 0.0f;
+        }
+        int64_t index = 0;
+        if (!is_finite) {  // seldom: banned tokens are -inf, which may be
+            top = -INFINITY;
+            is_finite = 1;
+            for (int64_t k = 0; k < size; k++) {
+                is_finite &= x[k] == x[k];
+                top = fmaxf(top, x[k]);
+            }
+            is_finite &= top - top == 0.0f;
+        }
+        if (is_finite)
+            while (x[index] != top) index++;
+        ((int32_t *)w[3].p)[m] = is_finite ? (int32_t)index : -1;
+    }
+}
+
+INLINE uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (x != x) return 0x7FC0;
+    return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// e4m3 without infinities: 4 bits of exponent, 3 of fraction, saturating at 448.
+INLINE uint8_t to_fp8(float x) {
+    const uint8_t sign = signbit(x) ? 0x80 : 0;
+    const float size = fminf(fabsf(x), 448.0f);
+    if (x != x) return 0x7F;
+    int exponent;
+    frexpf(fmaxf(size, 0x1p-10f), &exponent);  // zero has no exponent
+    // Steps of 2^-9 below 2^-6, of an eighth of the power of two from there.
+    const float step = ldexpf(1.0f, exponent < -5 ? -9 : exponent - 4);
+    const int steps = (int)nearbyintf(size / step);
+    if (exponent < -5) return sign | (uint8_t)steps;
+    return sign | (uint8_t)(((exponent + 5) << 3) + steps);
+}
+
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8, FP8 };
+
+// A head's vector into the cache; scale: where int8's goes.
+INLINE void write_vector(const float *x, void *cache, float *scale, int64_t index, int64_t size, int64_t type) {
+    if (type == FLOAT32) memcpy((float *)cache + index * size, x, (size_t)size * sizeof(float));
+    else if (type == BFLOAT16)
+        for (int64_t d = 0; d < size; d++) ((uint16_t *)cache)[index * size + d] = to_bfloat16(x[d]);
+    else if (type == FLOAT16)
+        for (int64_t d = 0; d < size; d++) ((_Float16 *)cache)[index * size + d] = (_Float16)x[d];
+    else if (type == FP8)
+        for (int64_t d = 0; d < size; d++) ((uint8_t *)cache)[index * size + d] = to_fp8(x[d]);
+    else {
+        float largest = 0.0f;
+        for (int64_t d = 0; d < size; d++) largest = fabsf(x[d]) > largest || x[d] != x[d] ? fabsf(x[d]) : largest;
+        const float step = fmaxf(largest / 127, 1.17549435e-38f);
+        for (int64_t d = 0; d < size; d++)
+            ((int8_t *)cache)[index * size + d] = (int8_t)(((x[d] / step) + 12582912.0f) - 12582912.0f);
+        // What is not finite shows where it is read.
+        scale[index] = largest - largest == 0.0f ? step : NAN;
+    }
+}
+
+// rows, heads [M, H + 2 * G, D] float (queries are rotated in place), positions [M] int32, cosine and sine
+// [positions, D / 2] float, slots [M] int32, query and key norm [D] float or null, epsilon, H, G, D,
+// keys, values [slots, G, D], key and value scales [slots, G] float or null, the cache's type
+OPERATION(rotate_and_write) {
+    const int64_t rows = count(w[0]), heads = w[9].i, kv_heads = w[10].i, size = w[11].i, half = size / 2;
+    const int32_t *positions = w[2].p, *slots = w[5].p;
+    FOR_ROWS(m, rows) {
+        float *x = (float *)w[1].p + m * (heads + 2 * kv_heads) * size;
+        const float *cosine = (const float *)w[3].p + positions[m] * half;
+        const float *sine = (const float *)w[4].p + positions[m] * half;
+        for (int64_t h = 0; h < heads + kv_heads; h++) {
+            float *first = x + h * size, *second = first + half;
+            const float *norm = h < heads ? w[6].p : w[7].p;
+            if (norm != NULL) normalize(first, norm, first, (float)w[8].f, size);
+            for (int64_t d = 0; d < half; d++) {
+                const float a = first[d], b = second[d];
+                first[d] = a * cosine[d] - b * sine[d];
+                second[d] = b * cosine[d] + a * sine[d];
+            }
+        }
+        for (int64_t g = 0; g < kv_heads; g++) {
+            const float *key = x + (heads + g) * size, *value = key + kv_heads * size;
+            const int64_t index = slots[m] * kv_heads + g;
+            write_vector(key, w[12].p, w[14].p, index, size, w[16].i);
+            write_vector(value, w[13].p, w[15].p, index, size, w[16].i);
+        }
+    }
+}

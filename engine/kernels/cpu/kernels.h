@@ -1,0 +1,277 @@
+// What the CPU's kernels share: how an operation is called, vectors of sixteen floats, and int8 activations.
+//
+// Exactness: floating-point contraction is off and every fused product is written as one, every reduction runs in
+// an order fixed by its own length, and the remainder of a row goes through the same code as its full vectors. So
+// a result depends neither on the instruction set nor on the threads nor on what is computed beside it.
+
+#ifndef KERNELS_H
+#define KERNELS_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define OPERATION(name) void name(const Word *w, Team *team)
+
+// An operation's argument: a number or an address.
+typedef union {
+    int64_t i;
+    double f;
+    void *p;
+} Word;
+
+// The tasks of an operation that were taken and those that are done, in a cache line of their own.
+typedef struct {
+    int64_t next, done, padding[6];
+} Counters;
+
+// One of the threads that run an operation.
+typedef struct {
+    int64_t thread, num_threads;
+    Counters *counters;
+    int64_t taken, total;  // tasks: this thread's, all threads'
+} Team;
+
+typedef void Operation(const Word *, Team *);
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+INLINE int64_t count(Word word) { return __atomic_load_n((const int64_t *)word.p, __ATOMIC_RELAXED); }
+
+// The next of `total` tasks, or -1. Every operation calls it until it has returned that.
+INLINE int64_t take_task(Team *team, int64_t total) {
+    const int64_t task = __atomic_fetch_add(&team->counters->next, 1, __ATOMIC_RELAXED);
+    team->total = total;
+    team->taken += task < total;
+    return task < total ? task : -1;
+}
+
+#define FOR_TASKS(task, total) for (int64_t task; (task = take_task(team, total)) >= 0;)
+
+// Rows, in tasks of a few.
+#define FOR_ROWS(row, rows)                                                                                        \
+    const int64_t share_ = (rows + 3 * team->num_threads - 1) / (3 * team->num_threads);                           \
+    FOR_TASKS(task_, rows == 0 ? 0 : (rows + share_ - 1) / share_)                                                 \
+    for (int64_t row = task_ * share_; row < smaller(rows, (task_ + 1) * share_); row++)
+
+// Sixteen at a time; a compiler for smaller registers splits them.
+enum { LANES = 16 };
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float LooseFloats __attribute__((vector_size(64), aligned(4)));
+
+INLINE Floats load(const float *x) { return *(const LooseFloats *)x; }
+INLINE void store(float *x, Floats v) { *(LooseFloats *)x = v; }
+
+// The first `size` of sixteen floats, zeros behind them.
+INLINE Floats load_part(const float *x, int64_t size) {
+    if (size >= LANES) return load(x);
+    Floats v = {0};
+    memcpy(&v, x, (size_t)size * sizeof(float));
+    return v;
+}
+
+INLINE void store_part(float *x, Floats v, int64_t size) {
+    if (size >= LANES) store(x, v);
+    else memcpy(x, &v, (size_t)size * sizeof(float));
+}
+
+// Of sixteen small integers: to 32 bits each, and from them.
+INLINE Ints widen_bytes(const void *x) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(x));
+#else
+    Bytes bytes;
+    memcpy(&bytes, x, sizeof bytes);
+    return __builtin_convertvector(bytes, Ints);
+#endif
+}
+
+INLINE Ints widen_halves(const void *x) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256(x));
+#else
+    Halves halves;
+    memcpy(&halves, x, sizeof halves);
+    return __builtin_convertvector(halves, Ints);
+#endif
+}
+
+INLINE Bytes narrow(Ints x) {
+#if defined(__AVX512F__)
+    return (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
+#else
+    return __builtin_convertvector(x, Bytes);
+#endif
+}
+
+INLINE Floats fill(float x) { return x - (Floats){0}; }
+
+INLINE Floats choose(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
+
+INLINE Ints larger_of(Ints a, Ints b) {
+    const Ints is_first = a > b;
+    return (is_first & a) | (~is_first & b);
+}
+
+INLINE Floats maximum(Floats a, Floats b) { return choose(a > b, a, b); }
+
+// a * b + c, rounded once.
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    union {
+        Floats all;
+        __m256 half[2];
+    } x = {a}, y = {b}, z = {c};
+    z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
+    z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
+    return z.all;
+#else
+    for (int i = 0; i < LANES; i++) c[i] = fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
+}
+
+// The sum of all lanes, as a tree.
+INLINE float sum_lanes(Floats v) {
+    v += __builtin_shuffle(v, (Ints){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    v += __builtin_shuffle(v, (Ints){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    v += __builtin_shuffle(v, (Ints){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    v += __builtin_shuffle(v, (Ints){1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+    return v[0];
+}
+
+INLINE float largest_lane(Floats v) {
+    v = maximum(v, __builtin_shuffle(v, (Ints){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
+    v = maximum(v, __builtin_shuffle(v, (Ints){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
+    v = maximum(v, __builtin_shuffle(v, (Ints){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
+    v = maximum(v, __builtin_shuffle(v, (Ints){1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}));
+    return v[0];
+}
+
+INLINE Floats absolute(Floats v) { return (Floats)((Ints)v & 0x7FFFFFFF); }
+
+// The nearest integer, ties to even, of |x| < 2^22: beside 1.5 * 2^23 there are no bits for a fraction.
+INLINE Floats round_even(Floats x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// exp(x) for x <= 0, to 3e-7 relative: 2^n times the Taylor series of the rest, |r| <= ln(2) / 2. Keeps a NaN.
+INLINE Floats exp_negative(Floats x) {
+    x = choose(x < -87.0f, fill(-87.0f), x);
+    const Floats n = round_even(x * 1.44269504f);
+    // ln(2) in two parts
+    const Floats r = multiply_add(n, fill(2.12194440e-4f), multiply_add(n, fill(-0.693359375f), x));
+    Floats sum = fill(1.0f / 5040);
+    sum = multiply_add(sum, r, fill(1.0f / 720));
+    sum = multiply_add(sum, r, fill(1.0f / 120));
+    sum = multiply_add(sum, r, fill(1.0f / 24));
+    sum = multiply_add(sum, r, fill(1.0f / 6));
+    sum = multiply_add(sum, r, fill(0.5f));
+    sum = multiply_add(sum, r, fill(1.0f));
+    sum = multiply_add(sum, r, fill(1.0f));
+    const Ints exponent = __builtin_convertvector(choose(n == n, n, fill(0.0f)), Ints);
+    return sum * (Floats)((exponent + 127) << 23);
+}
+
+INLINE float exp_negative_scalar(float x) { return exp_negative(fill(x))[0]; }
+
+// Activations as int8 terms, see engine/kernels/quantize.py ("sparse"): x = (128 * high + low) * scale.
+typedef struct {
+    float scale;
+    int32_t low_sum, high_sum, num_quads;
+} Token;
+
+// Four high terms of which one is not zero: those of elements 4 * index … 4 * index + 3.
+typedef struct {
+    int32_t index;
+    int8_t codes[4];
+} Quad;
+
+// Addresses of M activations: low [M, stride] int8, tokens [M], quads [M, stride / 4]; stride is a multiple of 64,
+// and low's rows end in zeros.
+typedef struct {
+    int8_t *low;
+    Token *tokens;
+    Quad *quads;
+    int64_t stride;
+} Codes;
+
+enum { SPREAD_BLOCK = 32 };
+
+// The lower median of `size` non-negative floats given as their bits, which are ordered like they are: by bisection.
+INLINE float lower_median(const int32_t *bits, int64_t size) {
+    const int64_t rank = (size + 1) / 2;
+    int32_t low = -1, high = 0x7F800000;  // at most `low` are too few, at most `high` enough
+    while (high - low > 1) {
+        const int32_t middle = low + (high - low) / 2;
+        int64_t below = 0;
+        for (int64_t i = 0; i < size; i++) below += bits[i] <= middle;
+        if (below >= rank) high = middle;
+        else low = middle;
+    }
+    float median;
+    memcpy(&median, &high, sizeof median);
+    return median;
+}
+
+// Row m of the codes, of x [size]; maxima: scratch of ceil(size / 32) words.
+INLINE void quantize_row(const float *x, int64_t size, float spread, Codes codes, int64_t m, int32_t *maxima) {
+    int8_t *low = codes.low + m * codes.stride;
+    Quad *quads = codes.quads + m * (codes.stride / 4);
+    Token token = {NAN, 0, 0, 0};
+    Ints largest = {0};
+    for (int64_t k = 0; k < size; k += SPREAD_BLOCK) {
+        // A NaN's bits are above infinity's.
+        const Ints first = (Ints)absolute(load_part(x + k, size - k));
+        const Ints second =
+            size - k > LANES ? (Ints)absolute(load_part(x + k + LANES, size - k - LANES)) : (Ints){0};
+        const Ints both = larger_of(first, second);
+        largest = larger_of(largest, both);
+        maxima[k / SPREAD_BLOCK] = ((Ints)fill(largest_lane((Floats)both)))[0];
+    }
+    int32_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits = largest[i] > bits ? largest[i] : bits;
+    if (bits >= 0x7F800000) {
+        memset(low, 0, (size_t)codes.stride);
+        codes.tokens[m] = token;
+        return;
+    }
+    float absmax;
+    memcpy(&absmax, &bits, sizeof absmax);
+    float scale = lower_median(maxima, (size + SPREAD_BLOCK - 1) / SPREAD_BLOCK) * spread;
+    scale = fmaxf(fmaxf(scale, absmax * (1.0f / 16256)), 1.17549435e-38f);
+    const float steps = 1.0f / scale;
+    Ints low_sums = {0}, high_sums = {0};
+    for (int64_t k = 0; k < codes.stride; k += LANES) {
+        const Floats q = k < size ? round_even(load_part(x + k, size - k) * steps) : (Floats){0};
+        const Ints is_over = absolute(q) > 127.0f;
+        const Floats h = choose(is_over, round_even(q * (1.0f / 128)), (Floats){0});
+        const Ints high = __builtin_convertvector(h, Ints), low_codes = __builtin_convertvector(q - h * 128, Ints);
+        low_sums += low_codes;
+        const Bytes bytes = narrow(low_codes);
+        memcpy(low + k, &bytes, LANES);
+        high_sums += high;
+        const Bytes over = narrow(high);
+        int32_t of_quads[4];
+        memcpy(of_quads, &over, sizeof of_quads);
+        // Written for each of the four, kept if it is not zero: there is room for all.
+        for (int i = 0; i < 4; i++) {
+            quads[token.num_quads].index = (int32_t)(k / 4) + i;
+            memcpy(quads[token.num_quads].codes, of_quads + i, 4);
+            token.num_quads += of_quads[i] != 0;
+        }
+    }
+    token.scale = scale;
+    for (int i = 0; i < LANES; i++) token.low_sum += low_sums[i], token.high_sum += high_sums[i];
+    codes.tokens[m] = token;
+}
+
+#endif

@@ -1,0 +1,107 @@
+"""ProgramExecutor: runs a step on the CPU as one call of the C kernels.
+
+The model's forward pass is recorded once, over buffers for the largest step. A step writes its inputs where the
+program reads them, runs it, and finds the logits where they always are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from engine.batch import Batch, Draw
+from engine.config import SchedulerConfig
+from engine.host_executor import Drawn, Sampled, read_drawn
+from engine.kernels import cpu
+from engine.kernels.host_attention import SEGMENT, HostPlan, gather
+from engine.kernels.kv_layer import KVCache
+from engine.layers.attention import PagedInputs
+from engine.layers.rope import RotaryTable
+from engine.models.config import RopeConfig
+from engine.models.decoder import Decoder
+from engine.step_buffers import BlockTables, flatten
+
+
+class ProgramExecutor:
+    """Owns the program and its buffers.
+
+    Args:
+        rotary: By rope, the table for every position that a sequence can reach.
+
+    Attributes:
+        program: One step of the model.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        rotary: dict[RopeConfig, RotaryTable],
+        limits: SchedulerConfig,
+    ) -> None:
+        self._block_size = cache.block_size
+        num_tokens, num_rows = limits.max_num_batched_tokens, limits.max_num_seqs
+        self._tables = BlockTables(num_rows, -(-limits.max_model_len // cache.block_size))
+        self._last_tokens = np.zeros(num_rows, np.int32)
+        self._num_tokens, self._num_rows, self._num_draws = (
+            torch.zeros(1, dtype=torch.int64) for _ in range(3)
+        )
+
+        def words(size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.int32)
+
+        self._token_ids, self._positions, self._slots = (words(num_tokens) for _ in range(3))
+        self._starts, self._table_rows, self._partial_starts = (words(num_rows) for _ in range(3))
+        self._query_starts, self._last_rows = words(num_rows + 1), words(num_rows)
+        config = model.config
+        num_segments = num_rows * -(-limits.max_model_len // SEGMENT)
+        plan = HostPlan(
+            num_sequences=self._num_rows,
+            query_starts=self._query_starts,
+            starts=self._starts,
+            table_rows=self._table_rows,
+            block_tables=torch.from_numpy(self._tables.values),
+            partial_starts=self._partial_starts,
+            partials=torch.empty(num_segments, config.num_heads, config.head_dim + 2),
+        )
+        inputs = PagedInputs(
+            self._positions, self._slots, dict.fromkeys(config.sliding_windows, plan), rotary, is_pinned=True
+        )
+        self.program = cpu.Program(torch.get_num_threads())
+        with torch.inference_mode():
+            with self.program.recording(self._num_tokens):
+                hidden = model(self._token_ids, cache, inputs)
+            with self.program.recording(self._num_draws):
+                self._logits = model.logits(gather(hidden, self._last_rows))
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> torch.Tensor:
+        """Logits [rows that draw, vocabulary] float32, valid until the next step."""
+        num_draws = self._write(batch)
+        self.program.run()
+        return self._logits[:num_draws]
+
+    def _write(self, batch: Batch) -> int:
+        """Writes the step's inputs; how many rows draw."""
+        rows = batch.rows
+        self._tables.update(rows)
+        tokens = flatten(rows, self._tables.values, self._block_size)
+        count, num_tokens = len(rows), len(tokens.token_ids)
+        drawn = self._last_tokens[np.maximum(-1 - tokens.token_ids, 0)]
+        self._token_ids.numpy()[:num_tokens] = np.where(tokens.token_ids < 0, drawn, tokens.token_ids)
+        self._positions.numpy()[:num_tokens] = tokens.positions
+        self._slots.numpy()[:num_tokens] = tokens.slots
+        self._query_starts.numpy()[1 : count + 1] = tokens.ends
+        self._starts.numpy()[:count] = tokens.starts
+        self._table_rows.numpy()[:count] = tokens.row_slots
+        segments = tokens.starts // SEGMENT + 1
+        self._partial_starts.numpy()[:count] = np.cumsum(segments) - segments
+        last_rows = [end - 1 for row, end in zip(rows, tokens.ends, strict=True) if row.draw is not None]
+        self._last_rows.numpy()[: len(last_rows)] = last_rows
+        self._num_tokens[0], self._num_rows[0], self._num_draws[0] = num_tokens, count, len(last_rows)
+        return len(last_rows)
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
+        """Draws a token for each row that has a draw."""
+        return Drawn(read_drawn(logits, batch, draws, self._last_tokens))
