@@ -3,7 +3,7 @@ VENV := .venv
 PIP := $(VENV)/bin/pip
 PYTHON := $(VENV)/bin/python
 MODEL ?= llama
-QUANT ?= int8
+QUANT ?= int4
 OUT ?= gpu-check
 
 .PHONY: install models serve test test-all test-oldest-triton lint bench gpu-check clean

@@ -1,8 +1,9 @@
-"""Where the time goes: the operators of a prefill and of decode steps, from torch's profiler."""
+"""Where the time goes: operations of a prefill and of decode steps, by torch's profiler and the C kernels' clock."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,13 +13,14 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.offline import generate_seconds
 from benchmarks.report import format_table
 from engine import LLM
+from engine.program_executor import ProgramExecutor
 
 _SHOWN_OPERATORS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """One operator's share of a phase; `seconds` without the operators it calls."""
+    """One operator's share of a phase; `seconds` without the operators it calls, `calls` of a C kernel a step."""
 
     name: str
     calls: int
@@ -51,11 +53,14 @@ def _profile_phase(
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     plain_seconds = generate_seconds(llm, plain_prompts, tokens)
+    executor = llm.core.runner.executor
+    if isinstance(executor, ProgramExecutor):
+        executor.seconds = torch.zeros(len(executor.program.names), dtype=torch.float64)
     with profile(activities=activities) as profiler:
         start = time.perf_counter()
         generate_seconds(llm, prompts, tokens)
         profiled_seconds = time.perf_counter() - start
-    operators = []
+    operators = _program_operators(executor) if isinstance(executor, ProgramExecutor) else []
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         if microseconds > 0:
@@ -69,6 +74,17 @@ def _profile_phase(
         operators,
         None if on_gpu else max(0.0, profiled_seconds - busy),
     )
+
+
+def _program_operators(executor: ProgramExecutor) -> list[Operator]:
+    """The C kernels by their names; ends the measurement."""
+    assert executor.seconds is not None
+    totals: dict[str, float] = defaultdict(float)
+    for name, seconds in zip(executor.program.names, executor.seconds.tolist(), strict=True):
+        totals[name] += seconds
+    executor.seconds = None
+    calls = Counter(executor.program.names)
+    return [Operator(f"C: {name}", calls[name], seconds) for name, seconds in totals.items()]
 
 
 def profile_phases(

@@ -10,6 +10,7 @@ import torch
 
 from engine.config import EngineConfig, SchedulerConfig, format_bytes, parse_bytes
 from engine.errors import ConfigError
+from engine.kernels import cpu
 from engine.kernels.host_attention import SEGMENT
 from engine.kernels.kv_layer import block_bytes
 from engine.models.config import ModelConfig
@@ -142,18 +143,22 @@ def plan_memory(
 
 
 def _host_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
-    """Peak of a step: the widest layer's inputs, products and sums in float32, and the logits with a copy."""
-    width = 4 * model.hidden_size + 4 * max(
-        2 * model.intermediate_size, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    )
-    logits = 3 * scheduler.max_num_seqs * model.vocab_size
-    # The mask of a prompt that has a step to itself, once more for each query head that shares a key head;
-    # and a share of the output for each segment of each sequence that decodes.
-    group = model.num_heads // model.num_kv_heads
-    masks = scheduler.max_num_batched_tokens * scheduler.max_model_len * (group + 2)
-    segments = -(-scheduler.max_model_len // SEGMENT)
-    partial = scheduler.max_num_seqs * segments * model.num_heads * (model.head_dim + 2)
-    return 4 * (scheduler.max_num_batched_tokens * width + logits + masks + partial)
+    """What a step on a CPU works in: floats, the int8 codes of what is multiplied, and the logits with a copy."""
+    attended = model.num_heads * model.head_dim
+    projected = attended + 2 * model.num_kv_heads * model.head_dim
+    floats = 4 * (4 * model.hidden_size + projected + attended + 3 * model.intermediate_size)
+    # A code takes one byte, and the place of a second term two.
+    codes = 3 * (model.hidden_size + attended + model.intermediate_size)
+    logits = 2 * 4 * scheduler.max_num_seqs * model.vocab_size
+    # A share of the output for each segment of each sequence that decodes.
+    segments = scheduler.max_num_seqs * -(-scheduler.max_model_len // SEGMENT)
+    partials = 4 * segments * model.num_heads * (model.head_dim + 2)
+    masks = 0
+    if cpu.library() is None:
+        # torch's attention: the mask of a prompt that has a step to itself, and for each query head of a key head.
+        group = model.num_heads // model.num_kv_heads
+        masks = 4 * scheduler.max_num_batched_tokens * scheduler.max_model_len * (group + 2)
+    return scheduler.max_num_batched_tokens * (floats + codes) + logits + partials + masks
 
 
 def _device_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:

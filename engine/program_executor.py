@@ -30,6 +30,7 @@ class ProgramExecutor:
 
     Attributes:
         program: One step of the model.
+        seconds: [calls of the program] float64, to which each step adds their durations; None: not measured.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class ProgramExecutor:
         rotary: dict[RopeConfig, RotaryTable],
         limits: SchedulerConfig,
     ) -> None:
+        self.seconds: torch.Tensor | None = None
         self._block_size = cache.block_size
         num_tokens, num_rows = limits.max_num_batched_tokens, limits.max_num_seqs
         self._tables = BlockTables(num_rows, -(-limits.max_model_len // cache.block_size))
@@ -78,7 +80,7 @@ class ProgramExecutor:
     def execute(self, batch: Batch) -> torch.Tensor:
         """Logits [rows that draw, vocabulary] float32, valid until the next step."""
         num_draws = self._write(batch)
-        self.program.run()
+        self.program.run(self.seconds)
         return self._logits[:num_draws]
 
     def _write(self, batch: Batch) -> int:
