@@ -54,7 +54,7 @@ class EngineConfig:
     device: Device = _option("auto", "where the model runs; auto takes a GPU if there is one")
     deterministic: bool = _option(
         False,
-        "compute float products in one form whatever the batch, so that it cannot change a token, on a GPU",
+        "a batch cannot change a token: float products in one form on a GPU; refused where a CPU is not exact",
     )
     overlap: bool | None = _option(
         None, "plan and launch the next step while one runs; default: on a GPU, where it can"

@@ -8,6 +8,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.kernels import cpu
 from engine.kernels.launch import Target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,3 +71,11 @@ def resolve_cache_dtype(config: EngineConfig, dtype: torch.dtype, target: Target
     if config.kv_cache_dtype == "auto" and target is None and config.quant != "none":
         return torch.bfloat16  # half of float32's memory, and of the time to read it
     return CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
+
+
+def describe_host(dtype: torch.dtype) -> str:
+    """What computes on a CPU, and whether a token depends on its chunk there, in one line."""
+    if dtype == torch.float32:
+        return cpu.describe()
+    name = str(dtype).removeprefix("torch.")
+    return f"torch's operators for {name}, whose results depend on how a prompt was cut into chunks: float32 is exact"

@@ -13,6 +13,7 @@ import torch
 from engine.batch import Batch, Draw
 from engine.config import EngineConfig, SchedulerConfig
 from engine.device_executor import DeviceExecutor
+from engine.errors import ConfigError
 from engine.host_executor import HostExecutor, Sampled
 from engine.kernels import cpu
 from engine.kernels.kv_layer import KVCache
@@ -23,7 +24,7 @@ from engine.loading.model import checkpoint_key, load_weights
 from engine.memory import MemoryPlan, available_bytes, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
-from engine.options import resolve_cache_dtype, resolve_device, resolve_dtype
+from engine.options import describe_host, resolve_cache_dtype, resolve_device, resolve_dtype
 from engine.program_executor import ProgramExecutor
 from engine.quant import plan_quantization
 from engine.warmup import GREEDY, dummy_batch, largest_batch, warm_up
@@ -62,6 +63,12 @@ class ModelRunner:
         target = target_of(torch.empty(0, device=self.device))
         self.dtype = resolve_dtype(config, checkpoint.config, on_cpu=self.device.type == "cpu")
         self.cache_dtype = resolve_cache_dtype(config, self.dtype, target)
+        runs_program = target is None and self.dtype == torch.float32 and cpu.library() is not None
+        if target is None:
+            bodies = describe_host(self.dtype)
+            if config.deterministic and not runs_program:
+                raise ConfigError(f"deterministic: on {bodies}")
+            logger.info("on %d threads, %s", torch.get_num_threads(), bodies)
         ties = checkpoint.config.get("tie_word_embeddings") or "lm_head.weight" not in checkpoint.names()
         self.model_config = ModelConfig.from_dict({**checkpoint.config, "tie_word_embeddings": ties})
         quantization = plan_quantization(config.quant, self.dtype, config.group_size, config.deterministic)
@@ -82,11 +89,10 @@ class ModelRunner:
             for rope in set(self.model_config.ropes)
         }
         if target is None:
-            logger.info("on %d threads, %s", torch.get_num_threads(), cpu.describe())
             self.cache = self._allocate_cache(self.plan.num_blocks + 1)
             self.executor: Executor = (
                 ProgramExecutor(self.model, self.cache, self.rotary, self._limits)
-                if self.dtype == torch.float32 and cpu.library() is not None
+                if runs_program
                 else HostExecutor(self.model, self.cache, self.rotary, self._limits.max_num_seqs)
             )
         else:

@@ -52,6 +52,7 @@ LEVELS = {
     "engine.async_engine": 12,
     "api": 13,
     "engine.serve": 14,
+    "engine.selftest": 15,
 }
 FILES = sorted([*(ROOT / "engine").rglob("*.py"), *(ROOT / "api").rglob("*.py")])
 

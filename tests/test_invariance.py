@@ -1,119 +1,75 @@
-"""A request's tokens depend on nothing but the request: not on its company, its chunks, the cache or preemption."""
+"""One answer on every kernel and any number of threads, and the weights' own: also that of the default model."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from engine.config import EngineConfig
-from engine.core import EngineCore
+from engine.kernels import cpu
 from engine.loading.resolve import resolve_model
-from engine.request import Request
-from engine.sampling.params import SamplingParams
-from engine.tokenizer import load_tokenizer
-from tests.prompts import PROMPTS
+from engine.selftest import Trial, digests, digests_elsewhere, readable
+from tests.digests import configurations
+from tests.tiny import TINY_CONFIGS, write_checkpoint
 
-LENGTHS = [5, 16, 150, 33, 1, 80, 17, 64, 3, 48, 100, 11, 32, 24, 40, 7]
-"""Prompt lengths of a batch of 16, some of them whole blocks."""
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="torch's operators promise less")
 
-ALONE = [0, 1, 2, 3, 4, 12]
-"""The requests that also run by themselves."""
-
-GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-SAMPLED = SamplingParams(temperature=0.8, max_tokens=12, ignore_eos=True, n=2)
-
-Tokens = dict[tuple[int, int], list[int]]
-"""Output tokens by request and sample."""
+Digests = dict[str, list[str]]
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    """Passages of LENGTHS tokens that start at different places of one text."""
-    text = load_tokenizer(resolve_model("llama")).encode("\n\n".join(PROMPTS))
-    assert len(text) > max(LENGTHS) + 10 * len(LENGTHS)
-    return [text[10 * i : 10 * i + length] for i, length in enumerate(LENGTHS)]
-
-
-def make_core(**options: Any) -> EngineCore:
-    options = {"kv_cache_memory": "64MiB", **options}
-    config = EngineConfig(model="llama", quant="none", dtype="float32", device="cpu", **options)
-    return EngineCore(config, resolve_model("llama"), eos_token_ids=())
-
-
-def generate(
-    core: EngineCore, prompts: list[list[int]], params: SamplingParams, indices: Sequence[int]
-) -> Tokens:
-    """Runs the prompts of these indices together."""
-    for index in indices:
-        core.add_request(
-            Request(request_id=str(index), prompt_token_ids=prompts[index], params=params, seed=1000 + index)
-        )
-    tokens: Tokens = defaultdict(list)
-    while core.has_work:
-        for output in core.step():
-            assert output.error is None
-            tokens[int(output.request_id), output.index] += [token.token_id for token in output.tokens]
-    assert len(tokens) == params.n * len(indices)
-    assert {len(output) for output in tokens.values()} == {params.max_tokens}
-    return dict(tokens)
-
-
-def generate_alone(prompts: list[list[int]], params: SamplingParams, indices: Sequence[int]) -> Tokens:
-    core = make_core(enable_prefix_caching=False)
-    tokens: Tokens = {}
-    for index in indices:
-        tokens |= generate(core, prompts, params, [index])
-    return tokens
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tiny models: sizes that fill no vector, and norms of heads with a window."""
+    directory = tmp_path_factory.mktemp("levels")
+    for family in ("smollm2", "gemma3"):
+        config = deepcopy(TINY_CONFIGS[family])
+        config.max_position_embeddings = 512
+        write_checkpoint(directory / family, config)
+    return directory
 
 
 @pytest.fixture(scope="module")
-def alone(prompts: list[list[int]]) -> Tokens:
-    return generate_alone(prompts, GREEDY, ALONE)
+def alone(models: Path) -> dict[str, Digests]:
+    """Each request alone, on this process's kernels and one thread."""
+    expected = {}
+    for name, config in configurations(models).items():
+        trial = Trial(replace(config, num_threads=1), Path(config.model))
+        expected[name] = readable(trial.alone.run_alone(trial.arrivals))
+    return expected
 
 
-@pytest.fixture(scope="module")
-def together(prompts: list[list[int]]) -> Tokens:
-    """All 16 in one batch with a budget of 512 tokens, each with room for its whole life."""
-    core = make_core(max_num_batched_tokens=512, enable_prefix_caching=False)
-    tokens = generate(core, prompts, GREEDY, range(16))
-    assert core.stats.num_preemptions == 0
-    return tokens
+@pytest.mark.parametrize("level", cpu.LEVELS)
+def test_every_kernel_brings_the_same(models: Path, alone: dict[str, Digests], level: str) -> None:
+    """Requests in company, on two threads."""
+    missing = cpu.LEVELS[level].needs - cpu.processor_flags()
+    if missing:
+        pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
+    command = [sys.executable, "-m", "tests.digests", str(models)]
+    output = subprocess.run(
+        command, env={**os.environ, cpu.VARIABLE: level}, stdout=subprocess.PIPE, check=True
+    )
+    found = json.loads(output.stdout)
+    assert found["level"] == level
+    for name, expected in alone.items():
+        results = found["results"][name]
+        assert sum(key.count(" ") == 2 for key in results) > 20
+        for key, values in results.items():
+            assert expected[key][: len(values)] == values, f"{name}, {key}"
 
 
-def test_alone_and_in_a_batch_of_16(alone: Tokens, together: Tokens) -> None:
-    assert {key: together[key] for key in alone} == alone
-
-
-@pytest.mark.parametrize("budget", [16, 64])
-def test_smaller_chunk_budgets(prompts: list[list[int]], together: Tokens, budget: int) -> None:
-    core = make_core(max_num_batched_tokens=budget, max_num_seqs=16, enable_prefix_caching=False)
-    assert generate(core, prompts, GREEDY, range(16)) == together
-    assert core.stats.num_steps >= core.stats.num_scheduled_tokens / budget
-
-
-def test_cold_and_warm_prefix_cache(prompts: list[list[int]], together: Tokens) -> None:
-    core = make_core()
-    assert generate(core, prompts, GREEDY, range(16)) == together
-    hits = core.stats.prefix_cache_hits
-    assert generate(core, prompts, GREEDY, range(16)) == together
-    # Whole blocks are found, but for the last token, which is computed for its logits.
-    whole_blocks = sum(min(length // 16 * 16, length - 1) for length in LENGTHS)
-    assert core.stats.prefix_cache_hits - hits == whole_blocks
-
-
-@pytest.mark.parametrize("enable_prefix_caching", [False, True])
-def test_preemption(prompts: list[list[int]], together: Tokens, enable_prefix_caching: bool) -> None:
-    core = make_core(kv_cache_memory="18MiB", enable_prefix_caching=enable_prefix_caching)
-    assert generate(core, prompts, GREEDY, range(16)) == together
-    assert core.stats.num_preemptions > 0
-    assert core.stats.kv_cache_usage_perc == 0
-
-
-def test_seeded_samples_alone_and_in_a_batch_of_16(prompts: list[list[int]]) -> None:
-    sampled_alone = generate_alone(prompts, SAMPLED, [0, 3])
-    sampled_together = generate(make_core(), prompts, SAMPLED, range(16))
-    assert {key: sampled_together[key] for key in sampled_alone} == sampled_alone
-    assert sampled_alone[0, 0] != sampled_alone[0, 1]
+@pytest.mark.parametrize("quant", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+def test_the_default_model_on_the_least_kernels(quant: str) -> None:
+    config = EngineConfig.from_options(model="llama", quant=quant, device="cpu")
+    here = digests(config, resolve_model("llama"))
+    options = ["--model", "llama", "--quant", quant, "--device", "cpu", "--num-threads", "1"]
+    assert (
+        digests_elsewhere(options, "avx2" if cpu.LEVELS["avx2"].needs <= cpu.processor_flags() else None)
+        == here
+    )

@@ -13,7 +13,6 @@ from engine.kernels.activations import SparseInt8Format
 from engine.kernels.host_matmul import int4_grid
 from engine.kernels.quantize import HIGH_STEPS
 from engine.quant import host, plan_quantization
-from engine.quant.int4 import unpack_nibbles
 from engine.quant.scheme import Storage
 from tests.paged import make_runner, make_sequences, run_chunks
 from tests.tiny import TINY_CONFIGS, load_reference, reference_logits, write_checkpoint
@@ -60,12 +59,14 @@ def grid_values(scheme: Storage, weight: torch.Tensor, group_size: int, on_host:
     codes, scale = tensors["codes"], spread(tensors["scale"])
     if scheme.name == "int8g32":
         return codes.float() * scale
-    exact = unpack_nibbles(codes)[:, :columns].float() * scale + spread(tensors["minimum"])
+    exact = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)[:, :columns].float() * scale + spread(
+        tensors["minimum"]
+    )
     if not on_host:
         return exact
     groups = [tensors[name].repeat_interleave(group_size // 32, dim=1) for name in ("scale", "minimum")]
-    grid, row_scale = int4_grid(unpack_nibbles(codes)[:, :columns], *groups)
-    on_int8 = grid.expand().float() * row_scale[:, None]
+    grid, row_scale = int4_grid(codes, *groups)
+    on_int8 = grid.expand()[:, :columns].float() * row_scale[:, None]
     assert (
         (on_int8 - exact).abs() <= 0.54 * row_scale[:, None]
     ).all()  # half a step, and the factors' rounding

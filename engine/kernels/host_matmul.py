@@ -29,6 +29,9 @@ ALIGNMENT = 64
 GROUP_SIZE = 32
 """Input features of an int4 weight that share a factor and an offset."""
 
+GROUP_BYTES = 2 * 2 * PANEL + GROUP_SIZE * PANEL // 2
+"""Of such a group in a panel."""
+
 FRACTION = 256
 """Steps of an int4 weight's factor and offset in one of its int8 codes."""
 
@@ -41,30 +44,30 @@ class Int4Grid:
     """Four bits a weight, and what makes int8 codes of them: w = (code * factor + offset) // 256.
 
     Attributes:
-        codes: [N, K] uint8 of 0 … 15.
+        nibbles: [N, ceil(K / 2)] uint8: codes of 0 … 15, those of even k in the low halves.
         factor, offset: [N, ceil(K / 32)] int32; modulo 2**16 when stored.
     """
 
-    codes: torch.Tensor
+    nibbles: torch.Tensor
     factor: torch.Tensor
     offset: torch.Tensor
 
     def expand(self) -> torch.Tensor:
-        """The int8 weight, [N, K]."""
+        """The int8 weight, [N, K] with K even."""
+        codes = torch.stack((self.nibbles & 15, self.nibbles >> 4), dim=2).flatten(1)
         factor, offset = (
-            x.repeat_interleave(GROUP_SIZE, dim=1)[:, : self.codes.shape[1]]
-            for x in (self.factor, self.offset)
+            x.repeat_interleave(GROUP_SIZE, dim=1)[:, : codes.shape[1]] for x in (self.factor, self.offset)
         )
-        return ((self.codes * factor + offset) >> 8).to(torch.int8)
+        return ((codes * factor + offset) >> 8).to(torch.int8)
 
 
 def int4_grid(
-    codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
+    nibbles: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
 ) -> tuple[Int4Grid, torch.Tensor]:
     """The int8 grid of a row that holds an int4 weight best, and the codes on it.
 
     Args:
-        codes: [N, K] uint8 of 0 … 15.
+        nibbles: [N, ceil(K / 2)] uint8, as in `Int4Grid`.
         scale, minimum: [N, ceil(K / 32)] float: the weight is codes * scale + minimum.
 
     Returns:
@@ -74,40 +77,38 @@ def int4_grid(
     # The largest that any code can stand for, so that no code leaves the grid.
     largest = torch.maximum(minimum.abs(), (15 * scale + minimum).abs()).amax(dim=1)
     row_scale = torch.where(largest > 0, largest / 127, 1.0)
-    factor, offset = ((x * (FRACTION / row_scale)[:, None]).round().int() for x in (scale, minimum))
+    factor, offset = ((x * (FRACTION / row_scale)[:, None]).round_().int() for x in (scale, minimum))
     # Half a step more: the quotient is rounded down.
-    return Int4Grid(codes, factor, offset + FRACTION // 2), row_scale
+    return Int4Grid(nibbles, factor, offset.add_(FRACTION // 2)), row_scale
 
 
 def pack_int8(weight: torch.Tensor) -> torch.Tensor:
     """[N, K] int8 → panels [N / 16, K / 4, 16, 4] uint8, padded with zero weights, each plus 128."""
     rows, columns = weight.shape
-    padded = F.pad(weight, (0, -columns % ALIGNMENT, 0, -rows % PANEL))
-    # Four bytes at a time; adding 128 is a change of the sign bit.
-    quads = padded.view(torch.int32).view(-1, PANEL, padded.shape[1] // 4) ^ -2139062144
-    return quads.transpose(1, 2).contiguous().view(torch.uint8)
+    packed = torch.empty(
+        -(-rows // PANEL), -(-columns // ALIGNMENT) * ALIGNMENT // 4, PANEL, 4, dtype=torch.uint8
+    )
+    cpu.run("pack_int8", len(packed), weight.contiguous(), rows, columns, packed)
+    return packed
 
 
 def pack_int4(grid: Int4Grid) -> torch.Tensor:
-    """Panels of nibbles, [N / 16, groups, 320] uint8.
-
-    A group of 32 input features of a panel: 16 factors, 16 offsets, 2 bytes each; then for each two quads of
-    input features 64 bytes, 4 a row, the first quad in the low nibbles.
-    """
-    rows, columns = grid.codes.shape
-    row_padding, num_groups = -rows % PANEL, -(-columns // ALIGNMENT) * (ALIGNMENT // GROUP_SIZE)
-    codes = F.pad(grid.codes, (0, num_groups * GROUP_SIZE - columns, 0, row_padding))
-    pairs = codes.view(-1, PANEL, num_groups, GROUP_SIZE // 8, 2, 4)
-    nibbles = (pairs[..., 0, :] | (pairs[..., 1, :] << 4)).permute(0, 2, 3, 1, 4)
-    # The 128 that bytes are stored with goes into the offset: (v + 128 * 256) // 256 = v // 256 + 128.
-    parameters = []
-    for values, padding in ((grid.factor, 0), (grid.offset + 128 * FRACTION, 128 * FRACTION)):
-        padded = F.pad(values, (0, num_groups - values.shape[1], 0, row_padding), value=padding)
-        # Sixteen bits are enough: what they add up to lies in 0 … 65535.
-        words = (padded & 0xFFFF).to(torch.uint16).view(-1, PANEL, num_groups).transpose(1, 2).contiguous()
-        parameters.append(words.view(torch.uint8))
-    num_panels = nibbles.shape[0]
-    return torch.cat((*parameters, nibbles.reshape(num_panels, num_groups, -1)), dim=2)
+    """Panels of nibbles, [N / 16, groups, 320] uint8; kernels/cpu/pack.c says how."""
+    rows, num_bytes = grid.nibbles.shape
+    num_groups = -(-2 * num_bytes // ALIGNMENT) * (ALIGNMENT // GROUP_SIZE)
+    packed = torch.empty(-(-rows // PANEL), num_groups, GROUP_BYTES, dtype=torch.uint8)
+    cpu.run(
+        "pack_int4",
+        len(packed),
+        grid.nibbles.contiguous(),
+        rows,
+        num_bytes,
+        grid.factor,
+        grid.offset,
+        grid.factor.shape[1],
+        packed,
+    )
+    return packed
 
 
 def pad_rows(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -135,13 +136,14 @@ class HostInt8Matmul:
         bias: torch.Tensor | None,
         format: SparseInt8Format,
     ) -> None:
-        codes = weight.codes if isinstance(weight, Int4Grid) else weight
-        self.out_features, self.in_features = codes.shape
-        if self.in_features > MAX_IN_FEATURES:
-            raise ValueError(
-                f"int8 sums of {self.in_features} products can overflow; at most {MAX_IN_FEATURES}"
-            )
-        self._format, self.is_int4 = format, isinstance(weight, Int4Grid)
+        is_int4 = isinstance(weight, Int4Grid)
+        self.out_features, in_features = (
+            weight.nibbles.shape if isinstance(weight, Int4Grid) else weight.shape
+        )
+        in_features *= 2 if is_int4 else 1
+        if in_features > MAX_IN_FEATURES:
+            raise ValueError(f"int8 sums of {in_features} products can overflow; at most {MAX_IN_FEATURES}")
+        self._format, self.is_int4 = format, is_int4
         self.format: Format = None
         self.scale, self.bias = scale, bias
         if cpu.library() is None:
@@ -184,13 +186,13 @@ def reference(
     """`HostInt8Matmul` with torch's operators: x [M, K] float, weight [N, K] int8."""
     num_tokens = x.shape[0]
     terms, token_scale = sparse_reference(x, format)
-    # torch's product is wrong for K = 1; and one row is as fast twice as two.
-    high, low = F.pad(terms, (0, -x.shape[1] % 2)).to(torch.int8)
+    # torch's product is wrong for K = 1; an int4 weight has an even K.
     transposed = F.pad(weight, (0, -weight.shape[1] % 2)).t()
+    high, low = F.pad(terms, (0, len(transposed) - x.shape[1])).to(torch.int8)
     if num_tokens == 1:
         sums = torch.stack([torch._int_mm(term, transposed) for term in (high, low)])
     else:
-        sums = torch._int_mm(torch.cat((high, low)), transposed).view(2, num_tokens, -1)
+        sums = torch._int_mm(torch.cat((high, low)), transposed).unflatten(0, (2, num_tokens))
     # Each operator rounds once: one that fuses a product and a sum may round differently in its tails.
     value = sums[0].float().mul_(HIGH_STEPS).add_(sums[1]).mul_(token_scale).mul_(scale)
     return (value if bias is None else value.add_(bias)).to(x.dtype)

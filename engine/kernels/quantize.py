@@ -72,7 +72,7 @@ def reference(x: torch.Tensor, format: Int8Format) -> Int8Activations:
 def sparse_reference(x: torch.Tensor, format: SparseInt8Format) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] float → high and low terms [2, M, K] float32 and scale [M, 1] float32, NaN where x is not finite."""
     x = x.float()
-    blocks = F.pad(x, (0, -x.shape[1] % SPREAD_BLOCK)).view(x.shape[0], -1, SPREAD_BLOCK).abs().amax(dim=2)
+    blocks = F.pad(x, (0, -x.shape[1] % SPREAD_BLOCK)).unflatten(1, (-1, SPREAD_BLOCK)).abs().amax(dim=2)
     # torch's median is the lower one.
     median, largest = blocks.median(dim=1, keepdim=True).values, blocks.amax(dim=1, keepdim=True)
     scale = torch.maximum(median * (format.spread / 127), largest * (1 / (127 * HIGH_STEPS))).clamp(min=TINY)

@@ -70,9 +70,11 @@ class Int4:
         codes, scale, minimum = tensors["codes"], tensors["scale"], tensors["minimum"]
         if runs_triton(codes):
             return Int4Matmul(codes, scale, minimum, self.group_size, bias, self.pinned)
-        repeats = self.group_size // GROUP_SIZE
-        scale, minimum = (x.repeat_interleave(repeats, dim=1) for x in (scale, minimum))
-        grid, row_scale = int4_grid(unpack_nibbles(codes), scale, minimum)
+        if self.group_size > GROUP_SIZE:
+            scale, minimum = (
+                x.repeat_interleave(self.group_size // GROUP_SIZE, dim=1) for x in (scale, minimum)
+            )
+        grid, row_scale = int4_grid(codes, scale, minimum)
         return host_product(grid, row_scale, bias)
 
     def _is_own_grid(self, weight: Weight) -> bool:
@@ -97,11 +99,6 @@ class Int4:
         codes = ((groups - minimum.float()[:, :, None]) / divisor[:, :, None]).round_().clamp_(0, 15)
         codes = codes.to(torch.uint8).view(rows, -1)[:, :columns]
         return GridWeight(codes, scale, minimum, self.group_size)
-
-
-def unpack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """[N, K / 2] uint8 → [N, K] uint8 of 0 … 15."""
-    return torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
     rows = [BatchRow([0], 9, 0, [1, 2, 3], None), BatchRow([0] * 6, 4, 0, [5, 8, 6], None)]
     queries = torch.randn(7, 9, 64)
     together = paged_attention(queries, layer, plan_attention(rows, layer, None, torch.float32), 0.1)
-    for row, part in zip(rows, queries.split([1, 6]), strict=True):
+    for row, part in zip(rows, torch.split(queries, [1, 6]), strict=True):
         alone = paged_attention(part, layer, plan_attention([row], layer, None, torch.float32), 0.1)
         start = 0 if len(row.token_ids) == 1 else 1
         assert torch.equal(alone, together[start : start + len(row.token_ids)])

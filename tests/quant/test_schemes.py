@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kernels import int4_matmul, int8_matmul
-from engine.kernels.activations import Int8Format
-from engine.kernels.int8_matmul import MAX_IN_FEATURES
-from engine.kernels.quantize import quantize_per_token
+from engine.kernels import int4_matmul
+from engine.kernels.host_matmul import MAX_IN_FEATURES, int4_grid, reference
+from engine.kernels.quantize import sparse_reference
 from engine.quant.floating import Float
+from engine.quant.host import HOST_ACTIVATIONS
 from engine.quant.int4 import Int4, pack_nibbles
 from engine.quant.int8 import Int8
 from engine.quant.int8_table import Int8Table
@@ -57,7 +57,7 @@ def test_int4_keeps_the_grid_of_q4_1() -> None:
 def test_int8_table_keeps_the_grid_of_q8_0() -> None:
     codes = torch.randint(-127, 128, (10, 64), dtype=torch.int8)
     weight = GridWeight(codes, torch.rand(10, 2).half(), None, 32)
-    rows = Int8Table().lookup(Int8Table().quantize(weight), torch.tensor([3, 0, 3]), torch.float32)
+    rows = Int8Table().lookup(Int8Table().quantize(weight), torch.tensor([3, 0, 3]), torch.float32, 1.0)
     assert torch.equal(rows, weight.dequantize()[[3, 0, 3]])
 
 
@@ -81,14 +81,18 @@ def test_int8_rounds_to_half_a_step() -> None:
     assert torch.all(stored["weight"][3] == 0)
 
 
+def activation_step(x: torch.Tensor) -> torch.Tensor:
+    """What an int8 product's activations are multiples of, [M, 1] float64."""
+    return sparse_reference(x, HOST_ACTIVATIONS)[1].double()
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3, 17])
 @pytest.mark.parametrize(("rows", "columns"), [(48, 64), (17, 33), (960, 576), (8, 1536)])
 def test_int8_product_equals_its_reference_to_the_bit(num_tokens: int, rows: int, columns: int) -> None:
     stored = Int8().quantize(random(rows, columns))
-    x = random(num_tokens, columns, seed=1) * 3
-    product = Int8().bind(stored, None)(x)
-    terms = quantize_per_token(x, Int8Format())
-    assert torch.equal(product, int8_matmul.reference(terms, stored["weight"], stored["scale"]))
+    x, bias = random(num_tokens, columns, seed=1) * 3, random(rows, seed=2)
+    product = Int8().bind(stored, bias)(x)
+    assert torch.equal(product, reference(x, HOST_ACTIVATIONS, stored["weight"], stored["scale"], bias))
 
 
 def test_int8_product_is_close_to_the_float_product() -> None:
@@ -97,8 +101,7 @@ def test_int8_product_is_close_to_the_float_product() -> None:
     x = random(9, 576, seed=1)
     x[:, 5] *= 100  # an outlier, the case one int8 term cannot hold
     expected = x.double() @ weight.t()
-    # Each activation is off by at most half a low step: max|x| / 127 / 254 / 2.
-    bound = x.abs().amax(dim=1, keepdim=True).double() / 127 / 508 * weight.abs().sum(dim=1)
+    bound = activation_step(x) / 2 * weight.abs().sum(dim=1)
     assert torch.all((Int8().bind(stored, None)(x).double() - expected).abs() <= bound * 1.01)
 
 
@@ -117,28 +120,32 @@ def test_int8_of_zeros_is_zero() -> None:
     assert torch.equal(Int8().bind(stored, None)(torch.zeros(2, 64)), torch.zeros(2, 8))
 
 
-def test_int8_sums_reach_their_bound_without_overflow() -> None:
-    codes = torch.full((1, MAX_IN_FEATURES), 127, dtype=torch.int8)
-    weight = codes.expand(8, -1).contiguous()
-    for num_tokens in (1, 5):
-        rows = codes.expand(num_tokens, -1).contiguous()
-        for total in int8_matmul.integer_products(rows, -rows, weight):
-            assert torch.all(total.abs() == 127 * 127 * MAX_IN_FEATURES)
+def test_int8_refuses_sums_that_overflow() -> None:
+    assert Int8().storage(8, MAX_IN_FEATURES)
     with pytest.raises(ValueError, match="overflow"):
         Int8().storage(8, MAX_IN_FEATURES + 1)
 
 
+@pytest.mark.parametrize("group_size", [32, 128])
 @pytest.mark.parametrize("num_tokens", [1, 3, 17, 130])
-@pytest.mark.parametrize(("rows", "columns"), [(48, 64), (17, 64), (16, 50), (960, 576)])
-def test_int4_product_is_close_to_its_reference(num_tokens: int, rows: int, columns: int) -> None:
-    stored = Int4(32).quantize(random(rows, columns))
+@pytest.mark.parametrize(("rows", "columns"), [(48, 64), (17, 64), (16, 50), (5, 7), (960, 576)])
+def test_int4_product_is_close_to_its_reference(
+    num_tokens: int, rows: int, columns: int, group_size: int
+) -> None:
+    scheme = Int4(group_size)
+    stored = scheme.quantize(random(rows, columns))
     x = random(num_tokens, columns, seed=1)
-    product = Int4(32).bind(stored, None)(x)
-    # bf16 activations: 2**-9 of each |x| |w|. The two products' results, each bf16: 2**-9 of each.
-    expected = int4_matmul.reference(x, *stored.values(), 32)
-    weight = int4_matmul.dequantize(*stored.values(), 32, columns)
-    bound = 2**-8 * (x.abs() @ weight.abs().t()) + 2**-7 * expected.abs() + 1e-6
-    assert torch.all((product - expected).abs() <= bound)
+    codes, scale, minimum = (stored[name] for name in ("codes", "scale", "minimum"))
+    weight = int4_matmul.dequantize(codes, scale, minimum, group_size, columns).double()
+    expected = x.double() @ weight.t()
+    repeats = group_size // 32
+    scale, minimum = (x.repeat_interleave(repeats, dim=1) for x in (scale, minimum))
+    grid, row_scale = int4_grid(codes, scale, minimum)
+    on_grid = grid.expand().double()[:, :columns] * row_scale.double()[:, None]
+    # Each weight is off by half a step of the row's int8 grid and a little, each activation by half of its.
+    bound = x.double().abs().sum(dim=1, keepdim=True) * row_scale * (0.5 + 9 / 256)
+    bound += activation_step(x) / 2 * on_grid.abs().sum(dim=1)
+    assert torch.all((scheme.bind(stored, None)(x).double() - expected).abs() <= bound * 1.01)
 
 
 def test_int4_rows_do_not_depend_on_the_batch() -> None:

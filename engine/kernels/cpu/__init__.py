@@ -59,13 +59,15 @@ class Level:
     needs: frozenset[str]
 
 
+EMULATED = "amx-emulated"
+"""Tests the code for AMX on machines without it."""
+
 LEVELS = {
     "amx": Level((*_AVX512, *_AMX), frozenset({"amx_int8", "amx_tile", "avx512_vnni"})),
     "vnni": Level(_AVX512, frozenset({"avx512_vnni", "avx512bw", "avx512dq", "avx512vl"})),
     "avx2": Level(("-march=x86-64-v3",), frozenset({"avx2", "fma", "f16c"})),
     "portable": Level(("-march=native",), frozenset()),
-    # Tests the code for AMX on machines without it.
-    "amx-emulated": Level((*_AVX512, "-DEMULATE_TILES"), frozenset({"avx512_vnni"})),
+    EMULATED: Level((*_AVX512, "-DEMULATE_TILES"), frozenset({"avx512_vnni"})),
 }
 """By name, the best first; `$ENGINE_CPU_KERNELS` takes one of them, or "torch" for torch's operators."""
 
@@ -101,26 +103,41 @@ def library() -> Library | None:
     if wanted and wanted not in LEVELS:
         raise ConfigError(f"{VARIABLE} must be torch or one of {', '.join(LEVELS)}, got {wanted!r}")
     flags = processor_flags()
-    levels = {name: level for name, level in LEVELS.items() if level.needs <= flags}
-    if wanted and wanted not in levels:
-        missing = ", ".join(sorted(LEVELS[wanted].needs - flags))
+    if wanted and (missing := ", ".join(sorted(LEVELS[wanted].needs - flags))):
         raise ConfigError(f"{VARIABLE}={wanted}: this processor lacks {missing}")
-    name = wanted or next(iter(levels))
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    command = os.environ.get("CC", "cc")
+    compiler = shutil.which(command)
     if compiler is None:
+        logger.warning("there is no C compiler %s", command)
         return None
     try:
-        functions = ctypes.CDLL(str(_build(compiler, LEVELS[name])))
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    except (subprocess.CalledProcessError, OSError) as error:
+        logger.warning("%s could not build the CPU kernels: %s", compiler, error)
+        return None
+    usable = [name for name, level in LEVELS.items() if level.needs <= flags and name != EMULATED]
+    for name in [wanted] if wanted else usable:
+        functions = _load(compiler, version, name)
+        if functions is not None:
+            return Library(functions, name)
+    return None
+
+
+def _load(compiler: str, version: bytes, name: str) -> ctypes.CDLL | None:
+    """The kernels of a level; None where compiler or system cannot do it."""
+    try:
+        functions = ctypes.CDLL(str(_build(compiler, version, LEVELS[name])))
     except (subprocess.CalledProcessError, OSError) as error:
         cause = (getattr(error, "stderr", None) or str(error)).strip()
-        logger.warning("%s could not build the CPU kernels: %s", compiler, cause)
+        logger.warning("%s could not build the CPU kernels for %s: %s", compiler, name, cause)
+        return None
+    if functions.enable_tiles() != 0:
+        logger.warning("the system refuses the tile registers that CPU kernels for %s need", name)
         return None
     functions.create_pool.argtypes, functions.create_pool.restype = [ctypes.c_int64], ctypes.c_void_p
     functions.drain_pool.argtypes = [ctypes.c_void_p]
     functions.run_calls.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-    if functions.enable_tiles() != 0:
-        raise ConfigError(f"the system refuses the processor's tile registers; set {VARIABLE}=vnni")
-    return Library(functions, name)
+    return functions
 
 
 @functools.cache
@@ -140,7 +157,7 @@ def describe() -> str:
         return f"C kernels for {loaded.level}"
     return (
         "torch's operators, which are slower, and whose results depend on how a prompt was cut into chunks: "
-        f"install a C compiler (gcc or clang) or set CC, and unset {VARIABLE}"
+        f"install a C compiler (gcc 11 or newer) or set CC, and unset {VARIABLE}"
     )
 
 
@@ -149,9 +166,8 @@ def serves(*tensors: torch.Tensor) -> bool:
     return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors) and library() is not None
 
 
-def _build(compiler: str, level: Level) -> Path:
+def _build(compiler: str, version: bytes, level: Level) -> Path:
     """Compiles into the user's cache, once for a source, compiler and processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     flags = [*level.flags, *FLAGS]
     key = hashlib.blake2b(version + " ".join(flags).encode(), digest_size=16)
     if "-march=native" in flags:

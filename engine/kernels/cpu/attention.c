@@ -37,7 +37,7 @@ INLINE Floats load_cached(const void *cache, int64_t offset, int64_t type) {
         return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((const uint16_t *)cache + offset)));
 #else
         Floats v;
-        for (int i = 0; i < LANES; i++) v[i] = (float)((const _Float16 *)cache)[offset + i];
+        for (int i = 0; i < LANES; i++) v[i] = from_half(((const Half *)cache)[offset + i]);
         return v;
 #endif
     }

@@ -29,8 +29,8 @@ OPERATION(embedding) {
             for (int64_t k = 0; k < size; k++) y[k] = row[k] * factor;
         } else {
             const int8_t *row = (const int8_t *)w[2].p + token_ids[m] * size;
-            const _Float16 *scales = (const _Float16 *)w[3].p + token_ids[m] * groups;
-            for (int64_t k = 0; k < size; k++) y[k] = (float)row[k] * (float)scales[k / 32] * factor;
+            const Half *scales = (const Half *)w[3].p + token_ids[m] * groups;
+            for (int64_t k = 0; k < size; k++) y[k] = (float)row[k] * from_half(scales[k / 32]) * factor;
         }
     }
 }
@@ -170,7 +170,7 @@ INLINE void write_vector(const float *x, void *cache, float *scale, int64_t inde
     else if (type == BFLOAT16)
         for (int64_t d = 0; d < size; d++) ((uint16_t *)cache)[index * size + d] = to_bfloat16(x[d]);
     else if (type == FLOAT16)
-        for (int64_t d = 0; d < size; d++) ((_Float16 *)cache)[index * size + d] = (_Float16)x[d];
+        for (int64_t d = 0; d < size; d++) ((Half *)cache)[index * size + d] = to_half(x[d]);
     else if (type == FP8)
         for (int64_t d = 0; d < size; d++) ((uint8_t *)cache)[index * size + d] = to_fp8(x[d]);
     else {

@@ -141,20 +141,26 @@ INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
+#if defined(__clang__)
+#define SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define SHUFFLE(v, ...) __builtin_shuffle(v, (Ints){__VA_ARGS__})
+#endif
+
 // The sum of all lanes, as a tree.
 INLINE float sum_lanes(Floats v) {
-    v += __builtin_shuffle(v, (Ints){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-    v += __builtin_shuffle(v, (Ints){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
-    v += __builtin_shuffle(v, (Ints){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
-    v += __builtin_shuffle(v, (Ints){1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+    v += SHUFFLE(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    v += SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
     return v[0];
 }
 
 INLINE float largest_lane(Floats v) {
-    v = maximum(v, __builtin_shuffle(v, (Ints){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
-    v = maximum(v, __builtin_shuffle(v, (Ints){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
-    v = maximum(v, __builtin_shuffle(v, (Ints){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
-    v = maximum(v, __builtin_shuffle(v, (Ints){1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}));
+    v = maximum(v, SHUFFLE(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = maximum(v, SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = maximum(v, SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    v = maximum(v, SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
     return v[0];
 }
 
@@ -162,6 +168,17 @@ INLINE Floats absolute(Floats v) { return (Floats)((Ints)v & 0x7FFFFFFF); }
 
 // The nearest integer, ties to even, of |x| < 2^22: beside 1.5 * 2^23 there are no bits for a fraction.
 INLINE Floats round_even(Floats x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// Half precision, by its own instructions where the compiler may know no such type.
+#if defined(__F16C__)
+typedef uint16_t Half;
+INLINE float from_half(Half x) { return _cvtsh_ss(x); }
+INLINE Half to_half(float x) { return _cvtss_sh(x, 0); }
+#else
+typedef _Float16 Half;
+INLINE float from_half(Half x) { return (float)x; }
+INLINE Half to_half(float x) { return (Half)x; }
+#endif
 
 // exp(x) for x <= 0, to 3e-7 relative: 2^n times the Taylor series of the rest, |r| <= ln(2) / 2. Keeps a NaN.
 INLINE Floats exp_negative(Floats x) {

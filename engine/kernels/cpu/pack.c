@@ -1,0 +1,55 @@
+// Weights into the panels that matmul.c reads.
+
+#include "kernels.h"
+
+enum { PANEL = 16, QUAD = 4, ALIGNMENT = 64, GROUP = 32, GROUP_BYTES = 320 };
+
+INLINE int64_t padded(int64_t size) { return (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
+// panels, weight [N, K] int8, N, K, output [panels, padded K / 4, 16, 4] uint8
+OPERATION(pack_int8) {
+    const int64_t panels = count(w[0]), rows = w[2].i, columns = w[3].i, stride = padded(columns);
+    FOR_ROWS(panel, panels) {
+        uint8_t *output = (uint8_t *)w[4].p + panel * PANEL * stride;
+        memset(output, 128, (size_t)(PANEL * stride));
+        for (int64_t row = 0; row < PANEL && panel * PANEL + row < rows; row++) {
+            const uint8_t *weight = (const uint8_t *)w[1].p + (panel * PANEL + row) * columns;
+            for (int64_t k = 0; k < columns; k++)
+                output[(k / QUAD * PANEL + row) * QUAD + k % QUAD] = weight[k] ^ 128;
+        }
+    }
+}
+
+// panels, codes [N, bytes] uint8 with the even elements in the low nibbles, N, bytes, factor and offset [N, groups]
+// int32, groups, output [panels, padded K / 32, 320] uint8
+//
+// A group: 16 factors, 16 offsets, 2 bytes each; then for each two quads of input features 64 bytes, 4 a row, the
+// first quad in the low nibbles. The 128 that bytes are stored with goes into the offset:
+// (v + 128 * 256) / 256 = v / 256 + 128.
+OPERATION(pack_int4) {
+    const int64_t panels = count(w[0]), rows = w[2].i, bytes = w[3].i, groups = w[6].i;
+    const int64_t all_groups = padded(2 * bytes) / GROUP;
+    FOR_ROWS(panel, panels) {
+        uint8_t *output = (uint8_t *)w[7].p + panel * all_groups * GROUP_BYTES;
+        memset(output, 0, (size_t)(all_groups * GROUP_BYTES));
+        for (int64_t g = 0; g < all_groups; g++, output += GROUP_BYTES) {
+            uint16_t *factors = (uint16_t *)output, *offsets = factors + PANEL;
+            for (int64_t row = 0; row < PANEL; row++) {
+                const int64_t n = panel * PANEL + row;
+                const int is_there = n < rows && g < groups;
+                factors[row] = is_there ? (uint16_t)((const int32_t *)w[4].p)[n * groups + g] : 0;
+                offsets[row] = (uint16_t)((is_there ? ((const int32_t *)w[5].p)[n * groups + g] : 0) + 128 * 256);
+                if (!is_there) continue;
+                const uint8_t *codes = (const uint8_t *)w[1].p + n * bytes + g * (GROUP / 2);
+                const int64_t size = smaller(GROUP / 2, bytes - g * (GROUP / 2));
+                for (int64_t i = 0; i < size; i++) {
+                    // Elements 2i and 2i + 1: of eight, the first four go into low nibbles, the others into high ones.
+                    uint8_t *place = output + 64 + i / 4 * 64 + row * QUAD + i % 2 * 2;
+                    const int shift = i % 4 / 2 * 4;
+                    place[0] |= (uint8_t)((codes[i] & 15) << shift);
+                    place[1] |= (uint8_t)((codes[i] >> 4) << shift);
+                }
+            }
+        }
+    }
+}

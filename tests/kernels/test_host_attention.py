@@ -1,0 +1,206 @@
+"""The CPU's attention in C: against attention written out, and a token's bits in every company it can have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from engine.kernels import cpu
+from engine.kernels.host_attention import SEGMENT, HostPlan, host_attention
+from engine.kernels.kv_layer import CACHE_TYPES, KVLayer
+from engine.kernels.paged_attention import reference
+
+WINDOWS = [None, 1, 5, 100, 256, 300]
+"""Within a segment, a whole one, more than one."""
+
+LENGTHS = [(37, 1), (0, 1), (0, 20), (11, 7), (250, 12), (SEGMENT - 1, 1), (SEGMENT, 1), (511, 70), (600, 1)]
+"""Tokens before a chunk, and its own; chunks of one token are decodes. Most cross or touch a segment's end."""
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> None:
+    if cpu.library() is None:
+        pytest.skip("there is no C compiler on this machine")
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """A cache that holds some sequences, in blocks in random order; what nobody wrote is NaN.
+
+    Attributes:
+        tables: [S, W] int32.
+    """
+
+    layer: KVLayer
+    tables: torch.Tensor
+
+    @staticmethod
+    def random(
+        lengths: list[int], block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> Sequences:
+        width = -(-max(lengths) // block_size)
+        num_blocks = 1 + len(lengths) * width
+        shape = (2, num_blocks, block_size, kv_heads)
+        if dtype == torch.int8:
+            layer = KVLayer(torch.full((*shape, head_dim), 77, dtype=dtype), torch.full(shape, torch.nan))
+        else:
+            layer = KVLayer(torch.full((*shape, head_dim), torch.nan).to(dtype))
+        tables = (torch.randperm(num_blocks - 1) + 1).int().view(len(lengths), width)
+        held = Sequences(layer, tables)
+        for sequence, length in enumerate(lengths):
+            layer.write(held.slots(sequence, length), *torch.randn(2, length, kv_heads, head_dim))
+        return held
+
+    def slots(self, sequence: int, length: int) -> torch.Tensor:
+        """Where a sequence's first positions lie, [length] int64."""
+        positions, size = torch.arange(length), self.layer.block_size
+        return self.tables[sequence].long()[positions // size] * size + positions % size
+
+    def attend(
+        self, queries: torch.Tensor, chunks: list[tuple[int, int, int]], scale: float, window: int | None
+    ) -> torch.Tensor:
+        """Attention of queries [T, heads, D] that come in chunks: sequence, first position, tokens."""
+        ends = torch.tensor([0] + [size for _, _, size in chunks]).cumsum(0).int()
+        starts = torch.tensor([start for _, start, _ in chunks], dtype=torch.int32)
+        segments = starts // SEGMENT + 1
+        plan = HostPlan(
+            num_sequences=torch.tensor([len(chunks)]),
+            query_starts=ends,
+            starts=starts,
+            table_rows=torch.tensor([sequence for sequence, _, _ in chunks], dtype=torch.int32),
+            block_tables=self.tables,
+            partial_starts=(segments.cumsum(0) - segments).int(),
+            partials=torch.full((int(segments.sum()), queries.shape[1], queries.shape[2] + 2), torch.nan),
+        )
+        return host_attention(queries, self.layer, plan, scale, window)
+
+
+@pytest.mark.parametrize("group", [1, 3, 7])
+@pytest.mark.parametrize("head_dim", [24, 64, 80, 96, 128, 256])
+def test_equals_attention_written_out(head_dim: int, group: int) -> None:
+    kv_heads, scale = 2, head_dim**-0.5
+    chunks = [(i, start, size) for i, (start, size) in enumerate(LENGTHS)]
+    # Queries as they come: beside keys and values that nobody wants.
+    heads = torch.randn(sum(size for _, size in LENGTHS), (group + 2) * kv_heads, head_dim) * 2
+    queries = heads[:, : group * kv_heads]
+    for case, dtype in enumerate(CACHE_TYPES):
+        # Every type meets every window and block size, not for every shape.
+        case += head_dim // 8 + group
+        block_size, window = (4, 16)[case % 2], WINDOWS[case % len(WINDOWS)]
+        lengths = [start + size for start, size in LENGTHS]
+        held = Sequences.random(lengths, block_size, kv_heads, head_dim, dtype)
+        output = held.attend(queries, chunks, scale, window)
+        first = 0
+        for sequence, start, size in chunks:
+            expected = reference(
+                queries[first : first + size], held.layer, held.tables[sequence], start, scale, window
+            )
+            # Values are of size 1 to 5; weights are off by a few units of what float32 makes of scores up to 10.
+            torch.testing.assert_close(output[first : first + size], expected, rtol=1e-5, atol=2e-5)
+            first += size
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group"),
+    [
+        (torch.float32, 64, 3),
+        (torch.bfloat16, 24, 7),
+        (torch.float16, 80, 1),
+        (torch.int8, 128, 3),
+        (torch.float8_e4m3fn, 256, 1),
+    ],
+    ids=str,
+)
+def test_a_token_is_the_same_in_any_chunk_and_company(
+    dtype: torch.dtype, head_dim: int, group: int, window: int | None
+) -> None:
+    length = 601
+    held = Sequences.random([length, 40], 16, 2, head_dim, dtype)
+    queries = torch.randn(length, 2 * group, head_dim) * 2
+
+    def attend(sizes: list[int]) -> torch.Tensor:
+        starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        chunks = [(0, start, size) for start, size in zip(starts, sizes, strict=False)]
+        return held.attend(queries, chunks, 0.1, window)
+
+    # All tokens as decodes of so many sequences, which share the blocks.
+    decodes = attend([1] * length)
+    assert decodes.isfinite().all()
+    for sizes in (
+        [length],
+        [255, 1, 1, 254, 90],
+        [256, 256, 89],
+        [257, 255, 1, 88],
+        [7] * 85 + [6],
+        [64, 65, 63, 2, 400, 7],
+    ):
+        assert torch.equal(attend(sizes), decodes)
+    others = torch.randn(40, 2 * group, head_dim)
+    for first, size in [
+        (0, 1),
+        (255, 1),
+        (256, 1),
+        (257, 1),
+        (512, 1),
+        (600, 1),
+        (0, 3),
+        (250, 9),
+        (500, 101),
+    ]:
+        part = queries[first : first + size]
+        alone = held.attend(part, [(0, first, size)], 0.1, window)
+        assert torch.equal(alone, decodes[first : first + size])
+        beside = torch.cat((others[:30], part, others[30:]))
+        chunks = [(1, 0, 30), (0, first, size), *[(1, 30 + i, 1) for i in range(10)]]
+        assert torch.equal(held.attend(beside, chunks, 0.1, window)[30:-10], alone)
+
+
+def test_bits_do_not_depend_on_the_blocks() -> None:
+    keys_and_values, queries = torch.randn(2, 300, 2, 64), torch.randn(300, 6, 64)
+    outputs = []
+    for block_size in (1, 4, 16, 256):
+        held = Sequences.random([300], block_size, 2, 64, torch.float32)
+        held.layer.write(held.slots(0, 300), *keys_and_values)
+        outputs.append(held.attend(queries, [(0, 0, 300)], 0.1, None))
+    for output in outputs[1:]:
+        assert torch.equal(output, outputs[0])
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 100.0, 1e15])
+def test_scores_of_any_size(factor: float) -> None:
+    """All equal; one far above the others, in this segment or another."""
+    held = Sequences.random([600], 16, 1, 64, torch.float32)
+    queries = torch.randn(600, 2, 64) * factor
+    chunk = held.attend(queries, [(0, 0, 600)], 1.0, None)
+    expected = reference(queries, held.layer, held.tables[0], 0, 1.0)
+    # A score's own rounding decides between keys whose scores are nearly equal: those few are left out.
+    keys = held.layer.read(held.slots(0, 600))[0][:, 0]
+    scores = torch.einsum("qhd,kd->hqk", queries.double(), keys.double())
+    scores = scores.masked_fill(torch.ones(600, 600).triu(1).bool(), -torch.inf)
+    best = scores.topk(2, dim=2).values[:, 1:]
+    is_clear = (best[..., 0] - best[..., 1] > 1e-6 * best[..., 0].abs() + 20).all(dim=0)
+    is_compared = torch.cat((torch.tensor([True]), is_clear)) if factor >= 100 else torch.ones(600).bool()
+    assert is_compared.sum() > 100
+    torch.testing.assert_close(chunk[is_compared], expected[is_compared], rtol=1e-5, atol=2e-5)
+    decodes = held.attend(queries, [(0, i, 1) for i in range(600)], 1.0, None)
+    assert torch.equal(chunk, decodes)
+
+
+@pytest.mark.parametrize("half", ["key", "value"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows_from_its_token_on(value: float, half: str) -> None:
+    held = Sequences.random([300, 300], 16, 1, 64, torch.float32)
+    position = 130
+    slot = int(held.slots(0, 300)[position])
+    held.layer.data[0 if half == "key" else 1].flatten(0, 1)[slot] = value
+    queries = torch.randn(600, 2, 64)
+    chunks = [(0, 0, 300), (1, 0, 300)]
+    is_finite = held.attend(queries, chunks, 0.1, None).isfinite()
+    assert is_finite[:position].all()
+    assert not is_finite[position:300].all(dim=1).any()
+    assert is_finite[300:].all()
+    decodes = [(0, i, 1) for i in range(300)]
+    assert torch.equal(held.attend(queries[:300], decodes, 0.1, None).isfinite(), is_finite[:300])

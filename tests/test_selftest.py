@@ -1,0 +1,133 @@
+"""The self-test tells a broken reduction, what was not exercised, and where nothing is promised."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+from engine import selftest
+from engine.config import EngineConfig
+from engine.kernels import cpu
+from engine.selftest import Round, Trial, main
+from tests.tiny import TINY_CONFIGS, write_checkpoint
+
+needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="there is no C compiler on this machine")
+
+BREAKS = {
+    # The order of a sum follows the number of queries that are taken together.
+    "attention.c": (
+        "rows->sum[row] = sum_lanes(sum);",
+        "rows->sum[row] = 0;\n"
+        "    for (int i = 0; i < LANES; i++) rows->sum[row] += sum[i];\n"
+        "    if (rows->rows < MAX_ROWS) rows->sum[row] = sum_lanes(sum);",
+    ),
+    # The order of two roundings follows the number of tokens.
+    "matmul.c": (
+        "value = value * token.scale * load(scale + n);",
+        "value = panels == 1 ? value * token.scale * load(scale + n) : value * (token.scale * load(scale + n));",
+    ),
+}
+"""In a C source, a line and what it is replaced by."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("selftest") / "model"
+    config = deepcopy(TINY_CONFIGS["llama"])
+    config.max_position_embeddings = 512
+    write_checkpoint(path, config)
+    return path
+
+
+@pytest.fixture
+def broken_kernels(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """The CPU's kernels with one of their sources broken."""
+    line, replacement = BREAKS[request.param]
+    for file in cpu.SOURCES + cpu.HEADERS:
+        shutil.copy(file, tmp_path)
+    source = tmp_path / request.param
+    assert source.read_text().count(line) == 1
+    source.write_text(source.read_text().replace(line, replacement))
+    monkeypatch.setattr(cpu, "SOURCES", sorted(tmp_path.glob("*.c")))
+    monkeypatch.setattr(cpu, "HEADERS", sorted(tmp_path.glob("*.h")))
+    for cached in (cpu.library, cpu._pool):
+        cached.cache_clear()
+    yield
+    for cached in (cpu.library, cpu._pool):
+        cached.cache_clear()
+
+
+def trial(path: Path, num_requests: int = 24) -> Trial:
+    config = EngineConfig(model=str(path), quant="int8", device="cpu", num_threads=2)
+    return Trial(config, path, num_requests)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("broken_kernels")
+@pytest.mark.parametrize("broken_kernels", BREAKS, indirect=True)
+def test_a_broken_reduction_is_found(checkpoint: Path) -> None:
+    comparison = trial(checkpoint).run(quiet=True)
+    assert comparison.missing() == []
+    assert any("other logits alone" in difference for difference in comparison.differences)
+
+
+@needs_compiler
+def test_what_was_not_exercised_is_named(checkpoint: Path) -> None:
+    comparison = trial(checkpoint, 2).run((Round(budget=400, max_num_seqs=2, is_scarce=False),), quiet=True)
+    assert comparison.differences == []
+    missing = comparison.missing()
+    assert {"preemptions", "recomputed after a preemption", "step of 16 or more draws"} <= set(missing)
+    assert "decoded" not in missing
+
+
+@needs_compiler
+def test_the_command_proves_it_and_says_how(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", str(checkpoint), "--quant", "int8", "--device", "cpu", "--num-threads", "2"]
+    assert main(["--invariants", *options]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == "PASS"
+    assert "not exercised" not in shown
+    assert "  ok   1 thread: " in shown
+    assert all(kind in shown for kind in selftest.KINDS)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("broken_kernels")
+@pytest.mark.parametrize("broken_kernels", ["attention.c"], indirect=True)
+def test_the_command_fails_where_a_promise_is_broken(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "_compare_elsewhere", lambda trial, arguments: True)
+    assert main(["--invariants", "--model", str(checkpoint), "--quant", "int8", "--device", "cpu"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == "FAIL"
+    assert "other logits alone than computed with" in shown
+
+
+@pytest.mark.parametrize("without", ["library", "float32"])
+def test_where_nothing_is_promised_that_is_said(
+    checkpoint: Path, without: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--model", str(checkpoint), "--device", "cpu", "--num-requests", "6"]
+    if without == "library":
+        monkeypatch.setattr(cpu, "library", lambda: None)
+        options += ["--quant", "int8"]
+    else:
+        options += ["--dtype", "bfloat16"]
+    assert main(["--invariants", *options]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == "no promise is made for this configuration"
+    assert "FAIL" not in shown
+
+
+def test_an_option_that_does_not_fit_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--invariants", "--model", "/nowhere/at/all"]) == 1
+    assert "/nowhere/at/all" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--quant", "int8"])
