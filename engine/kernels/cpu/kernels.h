@@ -121,6 +121,18 @@ INLINE Ints larger_of(Ints a, Ints b) {
     return (is_first & a) | (~is_first & b);
 }
 
+// Whether a lane of a mask, all ones or zeros each, is set.
+INLINE int any(Ints mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+    int64_t pairs[8], set = 0;
+    memcpy(pairs, &mask, sizeof pairs);
+    for (int i = 0; i < 8; i++) set |= pairs[i];
+    return set != 0;
+#endif
+}
+
 INLINE Floats maximum(Floats a, Floats b) { return choose(a > b, a, b); }
 
 // a * b + c, rounded once.
@@ -223,16 +235,34 @@ typedef struct {
 
 enum { SPREAD_BLOCK = 32 };
 
-// The lower median of `size` non-negative floats given as their bits, which are ordered like they are: by bisection.
+INLINE int64_t count_at_most(const int32_t *values, int64_t size, int32_t limit) {
+    int64_t total = 0;
+#if defined(__AVX512F__)
+    for (int64_t i = 0; i < size; i += LANES) {
+        const __mmask16 there = (__mmask16)(size - i >= LANES ? 0xFFFF : (1 << (size - i)) - 1);
+        const __m512i v = _mm512_maskz_loadu_epi32(there, values + i);
+        total += __builtin_popcount(_mm512_mask_cmple_epi32_mask(there, v, _mm512_set1_epi32(limit)));
+    }
+#else
+    for (int64_t i = 0; i < size; i++) total += values[i] <= limit;
+#endif
+    return total;
+}
+
+// The lower median of `size` non-negative floats given as their bits, which are ordered like they are.
 INLINE float lower_median(const int32_t *bits, int64_t size) {
     const int64_t rank = (size + 1) / 2;
-    int32_t low = -1, high = 0x7F800000;  // at most `low` are too few, at most `high` enough
-    while (high - low > 1) {
-        const int32_t middle = low + (high - low) / 2;
-        int64_t below = 0;
-        for (int64_t i = 0; i < size; i++) below += bits[i] <= middle;
-        if (below >= rank) high = middle;
-        else low = middle;
+    int32_t high = 0x7F800000;
+    if (size <= 64) {  // the smallest that enough are not above
+        for (int64_t i = 0; i < size; i++)
+            if (count_at_most(bits, size, bits[i]) >= rank && bits[i] < high) high = bits[i];
+    } else {
+        int32_t low = -1;  // at most `low` are too few, at most `high` enough
+        while (high - low > 1) {
+            const int32_t middle = low + (high - low) / 2;
+            if (count_at_most(bits, size, middle) >= rank) high = middle;
+            else low = middle;
+        }
     }
     float median;
     memcpy(&median, &high, sizeof median);
@@ -270,11 +300,14 @@ INLINE void quantize_row(const float *x, int64_t size, float spread, Codes codes
     for (int64_t k = 0; k < codes.stride; k += LANES) {
         const Floats q = k < size ? round_even(load_part(x + k, size - k) * steps) : (Floats){0};
         const Ints is_over = absolute(q) > 127.0f;
-        const Floats h = choose(is_over, round_even(q * (1.0f / 128)), (Floats){0});
-        const Ints high = __builtin_convertvector(h, Ints), low_codes = __builtin_convertvector(q - h * 128, Ints);
+        const int has_high = any(is_over);
+        const Floats h = has_high ? choose(is_over, round_even(q * (1.0f / 128)), (Floats){0}) : (Floats){0};
+        const Ints low_codes = __builtin_convertvector(q - h * 128, Ints);
         low_sums += low_codes;
         const Bytes bytes = narrow(low_codes);
         memcpy(low + k, &bytes, LANES);
+        if (!has_high) continue;
+        const Ints high = __builtin_convertvector(h, Ints);
         high_sums += high;
         const Bytes over = narrow(high);
         int32_t of_quads[4];

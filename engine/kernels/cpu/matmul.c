@@ -15,8 +15,8 @@ enum {
     PANEL = 16,        // output features
     QUAD = 4,          // input features
     QUAD_BYTES = PANEL * QUAD,
-    WIDE = 4,          // panels that go through many tokens together
-    MAX_ROWS = 6,      // tokens whose sums with those fit into the registers
+    WIDE = 2,          // panels that go through many tokens together
+    MAX_ROWS = 12,     // tokens whose sums with those fit into the registers
     FEW_TOKENS = 4,    // up to here a panel by itself is as fast, and needs less memory at a time
     CHUNK = 192,       // tokens in a task
     NARROW_TASK = 2,   // panels in a task of few tokens
@@ -42,25 +42,25 @@ INLINE __m512i broadcast(const int8_t *codes) {
     static void tile_##ROWS##_##PANELS(const uint8_t *weight, int64_t distance, const int8_t *x, int64_t stride,   \
                                        int64_t quads, int32_t *sums) {                                             \
         __m512i total[UNROLL][ROWS][PANELS];                                                                       \
-        _Pragma("GCC unroll 8") for (int u = 0; u < UNROLL; u++)                                                   \
-            _Pragma("GCC unroll 8") for (int m = 0; m < ROWS; m++)                                                 \
-                _Pragma("GCC unroll 8") for (int n = 0; n < PANELS; n++)                                           \
+        _Pragma("GCC unroll 16") for (int u = 0; u < UNROLL; u++)                                                   \
+            _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++)                                                 \
+                _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++)                                           \
                     total[u][m][n] = _mm512_setzero_si512();                                                       \
         for (int64_t k = 0; k < quads; k += UNROLL) {                                                              \
-            _Pragma("GCC unroll 8") for (int u = 0; u < UNROLL; u++) {                                             \
+            _Pragma("GCC unroll 16") for (int u = 0; u < UNROLL; u++) {                                             \
                 __m512i w[PANELS];                                                                                 \
-                _Pragma("GCC unroll 8") for (int n = 0; n < PANELS; n++)                                           \
+                _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++)                                           \
                     w[n] = _mm512_loadu_si512(weight + n * distance + (k + u) * QUAD_BYTES);                       \
-                _Pragma("GCC unroll 8") for (int m = 0; m < ROWS; m++) {                                           \
+                _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++) {                                           \
                     const __m512i codes = broadcast(x + m * stride + (k + u) * QUAD);                              \
-                    _Pragma("GCC unroll 8") for (int n = 0; n < PANELS; n++)                                       \
+                    _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++)                                       \
                         total[u][m][n] = _mm512_dpbusd_epi32(total[u][m][n], w[n], codes);                         \
                 }                                                                                                  \
             }                                                                                                      \
         }                                                                                                          \
-        _Pragma("GCC unroll 8") for (int m = 0; m < ROWS; m++)                                                     \
-            _Pragma("GCC unroll 8") for (int n = 0; n < PANELS; n++) {                                             \
-            _Pragma("GCC unroll 8") for (int u = 1; u < UNROLL; u++)                                               \
+        _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++)                                                     \
+            _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++) {                                             \
+            _Pragma("GCC unroll 16") for (int u = 1; u < UNROLL; u++)                                               \
                 total[0][m][n] = _mm512_add_epi32(total[0][m][n], total[u][m][n]);                                 \
             _mm512_storeu_si512(sums + (m * PANELS + n) * PANEL, total[0][m][n]);                                  \
         }                                                                                                          \
@@ -69,8 +69,7 @@ INLINE __m512i broadcast(const int8_t *codes) {
 // The sums of a token's sparse terms.
 INLINE void sum_quads(const uint8_t *weight, int64_t distance, const Quad *quads, int64_t size, int64_t panels,
                       int32_t *sums) {
-    __m512i total[WIDE] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
-                           _mm512_setzero_si512()};
+    __m512i total[WIDE] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     for (int64_t i = 0; i < size; i++) {
         const __m512i codes = broadcast(quads[i].codes);
         const uint8_t *w = weight + quads[i].index * QUAD_BYTES;
@@ -161,15 +160,21 @@ TILE(1, 1, 4)
 TILE(2, 1, 4)
 TILE(3, 1, 2)
 TILE(4, 1, 2)
-TILE(1, 4, 1)
-TILE(2, 4, 1)
-TILE(3, 4, 1)
-TILE(4, 4, 1)
-TILE(5, 4, 1)
-TILE(6, 4, 1)
+TILE(1, 2, 1)
+TILE(2, 2, 1)
+TILE(3, 2, 1)
+TILE(4, 2, 1)
+TILE(5, 2, 1)
+TILE(6, 2, 1)
+TILE(7, 2, 1)
+TILE(8, 2, 1)
+TILE(9, 2, 1)
+TILE(10, 2, 1)
+TILE(11, 2, 1)
+TILE(12, 2, 1)
 
 static Tile *const NARROW_TILES[] = {tile_1_1, tile_2_1, tile_3_1, tile_4_1};
-static Tile *const WIDE_TILES[] = {tile_1_4, tile_2_4, tile_3_4, tile_4_4, tile_5_4, tile_6_4};
+static Tile *const WIDE_TILES[] = {tile_1_2, tile_2_2, tile_3_2, tile_4_2, tile_5_2, tile_6_2, tile_7_2, tile_8_2, tile_9_2, tile_10_2, tile_11_2, tile_12_2};
 
 // 16 tokens × 16 output features × 64 input features an instruction.
 enum { TILE_TOKENS = 16, TILE_FEATURES = 64 };
@@ -375,20 +380,20 @@ OPERATION(int8_matmul) {
     static void float_tile_##ROWS##_##PANELS(const float *weight, int64_t distance, const float *x, int64_t stride, \
                                              int64_t size, Floats *total) {                                        \
         Floats sums[ROWS][PANELS];                                                                                 \
-        _Pragma("GCC unroll 8") for (int m = 0; m < ROWS; m++)                                                     \
-            _Pragma("GCC unroll 8") for (int n = 0; n < PANELS; n++) sums[m][n] = (Floats){0};                     \
+        _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++)                                                     \
+            _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++) sums[m][n] = (Floats){0};                     \
         for (int64_t k = 0; k < size; k++) {                                                                       \
             Floats w[PANELS];                                                                                      \
-            _Pragma("GCC unroll 8") for (int n = 0; n < PANELS; n++)                                               \
+            _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++)                                               \
                 w[n] = load(weight + n * distance + k * PANEL);                                                    \
-            _Pragma("GCC unroll 8") for (int m = 0; m < ROWS; m++) {                                               \
+            _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++) {                                               \
                 const Floats v = fill(x[m * stride + k]);                                                          \
-                _Pragma("GCC unroll 8") for (int n = 0; n < PANELS; n++)                                           \
+                _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++)                                           \
                     sums[m][n] = multiply_add(w[n], v, sums[m][n]);                                                \
             }                                                                                                      \
         }                                                                                                          \
-        _Pragma("GCC unroll 8") for (int m = 0; m < ROWS; m++)                                                     \
-            _Pragma("GCC unroll 8") for (int n = 0; n < PANELS; n++) total[m * PANELS + n] = sums[m][n];           \
+        _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++)                                                     \
+            _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++) total[m * PANELS + n] = sums[m][n];           \
     }
 
 typedef void FloatTile(const float *, int64_t, const float *, int64_t, int64_t, Floats *);
@@ -406,7 +411,9 @@ FLOAT_TILE(4, 4)
 FLOAT_TILE(5, 4)
 FLOAT_TILE(6, 4)
 
-static FloatTile *const FLOAT_TILES[2][MAX_ROWS] = {
+enum { FLOAT_WIDE = 4, FLOAT_ROWS = 6 };  // as above
+
+static FloatTile *const FLOAT_TILES[2][FLOAT_ROWS] = {
     {float_tile_1_1, float_tile_2_1, float_tile_3_1, float_tile_4_1, float_tile_5_1, float_tile_6_1},
     {float_tile_1_4, float_tile_2_4, float_tile_3_4, float_tile_4_4, float_tile_5_4, float_tile_6_4},
 };
@@ -415,16 +422,16 @@ static FloatTile *const FLOAT_TILES[2][MAX_ROWS] = {
 OPERATION(float_matmul) {
     const int64_t rows = count(w[0]), size = w[2].i, features = w[5].i, distance = size * PANEL;
     const int64_t num_panels = (features + PANEL - 1) / PANEL;
-    const int64_t chunks = (rows + CHUNK - 1) / CHUNK, tasks = (num_panels + WIDE - 1) / WIDE * chunks;
+    const int64_t chunks = (rows + CHUNK - 1) / CHUNK, tasks = (num_panels + FLOAT_WIDE - 1) / FLOAT_WIDE * chunks;
     FOR_TASKS(task, tasks) {
-        const int64_t first = task / chunks * WIDE, last = first + WIDE < num_panels ? first + WIDE : num_panels;
+        const int64_t first = task / chunks * FLOAT_WIDE, last = first + FLOAT_WIDE < num_panels ? first + FLOAT_WIDE : num_panels;
         const int64_t from = task % chunks * CHUNK, to = from + CHUNK < rows ? from + CHUNK : rows;
-        const int64_t step = last - first < WIDE ? 1 : WIDE;
+        const int64_t step = last - first < FLOAT_WIDE ? 1 : FLOAT_WIDE;
         for (int64_t panel = first; panel < last; panel += step) {
             for (int64_t m = from; m < to;) {
-                const int64_t most = to - m < MAX_ROWS ? to - m : MAX_ROWS;
-                Floats sums[MAX_ROWS * WIDE];
-                FLOAT_TILES[step == WIDE][most - 1]((const float *)w[3].p + panel * distance, distance,
+                const int64_t most = to - m < FLOAT_ROWS ? to - m : FLOAT_ROWS;
+                Floats sums[FLOAT_ROWS * FLOAT_WIDE];
+                FLOAT_TILES[step == FLOAT_WIDE][most - 1]((const float *)w[3].p + panel * distance, distance,
                                                     (const float *)w[1].p + m * size, size, size, sums);
                 for (int64_t i = 0; i < most * step; i++) {
                     const int64_t n = (panel + i % step) * PANEL;
