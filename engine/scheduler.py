@@ -207,6 +207,9 @@ class Scheduler:
                 held_back.append(heapq.heappop(self._waiting))
                 continue
             prefix = self.kv_cache.find_prefix(sequence)
+            if self._is_being_computed(sequence, len(prefix)):
+                held_back.append(heapq.heappop(self._waiting))
+                continue
             if not self._has_room(sequence, prefix):
                 break
             heapq.heappop(self._waiting)
@@ -222,6 +225,11 @@ class Scheduler:
             budget -= num_tokens
         for entry in held_back:
             heapq.heappush(self._waiting, entry)
+
+    def _is_being_computed(self, sequence: Sequence, index: int) -> bool:
+        """Whether a running sequence will soon have full block `index` of this one's prompt: worth waiting for."""
+        wanted = sequence.block_hashes[index : index + 1]
+        return bool(wanted) and any(wanted == s.block_hashes[index : index + 1] for s in self.running)
 
     def _is_prefilling(self, sequence: Sequence) -> bool:
         """Whether its first token is still to come; until then its prompt's blocks cannot be found."""

@@ -17,6 +17,7 @@ LEVELS = {
     "engine.outputs": 1,
     "engine.metrics": 1,
     "engine.sampling.params": 1,
+    "engine.sampling.noise": 1,
     "engine.sampling.random": 1,
     "engine.quant.weight": 1,
     "engine.request": 2,

@@ -131,6 +131,27 @@ def test_without_prefix_caching_requests_share_nothing() -> None:
         assert outputs[0].num_cached_tokens == 0
 
 
+def test_a_prefix_that_another_computes_just_now_is_waited_for() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=16, threshold=8)
+    for index in range(3):
+        scheduler.add(make_request(f"shares {index}", [*prompt_of(12), 200 + index], max_tokens=2))
+    scheduler.add(make_request("other", prompt_of(6, 300), max_tokens=2))
+    plans = [sizes(step(scheduler)[0]) for _ in range(3)]
+    # Those that share its twelve tokens let the first one compute them; whoever does not goes ahead.
+    assert plans == [[8, 6], [1, 5], [1, 1, 1]]
+    assert scheduler.stats.prefix_cache_hits == 2 * 12
+
+
+def test_whoever_waits_for_a_prefix_goes_on_when_its_owner_is_gone() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8, threshold=8)
+    for request_id in "ab":
+        scheduler.add(make_request(request_id, prompt_of(20), max_tokens=1))
+    assert sizes(step(scheduler)[0]) == [8]
+    scheduler.abort("a")
+    batch, _ = step(scheduler)
+    assert [(row.start, len(row.token_ids)) for row in batch.rows] == [(8, 8)]
+
+
 def test_an_equal_prompt_later_is_found_in_the_cache() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", prompt_of(12), max_tokens=1))

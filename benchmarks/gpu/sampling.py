@@ -9,7 +9,8 @@ import torch
 from benchmarks.gpu.steps import Step, Values, equal, within
 from engine.kernels import sample
 from engine.kernels.sample import Adjustments, DrawParameters
-from engine.sampling.random import draw_key, gumbel_noise
+from engine.sampling.noise import gumbel_noise
+from engine.sampling.random import draw_key
 
 FILTERS = [
     (1, 1.0, 0.0),

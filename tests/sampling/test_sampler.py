@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from engine.batch import Draw
 from engine.request import RowFailure, SampledToken
+from engine.sampling.noise import gumbel_noise
 from engine.sampling.params import SamplingParams
-from engine.sampling.random import derive_seed, draw_key, gumbel_noise
+from engine.sampling.random import derive_seed, draw_key
 from engine.sampling.sampler import parameters_of, sample
 
 VOCABULARY = 50
