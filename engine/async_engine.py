@@ -48,7 +48,7 @@ Result = TypeVar("Result")
 SHUTDOWN_SECONDS = 5.0
 
 OPENMP_SPINS = "20000"
-"""How often the model's threads look for work before they sleep, tens of microseconds. By default they spin for
+"""How often torch's threads look for work before they sleep, tens of microseconds. By default they spin for
 milliseconds, and take the core from whoever they wait for when the machine has something else to do."""
 
 

@@ -17,8 +17,7 @@ from engine.models.config import RopeConfig
 from engine.models.decoder import Decoder
 from engine.request import RowFailure, SampledToken
 from engine.sampling.sampler import sample
-
-Words = np.ndarray[tuple[int], np.dtype[np.int32]]
+from engine.step_buffers import Words
 
 
 class Sampled(Protocol):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from engine.kernels import cpu
 from engine.kernels.activations import Activations, Format, SparseInt8Activations, SparseInt8Format
+from engine.kernels.int8_matmul import MAX_IN_FEATURES
 from engine.kernels.quantize import HIGH_STEPS, quantize_sparse, sparse_reference
 
 PANEL = 16
@@ -34,9 +35,6 @@ GROUP_BYTES = 2 * 2 * PANEL + GROUP_SIZE * PANEL // 2
 
 FRACTION = 256
 """Steps of an int4 weight's factor and offset in one of its int8 codes."""
-
-MAX_IN_FEATURES = (2**31 - 1) // (255 * 127)
-"""More products could overflow an int32 sum; the C bodies add 128 to weights, so up to 255 * 127 each."""
 
 
 @dataclass(frozen=True, slots=True)

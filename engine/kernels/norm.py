@@ -31,7 +31,8 @@ def rms_norm(
     """RMSNorm over the last dimension.
 
     Args:
-        x: [..., H] float with H contiguous; of two or three dimensions, the outer ones may be strided.
+        x: [..., H] float with H contiguous; for a Triton kernel of two or three dimensions, the outer ones perhaps
+            strided; for a C kernel contiguous.
         weight: [H].
         format: Written by Triton's and C's kernels for x [M, H]; torch's operators return floats.
         delta: Like x, contiguous; added to x in place before, rounded to x's dtype.
@@ -51,7 +52,7 @@ def rms_norm(
     num_rows = x.numel() // size
     y, outputs_of_c = host_outputs("rms_norm", num_rows, size, format)
     cpu.run("rms_norm", num_rows, x, delta, weight, epsilon, size, *outputs_of_c)
-    return y
+    return y.view(x.shape) if isinstance(y, torch.Tensor) else y
 
 
 def add(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -138,16 +138,21 @@ def rotate_and_write(
         The rotated queries, [T, query heads, head_dim]; their tokens may be apart in memory.
     """
     target = target_of(heads)
+    num_tokens, total, head_dim = heads.shape
+    num_heads = total - 2 * num_kv_heads
     if target is None and cpu.serves(heads):
-        return _host_rotate_and_write(
-            heads, positions, cosine, sine, layer, slots, num_kv_heads, query_norm, key_norm, epsilon
+        assert heads.is_contiguous()
+        norms = (query_norm, key_norm, epsilon)
+        shape = (num_heads, num_kv_heads, head_dim)
+        cached = (layer.keys, layer.values, layer.key_scales, layer.value_scales, layer.type_number)
+        cpu.run(
+            "rotate_and_write", num_tokens, heads, positions, cosine, sine, slots, *norms, *shape, *cached
         )
+        return heads[:, :num_heads]  # rotated in place
     if target is None:
         return reference(
             heads, positions, cosine, sine, layer, slots, num_kv_heads, query_norm, key_norm, epsilon
         )
-    num_tokens, total, head_dim = heads.shape
-    num_heads = total - 2 * num_kv_heads
     queries = heads.new_empty(num_tokens, num_heads, head_dim)
     tile = select_tile(target, "rotate_and_write", num_tokens)
     launch(
@@ -174,45 +179,6 @@ def rotate_and_write(
         HEAD_DIM=head_dim,
     )
     return queries
-
-
-def _host_rotate_and_write(
-    heads: torch.Tensor,
-    positions: torch.Tensor,
-    cosine: torch.Tensor,
-    sine: torch.Tensor,
-    layer: KVLayer,
-    slots: torch.Tensor,
-    num_kv_heads: int,
-    query_norm: torch.Tensor | None,
-    key_norm: torch.Tensor | None,
-    epsilon: float,
-) -> torch.Tensor:
-    """The C body, which rotates in place."""
-    num_tokens, total, head_dim = heads.shape
-    num_heads = total - 2 * num_kv_heads
-    assert heads.is_contiguous()
-    cpu.run(
-        "rotate_and_write",
-        num_tokens,
-        heads,
-        positions,
-        cosine,
-        sine,
-        slots,
-        query_norm,
-        key_norm,
-        epsilon,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        layer.keys,
-        layer.values,
-        layer.key_scales,
-        layer.value_scales,
-        layer.type_number,
-    )
-    return heads[:, :num_heads]
 
 
 def reference(

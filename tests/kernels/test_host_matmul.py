@@ -8,7 +8,6 @@ import torch
 from engine.kernels import cpu
 from engine.kernels.activations import SparseInt8Format
 from engine.kernels.host_matmul import (
-    MAX_IN_FEATURES,
     HostFloatMatmul,
     HostInt8Matmul,
     Int4Grid,
@@ -16,6 +15,7 @@ from engine.kernels.host_matmul import (
     pack_int4,
     reference,
 )
+from engine.kernels.int8_matmul import MAX_IN_FEATURES
 from engine.kernels.quantize import HIGH_STEPS, quantize_sparse, sparse_reference
 from engine.quant.host import HOST_ACTIVATIONS
 from engine.quant.int4 import pack_nibbles

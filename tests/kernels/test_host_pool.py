@@ -26,14 +26,14 @@ OPERATIONS = """
 int enable_tiles(void) { return 0; }
 
 // One in 20 threads comes late, after what it looks at has been overwritten perhaps.
-static void dawdle(const Team *team, int64_t nanoseconds) {
+static void dawdle(int64_t nanoseconds) {
     const struct timespec duration = {0, nanoseconds};
-    if (nanoseconds != 0 && team->thread != 0 && rand() % 20 == 0) nanosleep(&duration, NULL);
+    if (nanoseconds != 0 && rand() % 20 == 0) nanosleep(&duration, NULL);
 }
 
 // rows, x [M, H] float, delta [M, H] float: x += delta; H, nanoseconds
 OPERATION(late_add) {
-    dawdle(team, w[4].i);
+    dawdle(w[4].i);
     const int64_t rows = count(w[0]), size = w[3].i;
     FOR_ROWS(m, rows)
         for (int64_t i = m * size; i < (m + 1) * size; i++) ((float *)w[1].p)[i] += ((const float *)w[2].p)[i];
@@ -41,7 +41,7 @@ OPERATION(late_add) {
 
 // rows, x [T, H] float, indices [M] int32, H, output [M, H] float, nanoseconds
 OPERATION(late_gather) {
-    dawdle(team, w[5].i);
+    dawdle(w[5].i);
     const int64_t rows = count(w[0]), size = w[3].i;
     FOR_ROWS(m, rows)
         memcpy((float *)w[4].p + m * size, (const float *)w[1].p + ((const int32_t *)w[2].p)[m] * size,

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kernels import int4_matmul
-from engine.kernels.host_matmul import MAX_IN_FEATURES, int4_grid, reference
+from engine.kernels.host_matmul import int4_grid, reference
+from engine.kernels.int8_matmul import MAX_IN_FEATURES
 from engine.kernels.quantize import sparse_reference
 from engine.quant.floating import Float
 from engine.quant.host import HOST_ACTIVATIONS

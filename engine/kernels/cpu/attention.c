@@ -14,8 +14,6 @@ enum {
     MAX_DIM = 256,
 };
 
-enum { FLOAT32, BFLOAT16, FLOAT16, INT8, FP8 };
-
 // What all tasks of an operation read; see below.
 typedef struct {
     const float *queries;
@@ -93,13 +91,12 @@ INLINE int64_t row_of(const Inputs *in, const int32_t *table, int64_t head, int6
 // One vector of the cache, `padded` floats.
 INLINE void read_vector(const void *cache, const float *scales, int64_t row, float *x, int64_t size, int64_t padded,
                         int64_t type) {
-    static const int64_t bytes[] = {4, 2, 2, 1, 1};
     for (int64_t d = 0; d < padded; d += LANES) {
         Floats v;
         if (size - d >= LANES) v = load_cached(cache, row * size + d, type);
         else {  // reading sixteen would leave the cache
             uint8_t part[LANES * 4] = {0};
-            memcpy(part, (const uint8_t *)cache + (row * size + d) * bytes[type], (size_t)((size - d) * bytes[type]));
+            memcpy(part, (const uint8_t *)cache + (row * size + d) * CACHE_BYTES[type], (size_t)((size - d) * CACHE_BYTES[type]));
             v = load_cached(part, 0, type);
         }
         store(x + d, type == INT8 ? v * scales[row] : v);
@@ -108,7 +105,6 @@ INLINE void read_vector(const void *cache, const float *scales, int64_t row, flo
 
 INLINE void read_segment_of(const Inputs *in, const int32_t *table, int64_t head, int64_t first, int64_t last,
                             Segment *segment, int64_t type) {
-    static const int64_t bytes[] = {4, 2, 2, 1, 1};
     const int64_t base = first / SEGMENT * SEGMENT, size = in->size, padded = (size + LANES - 1) / LANES * LANES;
     for (int64_t strip = (first - base) / LANES * LANES; base + strip < last; strip += LANES) {
         for (int64_t i = 0; i < LANES; i++) {
@@ -122,8 +118,8 @@ INLINE void read_segment_of(const Inputs *in, const int32_t *table, int64_t head
             const int64_t row = row_of(in, table, head, position);
             // Heads lie apart, which the processor's own prefetching does not see.
             if (position + LANES < last) {
-                const int64_t ahead = row_of(in, table, head, position + LANES) * size * bytes[type];
-                for (int64_t line = 0; line < size * bytes[type]; line += 64) {
+                const int64_t ahead = row_of(in, table, head, position + LANES) * size * CACHE_BYTES[type];
+                for (int64_t line = 0; line < size * CACHE_BYTES[type]; line += 64) {
                     __builtin_prefetch((const uint8_t *)in->keys + ahead + line);
                     __builtin_prefetch((const uint8_t *)in->values + ahead + line);
                 }

@@ -162,8 +162,6 @@ INLINE uint8_t to_fp8(float x) {
     return sign | (uint8_t)(((exponent + 5) << 3) + steps);
 }
 
-enum { FLOAT32, BFLOAT16, FLOAT16, INT8, FP8 };
-
 // A head's vector into the cache; scale: where int8's goes.
 INLINE void write_vector(const float *x, void *cache, float *scale, int64_t index, int64_t size, int64_t type) {
     if (type == FLOAT32) memcpy((float *)cache + index * size, x, (size_t)size * sizeof(float));

@@ -31,7 +31,7 @@ typedef struct {
 
 // One of the threads that run an operation.
 typedef struct {
-    int64_t thread, num_threads;
+    int64_t num_threads;
     Counters *counters;
     int64_t taken, total;  // tasks: this thread's, all threads'
 } Team;
@@ -323,5 +323,9 @@ INLINE void quantize_row(const float *x, int64_t size, float spread, Codes codes
     for (int i = 0; i < LANES; i++) token.low_sum += low_sums[i], token.high_sum += high_sums[i];
     codes.tokens[m] = token;
 }
+
+// The types of a cache, in the order of engine/kernels/kv_layer.py, and their bytes.
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8, FP8 };
+static const int64_t CACHE_BYTES[] __attribute__((unused)) = {4, 2, 2, 1, 1};
 
 #endif

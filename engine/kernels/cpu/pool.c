@@ -69,15 +69,8 @@ static void work(const Run *run, Team team, double *seconds) {
     }
 }
 
-typedef struct {
-    Pool *pool;
-    int64_t thread;
-} Worker;
-
 static void *serve(void *argument) {
-    const Worker worker = *(Worker *)argument;
-    Pool *pool = worker.pool;
-    free(argument);
+    Pool *pool = argument;
     int64_t seen = 0;
     for (;;) {
         for (int64_t spins = 0; spins < SPINS && __atomic_load_n(&pool->generation, __ATOMIC_SEQ_CST) == seen;)
@@ -96,7 +89,7 @@ static void *serve(void *argument) {
         // Whoever reuses a run's memory waits until it is neither current nor active.
         __atomic_fetch_add(&run->active, 1, __ATOMIC_SEQ_CST);
         if (__atomic_load_n(&pool->current, __ATOMIC_SEQ_CST) == run)
-            work(run, (Team){worker.thread, pool->num_threads, NULL, 0, 0}, NULL);
+            work(run, (Team){pool->num_threads, NULL, 0, 0}, NULL);
         __atomic_fetch_sub(&run->active, 1, __ATOMIC_SEQ_CST);
     }
     return NULL;
@@ -109,10 +102,8 @@ void *create_pool(int64_t num_threads) {
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->posted, NULL);
     for (int64_t thread = 1; thread < num_threads; thread++) {
-        Worker *worker = malloc(sizeof *worker);
-        *worker = (Worker){pool, thread};
         pthread_t id;
-        if (pthread_create(&id, NULL, serve, worker) != 0) return NULL;
+        if (pthread_create(&id, NULL, serve, pool) != 0) return NULL;
         pthread_detach(id);
     }
     return pool;
@@ -146,7 +137,7 @@ void run_calls(Pool *pool, const Call *calls, int64_t size, double *seconds) {
         pthread_cond_broadcast(&pool->posted);
         pthread_mutex_unlock(&pool->mutex);
     }
-    work(run, (Team){0, pool->num_threads, NULL, 0, 0}, seconds);
+    work(run, (Team){pool->num_threads, NULL, 0, 0}, seconds);
     // Both: a thread that is behind may count more tasks than there were, and must not wait for them.
     for (int64_t i = 0; i < size; i++) {
         __atomic_store_n(&run->counters[i].next, CLOSED, __ATOMIC_SEQ_CST);
