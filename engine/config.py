@@ -79,7 +79,7 @@ class EngineConfig:
     gpu_memory_utilization: float = _option(0.9, "share of a GPU's memory that weights and KV cache may take")
     kv_cache_dtype: CacheType = _option(
         "auto",
-        "type of cached keys and values; auto is the activations' type; int8 has a scale for each token and head",
+        "cached keys and values; auto: the activations' type, int8 (a scale a token and head) on CPUs if quantized",
     )
     block_size: int = _option(16, "tokens in a block of the KV cache, a power of two from 4 to 256")
     enable_prefix_caching: bool = _option(True, "find the blocks of equal prompt prefixes again")

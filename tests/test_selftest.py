@@ -10,28 +10,38 @@ from pathlib import Path
 import pytest
 
 from engine import selftest
-from engine.config import EngineConfig
+from engine.config import CacheType, EngineConfig
 from engine.kernels import cpu
 from engine.selftest import Round, Trial, main
 from tests.tiny import TINY_CONFIGS, write_checkpoint
 
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="there is no C compiler on this machine")
 
+SUM_OF_WEIGHTS = "rows->sum[row] = sum_lanes(sum);"
+
+
+def sum_in_another_order(most_queries: str) -> str:
+    """The order of a sum follows the number of queries that are taken together."""
+    return f"""
+        rows->sum[row] = 0;
+        for (int i = 0; i < LANES; i++) rows->sum[row] += sum[i];
+        if (rows->size < {most_queries}) {SUM_OF_WEIGHTS}"""
+
+
 BREAKS = {
-    # The order of a sum follows the number of queries that are taken together.
-    "attention.c": (
-        "rows->sum[row] = sum_lanes(sum);",
-        "rows->sum[row] = 0;\n"
-        "    for (int i = 0; i < LANES; i++) rows->sum[row] += sum[i];\n"
-        "    if (rows->rows < MAX_ROWS) rows->sum[row] = sum_lanes(sum);",
-    ),
+    "int8_attention.c": (SUM_OF_WEIGHTS, sum_in_another_order("INT8_QUERIES")),
+    "float_attention.c": (SUM_OF_WEIGHTS, sum_in_another_order("FLOAT_QUERIES")),
     # The order of two roundings follows the number of tokens.
     "matmul.c": (
-        "value = value * token.scale * load(scale + n);",
-        "value = panels == 1 ? value * token.scale * load(scale + n) : value * (token.scale * load(scale + n));",
+        "(high_sum * 128.0f + low_sum) * token.scale * load(product->scale + n * PANEL);",
+        "num_panels == 1 ? (high_sum * 128.0f + low_sum) * token.scale * load(product->scale + n * PANEL)"
+        " : (high_sum * 128.0f + low_sum) * (token.scale * load(product->scale + n * PANEL));",
     ),
 }
 """In a C source, a line and what it is replaced by."""
+
+CACHES: dict[str, CacheType] = {"float_attention.c": "bfloat16"}
+"""What a source needs to be used at all."""
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +73,20 @@ def broken_kernels(
         cached.cache_clear()
 
 
-def trial(path: Path, num_requests: int = 24) -> Trial:
-    config = EngineConfig(model=str(path), quant="int8", device="cpu", num_threads=2)
+def trial(path: Path, num_requests: int = 24, cache: CacheType = "auto") -> Trial:
+    config = EngineConfig(model=str(path), quant="int8", device="cpu", num_threads=2, kv_cache_dtype=cache)
     return Trial(config, path, num_requests)
 
 
 @needs_compiler
 @pytest.mark.usefixtures("broken_kernels")
-@pytest.mark.parametrize("broken_kernels", BREAKS, indirect=True)
-def test_a_broken_reduction_is_found(checkpoint: Path) -> None:
-    comparison = trial(checkpoint).run(quiet=True)
+@pytest.mark.parametrize(
+    ("broken_kernels", "cache"),
+    [(source, CACHES.get(source, "auto")) for source in BREAKS],
+    indirect=["broken_kernels"],
+)
+def test_a_broken_reduction_is_found(checkpoint: Path, cache: CacheType) -> None:
+    comparison = trial(checkpoint, cache=cache).run(quiet=True)
     assert comparison.missing() == []
     assert any("other logits alone" in difference for difference in comparison.differences)
 
@@ -99,7 +113,7 @@ def test_the_command_proves_it_and_says_how(checkpoint: Path, capsys: pytest.Cap
 
 @needs_compiler
 @pytest.mark.usefixtures("broken_kernels")
-@pytest.mark.parametrize("broken_kernels", ["attention.c"], indirect=True)
+@pytest.mark.parametrize("broken_kernels", ["int8_attention.c"], indirect=True)
 def test_the_command_fails_where_a_promise_is_broken(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,13 +172,16 @@ INLINE void write_vector(const float *x, void *cache, float *scale, int64_t inde
     else if (type == FP8)
         for (int64_t d = 0; d < size; d++) ((uint8_t *)cache)[index * size + d] = to_fp8(x[d]);
     else {
-        float largest = 0.0f;
-        for (int64_t d = 0; d < size; d++) largest = fabsf(x[d]) > largest || x[d] != x[d] ? fabsf(x[d]) : largest;
-        const float step = fmaxf(largest / 127, 1.17549435e-38f);
-        for (int64_t d = 0; d < size; d++)
-            ((int8_t *)cache)[index * size + d] = (int8_t)(((x[d] / step) + 12582912.0f) - 12582912.0f);
+        Ints bits = {0};  // a NaN's are above infinity's
+        for (int64_t d = 0; d < size; d += LANES) bits = larger_of(bits, (Ints)absolute(load_part(x + d, size - d)));
+        const int is_finite = !any(bits >= 0x7F800000);
+        const float step = is_finite ? fmaxf(largest_lane((Floats)bits) / 127, 1.17549435e-38f) : 1.0f;
+        for (int64_t d = 0; d < size; d += LANES) {
+            const Bytes codes = narrow(round_to_ints(load_part(x + d, size - d) / step));
+            memcpy((int8_t *)cache + index * size + d, &codes, (size_t)smaller(LANES, size - d));
+        }
         // What is not finite shows where it is read.
-        scale[index] = largest - largest == 0.0f ? step : NAN;
+        scale[index] = is_finite ? step : NAN;
     }
 }
 

@@ -114,7 +114,14 @@ INLINE Bytes narrow(Ints x) {
 
 INLINE Floats fill(float x) { return x - (Floats){0}; }
 
-INLINE Floats choose(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
+// Lane by lane, of a mask of all ones or zeros.
+INLINE Floats choose(Ints mask, Floats yes, Floats no) {
+#if defined(__AVX512DQ__)
+    return (Floats)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)mask), (__m512)no, (__m512)yes);
+#else
+    return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
+#endif
+}
 
 INLINE Ints larger_of(Ints a, Ints b) {
     const Ints is_first = a > b;
@@ -133,7 +140,14 @@ INLINE int any(Ints mask) {
 #endif
 }
 
-INLINE Floats maximum(Floats a, Floats b) { return choose(a > b, a, b); }
+// b where either is not a number.
+INLINE Floats maximum(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
 // a * b + c, rounded once.
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
@@ -179,7 +193,13 @@ INLINE float largest_lane(Floats v) {
 INLINE Floats absolute(Floats v) { return (Floats)((Ints)v & 0x7FFFFFFF); }
 
 // The nearest integer, ties to even, of |x| < 2^22: beside 1.5 * 2^23 there are no bits for a fraction.
-INLINE Floats round_even(Floats x) { return (x + 12582912.0f) - 12582912.0f; }
+INLINE Floats round_even(Floats x) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    return (x + 12582912.0f) - 12582912.0f;
+#endif
+}
 
 // Half precision, by its own instructions where the compiler may know no such type.
 #if defined(__F16C__)
@@ -192,9 +212,32 @@ INLINE float from_half(Half x) { return (float)x; }
 INLINE Half to_half(float x) { return (Half)x; }
 #endif
 
-// exp(x) for x <= 0, to 3e-7 relative: 2^n times the Taylor series of the rest, |r| <= ln(2) / 2. Keeps a NaN.
-INLINE Floats exp_negative(Floats x) {
-    x = choose(x < -87.0f, fill(-87.0f), x);
+// The nearest integers as such.
+INLINE Ints round_to_ints(Floats x) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtps_epi32((__m512)x);
+#else
+    return __builtin_convertvector(round_even(x), Ints);
+#endif
+}
+
+INLINE int32_t sum_ints(Ints x) {
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+// x * 2^n for whole n that leave it a normal number.
+INLINE Floats scale_by_power(Floats x, Floats n) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+    return x * (Floats)((__builtin_convertvector(choose(n == n, n, fill(0.0f)), Ints) + 127) << 23);
+#endif
+}
+
+// exp(x) for -87 <= x <= 0, to 3e-7 relative: 2^n times the Taylor series of the rest, |r| <= ln(2) / 2. Keeps a NaN.
+INLINE Floats exp_in_range(Floats x) {
     const Floats n = round_even(x * 1.44269504f);
     // ln(2) in two parts
     const Floats r = multiply_add(n, fill(2.12194440e-4f), multiply_add(n, fill(-0.693359375f), x));
@@ -206,9 +249,14 @@ INLINE Floats exp_negative(Floats x) {
     sum = multiply_add(sum, r, fill(0.5f));
     sum = multiply_add(sum, r, fill(1.0f));
     sum = multiply_add(sum, r, fill(1.0f));
-    const Ints exponent = __builtin_convertvector(choose(n == n, n, fill(0.0f)), Ints);
-    return sum * (Floats)((exponent + 127) << 23);
+    return scale_by_power(sum, n);
 }
+
+// exp(x) for x <= 0, exp(-87) below that.
+INLINE Floats exp_negative(Floats x) { return exp_in_range(choose(x < -87.0f, fill(-87.0f), x)); }
+
+// exp(x) for x <= 0, 0 below -87.
+INLINE Floats exp_or_zero(Floats x) { return choose(x < -87.0f, (Floats){0}, exp_in_range(x)); }
 
 INLINE float exp_negative_scalar(float x) { return exp_negative(fill(x))[0]; }
 
