@@ -46,7 +46,8 @@ A decode: (output tokens - 1) / time from the first text to the end; B, C: all o
 request to the last end; D: prompt tokens / time to the first text; E: time from the first request to the last end,
 the shared tokens not seen before. Ready: process started -> /health answers 200, with a filled cache. Memory: highest
 sum over the server's processes of their proportional set sizes, and idle: the processor time of these processes,
-both with no other server of ours running, over and after a round of all scenarios that is counted nowhere else.
+both with no other server of ours running, over and after a round of all scenarios that is counted nowhere else. API
+process: what ours, which renders, tokenizes, detokenizes and speaks HTTP, uses during C.
 Cells: median (lowest..highest), and how many times as good as the best peer's median (above 1x: better)."""
 
 _IDLE_SECONDS = 5.0
@@ -80,6 +81,7 @@ ROWS = {name: (f"{name}  {scenario.title}", scenario.unit) for name, scenario in
     "start": ("start to ready", "s"),
     "memory": ("peak memory", "MiB"),
     "idle": ("idle", "% of a core"),
+    "api": ("API process during C", "% of a core"),
 }
 
 
@@ -131,9 +133,11 @@ async def run_once(
     server: Server, name: str, requests: list[PlannedRequest], results: Results, is_counted: bool
 ) -> None:
     """Run one scenario on one server; a run of which a request failed or ended early has no value."""
-    start, before = time.perf_counter(), _foreign_seconds(server)
+    start, before, api_before = time.perf_counter(), _foreign_seconds(server), _api_seconds(server)
     records = await server.client.run(requests, len(requests), lambda: None)
-    foreign = (_foreign_seconds(server) - before) / (time.perf_counter() - start)
+    duration = time.perf_counter() - start
+    foreign = (_foreign_seconds(server) - before) / duration
+    api = (_api_seconds(server) - api_before) / duration
     value = getattr(summarize(records), SCENARIOS[name].metric)
     problem = next((record.error for record in records if record.error is not None), None)
     if problem is None and any(record.output_tokens != requests[0].max_tokens for record in records):
@@ -142,6 +146,8 @@ async def run_once(
         results.errors.append(f"{server.name}, scenario {name}: {problem}")
     elif is_counted:
         results.add(server.name, name, value)
+        if name == "C" and server.is_ours:
+            results.add(server.name, "api", 100 * api)
     beside = "" if server.pid is None else f", other programs used {foreign:.2f} cores"
     tqdm.write(f"{server.name}  {name}{'' if is_counted else ' (not counted)'}  {value or 0:.2f}{beside}")
     results.runs.append(
@@ -151,6 +157,7 @@ async def run_once(
             "counted": is_counted,
             "value": value,
             "foreign_cores": None if server.pid is None else foreign,
+            "api_cores": api if server.is_ours else None,
             "requests": [_record(record) for record in records],
         }
     )
@@ -160,6 +167,11 @@ def _foreign_seconds(server: Server) -> float:
     """Processor time of all that is neither the server nor this client; without meaning if no pid was told."""
     tree = [] if server.pid is None else process_tree(server.pid)
     return machine_seconds() - processor_seconds([*tree, os.getpid()])
+
+
+def _api_seconds(server: Server) -> float:
+    """Processor time of a server's first process, which is the API of ours."""
+    return 0.0 if server.pid is None else processor_seconds([server.pid])
 
 
 def disturbance(runs: Iterable[dict[str, Any]]) -> str:

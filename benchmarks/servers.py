@@ -50,6 +50,10 @@ class Server:
     pid: int | None
     start_seconds: float | None = None
 
+    @property
+    def is_ours(self) -> bool:
+        return self.start_seconds is not None
+
 
 @asynccontextmanager
 async def running_engine(name: str, options: Sequence[str]) -> AsyncIterator[Server]:
