@@ -51,7 +51,7 @@ process: what ours, which renders, tokenizes, detokenizes and speaks HTTP, uses 
 Cells: median (lowest..highest), and how many times as good as the best peer's median (above 1x: better)."""
 
 _IDLE_SECONDS = 5.0
-_PAUSE_SECONDS = 0.5  # before every run, for threads of the last server that still spin
+_PAUSE_SECONDS = 3.0  # before every run, for threads of the last server that still spin
 _SAMPLING_SECONDS = 0.5
 _PRECISION = {"tok/s": 1, "s": 2, "MiB": 0, "% of a core": 1}
 

@@ -13,7 +13,7 @@ from engine.batch import Batch, Draw
 from engine.config import SchedulerConfig
 from engine.host_executor import Drawn, Sampled, read_drawn
 from engine.kernels import cpu
-from engine.kernels.host_attention import SEGMENT, HostPlan, gather
+from engine.kernels.host_attention import SEGMENT, HostPlan, gather, group_segments
 from engine.kernels.kv_layer import KVCache
 from engine.layers.attention import PagedInputs
 from engine.layers.rope import RotaryTable
@@ -57,14 +57,16 @@ class ProgramExecutor:
         self._query_starts, self._last_rows = words(num_rows + 1), words(num_rows)
         config = model.config
         num_segments = num_rows * -(-limits.max_model_len // SEGMENT)
-        plan = HostPlan(
+        plan = HostPlan.make(
             num_sequences=self._num_rows,
             query_starts=self._query_starts,
             starts=self._starts,
             table_rows=self._table_rows,
             block_tables=torch.from_numpy(self._tables.values),
             partial_starts=self._partial_starts,
-            partials=torch.empty(num_segments, config.num_heads, config.head_dim + 2),
+            max_segments=num_segments,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
         )
         inputs = PagedInputs(
             self._positions, self._slots, dict.fromkeys(config.sliding_windows, plan), rotary, is_pinned=True
@@ -72,6 +74,7 @@ class ProgramExecutor:
         self.program = cpu.Program(torch.get_num_threads())
         with torch.inference_mode():
             with self.program.recording(self._num_tokens):
+                group_segments(plan, cache.block_size)
                 hidden = model(self._token_ids, cache, inputs)
             with self.program.recording(self._num_draws):
                 self._logits = model.logits(gather(hidden, self._last_rows))

@@ -30,6 +30,7 @@ class HostPlan:
         block_tables: [R, W] int32.
         partial_starts: [S] int32, where the segments of a sequence that decodes begin in `partials`.
         partials: [segments, heads, head_dim + 2] float32, scratch.
+        groups, members, num_groups: [segments, 3] int32, [segments] int32, [1] int64, written by `group_segments`.
     """
 
     num_sequences: torch.Tensor
@@ -39,6 +40,56 @@ class HostPlan:
     block_tables: torch.Tensor
     partial_starts: torch.Tensor
     partials: torch.Tensor
+    groups: torch.Tensor
+    members: torch.Tensor
+    num_groups: torch.Tensor
+
+    @staticmethod
+    def make(
+        *,
+        num_sequences: torch.Tensor,
+        query_starts: torch.Tensor,
+        starts: torch.Tensor,
+        table_rows: torch.Tensor,
+        block_tables: torch.Tensor,
+        partial_starts: torch.Tensor,
+        max_segments: int,
+        num_heads: int,
+        head_dim: int,
+    ) -> HostPlan:
+        """A plan with scratch for decodes over `max_segments` segments in all."""
+        return HostPlan(
+            num_sequences=num_sequences,
+            query_starts=query_starts,
+            starts=starts,
+            table_rows=table_rows,
+            block_tables=block_tables,
+            partial_starts=partial_starts,
+            partials=torch.empty(max_segments, num_heads, head_dim + 2),
+            groups=torch.zeros(max_segments, 3, dtype=torch.int32),
+            members=torch.zeros(max_segments, dtype=torch.int32),
+            num_groups=torch.zeros(1, dtype=torch.int64),
+        )
+
+
+def group_segments(plan: HostPlan, block_size: int) -> None:
+    """Finds the sequences that decode over the same blocks of a segment, which are then read once for all of them.
+
+    Once a step, before its first `host_attention`.
+    """
+    cpu.run(
+        "group_segments",
+        plan.num_sequences,
+        plan.query_starts,
+        plan.starts,
+        plan.table_rows,
+        plan.block_tables,
+        plan.block_tables.stride(0),
+        block_size,
+        plan.groups,
+        plan.members,
+        plan.num_groups,
+    )
 
 
 def host_attention(
@@ -82,6 +133,9 @@ def host_attention(
         output,
         plan.partial_starts,
         plan.partials,
+        plan.groups,
+        plan.members,
+        plan.num_groups,
     )
     cpu.run(
         "merge_segments",

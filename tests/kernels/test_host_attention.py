@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.kernels import cpu
-from engine.kernels.host_attention import SEGMENT, HostPlan, host_attention
+from engine.kernels.host_attention import SEGMENT, HostPlan, group_segments, host_attention
 from engine.kernels.kv_layer import CACHE_TYPES, KVLayer
 from engine.kernels.paged_attention import reference
 
@@ -65,15 +65,19 @@ class Sequences:
         ends = torch.tensor([0] + [size for _, _, size in chunks]).cumsum(0).int()
         starts = torch.tensor([start for _, start, _ in chunks], dtype=torch.int32)
         segments = starts // SEGMENT + 1
-        plan = HostPlan(
+        plan = HostPlan.make(
             num_sequences=torch.tensor([len(chunks)]),
             query_starts=ends,
             starts=starts,
             table_rows=torch.tensor([sequence for sequence, _, _ in chunks], dtype=torch.int32),
             block_tables=self.tables,
             partial_starts=(segments.cumsum(0) - segments).int(),
-            partials=torch.full((int(segments.sum()), queries.shape[1], queries.shape[2] + 2), torch.nan),
+            max_segments=int(segments.sum()),
+            num_heads=queries.shape[1],
+            head_dim=queries.shape[2],
         )
+        plan.partials.fill_(torch.nan)
+        group_segments(plan, self.layer.block_size)
         return host_attention(queries, self.layer, plan, scale, window)
 
 

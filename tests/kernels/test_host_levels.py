@@ -18,7 +18,7 @@ from engine.config import EngineConfig
 from engine.kernels import cpu, embedding, rotary
 from engine.kernels.activation import gelu_mul, silu_mul
 from engine.kernels.activations import SparseInt8Activations, SparseInt8Format
-from engine.kernels.host_attention import HostPlan, host_attention
+from engine.kernels.host_attention import HostPlan, group_segments, host_attention
 from engine.kernels.host_matmul import HostFloatMatmul, HostInt8Matmul, int4_grid
 from engine.kernels.kv_layer import CACHE_TYPES, KVLayer
 from engine.kernels.norm import rms_norm
@@ -122,15 +122,18 @@ def attention(dtype: torch.dtype, head_dim: int, window: int | None) -> str:
         heads, words, angles.cos(), angles.sin(), layer, words, 2, weight, weight, 1e-6
     )
     starts = torch.tensor([0, 250, 251, 261, 339], dtype=torch.int32)
-    plan = HostPlan(
+    plan = HostPlan.make(
         num_sequences=torch.tensor([5]),
         query_starts=torch.tensor([*starts.tolist(), length], dtype=torch.int32),
         starts=starts,
         table_rows=torch.zeros(5, dtype=torch.int32),
         block_tables=torch.arange(shape[1], dtype=torch.int32)[None],
         partial_starts=torch.arange(0, 10, 2, dtype=torch.int32),
-        partials=torch.zeros(10, 6, head_dim + 2),
+        max_segments=10,
+        num_heads=6,
+        head_dim=head_dim,
     )
+    group_segments(plan, layer.block_size)
     output = host_attention(queries, layer, plan, head_dim**-0.5, window)
     return digest(layer.data.view(torch.uint8), output)
 

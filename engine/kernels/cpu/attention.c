@@ -54,27 +54,37 @@ INLINE void attend(const Inputs *in, const Segment *segment, Rows *rows) {
     (in->type == INT8 ? attend_to_codes : attend_to_floats)(in, segment, rows);
 }
 
-// One query's heads that share a key head, over one segment: weighted values, then largest and sum, a row each.
-static void attend_decode(const Inputs *in, const float *queries, const int32_t *table, int64_t position,
-                          int64_t head, int64_t index, Segment *segment, float *partial) {
-    const int64_t base = index * SEGMENT, first = larger(oldest(in, position), base);
-    const int64_t last = smaller(position + 1, base + SEGMENT);
-    const int64_t most = queries_at_once(in);
-    Rows rows;
+// A query of one head, and where what it makes of a segment goes: weighted values, then largest and sum.
+typedef struct {
+    const float *query;
+    int64_t position;
+    float *partial;
+} Query;
+
+// All queries of a group over their segment, with one key head.
+static void attend_group(const Inputs *in, const Query *all, int64_t num_queries, const int32_t *table, int64_t head,
+                         int64_t index, Segment *segment) {
+    const int64_t base = index * SEGMENT, most = queries_at_once(in);
+    int64_t first = base + SEGMENT, last = base;
+    for (int64_t i = 0; i < num_queries; i++) {
+        first = smaller(first, larger(oldest(in, all[i].position), base));
+        last = larger(last, smaller(all[i].position + 1, base + SEGMENT));
+    }
+    if (first >= last) return;
     read_segment(in, table, head, first, last, segment);
-    for (int64_t g = 0; g < in->group; g += most) {
-        rows.size = smaller(most, in->group - g);
+    for (int64_t q = 0; q < num_queries; q += most) {
+        Rows rows;
+        rows.size = smaller(most, num_queries - q);
         for (int64_t i = 0; i < rows.size; i++) {
-            rows.queries[i] = queries + (head * in->group + g + i) * in->size;
-            rows.first[i] = first - base;
-            rows.last[i] = last - base;
+            rows.queries[i] = all[q + i].query;
+            rows.first[i] = larger(oldest(in, all[q + i].position) - base, 0);
+            rows.last[i] = smaller(all[q + i].position + 1 - base, SEGMENT);
         }
         attend(in, segment, &rows);
         for (int64_t i = 0; i < rows.size; i++) {
-            float *row = partial + (g + i) * (in->size + 2);
-            memcpy(row, rows.values[i], (size_t)in->size * sizeof *row);
-            row[in->size] = rows.largest[i];
-            row[in->size + 1] = rows.sum[i];
+            memcpy(all[q + i].partial, rows.values[i], (size_t)in->size * sizeof(float));
+            all[q + i].partial[in->size] = rows.largest[i];
+            all[q + i].partial[in->size + 1] = rows.sum[i];
         }
     }
 }
@@ -119,18 +129,70 @@ static void attend_chunk(const Inputs *in, const float *queries, const int32_t *
     for (int64_t row = 0; row < num_rows; row++) divide(&all[row].state, in->size);
 }
 
-// Tasks of a sequence for each key head.
-INLINE int64_t num_parts(const Inputs *in, int64_t num_queries, int64_t start) {
-    if (num_queries == 1) return start / SEGMENT - oldest(in, start) / SEGMENT + 1;
-    return (num_queries + QUERY_TILE - 1) / QUERY_TILE;
+// Sequences with one query whose blocks of a segment are the same ones: members[first] … members[first + size - 1].
+typedef struct {
+    int32_t segment, first, size;
+} Group;
+
+enum { MOST_MEMBERS = 16 };  // so that there are tasks for all threads
+
+// sequences, query_starts [S + 1] int32, starts [S] int32, table_rows [S] int32, tables [rows, width] int32, width,
+// block size, groups [.., 3] int32, members [..] int32, number of groups [1] int64
+//
+// Once a step: prompts that begin alike share blocks, which need be read once for all.
+OPERATION(group_segments) {
+    const int64_t sequences = count(w[0]), blocks = SEGMENT / w[6].i;
+    const int32_t *query_starts = w[1].p, *starts = w[2].p, *table_rows = w[3].p, *tables = w[4].p;
+    Group *groups = w[7].p;
+    int32_t *members = w[8].p;
+    int64_t most = 0, num_groups = 0, num_members = 0;
+    int32_t group_of[sequences + 1], leader[sequences + 1];
+    FOR_TASKS(task, 1) {
+        for (int64_t s = 0; s < sequences; s++)
+            if (query_starts[s + 1] - query_starts[s] == 1) most = larger(most, starts[s] / SEGMENT + 1);
+        for (int64_t index = 0; index < most; index++) {
+            const int64_t before = num_groups;
+            for (int64_t s = 0; s < sequences; s++) {
+                group_of[s] = -1;
+                if (query_starts[s + 1] - query_starts[s] != 1 || starts[s] / SEGMENT < index) continue;
+                const int32_t *table = tables + table_rows[s] * w[5].i + index * blocks;
+                // Blocks that are not full are nobody else's, and the table ends with them.
+                int64_t g = starts[s] + 1 < (index + 1) * SEGMENT ? num_groups : before;
+                for (; g < num_groups; g++) {
+                    const int32_t *other = tables + leader[g - before] * w[5].i + index * blocks;
+                    if (table[0] == other[0] && groups[g].size < MOST_MEMBERS &&
+                        memcmp(table, other, (size_t)blocks * sizeof *table) == 0)
+                        break;
+                }
+                if (g == num_groups) {
+                    groups[num_groups++] = (Group){(int32_t)index, 0, 0};
+                    leader[g - before] = table_rows[s];
+                }
+                groups[g].size++;
+                group_of[s] = (int32_t)g;
+            }
+            for (int64_t g = before; g < num_groups; g++) {
+                groups[g].first = (int32_t)num_members;
+                num_members += groups[g].size;
+                groups[g].size = 0;
+            }
+            for (int64_t s = 0; s < sequences; s++)
+                if (group_of[s] >= 0) {
+                    Group *group = groups + group_of[s];
+                    members[group->first + group->size++] = (int32_t)s;
+                }
+        }
+        *(int64_t *)w[9].p = num_groups;
+    }
 }
 
 // sequences, queries [T, stride] float, stride, query_starts [S + 1] int32, starts [S] int32, table_rows [S] int32,
 // tables [rows, width] int32, width, keys and values [slots, G, D], key and value scales [slots, G] float or null,
 // the cache's type, G, H / G, D, block size, scale, window or 0, output [T, H, D] float,
-// partial_starts [S] int32, partials [.., G, H / G, D + 2] float
+// partial_starts [S] int32, partials [.., G, H / G, D + 2] float, groups [.., 3] int32, members [..] int32,
+// number of groups [1] int64
 //
-// A sequence with one query has a task for each segment, whose results `merge_segments` merges.
+// A task for each key head is a group's segment, whose results `merge_segments` merges, or a tile of a chunk's queries.
 OPERATION(paged_attention) {
     static _Thread_local _Alignas(64) Segment segment;
     const Inputs in = {
@@ -139,33 +201,45 @@ OPERATION(paged_attention) {
         .block_shift = __builtin_ctzll((uint64_t)w[16].i), .scale = (float)w[17].f, .window = w[18].i,
     };
     const int32_t *query_starts = w[3].p, *starts = w[4].p, *table_rows = w[5].p, *tables = w[6].p;
-    const int32_t *partial_starts = w[20].p;
-    const int64_t sequences = count(w[0]), head_row = in.group * (in.size + 2);
+    const int32_t *partial_starts = w[20].p, *members = w[23].p;
+    const Group *groups = w[22].p;
+    const int64_t sequences = count(w[0]), num_groups = count(w[24]), row_size = in.size + 2;
+    const int64_t heads = in.kv_heads * in.group;
     float *output = w[19].p, *partials = w[21].p;
-    int64_t total = 0;
-    for (int64_t s = 0; s < sequences; s++)
-        total += num_parts(&in, query_starts[s + 1] - query_starts[s], starts[s]) * in.kv_heads;
+    int64_t num_tiles = 0;
+    for (int64_t s = 0; s < sequences; s++) {
+        const int64_t num_queries = query_starts[s + 1] - query_starts[s];
+        num_tiles += num_queries == 1 ? 0 : (num_queries + QUERY_TILE - 1) / QUERY_TILE;
+    }
     int64_t s = 0, before = 0;
     if (in.type == INT8) begin_tiles();
-    FOR_TASKS(task, total) {
-        // A thread's tasks only grow: it goes on from the sequence of the last one.
+    FOR_TASKS(task, (num_tiles + num_groups) * in.kv_heads) {
+        const int64_t head = task % in.kv_heads;
+        // Tiles, the longer tasks, come first. A thread's only grow: it goes on from the sequence of the last one.
+        const int64_t tile = task / in.kv_heads;
+        if (tile >= num_tiles) {
+            const Group group = groups[tile - num_tiles];
+            Query all[MOST_MEMBERS * in.group];
+            for (int64_t i = 0; i < group.size * in.group; i++) {
+                const int64_t member = members[group.first + i / in.group], h = head * in.group + i % in.group;
+                all[i] = (Query){in.queries + query_starts[member] * in.query_stride + h * in.size, starts[member],
+                                 partials + ((partial_starts[member] + group.segment) * heads + h) * row_size};
+            }
+            attend_group(&in, all, group.size * in.group, tables + table_rows[members[group.first]] * w[7].i, head,
+                         group.segment, &segment);
+            continue;
+        }
         int64_t num_queries, parts;
         for (;; s++) {
             num_queries = query_starts[s + 1] - query_starts[s];
-            parts = num_parts(&in, num_queries, starts[s]);
-            if (task < before + parts * in.kv_heads) break;
-            before += parts * in.kv_heads;
+            parts = num_queries == 1 ? 0 : (num_queries + QUERY_TILE - 1) / QUERY_TILE;
+            if (tile < before + parts) break;
+            before += parts;
         }
-        const int64_t part = parts - 1 - (task - before) / in.kv_heads, head = (task - before) % in.kv_heads;
-        const int32_t *table = tables + table_rows[s] * w[7].i;
-        const float *queries = in.queries + query_starts[s] * in.query_stride;
-        if (num_queries == 1)
-            attend_decode(&in, queries, table, starts[s], head, oldest(&in, starts[s]) / SEGMENT + part, &segment,
-                          partials + ((partial_starts[s] + part) * in.kv_heads + head) * head_row);
-        else
-            attend_chunk(&in, queries, table, starts[s], part * QUERY_TILE,
-                         smaller(num_queries, (part + 1) * QUERY_TILE), head, &segment,
-                         output + query_starts[s] * in.kv_heads * in.group * in.size);
+        const int64_t part = parts - 1 - (tile - before);
+        attend_chunk(&in, in.queries + query_starts[s] * in.query_stride, tables + table_rows[s] * w[7].i, starts[s],
+                     part * QUERY_TILE, smaller(num_queries, (part + 1) * QUERY_TILE), head, &segment,
+                     output + query_starts[s] * heads * in.size);
     }
     if (in.type == INT8) end_tiles();
 }
@@ -178,12 +252,11 @@ OPERATION(merge_segments) {
     const int32_t *query_starts = w[1].p, *starts = w[2].p, *partial_starts = w[8].p;
     FOR_ROWS(s, sequences) {
         if (query_starts[s + 1] - query_starts[s] != 1) continue;
-        const int64_t parts = starts[s] / SEGMENT - oldest(&in, starts[s]) / SEGMENT + 1;
         for (int64_t head = 0; head < heads; head++) {
             State state = {(float *)w[7].p + (query_starts[s] * heads + head) * in.size, -INFINITY, 0.0f};
-            for (int64_t part = 0; part < parts; part++) {
+            for (int64_t index = oldest(&in, starts[s]) / SEGMENT; index <= starts[s] / SEGMENT; index++) {
                 const float *row = (const float *)w[9].p +
-                                   ((partial_starts[s] + part) * heads + head) * (in.size + 2);
+                                   ((partial_starts[s] + index) * heads + head) * (in.size + 2);
                 merge(&state, row, row[in.size], row[in.size + 1], in.size);
             }
             divide(&state, in.size);
