@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from engine.errors import ConfigError
 
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["auto", "none", "int8", "int4"]
 DataType = Literal["auto", "float32", "bfloat16", "float16"]
 CacheType = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8_e4m3"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -42,8 +42,12 @@ class EngineConfig:
     """Options of an engine. `serve` takes each with dashes, `LLM` with underscores."""
 
     model: str = _option("llama", "alias (llama, gemma), directory, .gguf file or Hugging Face repository id")
-    quant: Quantization = _option("none", "how weights are stored and multiplied")
-    group_size: int = _option(32, "elements along K that share an int4 scale: 32 or 128")
+    quant: Quantization = _option(
+        "auto", "how weights are stored and multiplied; auto: as the checkpoint's are if quantized, else none"
+    )
+    group_size: int = _option(
+        32, "elements along K that share an int4 scale: 32, 64, 128, or 0 for whole rows"
+    )
     dtype: DataType = _option(
         "auto", "type of activations; auto is float32 on a CPU and the checkpoint's own type on a GPU"
     )
@@ -100,8 +104,8 @@ class EngineConfig:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}"
                 )
-        if self.group_size not in (32, 128):
-            raise ConfigError(f"group_size must be 32 or 128, got {self.group_size}")
+        if self.group_size not in (0, 32, 64, 128):
+            raise ConfigError(f"group_size must be 32, 64, 128 or 0, got {self.group_size}")
         for name in (
             "num_threads",
             "max_model_len",

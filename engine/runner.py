@@ -19,7 +19,7 @@ from engine.kernels import cpu
 from engine.kernels.kv_layer import KVCache
 from engine.kernels.launch import CompilationCounter, Target, target_of
 from engine.layers.rope import RotaryTable
-from engine.loading.checkpoint import Checkpoint
+from engine.loading.checkpoint import Checkpoint, stored_grid
 from engine.loading.model import checkpoint_key, load_weights
 from engine.memory import MemoryPlan, available_bytes, plan_memory
 from engine.models.config import ModelConfig
@@ -55,7 +55,7 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
-        self.config = config
+        self.config = config = _resolve_quantization(config, checkpoint)
         self.device = resolve_device(config)
         self.is_asynchronous = self.device.type == "cuda"
         if self.device.type == "cpu":
@@ -156,6 +156,31 @@ class ModelRunner:
             self.cache_dtype,
             self.device,
         )
+
+
+def _resolve_quantization(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
+    """The configuration with what "auto" means for the checkpoint.
+
+    Raises:
+        ConfigError: The checkpoint is quantized, and otherwise than asked for.
+    """
+    stored = None if config.load_format == "dummy" else stored_grid(checkpoint)
+    if config.quant == "auto":
+        if stored is None:
+            return replace(config, quant="none")
+        return replace(config, quant=stored.quant, group_size=stored.group_size)
+    if stored is None or config.quant == "none":
+        return config
+    is_same = config.quant == stored.quant and (
+        stored.quant == "int8" or config.group_size == stored.group_size
+    )
+    if not is_same:
+        groups = "" if stored.quant == "int8" else f" and group_size {stored.group_size}"
+        raise ConfigError(
+            f"quant: the weights in {checkpoint.path} are {stored.quant} already; leave --quant out, "
+            f"or give {stored.quant}{groups}"
+        )
+    return config
 
 
 def _measure_activations(executor: DeviceExecutor) -> int:

@@ -162,8 +162,8 @@ def test_context_shrinks_to_the_cache(capfd: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quant": "int3"}, "quant must be one of none, int8, int4"),
-        ({"group_size": 48}, "32 or 128"),
+        ({"quant": "int3"}, "quant must be one of auto, none, int8, int4"),
+        ({"group_size": 48}, "32, 64, 128 or 0"),
         ({"kv_cache_memory": "lots"}, "write it like 512MiB"),
         ({"kv_cache_memory": "1KiB"}, "two blocks"),
         ({"kv_cache_memory": "900GiB"}, "do not fit"),

@@ -97,7 +97,8 @@ class Attention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
             queries, keys, values = torch.split(heads, sizes, dim=1)
-            heads = torch.cat((self.query_norm(queries), self.key_norm(keys), values), dim=1)
+            queries, keys = self.query_norm(queries.contiguous()), self.key_norm(keys.contiguous())
+            heads = torch.cat((queries, keys, values), dim=1)
         queries = attention.rotate_and_write(
             heads, *inputs.rotary[self.rope], cache, inputs.slots, self.num_kv_heads
         )

@@ -43,7 +43,7 @@ class Linear(StoredLayer):
     ) -> None:
         super().__init__()
         self.sources, self.scheme, self.has_bias = tuple(sources), scheme, has_bias
-        self.in_features, self.out_features = in_features, sum(sizes)
+        self.in_features, self.out_features, self.sizes = in_features, sum(sizes), tuple(sizes)
         self._store(scheme.storage(sum(sizes), in_features))
         if has_bias:
             self.register_buffer("bias", torch.empty(sum(sizes), dtype=torch.float32, device="meta"))

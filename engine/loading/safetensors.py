@@ -1,4 +1,4 @@
-"""A Hugging Face model directory as a Checkpoint: safetensors or pytorch_model.bin, sharded or not."""
+"""A Hugging Face model directory as a Checkpoint: safetensors or pytorch_model.bin, sharded, quantized or neither."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import CheckpointError
+from engine.loading.formats import weight_format
+from engine.loading.formats.stored import FLOATS, StoredModule
 from engine.loading.json_file import read_json
+from engine.quant.weight import Weight
 
 # (single file, index of a sharded one), the preferred format first.
 _WEIGHT_FILES = (
@@ -51,20 +54,58 @@ class DirectoryCheckpoint:
         raw_config = read_json(path / "config.json", required=True)
         self.config = text_config(raw_config)
         self.generation_config = read_json(path / "generation_config.json")
-        if "quantization_config" in self.config:
-            method = self.config["quantization_config"].get("quant_method", "unknown")
-            raise CheckpointError(f"{path}: weights quantized with {method!r} are not supported")
-        self._locations = _locate_tensors(path, is_wrapper="text_config" in raw_config)
-        self.config.setdefault("tie_word_embeddings", "lm_head.weight" not in self._locations)
+        self._format = weight_format(path, self.config)
+        self._stored = StoredTensors(path, _locate_tensors(path, is_wrapper="text_config" in raw_config))
+        self.config.setdefault("tie_word_embeddings", "lm_head.weight" not in self.names())
+
+    def names(self) -> set[str]:
+        names = self._stored.names()
+        if self._format is None:
+            return names
+        parts = tuple(f".{part}" for part in self._format.parts)
+        unused = tuple(f".{part}" for part in self._format.unused)
+        companions = {name for name in names if name.endswith((*parts, *unused))}
+        weights = {
+            name.removesuffix(part) + ".weight"
+            for name in companions
+            for part in parts
+            if name.endswith(part)
+        }
+        return names - companions | weights
+
+    def tensor(self, name: str) -> Weight:
+        if self._format is None or not name.endswith(".weight"):
+            return self._stored.read(name)
+        module = StoredModule(self._stored, name.removesuffix(".weight"))
+        if any(module.has(part) for part in self._format.parts):
+            return self._format.read(module)
+        return module.read("weight", FLOATS)
+
+
+class StoredTensors:
+    """A directory's tensors as they are stored; see `engine.loading.formats.stored.TensorSource`.
+
+    Args:
+        locations: (file, name in the file) of every tensor.
+    """
+
+    def __init__(self, path: Path, locations: dict[str, tuple[Path, str]]) -> None:
+        self._path, self._locations = path, locations
         self._shards: dict[Path, Any] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._locations
 
     def names(self) -> set[str]:
         return set(self._locations)
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def locate(self, name: str) -> tuple[Path, str]:
         if name not in self._locations:
-            raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
-        file, stored_name = self._locations[name]
+            raise CheckpointError(f"{self._path}: tensor {name!r} is missing")
+        return self._locations[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        file, stored_name = self.locate(name)
         if file not in self._shards:
             self._shards[file] = _open_shard(file)
         shard = self._shards[file]
@@ -82,7 +123,9 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     text = config.get("text_config")
     if text is not None:
         outer = {key: value for key, value in config.items() if not key.endswith("_config")}
-        quantization = {key: config[key] for key in ("quantization_config",) if key in config}
+        quantization: dict[str, Any] = {
+            key: config[key] for key in ("quantization_config", "compression_config") if key in config
+        }
         config = {**outer, **quantization, **text}
     if config.get("model_type") == "gemma3_text":
         rope_defaults = {} if "rope_parameters" in config else _GEMMA3_ROPE_DEFAULTS

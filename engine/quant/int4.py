@@ -20,12 +20,16 @@ from engine.quant.host import host_product
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import GridWeight, Weight, to_float
 
+DEVICE_GROUP_SIZES = (128, 64, 32)
+"""What a GPU's kernel takes; larger groups are several of them with the same numbers."""
+
 
 @dataclass(frozen=True)
 class Int4:
     """Asymmetric groups of `group_size` along K; the last group is shorter where K is no multiple of it.
 
     Attributes:
+        group_size: A multiple of 32; 0 is the whole row.
         pinned: One form of the product for any number of tokens (`--deterministic`).
     """
 
@@ -34,10 +38,10 @@ class Int4:
 
     @property
     def name(self) -> str:
-        return f"int4g{self.group_size}"
+        return f"int4g{self.group_size}" if self.group_size else "int4channel"
 
     def storage(self, out_features: int, in_features: int) -> Tensors:
-        num_groups = -(-in_features // self.group_size)
+        num_groups = -(-in_features // self.group_size) if self.group_size else 1
         return {
             # Element k lies in byte k // 2, the even ones in the low nibble.
             "codes": torch.empty(out_features, (in_features + 1) // 2, dtype=torch.uint8, device="meta"),
@@ -62,43 +66,49 @@ class Int4:
         shape = (out_features, (in_features + 1) // 2)
         codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         # Uniform codes of 0 … 15 have the mean 7.5 and deviate by 4.61.
-        shape = (out_features, -(-in_features // self.group_size))
-        scale = torch.full(shape, in_features**-0.5 / 4.61, dtype=torch.float16, device=device)
+        groups = self.storage(out_features, in_features)["scale"].shape
+        scale = torch.full(groups, in_features**-0.5 / 4.61, dtype=torch.float16, device=device)
         return {"codes": codes, "scale": scale, "minimum": -7.5 * scale}
 
     def bind(self, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         codes, scale, minimum = tensors["codes"], tensors["scale"], tensors["minimum"]
         if runs_triton(codes):
-            return Int4Matmul(codes, scale, minimum, self.group_size, bias, self.pinned)
-        if self.group_size > GROUP_SIZE:
-            scale, minimum = (
-                x.repeat_interleave(self.group_size // GROUP_SIZE, dim=1) for x in (scale, minimum)
-            )
+            size = next(size for size in DEVICE_GROUP_SIZES if self.group_size % size == 0)
+            scale, minimum = (self._repeat(x, codes, size) for x in (scale, minimum))
+            return Int4Matmul(codes, scale, minimum, size, bias, self.pinned)
+        scale, minimum = (self._repeat(x, codes, GROUP_SIZE) for x in (scale, minimum))
         grid, row_scale = int4_grid(codes, scale, minimum)
         return host_product(grid, row_scale, bias)
 
+    def _repeat(self, x: torch.Tensor, codes: torch.Tensor, size: int) -> torch.Tensor:
+        """A number a group [N, groups] as one for each `size` elements."""
+        if self.group_size == size:
+            return x
+        num_groups = -(-2 * codes.shape[1] // size)
+        times = self.group_size // size if self.group_size else num_groups
+        return x.repeat_interleave(times, dim=1)[:, :num_groups]
+
     def _is_own_grid(self, weight: Weight) -> bool:
-        return (
-            isinstance(weight, GridWeight)
-            and weight.codes.dtype == torch.uint8
-            and weight.group_size == self.group_size
-            and weight.scale.dtype == torch.float16
-        )
+        if not isinstance(weight, GridWeight) or weight.codes.dtype != torch.uint8:
+            return False
+        is_same_size = weight.group_size == (self.group_size or weight.shape[1])
+        # bf16 scales, and minimums of float32, become fp16: a grid that fp16 does not hold is rounded anew.
+        return is_same_size and torch.equal(weight.scale.to(torch.float16).float(), weight.scale.float())
 
     def _round(self, values: torch.Tensor) -> GridWeight:
         """Rounds [N, K] floats to the grid that spans each group's minimum and maximum."""
         rows, columns = values.shape
-        padding = -columns % self.group_size
+        size = self.group_size or columns
         # Padding repeats the last column, which leaves the last group's range as it is.
-        padded = torch.cat((values, values[:, -1:].expand(rows, padding)), dim=1)
-        groups = padded.view(rows, -1, self.group_size)
+        padded = torch.cat((values, values[:, -1:].expand(rows, -columns % size)), dim=1)
+        groups = padded.view(rows, -1, size)
         # The grid is fixed by what is stored: scale and minimum are rounded to fp16 before the codes are.
         minimum = groups.amin(dim=2).to(torch.float16)
         scale = ((groups.amax(dim=2) - minimum.float()) / 15).to(torch.float16)
         divisor = torch.where(scale > 0, scale.float(), 1.0)
         codes = ((groups - minimum.float()[:, :, None]) / divisor[:, :, None]).round_().clamp_(0, 15)
         codes = codes.to(torch.uint8).view(rows, -1)[:, :columns]
-        return GridWeight(codes, scale, minimum, self.group_size)
+        return GridWeight(codes, scale, minimum, size)
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from engine.kernels.int8_matmul import MAX_IN_FEATURES, Int8Matmul
 from engine.kernels.launch import runs_triton
 from engine.quant.host import host_product
 from engine.quant.scheme import Matmul, Tensors
-from engine.quant.weight import Weight, to_float
+from engine.quant.weight import GridWeight, Weight, to_float
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Int8:
         }
 
     def quantize(self, weight: Weight) -> Tensors:
+        if isinstance(weight, GridWeight) and weight.codes.dtype == torch.int8 and weight.scale.shape[1] == 1:
+            return {"weight": weight.codes, "scale": weight.scale[:, 0].float()}
         values = to_float(weight).float()
         scale = values.abs().amax(dim=1) / 127
         # A row of zeros gets the scale 1: its codes are zeros whatever they are multiplied by.

@@ -194,9 +194,9 @@ def test_incomplete_and_damaged_directories_are_refused(model: LlamaForCausalLM,
 def test_quantized_weights_are_refused_by_name(model: LlamaForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "aqlm", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert_refused(tmp_path, "gptq")
+    assert_refused(tmp_path, "aqlm")
 
 
 class Harmful:

@@ -1,0 +1,80 @@
+"""Quantized weights in Hugging Face directories: one module for each `quant_method` of config.json.
+
+A format names the stored tensors that together are a module's weight, and makes a `Weight` of them: the file's own
+grid where `GridWeight` can hold it, floats otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from engine.errors import CheckpointError
+from engine.loading.formats.awq import open_awq
+from engine.loading.formats.bitsandbytes import open_bitsandbytes
+from engine.loading.formats.compressed_tensors import open_compressed_tensors
+from engine.loading.formats.gptq import open_gptq
+from engine.loading.formats.own import QUANT_METHOD, open_own_format
+from engine.loading.formats.stored import Settings, StoredModule
+from engine.quant.weight import Weight
+
+
+class WeightFormat(Protocol):
+    """How the weights of quantized modules are stored.
+
+    Attributes:
+        parts: What follows a module's name in those of the tensors that are its weight; a module that has one of
+            them is quantized.
+        unused: The same for tensors that are not read, such as scales of activations.
+    """
+
+    parts: ClassVar[tuple[str, ...]]
+    unused: ClassVar[tuple[str, ...]]
+
+    def read(self, module: StoredModule) -> Weight:
+        """The weight [N, K] of a quantized module.
+
+        Raises:
+            CheckpointError: A tensor is missing, damaged, or not what the configuration says.
+        """
+        ...
+
+
+_FORMATS: dict[str, Callable[[Settings], WeightFormat]] = {
+    "awq": open_awq,
+    "bitsandbytes": open_bitsandbytes,
+    "compressed-tensors": open_compressed_tensors,
+    "gptq": open_gptq,
+    QUANT_METHOD: open_own_format,
+}
+
+# The second is what compressed-tensors' first releases wrote.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+
+def weight_format(path: Path, config: dict[str, Any]) -> WeightFormat | None:
+    """The format of a directory's quantized weights; None if there are none.
+
+    Args:
+        path: The directory.
+        config: The keys of config.json.
+
+    Raises:
+        CheckpointError: The method, or a setting of it, is not supported.
+    """
+    file = path / "config.json"
+    key = next((key for key in QUANTIZATION_KEYS if config.get(key)), None)
+    if key is None:
+        return None
+    if not isinstance(config[key], dict):
+        raise CheckpointError(f"{file}: {key}: expected an object, found {config[key]!r}")
+    settings = Settings(file, key, config[key])
+    method = settings.values.get("quant_method")
+    if method is None and (settings.values.get("load_in_4bit") or settings.values.get("load_in_8bit")):
+        # transformers < 4.31 named no method: there was one.
+        method = "bitsandbytes"
+    if method not in _FORMATS:
+        supported = ", ".join(_FORMATS)
+        raise CheckpointError(f"{file}: weights quantized with {method!r} are not supported; {supported} are")
+    return _FORMATS[method](settings)
