@@ -28,6 +28,9 @@ LEVELS = {
     "engine.kernels": 4,
     "engine.kernels.compile": 11,
     "engine.quant": 5,
+    "engine.quant.__main__": 15,
+    "engine.calibration": 10,
+    "engine.quantize": 11,
     "engine.models.config": 5,
     "engine.sampling": 5,
     "engine.layers": 6,
@@ -54,6 +57,7 @@ LEVELS = {
     "api": 13,
     "engine.serve": 14,
     "engine.selftest": 15,
+    "engine.quality": 15,
 }
 FILES = sorted([*(ROOT / "engine").rglob("*.py"), *(ROOT / "api").rglob("*.py")])
 
