@@ -41,6 +41,14 @@ from engine.quant.rounding import Ranges, fit_grid, full_ranges, round_to_neares
 from engine.quant.weight import GridWeight, to_float
 
 Algorithm = Literal["rtn", "mse", "gptq", "awq"]
+SHRINKAGE = 0.5
+"""What is added to the diagonal of GPTQ's second moment, of itself: as though inputs were that much less correlated.
+
+Correlations are learnt from one kind of text, and weights that make up for each other's errors under them do worse
+than plain rounding where they do not hold. Calibrated on Python's help topics without it, the second layer's
+down_proj had 0.58 of rounding's output error on other help topics and 1.03 on Wikipedia's text; with it 0.5 and 0.75.
+"""
+
 ROLES = ("qkv", "output", "gate_up", "down")
 RECORD = "quantization.json"
 
@@ -128,7 +136,8 @@ def _quantize(weight: torch.Tensor, moment: torch.Tensor, recipe: Recipe) -> Gri
     group_size = recipe.group_size or weight.shape[1]
     match recipe.algorithm:
         case "gptq":
-            return gptq(weight, moment, find_grid(recipe), group_size, 16, by_activation=True)
+            shrunk = moment + SHRINKAGE * torch.diag(moment.diagonal())
+            return gptq(weight, shrunk, find_grid(recipe), group_size, 16, by_activation=True)
         case "awq":
             return round_clipped(weight, moment, find_grid(recipe), group_size, 16)
     return round_directly(weight, recipe)
