@@ -41,12 +41,13 @@ from engine.quant.rounding import Ranges, fit_grid, full_ranges, round_to_neares
 from engine.quant.weight import GridWeight, to_float
 
 Algorithm = Literal["rtn", "mse", "gptq", "awq"]
-SHRINKAGE = 0.5
+SHRINKAGE = 2.0
 """What is added to the diagonal of GPTQ's second moment, of itself: as though inputs were that much less correlated.
 
 Correlations are learnt from one kind of text, and weights that make up for each other's errors under them do worse
-than plain rounding where they do not hold. Calibrated on Python's help topics without it, the second layer's
-down_proj had 0.58 of rounding's output error on other help topics and 1.03 on Wikipedia's text; with it 0.5 and 0.75.
+than plain rounding where they do not hold. SmolLM2 in groups of 128, calibrated on Python's help topics, has on
+Wikipedia's text (6,200 tokens, 14.05 as floats) a perplexity of 18.75 rounded to nearest; by GPTQ 18.66 without
+shrinkage, 17.11 with 0.5 and 16.95 with 2.0 (the first with half as much text).
 """
 
 ROLES = ("qkv", "output", "gate_up", "down")
