@@ -263,7 +263,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="llama", help="as for engine.serve; its tokenizer counts the prompts' tokens")
     add("--quant", nargs="*", default=["int8", "int4"], help="of our servers; none after it: peers only")
-    add("--kv-cache-dtype", nargs="+", default=["bfloat16"], help="of our servers, each with every --quant")
+    add("--kv-cache-dtype", nargs="+", default=["int8"], help="of our servers, each with every --quant")
     add("--kv-cache-memory", default="1GiB", help="of our servers; enough for every scenario")
     add(
         "--option",

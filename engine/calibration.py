@@ -169,15 +169,15 @@ class Calibration:
         }
 
     @torch.no_grad()
-    def layers(self, is_known: set[int]) -> Iterator[CalibratedLayer]:
+    def layers(self, known: set[int]) -> Iterator[CalibratedLayer]:
         """Each layer with its statistics; what is written into its weights until the next one is asked for counts.
 
         Args:
-            is_known: Layers that need no statistics, since their new weights are known already.
+            known: Layers that need no statistics, since their new weights are known already.
         """
         for index in range(self._config.num_layers):
             layer = CalibratedLayer(index, self._config, self._checkpoint)
-            if index not in is_known:
+            if index not in known:
                 self._run(layer)
             layer.stop_recording()
             yield layer

@@ -85,7 +85,7 @@ class Quantized:
     Attributes:
         weights: By module name.
         floats: Norms that a scale was folded into, by tensor name.
-        errors: By module name: the output's signal to quantization noise in dB, and its input error's share.
+        errors: By module name: the output's signal to quantization noise, in dB.
     """
 
     weights: dict[str, GridWeight]

@@ -18,7 +18,7 @@ from engine.models.config import ModelConfig
 from engine.quant import plan_quantization
 from engine.quant.gptq import output_errors
 from engine.quant.rounding import round_to_nearest
-from engine.quant.weight import GridWeight, to_float
+from engine.quant.weight import GridWeight, to_float, unpack_nibbles
 from engine.quantize import ROLES, Algorithm, Recipe, quantize_checkpoint, quantize_layer
 from engine.runner import ModelRunner
 from tests.paged import make_sequences, run_chunks
@@ -51,10 +51,6 @@ def make(path: Path, directory: Path, recipe: Recipe) -> Checkpoint:
 def make_runner(path: Path, quant: str = "auto") -> ModelRunner:
     config = EngineConfig.from_options(model=str(path), quant=quant, device="cpu", kv_cache_memory="4MiB")
     return ModelRunner(config, open_checkpoint(path))
-
-
-def unpack(codes: torch.Tensor) -> torch.Tensor:
-    return torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)
 
 
 def logits_of(runner: ModelRunner) -> torch.Tensor:
@@ -92,7 +88,7 @@ def test_what_is_written_is_served_on_its_own_grid(
     assert isinstance(stored, GridWeight)
     scheme = plan_quantization(expected.quant, torch.float32, expected.group_size).linear
     kept = scheme.quantize(stored)
-    assert torch.equal(kept["weight"] if recipe.bits == 8 else unpack(kept["codes"]), stored.codes)
+    assert torch.equal(kept["weight"] if recipe.bits == 8 else unpack_nibbles(kept["codes"]), stored.codes)
     other = "int8" if expected.quant == "int4" else "int4"
     with pytest.raises(ConfigError, match=f"are {expected.quant} already; leave --quant out"):
         make_runner(tmp_path / "out", other)

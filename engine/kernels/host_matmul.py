@@ -20,6 +20,7 @@ from engine.kernels import cpu
 from engine.kernels.activations import Activations, Format, SparseInt8Activations, SparseInt8Format
 from engine.kernels.int8_matmul import MAX_IN_FEATURES
 from engine.kernels.quantize import HIGH_STEPS, quantize_sparse, sparse_reference
+from engine.quant.weight import unpack_nibbles
 
 PANEL = 16
 """Output features that lie together."""
@@ -52,7 +53,7 @@ class Int4Grid:
 
     def expand(self) -> torch.Tensor:
         """The int8 weight, [N, K] with K even."""
-        codes = torch.stack((self.nibbles & 15, self.nibbles >> 4), dim=2).flatten(1)
+        codes = unpack_nibbles(self.nibbles)
         factor, offset = (
             x.repeat_interleave(GROUP_SIZE, dim=1)[:, : codes.shape[1]] for x in (self.factor, self.offset)
         )

@@ -32,6 +32,7 @@ from engine.kernels.segments import (
     plan_split,
     store_tile,
 )
+from engine.quant.weight import unpack_nibbles
 
 PLANES = 4
 """Nibbles in a word."""
@@ -47,7 +48,7 @@ def dequantize(
     codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, group_size: int, in_features: int
 ) -> torch.Tensor:
     """[N, K] float32 from nibbles [N, ceil(K / 2)] uint8 and fp16 scale and minimum [N, groups]."""
-    nibbles = torch.stack((codes & 15, codes >> 4), dim=2).view(codes.shape[0], -1)
+    nibbles = unpack_nibbles(codes)
     padding = scale.shape[1] * group_size - nibbles.shape[1]
     groups = F.pad(nibbles, (0, padding)).view(*scale.shape, group_size)
     values = torch.addcmul(minimum.float()[:, :, None], groups.float(), scale.float()[:, :, None])
@@ -98,7 +99,7 @@ def pack(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, group_
     for start in range(0, out_features, 4096):
         rows = codes[start : start + 4096]
         rows = F.pad(rows, (0, num_blocks * BLOCK // 2 - rows.shape[1]))
-        nibbles = torch.stack((rows & 15, rows >> 4), dim=2).view(-1, num_blocks, PLANES, PLANE)
+        nibbles = unpack_nibbles(rows).view(-1, num_blocks, PLANES, PLANE)
         packed = torch.zeros_like(nibbles[:, :, 0], dtype=torch.int16)
         for plane in range(PLANES):
             packed |= nibbles[:, :, plane].to(torch.int16) << (4 * plane)

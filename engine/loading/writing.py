@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.formats.own import QUANT_METHOD
 from engine.loading.tokenizer_files import read_tokenizer
-from engine.quant.int4 import pack_nibbles
-from engine.quant.weight import GridWeight
+from engine.quant.weight import GridWeight, pack_nibbles
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*")
 

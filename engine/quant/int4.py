@@ -18,7 +18,7 @@ from engine.kernels.int4_matmul import Int4Matmul
 from engine.kernels.launch import runs_triton
 from engine.quant.host import host_product
 from engine.quant.scheme import Matmul, Tensors
-from engine.quant.weight import GridWeight, Weight, to_float
+from engine.quant.weight import GridWeight, Weight, pack_nibbles, to_float
 
 DEVICE_GROUP_SIZES = (128, 64, 32)
 """What a GPU's kernel takes; larger groups are several of them with the same numbers."""
@@ -109,10 +109,3 @@ class Int4:
         codes = ((groups - minimum.float()[:, :, None]) / divisor[:, :, None]).round_().clamp_(0, 15)
         codes = codes.to(torch.uint8).view(rows, -1)[:, :columns]
         return GridWeight(codes, scale, minimum, size)
-
-
-def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """[N, K] uint8 of 0..15 → [N, ceil(K / 2)] uint8, the even k in the low nibble."""
-    if codes.shape[1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)

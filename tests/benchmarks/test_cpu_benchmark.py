@@ -169,11 +169,11 @@ def test_a_server_of_ours_is_started_and_measured(
     arguments += f"--peer-pid tiny={os.getpid()} --scenario D --repeat 1 --output {output}"
     assert main(arguments.split()) == 0
     result = json.loads(output.read_text())
-    ours = result["values"]["int8 bfloat16"]
+    ours = result["values"]["int8 int8"]
     assert {row: len(values) for row, values in ours.items()} == {"start": 1, "memory": 1, "idle": 1, "D": 1}
     assert 0.1 < ours["start"][0] < 300
     assert 100 < ours["memory"][0] < 8192
-    [run] = [run for run in result["runs"] if run["counted"] and run["server"] == "int8 bfloat16"]
+    [run] = [run for run in result["runs"] if run["counted"] and run["server"] == "int8 int8"]
     [request] = run["requests"]
     assert (request["input_tokens"], request["output_tokens"], request["cached_tokens"]) == (1024, 1, 0)
     assert capsys.readouterr().out.count("x ") >= 1

@@ -25,7 +25,7 @@ from engine.kernels.norm import rms_norm
 from engine.kernels.quantize import quantize_sparse
 from engine.loading.dummy import DummyCheckpoint
 from engine.quant.host import HOST_ACTIVATIONS
-from engine.quant.int4 import pack_nibbles
+from engine.quant.weight import pack_nibbles
 from engine.runner import ModelRunner
 from tests.paged import make_sequences, run_chunks
 

@@ -18,7 +18,7 @@ from engine.kernels.host_matmul import (
 from engine.kernels.int8_matmul import MAX_IN_FEATURES
 from engine.kernels.quantize import HIGH_STEPS, quantize_sparse, sparse_reference
 from engine.quant.host import HOST_ACTIVATIONS
-from engine.quant.int4 import pack_nibbles
+from engine.quant.weight import pack_nibbles
 
 SHAPES = [
     (1, 1),

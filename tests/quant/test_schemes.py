@@ -13,11 +13,11 @@ from engine.kernels.int8_matmul import MAX_IN_FEATURES
 from engine.kernels.quantize import sparse_reference
 from engine.quant.floating import Float
 from engine.quant.host import HOST_ACTIVATIONS
-from engine.quant.int4 import Int4, pack_nibbles
+from engine.quant.int4 import Int4
 from engine.quant.int8 import Int8
 from engine.quant.int8_table import Int8Table
 from engine.quant.scheme import Storage
-from engine.quant.weight import GridWeight
+from engine.quant.weight import GridWeight, pack_nibbles
 
 STORAGES: list[Storage] = [Float(torch.float32), Int8(), Int4(32), Int4(128), Int8Table()]
 

@@ -1,7 +1,7 @@
 // Causal attention over the paged cache. Keys are taken in segments of SEGMENT positions counted from 0; each has
-// a softmax of its own, and segments are merged in order. A score is one chain of fused products over the head's
-// dimensions, a weighted value one over the segment's keys: what a token gets depends on its position alone, not
-// on the queries that are computed beside it.
+// a softmax of its own, and segments are merged in order. Both kinds of attention to a segment,
+// float_attention.c and int8_attention.c, sum in an order that the segment fixes: what a token gets depends on its
+// position alone, not on the queries that are computed beside it.
 
 #include "attention.h"
 #include "int8_tiles.h"

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from engine.loading.formats.stored import Settings, StoredModule
-from engine.quant.weight import GridWeight, Weight
+from engine.quant.weight import GridWeight, Weight, unpack_nibbles
 
 QUANT_METHOD = "llm-engine"
 
@@ -40,7 +40,7 @@ class OwnFormat:
         scale = module.read("scale", (torch.float16,), (None, None))
         minimum = module.read("minimum", (torch.float16,), tuple(scale.shape))
         packed = module.read("codes", (torch.uint8,), (scale.shape[0], None))
-        codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+        codes = unpack_nibbles(packed)
         group_size = self.group_size or codes.shape[1]
         if -(-codes.shape[1] // group_size) != scale.shape[1]:
             expected = f"{-(-codes.shape[1] // group_size)} groups of {group_size}"

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from engine.errors import CheckpointError
-from engine.quant.weight import GridWeight, Weight
+from engine.quant.weight import GridWeight, Weight, unpack_nibbles
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WORD_BITS = 32
@@ -176,9 +176,7 @@ def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     """[R, W] int32 → [R, W * 32 / bits] uint8 of 0..2^bits - 1, a word's first element in its lowest bits."""
     # The engine's machines are little-endian: a word's lowest byte comes first in memory.
     elements = words.flatten().view(torch.uint8).view(words.shape[0], -1)
-    if bits == 8:
-        return elements
-    return torch.stack((elements & 0x0F, elements >> 4), dim=-1).flatten(1)
+    return elements if bits == 8 else unpack_nibbles(elements)
 
 
 def make_weight(
