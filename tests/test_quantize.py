@@ -13,12 +13,13 @@ from engine import quantize
 from engine.calibration import CalibratedLayer, Calibration, CalibrationText, default_text
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.kernels.nibbles import unpack_nibbles
 from engine.loading.checkpoint import Checkpoint, StoredGrid, open_checkpoint, stored_grid
 from engine.models.config import ModelConfig
 from engine.quant import plan_quantization
 from engine.quant.gptq import output_errors
 from engine.quant.rounding import round_to_nearest
-from engine.quant.weight import GridWeight, to_float, unpack_nibbles
+from engine.quant.weight import GridWeight, to_float
 from engine.quantize import ROLES, Algorithm, Recipe, quantize_checkpoint, quantize_layer
 from engine.runner import ModelRunner
 from tests.paged import make_sequences, run_chunks

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from engine.kernels import cpu
 from engine.kernels.activations import Activations, Format, SparseInt8Activations, SparseInt8Format
 from engine.kernels.int8_matmul import MAX_IN_FEATURES
+from engine.kernels.nibbles import unpack_nibbles
 from engine.kernels.quantize import HIGH_STEPS, quantize_sparse, sparse_reference
-from engine.quant.weight import unpack_nibbles
 
 PANEL = 16
 """Output features that lie together."""

@@ -23,6 +23,7 @@ import triton.language as tl
 from engine.kernels.activations import Activations, Format, GroupSums, SumsFormat, num_tokens
 from engine.kernels.group_sums import group_sums
 from engine.kernels.launch import Tile, launch, runs_triton, select_tile, target_of, tiles
+from engine.kernels.nibbles import unpack_nibbles
 from engine.kernels.segments import (
     SEGMENT,
     finish_tile,
@@ -32,7 +33,6 @@ from engine.kernels.segments import (
     plan_split,
     store_tile,
 )
-from engine.quant.weight import unpack_nibbles
 
 PLANES = 4
 """Nibbles in a word."""

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from engine.kernels.nibbles import pack_nibbles
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.formats.own import QUANT_METHOD
 from engine.loading.tokenizer_files import read_tokenizer
-from engine.quant.weight import GridWeight, pack_nibbles
+from engine.quant.weight import GridWeight
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*")
 

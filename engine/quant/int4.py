@@ -16,9 +16,10 @@ import torch
 from engine.kernels.host_matmul import GROUP_SIZE, int4_grid
 from engine.kernels.int4_matmul import Int4Matmul
 from engine.kernels.launch import runs_triton
+from engine.kernels.nibbles import pack_nibbles
 from engine.quant.host import host_product
 from engine.quant.scheme import Matmul, Tensors
-from engine.quant.weight import GridWeight, Weight, pack_nibbles, to_float
+from engine.quant.weight import GridWeight, Weight, to_float
 
 DEVICE_GROUP_SIZES = (128, 64, 32)
 """What a GPU's kernel takes; larger groups are several of them with the same numbers."""

@@ -21,11 +21,11 @@ from engine.kernels.activations import SparseInt8Activations, SparseInt8Format
 from engine.kernels.host_attention import HostPlan, group_segments, host_attention
 from engine.kernels.host_matmul import HostFloatMatmul, HostInt8Matmul, int4_grid
 from engine.kernels.kv_layer import CACHE_TYPES, KVLayer
+from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.norm import rms_norm
 from engine.kernels.quantize import quantize_sparse
 from engine.loading.dummy import DummyCheckpoint
 from engine.quant.host import HOST_ACTIVATIONS
-from engine.quant.weight import pack_nibbles
 from engine.runner import ModelRunner
 from tests.paged import make_sequences, run_chunks
 

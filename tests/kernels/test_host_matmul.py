@@ -16,9 +16,9 @@ from engine.kernels.host_matmul import (
     reference,
 )
 from engine.kernels.int8_matmul import MAX_IN_FEATURES
+from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.quantize import HIGH_STEPS, quantize_sparse, sparse_reference
 from engine.quant.host import HOST_ACTIVATIONS
-from engine.quant.weight import pack_nibbles
 
 SHAPES = [
     (1, 1),

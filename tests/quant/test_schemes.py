@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from engine.kernels import int4_matmul
 from engine.kernels.host_matmul import int4_grid, reference
 from engine.kernels.int8_matmul import MAX_IN_FEATURES
+from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.quantize import sparse_reference
 from engine.quant.floating import Float
 from engine.quant.host import HOST_ACTIVATIONS
@@ -17,7 +18,7 @@ from engine.quant.int4 import Int4
 from engine.quant.int8 import Int8
 from engine.quant.int8_table import Int8Table
 from engine.quant.scheme import Storage
-from engine.quant.weight import GridWeight, pack_nibbles
+from engine.quant.weight import GridWeight
 
 STORAGES: list[Storage] = [Float(torch.float32), Int8(), Int4(32), Int4(128), Int8Table()]
 

@@ -16,8 +16,9 @@ from typing import ClassVar
 
 import torch
 
+from engine.kernels.nibbles import unpack_nibbles
 from engine.loading.formats.stored import Settings, StoredModule
-from engine.quant.weight import GridWeight, Weight, unpack_nibbles
+from engine.quant.weight import GridWeight, Weight
 
 QUANT_METHOD = "llm-engine"
 

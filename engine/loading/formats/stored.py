@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from engine.errors import CheckpointError
-from engine.quant.weight import GridWeight, Weight, unpack_nibbles
+from engine.kernels.nibbles import unpack_nibbles
+from engine.quant.weight import GridWeight, Weight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WORD_BITS = 32
