@@ -21,7 +21,7 @@ from api.responses import Model, ModelList
 from api.service import Service
 
 if TYPE_CHECKING:
-    from engine.async_engine import AsyncEngine
+    from engine.async_engine import ServedEngine
 
 
 class ApiKeyMiddleware:
@@ -46,7 +46,7 @@ class ApiKeyMiddleware:
         await self._app(scope, receive, send)
 
 
-def create_app(engine: AsyncEngine, *, served_model_names: list[str], api_key: str | None = None) -> FastAPI:
+def create_app(engine: ServedEngine, *, served_model_names: list[str], api_key: str | None = None) -> FastAPI:
     """The application in front of `engine`, which may still be starting.
 
     Args:

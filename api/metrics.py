@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from engine.outputs import CompletionOutput, RequestOutput
 
 if TYPE_CHECKING:
-    from engine.async_engine import AsyncEngine
+    from engine.async_engine import ServedEngine
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160, 640)
 TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 80)
@@ -25,7 +25,7 @@ REQUEST_BUCKETS = (0.1, 0.3, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 24
 class EngineCollector(Collector):
     """Reads the engine's own counters when somebody asks for them."""
 
-    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+    def __init__(self, engine: ServedEngine, model_name: str) -> None:
         self._engine = engine
         self._model_name = model_name
 
@@ -85,7 +85,7 @@ class RequestTimes:
 class Metrics:
     """Counts and times requests as the server sees them."""
 
-    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+    def __init__(self, engine: ServedEngine, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(engine, model_name))
         self._model_name = model_name

@@ -10,7 +10,7 @@ from api.errors import ApiError
 from api.metrics import Metrics
 
 if TYPE_CHECKING:
-    from engine.async_engine import AsyncEngine
+    from engine.async_engine import ServedEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Service:
         created: When the server started, in seconds since 1970.
     """
 
-    engine: AsyncEngine
+    engine: ServedEngine
     metrics: Metrics
     served_model_names: list[str]
     created: int = field(default_factory=lambda: int(time.time()))

@@ -7,13 +7,12 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import signal
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import count
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import zmq
 import zmq.asyncio
@@ -31,12 +30,15 @@ from engine.messages import (
     Ready,
     Start,
     StartFailed,
+    beat_decoder,
     encode,
     from_engine_decoder,
 )
 from engine.metrics import EngineStats
 from engine.output_processor import OutputProcessor
 from engine.outputs import RequestOutput
+from engine.parallel.limits import BEAT_SECONDS, Limits
+from engine.process import RunningClock, exit_cause
 from engine.request import EngineOutput, Request
 from engine.sampling.params import SamplingParams
 from engine.sampling.random import derive_seed
@@ -52,8 +54,40 @@ OPENMP_SPINS = "20000"
 milliseconds, and take the core from whoever they wait for when the machine has something else to do."""
 
 
+class ServedEngine(Protocol):
+    """What the API asks of an engine, wherever that is; see `AsyncEngine`."""
+
+    @property
+    def status(self) -> Literal["starting", "ready", "dead"]: ...
+
+    @property
+    def error(self) -> str | None: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def default_params(self) -> dict[str, Any]: ...
+
+    def generate(
+        self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
+    ) -> AsyncGenerator[RequestOutput]: ...
+
+
 class AsyncEngine:
     """Sends requests to an engine process and hands out what comes back.
+
+    The process is rank 0, and starts the other ranks; one that ends or falls silent is the end of all of them.
+
+    Args:
+        limits: How long it may be silent.
+        command: What starts the process; two addresses are added.
 
     Attributes:
         status: "starting" until the model is loaded, "dead" once the process has ended.
@@ -67,8 +101,12 @@ class AsyncEngine:
     vocab_size: int
     default_params: dict[str, Any]
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self, config: EngineConfig, limits: Limits | None = None, command: Sequence[str] | None = None
+    ) -> None:
         self.config = config
+        self._limits = Limits() if limits is None else limits
+        self._command = command or (sys.executable, "-m", "engine.engine_process")
         self.status: Literal["starting", "ready", "dead"] = "starting"
         self.error: str | None = None
         self.stats = EngineStats()
@@ -76,10 +114,11 @@ class AsyncEngine:
         self._arrivals = count()
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
+        self._heard = asyncio.Event()
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._exited: asyncio.Task[int] | None = None
-        self._receiver: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Loads the model in a child process.
@@ -100,6 +139,11 @@ class AsyncEngine:
             )
             await self._send(start)
             message = await self._receive()
+            if isinstance(message, Ready):
+                # Both sockets have their other ends then.
+                await self._heard.wait()
+                if self.error is not None:
+                    raise EngineDeadError(self.error)
             self._remove_directory()
         except BaseException as error:
             self._die(f"the engine did not start: {error}")
@@ -114,16 +158,15 @@ class AsyncEngine:
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
         self.default_params = info.default_params
         self.status = "ready"
-        self._receiver = asyncio.create_task(self._receive_outputs())
+        self._tasks.append(asyncio.create_task(self._receive_outputs()))
 
     async def shutdown(self) -> None:
         """Ends the engine process and everything that waits for it. May be called at any time, and twice."""
         self._die("the engine was shut down")
-        if self._receiver is not None:
-            self._receiver.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._receiver
-            self._receiver = None
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._process is not None:
             await _end(self._process)
             self._process = None
@@ -133,7 +176,12 @@ class AsyncEngine:
         self._remove_directory()
 
     async def generate(
-        self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        request_id: str,
+        priority: int = 0,
+        resumed_token_ids: Sequence[list[int] | None] = (),
     ) -> AsyncGenerator[RequestOutput]:
         """Streams what a request adds, step by step; closing the generator aborts the request.
 
@@ -141,6 +189,7 @@ class AsyncEngine:
             prompt: Text or token ids.
             request_id: Unique among the open requests.
             priority: Smaller is served earlier.
+            resumed_token_ids: As in `Request`, for a request that another engine has begun; `params` hold its seed.
 
         Raises:
             RequestError: The request cannot be served as asked.
@@ -155,6 +204,7 @@ class AsyncEngine:
             params=params,
             seed=self._seed(params),
             priority=priority,
+            resumed_token_ids=list(resumed_token_ids),
         )
         processor = OutputProcessor(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
         assert request_id not in self._queues, f"request id {request_id!r} is in use"
@@ -204,17 +254,19 @@ class AsyncEngine:
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
         self._socket.bind(address)
+        beats = self._context.socket(zmq.PULL)
+        beats.bind(f"{address}-beats")
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "engine.engine_process",
+            *self._command,
             address,
+            f"{address}-beats",
             stdin=asyncio.subprocess.PIPE,
             # Signals to this process's group are this process's to handle.
             start_new_session=True,
             env={"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ},
         )
         self._exited = asyncio.create_task(self._process.wait())
+        self._tasks.append(asyncio.create_task(self._watch(self._process, beats)))
 
     async def _send(self, message: Start | Add | Abort) -> None:
         """Sends, unless the process has ended: a pair socket waits for a peer, and would wait forever.
@@ -228,7 +280,7 @@ class AsyncEngine:
         await asyncio.wait((sending, self._exited), return_when=asyncio.FIRST_COMPLETED)
         if not sending.done():
             sending.cancel()
-            raise EngineDeadError(f"the engine process {_exit_cause(self._exited.result())}")
+            raise self._exit_error()
 
     async def _receive(self) -> FromEngine:
         """The next message of the engine.
@@ -246,9 +298,36 @@ class AsyncEngine:
                 await asyncio.wait((message,), timeout=0.2)
             if message.done():
                 return from_engine_decoder.decode(message.result())
-            raise EngineDeadError(f"the engine process {_exit_cause(self._exited.result())}")
+            raise self._exit_error()
         finally:
             message.cancel()
+
+    def _exit_error(self) -> EngineDeadError:
+        assert self._exited is not None
+        # It may have been ended for something that is known already.
+        return EngineDeadError(self.error or f"rank 0 {exit_cause(self._exited.result())} {self._when()}")
+
+    def _when(self) -> str:
+        return f"after step {self.stats.num_steps}" if self.status == "ready" else "while it started"
+
+    async def _watch(self, process: asyncio.subprocess.Process, beats: zmq.asyncio.Socket) -> None:
+        """Ends the process once it is silent or has failed."""
+        clock, heard = RunningClock(2 * BEAT_SECONDS), 0.0
+        while self.status != "dead":
+            has_beat = await beats.poll(int(1000 * BEAT_SECONDS))
+            now = clock.tick()
+            limit = self._limits.silence if self.status == "ready" else self._limits.start
+            if has_beat:
+                heard = now
+                self._heard.set()
+                message = beat_decoder.decode(await beats.recv())
+                if isinstance(message, Died):
+                    self._die(message.reason)
+            elif now - heard > limit:
+                self._die(f"rank 0 has been silent for {limit:g} s {self._when()}")
+                process.kill()
+        self._heard.set()
+        await _end(process)
 
     async def _receive_outputs(self) -> None:
         while True:
@@ -268,7 +347,7 @@ class AsyncEngine:
                         if queue is not None:
                             queue.put_nowait(output)
                 case Died(reason):
-                    self._die(f"the engine process failed: {reason}")
+                    self._die(reason)
                     return
 
     def _remove_directory(self) -> None:
@@ -309,13 +388,6 @@ async def _in_daemon_thread(function: Callable[[], Result]) -> Result:
 
     threading.Thread(target=run, daemon=True).start()
     return await future
-
-
-def _exit_cause(status: int) -> str:
-    if status < 0:
-        known = -status in set(signal.Signals)
-        return f"was killed by {signal.Signals(-status).name if known else f'signal {-status}'}"
-    return f"exited with status {status}"
 
 
 def _start_error(message: StartFailed) -> EngineError:

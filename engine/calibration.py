@@ -25,10 +25,12 @@ from engine.layers.rope import RotaryTable
 from engine.loading.checkpoint import Checkpoint
 from engine.models.config import ModelConfig
 from engine.models.decoder import DecoderLayer
-from engine.quant import plan_quantization
+from engine.parallel.group import TensorGroup
 from engine.quant.floating import FloatMatmul
 from engine.quant.gptq import InputStatistics
+from engine.quant.plan import QuantizationPlan
 from engine.quant.weight import to_float
+from engine.specification import parse_specification
 from engine.tokenizer import Tokenizer
 
 BATCH_TOKENS = 4096
@@ -99,10 +101,11 @@ class CalibratedLayer:
 
     def __init__(self, index: int, config: ModelConfig, checkpoint: Checkpoint) -> None:
         self.index = index
-        self.module = DecoderLayer(index, config, plan_quantization("none", torch.float32, 32), torch.float32)
+        floats = QuantizationPlan(parse_specification("none"), torch.float32)
+        self.module = DecoderLayer(index, config, floats, torch.float32, TensorGroup())
         for module in self.module.modules():
             if isinstance(module, (Linear, RMSNorm)):
-                module.load(lambda name: to_float(checkpoint.tensor(name)))
+                module.load(lambda name, part: to_float(checkpoint.tensor(name)))
         self.linears = {
             "qkv": self.module.attention.qkv,
             "output": self.module.attention.output,
@@ -122,8 +125,15 @@ class CalibratedLayer:
 
         Writing into them changes what the next layer is calibrated on.
         """
+        return self._parts(role, "weight")
+
+    def biases(self, role: str) -> dict[str, torch.Tensor]:
+        """The biases [N], as `weights`; empty if the role has none."""
+        return self._parts(role, "bias") if self.linears[role].has_bias else {}
+
+    def _parts(self, role: str, name: str) -> dict[str, torch.Tensor]:
         linear = self.linears[role]
-        parts = torch.split(dict(linear.named_buffers())["weight"], list(linear.sizes))
+        parts = torch.split(dict(linear.named_buffers())[name], list(linear.sizes))
         return dict(zip(linear.sources, parts, strict=True))
 
     @property
@@ -182,6 +192,21 @@ class Calibration:
             layer.stop_recording()
             yield layer
             self._hidden = self._run(layer)
+
+    @torch.no_grad()
+    def head_statistics(self) -> InputStatistics:
+        """What the vocabulary projection is given; to be asked for behind the last layer."""
+        config = self._config
+        norm = RMSNorm(
+            "model.norm", config.hidden_size, config.norm_epsilon, config.norm_offset, torch.float32
+        )
+        norm.load(lambda name, part: self._checkpoint.tensor(name))
+        statistics = InputStatistics.empty(config.hidden_size)
+        for hidden in torch.split(self._hidden, BATCH_TOKENS):
+            x = norm(hidden)
+            assert isinstance(x, torch.Tensor)
+            statistics.update(x)
+        return statistics
 
     def _run(self, layer: CalibratedLayer) -> torch.Tensor:
         """The hidden states [windows * length, hidden] behind the layer."""

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from engine.errors import ConfigError
+from engine.specification import Specification, parse_specification
 
-Quantization = Literal["auto", "none", "int8", "int4"]
 DataType = Literal["auto", "float32", "bfloat16", "float16"]
-CacheType = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8_e4m3"]
+CacheType = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "fp8_e4m3"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
+ExecutorBackend = Literal["mp", "ray"]
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -42,11 +43,11 @@ class EngineConfig:
     """Options of an engine. `serve` takes each with dashes, `LLM` with underscores."""
 
     model: str = _option("llama", "alias (llama, gemma), directory, .gguf file or Hugging Face repository id")
-    quant: Quantization = _option(
-        "auto", "how weights are stored and multiplied; auto: as the checkpoint's are if quantized, else none"
-    )
-    group_size: int = _option(
-        32, "elements along K that share an int4 scale: 32, 64, 128, or 0 for whole rows"
+    quant: str = _option(
+        "auto",
+        "how weights are stored and multiplied: none, int8, int4, nf4, codebook4, with words (int4:g128, int8:g32) "
+        "and other schemes for some modules (int4,*.down_proj=int8); auto: as the checkpoint's are if quantized, "
+        "else none",
     )
     dtype: DataType = _option(
         "auto", "type of activations; auto is float32 on a CPU and the checkpoint's own type on a GPU"
@@ -56,6 +57,16 @@ class EngineConfig:
         "dummy fills the model of any config.json with random weights, to measure speed without its own",
     )
     device: Device = _option("auto", "where the model runs; auto takes a GPU if there is one")
+    tensor_parallel_size: int = _option(1, "ranks that share every layer, a process each")
+    pipeline_parallel_size: int = _option(1, "stages of layers, each of tensor_parallel_size ranks")
+    distributed_executor_backend: ExecutorBackend = _option(
+        "mp",
+        "where ranks run: mp, processes of this machine; ray, actors on the nodes that ray start has joined",
+    )
+    exact_reduce: bool = _option(
+        True,
+        "ranks compute the bits that one would, whatever their number; without, their float products are summed",
+    )
     deterministic: bool = _option(
         False,
         "a batch cannot change a token: float products in one form on a GPU; refused where a CPU is not exact",
@@ -94,19 +105,20 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, kinds in (
-            ("quant", Quantization),
             ("dtype", DataType),
             ("device", Device),
             ("kv_cache_dtype", CacheType),
             ("load_format", LoadFormat),
+            ("distributed_executor_backend", ExecutorBackend),
         ):
             if getattr(self, name) not in get_args(kinds):
                 raise ConfigError(
                     f"{name} must be one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}"
                 )
-        if self.group_size not in (0, 32, 64, 128):
-            raise ConfigError(f"group_size must be 32, 64, 128 or 0, got {self.group_size}")
+        _ = self.specification  # parses it
         for name in (
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
             "num_threads",
             "max_model_len",
             "max_num_seqs",
@@ -126,9 +138,23 @@ class EngineConfig:
             parse_bytes(self.kv_cache_memory)
 
     @property
+    def num_ranks(self) -> int:
+        """Processes that run the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
     def pins_attention(self) -> bool:
         """Whether attention has one form for chunks and decodes: what follows it in the exact path must be exact."""
-        return self.deterministic or self.quant == "int8"
+        return self.deterministic or self.specification.is_exact
+
+    @property
+    def specification(self) -> Specification:
+        """What `quant` says; floats as long as it is "auto".
+
+        Raises:
+            ConfigError: It is not one.
+        """
+        return parse_specification("none" if self.quant == "auto" else self.quant)
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
@@ -149,12 +175,14 @@ class SchedulerConfig:
         max_num_seqs: Most sequences in a step.
         long_prefill_token_threshold: Most prompt tokens of one sequence in a step that others share.
         max_model_len: Longest sequence in tokens, prompt and output.
+        num_stages: Steps that may be in flight at a time, of different sequences: one for each pipeline stage.
     """
 
     max_num_batched_tokens: int
     max_num_seqs: int
     long_prefill_token_threshold: int
     max_model_len: int
+    num_stages: int = 1
 
     @classmethod
     def resolve(cls, config: EngineConfig, max_model_len: int, device: str) -> SchedulerConfig:
@@ -171,4 +199,5 @@ class SchedulerConfig:
             max_num_seqs=num_seqs,
             long_prefill_token_threshold=config.long_prefill_token_threshold or max(1, num_tokens // 4),
             max_model_len=max_model_len,
+            num_stages=config.pipeline_parallel_size,
         )

@@ -6,11 +6,15 @@ With overlap the next step is planned and its forward pass launched before the t
     host     … plan and launch n+1 │ read n, update │ launch sample n+1 │ plan and launch n+2 …
 
 Sampling is launched after the update, so that penalties and grammars see every token before theirs.
+
+With pipeline stages as many steps are in flight, of different sequences; see `engine.scheduler`.
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
+from collections import deque
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +24,14 @@ import torch
 
 from engine.batch import Batch, Draw
 from engine.config import EngineConfig, SchedulerConfig
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, EngineDeadError
 from engine.host_executor import Drawn, Sampled
 from engine.kv_cache import BlockPool, KVCacheManager
-from engine.loading.checkpoint import open_checkpoint
-from engine.loading.dummy import DummyCheckpoint
+from engine.loading.checkpoint import Checkpoint
+from engine.loading.dummy import open_model
 from engine.metrics import EngineInfo, EngineStats
+from engine.parallel.ranks import launch
 from engine.request import EngineOutput, Request, RowFailure, SampledToken
-from engine.runner import ModelRunner
 from engine.sampling.params import SamplingParams
 from engine.scheduler import Scheduler
 
@@ -35,6 +39,10 @@ logger = logging.getLogger(__name__)
 
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """The keys of generation_config.json that are sampling parameters here too."""
+
+
+FATAL = (torch.AcceleratorError, EngineDeadError)
+"""The device or a rank is lost, not a row."""
 
 
 class EngineCore:
@@ -46,8 +54,18 @@ class EngineCore:
     """
 
     def __init__(self, config: EngineConfig, path: Path, eos_token_ids: Collection[int]) -> None:
-        checkpoint = DummyCheckpoint(path) if config.load_format == "dummy" else open_checkpoint(path)
-        self.runner = ModelRunner(config, checkpoint)
+        checkpoint = open_model(path, config.load_format)
+        self.runner, self._steps, self._ranks = launch(config, checkpoint, path)
+        if self._ranks is not None:
+            # At the latest with the program.
+            weakref.finalize(self, self._ranks.close)
+        try:
+            self._prepare(config, checkpoint, eos_token_ids)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, config: EngineConfig, checkpoint: Checkpoint, eos_token_ids: Collection[int]) -> None:
         plan = self.runner.plan
         self.scheduler = Scheduler(
             SchedulerConfig.resolve(config, plan.max_model_len, self.runner.device.type),
@@ -57,7 +75,8 @@ class EngineCore:
             config.enable_prefix_caching,
         )
         self.overlap = self.runner.is_asynchronous if config.overlap is None else config.overlap
-        self._in_flight: Sampled | None = None
+        self._num_stages = config.pipeline_parallel_size
+        self._in_flight: deque[Sampled] = deque()
         self.info = EngineInfo(
             max_model_len=plan.max_model_len,
             vocab_size=self.runner.model_config.vocab_size,
@@ -67,11 +86,24 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._in_flight is not None
+        return self.scheduler.has_work or bool(self._in_flight)
 
     @property
     def stats(self) -> EngineStats:
         return replace(self.scheduler.stats, num_kernel_compilations=self.runner.compilations.count)
+
+    def check(self) -> None:
+        """
+        Raises:
+            RankFailedError: The engine has lost a rank.
+        """
+        if self._ranks is not None:
+            self._ranks.check()
+
+    def close(self) -> None:
+        """Ends the engine's other processes."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     def add_request(self, request: Request) -> None:
         """Queues a request that `validate_request` has passed."""
@@ -83,25 +115,36 @@ class EngineCore:
 
     def step(self) -> list[EngineOutput]:
         """Plans and launches a step and takes in a finished one; call while there is work."""
+        if self._num_stages > 1:
+            return self._step_in_stages()
         batch = self.scheduler.schedule()
         assert batch.rows or self._in_flight, "the scheduler has work but planned none of it"
         logits = self._execute(batch) if batch.rows else None
         outputs = self._collect()
         if batch.rows:
-            self._in_flight = self._sample(batch, logits)
+            self._in_flight.append(self._sample(batch, logits))
         return outputs if self.overlap else outputs + self._collect()
 
+    def _step_in_stages(self) -> list[EngineOutput]:
+        """Fills the stages with steps, and takes in the oldest."""
+        while len(self._in_flight) < self._num_stages:
+            batch = self.scheduler.schedule()
+            if not batch.rows:
+                break
+            self._in_flight.append(self._sample(batch, self._execute(batch)))
+        assert self._in_flight, "the scheduler has work but planned none of it"
+        return self._collect()
+
     def _collect(self) -> list[EngineOutput]:
-        """Waits for the step in flight, if there is one, and takes in what it drew."""
-        sampled, self._in_flight = self._in_flight, None
-        return [] if sampled is None else self.scheduler.update(sampled.read())
+        """Waits for the oldest step in flight, if there is one, and takes in what it drew."""
+        return self.scheduler.update(self._in_flight.popleft().read()) if self._in_flight else []
 
     def _execute(self, batch: Batch) -> torch.Tensor | None:
         """The batch's logits; None if a row spoils it."""
         try:
-            return self.runner.execute(batch)
-        except torch.AcceleratorError:
-            raise  # the device is lost, not a row
+            return self._steps.execute(batch)
+        except FATAL:
+            raise
         except Exception as error:
             _log_failure(batch, error)
             return None
@@ -110,8 +153,8 @@ class EngineCore:
         draws = self.scheduler.draws()
         try:
             if logits is not None:
-                return self.runner.sample(logits, batch, draws)
-        except torch.AcceleratorError:
+                return self._steps.sample(logits, batch, draws)
+        except FATAL:
             raise
         except Exception as error:
             _log_failure(batch, error)
@@ -127,8 +170,8 @@ class EngineCore:
         for row, draw in zip(self.scheduler.resolve(batch).rows, draws, strict=True):
             alone = Batch([row])
             try:
-                results += self.runner.sample(self.runner.execute(alone), alone, [draw]).read()
-            except torch.AcceleratorError:
+                results += self._steps.sample(self._steps.execute(alone), alone, [draw]).read()
+            except FATAL:
                 raise
             except Exception as error:
                 results.append(RowFailure(f"{type(error).__name__}: {error}"))

@@ -37,3 +37,7 @@ class EngineStartError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine process has ended; open requests cannot go on."""
+
+
+class RankFailedError(EngineDeadError):
+    """A rank of the engine died, fell silent or disagrees; names it, the step and the cause. All ranks were ended."""

@@ -54,7 +54,7 @@ class HostExecutor:
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> torch.Tensor:
-        """Logits [rows that draw, vocabulary] float32; the batch's slots of the cache are filled."""
+        """Logits [rows that draw, vocabulary] float32, on the last stage; the slots of the cache are filled."""
         rows = batch.rows
         token_ids = [
             int(self._last_tokens[row.slot]) if token == PENDING else token
@@ -72,6 +72,8 @@ class HostExecutor:
             rotary={rope: table.at(positions, self.model.dtype) for rope, table in self.rotary.items()},
         )
         hidden = self.model(torch.tensor(token_ids), self.cache, inputs)
+        if not self.model.pipeline.is_last:
+            return torch.empty(0, 0)
         last = []
         end = 0
         for row in rows:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -34,6 +34,8 @@ class LLM:
         model: Alias, directory, .gguf file or Hugging Face repository id.
         options: Every option of `EngineConfig`.
 
+    With several ranks it has processes, which go when it is closed, collected, or when the program ends.
+
     Raises:
         ConfigError, ModelNotFoundError, CheckpointError: Says which option, and what would work.
     """
@@ -45,6 +47,16 @@ class LLM:
         self.core = EngineCore(self.config, path, self.tokenizer.eos_token_ids)
         print(self.core.info.memory_plan, file=sys.stderr)
         self._request_ids = map(str, count())
+
+    def close(self) -> None:
+        """Ends the processes of other ranks. May be called twice; with them nothing can be generated afterwards."""
+        self.core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def default_params(self) -> SamplingParams:

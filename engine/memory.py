@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +14,58 @@ from engine.config import EngineConfig, SchedulerConfig, format_bytes, parse_byt
 from engine.errors import ConfigError
 from engine.kernels import cpu
 from engine.kernels.host_attention import SEGMENT
-from engine.kernels.kv_layer import block_bytes
+from engine.kernels.kv_layer import INT4, INT4_MULTIPLE, block_bytes
+from engine.layers.cuts import Cut, GatheredCut, SummedCut
 from engine.models.config import ModelConfig
+from engine.models.decoder import Decoder, DecoderLayer
+from engine.parallel.exchanges import Exchange, counted, gathered, sent, step_bytes, summed
+from engine.parallel.group import TensorGroup
+from engine.parallel.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
+
+METERED_STEPS = 100
 
 DEFAULT_CPU_CACHE_SHARE = 0.25
 DEFAULT_CPU_CACHE_LIMIT = 4 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangePlan:
+    """What a rank exchanges with others in a step.
+
+    Attributes:
+        rank: In words.
+        has_run: Whether any machine has run what carries the exchanges out.
+        num_seqs, num_tokens: Of the largest decode, and of the largest step with one prompt in it.
+    """
+
+    rank: str
+    exchanges: tuple[Exchange, ...]
+    carrier: str
+    has_run: bool
+    num_seqs: int
+    num_tokens: int
+
+    def __str__(self) -> str:
+        def total(num_tokens: int, num_draws: int) -> str:
+            parts = step_bytes(self.exchanges, num_tokens, num_draws)
+            listed = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in parts.items())
+            return f"{format_bytes(sum(parts.values()))} ({listed})"
+
+        unrun = "" if self.has_run else "; no machine has run this path yet"
+        return "\n".join(
+            [
+                f"  {self.rank}, exchanges a step over {self.carrier}{unrun}; exact bytes that this rank hands over:",
+                *(
+                    f"    {exchange.kind:<6} {exchange.count:>4} x {exchange.row_bytes:>9} B"
+                    f" a {'token' if exchange.of == 'token' else 'row that draws'}: {exchange.name}"
+                    for exchange in self.exchanges
+                ),
+                f"    decode of {self.num_seqs}: {total(self.num_seqs, self.num_seqs)}",
+                f"    prompt chunk of {self.num_tokens}: {total(self.num_tokens, 1)}",
+            ]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +79,7 @@ class MemoryPlan:
         num_blocks: Blocks that sequences can use; one more is kept as the null block.
         max_model_len: Longest sequence in tokens: the model's, or what the cache can hold.
         estimate: The plan that this one corrects by a measurement.
+        exchanges: With other ranks; None for a single one.
     """
 
     device: str
@@ -44,10 +94,19 @@ class MemoryPlan:
     max_model_len: int
     requested_max_len: int
     estimate: MemoryPlan | None = None
+    exchanges: ExchangePlan | None = None
 
     @property
     def kv_cache(self) -> int:
         return (self.num_blocks + 1) * self.block
+
+    def with_blocks(self, num_blocks: int) -> MemoryPlan:
+        """The plan with fewer blocks, as many as each of an engine's ranks has."""
+        return replace(
+            self,
+            num_blocks=num_blocks,
+            max_model_len=min(self.max_model_len, num_blocks * self.block_size),
+        )
 
     def __str__(self) -> str:
         tokens = self.num_blocks * self.block_size
@@ -68,6 +127,8 @@ class MemoryPlan:
                 f"  max_model_len was {self.requested_max_len}: the KV cache holds {tokens} tokens;"
                 " raise --kv-cache-memory for more"
             )
+        if self.exchanges is not None:
+            lines.append(str(self.exchanges))
         return "\n".join(lines)
 
 
@@ -95,9 +156,16 @@ def plan_memory(
             f"max_model_len ({config.max_model_len}) exceeds the model's context of "
             f"{model.max_position_embeddings} tokens"
         )
+    if cache_dtype == INT4 and model.head_dim % INT4_MULTIPLE:
+        raise ConfigError(
+            f"kv_cache_dtype: int4 needs heads of a multiple of {INT4_MULTIPLE} elements, this model's have "
+            f"{model.head_dim}; use int8"
+        )
     scheduler = SchedulerConfig.resolve(config, requested, device.type)
     estimate = _host_activation_bytes if device.type == "cpu" else _device_activation_bytes
     activations = estimate(model, scheduler) if measured_activations is None else measured_activations
+    if measured_activations is None and config.tensor_parallel_size > 1 and config.exact_reduce:
+        activations += _gathered_bytes(config, model, scheduler)
     graphs = 0
     if device.type == "cuda" and not config.enforce_eager:
         decodes = replace(scheduler, max_num_batched_tokens=scheduler.max_num_seqs)
@@ -173,6 +241,106 @@ def _device_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> 
     logits = scheduler.max_num_seqs * model.vocab_size * (2 + 4 + 4)
     rotary = len(set(model.ropes)) * scheduler.max_model_len * model.head_dim * 4
     return scheduler.max_num_batched_tokens * width + logits + rotary
+
+
+def _gathered_bytes(config: EngineConfig, model: ModelConfig, scheduler: SchedulerConfig) -> int:
+    """The widest rows that ranks put together, before and after, of 32 bits a number."""
+    widest = max(model.num_heads * model.head_dim, model.intermediate_size) * config.tensor_parallel_size
+    return 2 * 4 * scheduler.max_num_batched_tokens * widest
+
+
+class StepMeter:
+    """Says once, after so many steps, what a rank has exchanged beside what was planned, and what its process holds.
+
+    Args:
+        plan: Of a path that counts what it exchanges: CUDA graphs replay exchanges without counting them.
+    """
+
+    def __init__(self, plan: ExchangePlan, group: TensorGroup, pipeline: Pipeline) -> None:
+        self._plan, self._group, self._pipeline = plan, group, pipeline
+        self._num_steps, self._planned = 0, 0
+
+    def note(self, num_tokens: int, num_draws: int) -> None:
+        """Counts a step of so many tokens, of which so many draw, that has run."""
+        self._num_steps += 1
+        if self._num_steps > METERED_STEPS:
+            return
+        self._planned += sum(step_bytes(self._plan.exchanges, num_tokens, num_draws).values())
+        if self._num_steps == METERED_STEPS:
+            logger.info("%s", self)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that were handed over since the start."""
+        return sum(self._group.num_bytes.values()) + self._pipeline.num_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self._plan.rank} measured: {self._num_steps} steps handed over {format_bytes(self.num_bytes)}, "
+            f"planned {format_bytes(self._planned)}; the process holds {format_bytes(private_bytes())} of its own"
+        )
+
+
+def private_bytes(process: int | str = "self") -> int:
+    """Memory of a process that no other has mapped; 0 where the system does not say."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+
+
+def plan_exchanges(
+    model: Decoder, scheduler: SchedulerConfig, rank: int, device: torch.device
+) -> ExchangePlan | None:
+    """What a rank exchanges in a step; None if there is one rank.
+
+    Args:
+        model: The rank's share; may be on the meta device.
+        rank: Among all, stage by stage.
+    """
+    share, pipeline = model.group.share, model.pipeline
+    if share.size * pipeline.size == 1:
+        return None
+    layers = pipeline.layers(model.config.num_layers)
+    stage = f", layers {layers.start} to {layers.stop - 1}" if pipeline.size > 1 else ""
+    is_cpu = device.type == "cpu"
+    return ExchangePlan(
+        rank=f"rank {rank} of {share.size * pipeline.size}{stage}",
+        exchanges=tuple(counted(_exchanges(model))),
+        carrier="gloo" if is_cpu else "NCCL",
+        has_run=is_cpu,
+        num_seqs=scheduler.max_num_seqs,
+        num_tokens=scheduler.max_num_batched_tokens,
+    )
+
+
+def _exchanges(model: Decoder) -> Iterator[Exchange]:
+    config, size, itemsize = model.config, model.group.size, model.dtype.itemsize
+    if size > 1:
+        if model.pipeline.is_first:
+            yield summed("embedding", config.hidden_size, itemsize)
+        for layer in model.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield from _row_exchanges("attention", layer.attention.output.cut, config.hidden_size, itemsize)
+            yield from _row_exchanges("MLP", layer.mlp.down.cut, config.hidden_size, itemsize)
+        if model.pipeline.is_last:
+            yield gathered("logits", config.vocab_size, size, itemsize, of="draw")
+    if not model.pipeline.is_last:
+        yield sent("hidden states to the next stage", config.hidden_size, itemsize)
+
+
+def _row_exchanges(name: str, cut: Cut, out_features: int, itemsize: int) -> list[Exchange]:
+    match cut:
+        case GatheredCut():
+            size = cut.group.size
+            return [
+                gathered(f"inputs of the {name}'s output", cut.in_features, size, itemsize),
+                gathered(f"output of the {name}", cut.out_features, size, itemsize),
+            ]
+        case SummedCut():
+            return [summed(f"output of the {name}", out_features, itemsize)]
+    raise TypeError(f"{type(cut).__name__}: its exchanges are not planned")
 
 
 def available_bytes(config: EngineConfig, device: torch.device) -> int:

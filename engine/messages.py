@@ -59,6 +59,10 @@ class Outputs(msgspec.Struct, tag=True):
     stats: EngineStats
 
 
+class Alive(msgspec.Struct, tag=True):
+    """The engine's process lives; sent each second, on a socket of its own."""
+
+
 class Died(msgspec.Struct, tag=True):
     """The engine cannot go on, and why; the process ends after this."""
 
@@ -67,7 +71,9 @@ class Died(msgspec.Struct, tag=True):
 
 ToEngine = Start | Add | Abort
 FromEngine = Ready | StartFailed | Outputs | Died
+Beat = Alive | Died
 
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+beat_decoder = msgspec.msgpack.Decoder(Beat)
 from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
 encode = msgspec.msgpack.encode

@@ -9,10 +9,11 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.kernels import cpu
+from engine.kernels.kv_layer import INT4
 from engine.kernels.launch import Target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CACHE_DTYPES = DTYPES | {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+CACHE_DTYPES = DTYPES | {"int8": torch.int8, "int4": INT4, "fp8_e4m3": torch.float8_e4m3fn}
 
 
 def resolve_device(config: EngineConfig) -> torch.device:
@@ -37,7 +38,7 @@ def resolve_dtype(config: EngineConfig, model: dict[str, Any], on_cpu: bool) -> 
     Raises:
         ConfigError: On a CPU, quantized products take and return float32.
     """
-    if on_cpu and config.quant in ("int8", "int4") and config.dtype not in ("auto", "float32"):
+    if on_cpu and config.specification.is_quantized and config.dtype not in ("auto", "float32"):
         raise ConfigError(
             f"dtype: {config.dtype} is for --quant none on a CPU; {config.quant} computes in float32, use auto"
         )
@@ -68,7 +69,7 @@ def resolve_cache_dtype(config: EngineConfig, dtype: torch.dtype, target: Target
         raise ConfigError(
             f"kv_cache_dtype: fp8_e4m3 needs an sm_89 or newer, this is {target.arch}; use int8, which is as small"
         )
-    if config.kv_cache_dtype == "auto" and target is None and config.quant in ("int8", "int4"):
+    if config.kv_cache_dtype == "auto" and target is None and config.specification.is_quantized:
         return torch.int8  # the least to read, and attention in integer products; its price is in the README
     return CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
 

@@ -39,11 +39,18 @@ class OutputProcessor:
 
     def __post_init__(self) -> None:
         params = self.request.params
-        for _ in range(params.n):
+        for index in range(params.n):
             detokenizer = IncrementalDetokenizer(
                 self.tokenizer, self.request.prompt_token_ids, params.skip_special_tokens
             )
-            self._samples.append(_Sample(detokenizer))
+            resumed = self.request.resumed(index)
+            sample = _Sample(detokenizer, is_finished=resumed is None)
+            self._samples.append(sample)
+            # What they add is known to who resumes; what they hold back is not.
+            for token_id in resumed or []:
+                tokens = [SampledToken(token_id, logprob=0.0)]
+                output = EngineOutput(request_id=self.request.request_id, index=index, tokens=tokens)
+                self._extend(sample, CompletionOutput(index), output)
 
     def process(self, output: EngineOutput) -> RequestOutput | None:
         """What is new since the last call; None if the output came after its sample had ended."""

@@ -19,6 +19,7 @@ from engine.layers.attention import PagedInputs
 from engine.layers.rope import RotaryTable
 from engine.models.config import RopeConfig
 from engine.models.decoder import Decoder
+from engine.parallel.shares import share_of_config
 from engine.step_buffers import BlockTables, flatten
 
 
@@ -55,7 +56,7 @@ class ProgramExecutor:
         self._token_ids, self._positions, self._slots = (words(num_tokens) for _ in range(3))
         self._starts, self._table_rows, self._partial_starts = (words(num_rows) for _ in range(3))
         self._query_starts, self._last_rows = words(num_rows + 1), words(num_rows)
-        config = model.config
+        config = share_of_config(model.config, model.group.share)
         num_segments = num_rows * -(-limits.max_model_len // SEGMENT)
         plan = HostPlan.make(
             num_sequences=self._num_rows,
@@ -76,12 +77,14 @@ class ProgramExecutor:
             with self.program.recording(self._num_tokens):
                 group_segments(plan, cache.block_size)
                 hidden = model(self._token_ids, cache, inputs)
-            with self.program.recording(self._num_draws):
-                self._logits = model.logits(gather(hidden, self._last_rows))
+            self._logits = torch.empty(0, 0)
+            if model.pipeline.is_last:
+                with self.program.recording(self._num_draws):
+                    self._logits = model.logits(gather(hidden, self._last_rows))
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> torch.Tensor:
-        """Logits [rows that draw, vocabulary] float32, valid until the next step."""
+        """Logits [rows that draw, vocabulary] float32, valid until the next step; none but on the last stage."""
         num_draws = self._write(batch)
         self.program.run(self.seconds)
         return self._logits[:num_draws]

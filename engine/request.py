@@ -16,6 +16,8 @@ class Request:
     Attributes:
         seed: The request's own seed, or the one it was given at arrival.
         priority: Smaller is served earlier; equal priorities in order of arrival.
+        resumed_token_ids: Of a request that another engine has begun: what it drew for each sample, None where the
+            sample has ended. The tokens count as output; draws and penalties go on as if this engine had drawn them.
     """
 
     request_id: str
@@ -23,6 +25,11 @@ class Request:
     params: SamplingParams
     seed: int
     priority: int = 0
+    resumed_token_ids: list[list[int] | None] = field(default_factory=list)
+
+    def resumed(self, index: int) -> list[int] | None:
+        """What sample `index` begins with; None if it has ended."""
+        return self.resumed_token_ids[index] if self.resumed_token_ids else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +120,7 @@ class Sequence:
     admission: int = 0
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_token_ids)
+        self.token_ids = self.request.prompt_token_ids + (self.request.resumed(self.index) or [])
 
     @property
     def num_tokens(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -19,14 +20,18 @@ from engine.kernels import cpu
 from engine.kernels.kv_layer import KVCache
 from engine.kernels.launch import CompilationCounter, Target, target_of
 from engine.layers.rope import RotaryTable
-from engine.loading.checkpoint import Checkpoint, stored_grid
+from engine.loading.checkpoint import Checkpoint, stored_schemes
 from engine.loading.model import checkpoint_key, load_weights
-from engine.memory import MemoryPlan, available_bytes, plan_memory
+from engine.memory import MemoryPlan, StepMeter, available_bytes, plan_exchanges, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.options import describe_host, resolve_cache_dtype, resolve_device, resolve_dtype
+from engine.parallel.place import Place, take_place
+from engine.parallel.rendezvous import meet
+from engine.parallel.shares import check_shares, share_of_config
 from engine.program_executor import ProgramExecutor
-from engine.quant import plan_quantization
+from engine.quant.plan import QuantizationPlan
+from engine.specification import Specification
 from engine.warmup import GREEDY, dummy_batch, largest_batch, warm_up
 
 logger = logging.getLogger(__name__)
@@ -47,6 +52,10 @@ class Executor(Protocol):
 class ModelRunner:
     """Owns everything on the device.
 
+    Args:
+        rank, store: Among others, and where they meet; None for a single rank.
+        attend: Calls what waits for other ranks.
+
     Attributes:
         plan: How memory is used.
         cache_salt: What a cached block depends on besides its tokens: model, quantization, cache dtype.
@@ -54,12 +63,40 @@ class ModelRunner:
         compilations: Counts the kernels that were compiled after the start; there should be none.
     """
 
-    def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
-        self.config = config = _resolve_quantization(config, checkpoint)
+    def __init__(
+        self,
+        config: EngineConfig,
+        checkpoint: Checkpoint,
+        rank: int = 0,
+        store: str | None = None,
+        attend: Callable[[Callable[[], Place]], Place] = lambda wait: wait(),
+    ) -> None:
+        ties = checkpoint.config.get("tie_word_embeddings") or "lm_head.weight" not in checkpoint.names()
+        self.model_config = ModelConfig.from_dict({**checkpoint.config, "tie_word_embeddings": ties})
+        self.config = config = _resolve_quantization(config, self.model_config, checkpoint)
         self.device = resolve_device(config)
+        check_shares(self.model_config, config.tensor_parallel_size)
+        if self.device.type == "cuda" and config.num_ranks > 1:
+            self.device = torch.device("cuda", rank % torch.cuda.device_count())
+            torch.cuda.set_device(self.device)
+        self.place = attend(
+            lambda: take_place(
+                None if store is None else meet(store, config.num_ranks),
+                rank,
+                config.tensor_parallel_size,
+                config.pipeline_parallel_size,
+                self.device,
+                config.exact_reduce,
+            )
+        )
+        layers = self.place.pipeline.layers(self.model_config.num_layers)
+        self.shard_config = replace(
+            share_of_config(self.model_config, self.place.group.share), num_layers=len(layers)
+        )
         self.is_asynchronous = self.device.type == "cuda"
         if self.device.type == "cpu":
-            torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+            num_threads = config.num_threads or len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, num_threads // config.num_ranks))
         target = target_of(torch.empty(0, device=self.device))
         self.dtype = resolve_dtype(config, checkpoint.config, on_cpu=self.device.type == "cpu")
         self.cache_dtype = resolve_cache_dtype(config, self.dtype, target)
@@ -69,14 +106,18 @@ class ModelRunner:
             if config.deterministic and not runs_program:
                 raise ConfigError(f"deterministic: on {bodies}")
             logger.info("on %d threads, %s", torch.get_num_threads(), bodies)
-        ties = checkpoint.config.get("tie_word_embeddings") or "lm_head.weight" not in checkpoint.names()
-        self.model_config = ModelConfig.from_dict({**checkpoint.config, "tie_word_embeddings": ties})
-        quantization = plan_quantization(config.quant, self.dtype, config.group_size, config.deterministic)
-        self.model = Decoder(self.model_config, quantization, self.dtype)
+        quantization = QuantizationPlan(config.specification, self.dtype, config.deterministic)
+        self.model = Decoder(
+            self.model_config, quantization, self.dtype, self.place.group, self.place.pipeline
+        )
         self._weight_bytes = self.model.num_bytes
         self.plan = self._plan_memory(available_bytes(config, self.device))
+        if self.place.size > 1:
+            num_blocks = self.place.smallest(self.plan.num_blocks, self.device)
+            exchanges = plan_exchanges(self.model, self._limits, rank, self.device)
+            self.plan = replace(self.plan.with_blocks(num_blocks), exchanges=exchanges)
         logger.info("%s", self.plan)
-        name = f"{quantization.name}-{self.dtype}".replace("torch.", "")
+        name = f"{quantization.name}-{self.dtype}".replace("torch.", "") + self.place.name
         if config.load_format == "dummy":
             self.model.randomize(self.device)
             self.model.bind()
@@ -98,10 +139,16 @@ class ModelRunner:
         else:
             self.executor = self._make_device_executor(target)
         self.compilations = CompilationCounter()
+        self._meter: StepMeter | None = None
+        if self.plan.exchanges is not None and self.device.type == "cpu":
+            self._meter = StepMeter(self.plan.exchanges, self.place.group, self.place.pipeline)
 
     def execute(self, batch: Batch) -> torch.Tensor:
         """Runs the model over the batch and fills its slots of the cache: logits [rows that draw, vocabulary]."""
-        return self.executor.execute(batch)
+        logits = self.executor.execute(batch)
+        if self._meter is not None:
+            self._meter.note(batch.num_tokens, len(logits))
+        return logits
 
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
         """Draws a token for each row of the batch that has a draw."""
@@ -114,7 +161,7 @@ class ModelRunner:
     def _plan_memory(self, available: int, measured_activations: int | None = None) -> MemoryPlan:
         return plan_memory(
             self.config,
-            self.model_config,
+            self.shard_config,
             self._weight_bytes,
             self.cache_dtype,
             self.device,
@@ -148,38 +195,34 @@ class ModelRunner:
 
     def _allocate_cache(self, num_blocks: int) -> KVCache:
         return KVCache.allocate(
-            self.model_config.num_layers,
+            self.shard_config.num_layers,
             num_blocks,
             self.config.block_size,
-            self.model_config.num_kv_heads,
-            self.model_config.head_dim,
+            self.shard_config.num_kv_heads,
+            self.shard_config.head_dim,
             self.cache_dtype,
             self.device,
         )
 
 
-def _resolve_quantization(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
+def _resolve_quantization(config: EngineConfig, model: ModelConfig, checkpoint: Checkpoint) -> EngineConfig:
     """The configuration with what "auto" means for the checkpoint.
 
     Raises:
-        ConfigError: The checkpoint is quantized, and otherwise than asked for.
+        ConfigError: The checkpoint is quantized, and otherwise than asked for; or a pattern names no module.
     """
-    stored = None if config.load_format == "dummy" else stored_grid(checkpoint)
+    modules = model.module_names
+    stored = {} if config.load_format == "dummy" else stored_schemes(checkpoint, modules)
     if config.quant == "auto":
-        if stored is None:
-            return replace(config, quant="none")
-        return replace(config, quant=stored.quant, group_size=stored.group_size)
-    if stored is None or config.quant == "none":
-        return config
-    is_same = config.quant == stored.quant and (
-        stored.quant == "int8" or config.group_size == stored.group_size
-    )
-    if not is_same:
-        groups = "" if stored.quant == "int8" else f" and group_size {stored.group_size}"
-        raise ConfigError(
-            f"quant: the weights in {checkpoint.path} are {stored.quant} already; leave --quant out, "
-            f"or give {stored.quant}{groups}"
-        )
+        return replace(config, quant=str(Specification.covering(stored, modules)) if stored else "none")
+    config.specification.check(modules)
+    for module, words in stored.items():
+        wanted = config.specification.of(module)
+        if wanted.kind != "none" and wanted.storage != words.storage:
+            raise ConfigError(
+                f"quant: {module} in {checkpoint.path} is {words.storage} already, and cannot become "
+                f"{wanted.storage}; leave --quant out, or give it {words.storage}"
+            )
     return config
 
 

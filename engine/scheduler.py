@@ -7,7 +7,8 @@ released and it is computed again when there is room.
 
 The next step may be planned before the tokens of the one in flight are known: planning needs their number, not
 their values. A sequence whose pending token turns out to end it has then one token too many in flight, which
-`update` drops.
+`update` drops. Where steps pass through several stages, as many are in flight, each with its share of the sequences;
+one whose token is pending waits for it then.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ class Scheduler:
         leader = None
         sequences = []
         for index in range(request.params.n):
+            if request.resumed(index) is None:
+                continue
             sequence = Sequence(request, index, next(self._arrivals), salt, leader)
             leader = leader or sequence
             sequences.append(sequence)
@@ -119,8 +122,11 @@ class Scheduler:
         plan: dict[Sequence, int] = {}
         budget = self.config.max_num_batched_tokens
         num_preemptions = self.num_preemptions
+        max_rows = -(-(len(self.running) + len(self._waiting)) // self.config.num_stages)
         for sequence in sorted(self.running, key=lambda s: (s.num_remaining_tokens > 1, *s.order)):
             if sequence.status is not SequenceStatus.RUNNING or budget == 0 or self._is_through(sequence):
+                continue
+            if len(plan) == max_rows or (self.config.num_stages > 1 and sequence.num_pending_tokens):
                 continue
             num_tokens = self._chunk(sequence.num_remaining_tokens, budget)
             budget += self._make_room(sequence, sequence.num_computed_tokens + num_tokens, plan)
@@ -128,7 +134,7 @@ class Scheduler:
                 plan[sequence] = num_tokens
                 budget -= num_tokens
         if num_preemptions == self.num_preemptions:
-            self._admit(plan, budget)
+            self._admit(plan, budget, max_rows)
         rows = [self._row(sequence, num_tokens) for sequence, num_tokens in plan.items()]
         if rows:
             self._in_flight.append(
@@ -198,10 +204,15 @@ class Scheduler:
         self._enqueue(sequence)
         self.num_preemptions += 1
 
-    def _admit(self, plan: dict[Sequence, int], budget: int) -> None:
+    def _admit(self, plan: dict[Sequence, int], budget: int, max_rows: int) -> None:
         """Starts waiting sequences in order, as long as the budget lasts and their whole prompts have room."""
         held_back = []
-        while self._waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+        while (
+            self._waiting
+            and budget > 0
+            and len(plan) < max_rows
+            and len(self.running) < self.config.max_num_seqs
+        ):
             sequence = self._waiting[0][-1]
             if sequence.num_pending_tokens or (sequence.leader and self._is_prefilling(sequence.leader)):
                 held_back.append(heapq.heappop(self._waiting))

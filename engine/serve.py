@@ -28,6 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--served-model-name", nargs="+", help="names of the model in the API; default: --model"
     )
     parser.add_argument("--api-key", help="key that requests must carry; default: $ENGINE_API_KEY, if set")
+    add_engine_options(parser)
+    return parser
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser an option for every field of EngineConfig."""
     hints = get_type_hints(EngineConfig)
     for option in dataclasses.fields(EngineConfig):
         # An option without a default of its own says in its help what stands in for it.
@@ -38,7 +44,6 @@ def build_parser() -> argparse.ArgumentParser:
             help=option.metadata["help"] + shown,
             **_argument_type(hints[option.name]),
         )
-    return parser
 
 
 def _argument_type(hint: Any) -> dict[str, Any]:

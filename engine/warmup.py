@@ -23,7 +23,9 @@ from engine.loading.resolve import resolve_model
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.options import resolve_cache_dtype, resolve_dtype
-from engine.quant import plan_quantization
+from engine.parallel.group import TensorGroup
+from engine.parallel.pipeline import Pipeline
+from engine.quant.plan import QuantizationPlan
 from engine.sampling.params import MAX_LOGPROBS, SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -99,7 +101,11 @@ def make_meta_executor(config: EngineConfig, target: Target) -> DeviceExecutor:
     )
     limits = SchedulerConfig.resolve(config, context, "cuda")
     model = Decoder(
-        model_config, plan_quantization(config.quant, dtype, config.group_size, config.deterministic), dtype
+        model_config,
+        QuantizationPlan(config.specification, dtype, config.deterministic),
+        dtype,
+        TensorGroup(),
+        Pipeline(),
     )
     model.bind()
     cache = KVCache.allocate(

@@ -37,6 +37,8 @@ VARIANTS = [
     ("mistral", "int4", "float32"),
     ("gemma3", "int8", "float16"),
     ("qwen2-sliding", "none", "fp8_e4m3"),
+    ("llama", "int8", "int4"),
+    ("gemma3", "none", "int4"),
 ]
 """Family, weights, cache: groups of two, three and four heads, norms of heads, windows, biases, ragged sizes."""
 

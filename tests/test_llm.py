@@ -162,8 +162,17 @@ def test_context_shrinks_to_the_cache(capfd: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quant": "int3"}, "quant must be one of auto, none, int8, int4"),
-        ({"group_size": 48}, "32, 64, 128 or 0"),
+        ({"quant": "int3"}, "quant: must be one of none, int8, int4, nf4, codebook4, got 'int3'"),
+        (
+            {"quant": "int4:g48"},
+            "'g48' in 'int4:g48' is not known; after int4 there may be g32, g64, g128, g0",
+        ),
+        ({"quant": "int4,*.w1=int8"}, r"no module matches '\*\.w1'; there are lm_head, model.layers.9"),
+        (
+            {"quant": "int4,*.q_proj=int8"},
+            r"layers.0.self_attn.q_proj int8, .*k_proj int4:g32.*multiplied as one matrix",
+        ),
+        ({"quant": "int4,model.embed_tokens=int4"}, "a table is none or int8"),
         ({"kv_cache_memory": "lots"}, "write it like 512MiB"),
         ({"kv_cache_memory": "1KiB"}, "two blocks"),
         ({"kv_cache_memory": "900GiB"}, "do not fit"),

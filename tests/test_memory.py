@@ -10,6 +10,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.kernels.kv_layer import INT4
 from engine.memory import MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
 from tests.tiny import TINY_CONFIGS
@@ -50,12 +51,23 @@ def test_a_measurement_takes_the_place_of_the_estimate_and_both_are_shown() -> N
     assert "measured peak of a step" in str(measured)
 
 
+def test_heads_that_four_bits_cannot_hold_are_refused() -> None:
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=64)
+    model = replace(MODEL, head_dim=18)
+    with pytest.raises(
+        ConfigError, match="int4 needs heads of a multiple of 4 elements, this model's have 18"
+    ):
+        plan_memory(config, model, 0, INT4, torch.device("cpu"), 4 * MIB)
+
+
 def test_a_quantized_cache_holds_more() -> None:
     config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=64)
     blocks = {
         dtype: plan_memory(config, MODEL, 0, dtype, torch.device("cuda"), 4 * MIB).block
-        for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+        for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn, INT4)
     }
     assert blocks[torch.float8_e4m3fn] * 2 == blocks[torch.bfloat16]
     # A scale of four bytes for each head of 16.
     assert blocks[torch.int8] * 16 == blocks[torch.float8_e4m3fn] * 20
+    # Eight bytes of codes, and two halves for the one group.
+    assert blocks[INT4] * 16 == blocks[torch.float8_e4m3fn] * 12

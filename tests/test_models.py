@@ -135,7 +135,9 @@ def assert_same_logits(one: Path, other: Path) -> None:
         assert all(torch.equal(expected[position], actual[position]) for position in expected)
 
 
-@pytest.mark.parametrize(("cache_type", "bound"), [("bfloat16", 0.02), ("int8", 0.03), ("fp8_e4m3", 0.15)])
+@pytest.mark.parametrize(
+    ("cache_type", "bound"), [("bfloat16", 0.02), ("int8", 0.03), ("int4", 0.4), ("fp8_e4m3", 0.15)]
+)
 def test_a_smaller_cache_costs_little(checkpoints: dict[str, Path], cache_type: str, bound: float) -> None:
     exact, rounded = (
         run_chunks(runner, make_sequences(320))

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 from tokenizers.processors import TemplateProcessing
 
 from engine.errors import ConfigError
 from engine.loading.tokenizer_files import byte_tokenizer
 from engine.models.config import ModelConfig
 from engine.quality.__main__ import cut_prompts, main
+from engine.quality.making import Job, checkpoint_directory, make_checkpoint
 from engine.quality.measure import count_weights
 from engine.quality.metrics import (
     Scores,
@@ -26,8 +29,9 @@ from engine.quality.metrics import (
     median_divergence,
     pareto_front,
 )
-from engine.quality.report import Result, format_table
+from engine.quality.report import Result, format_table, plot
 from engine.quality.variant import parse_variant, parse_variants
+from engine.recipe import Recipe
 from tests.tiny import TINY_CONFIGS, load_reference, reference_logits, write_checkpoint
 
 WINDOW, STRIDE = 64, 24
@@ -116,8 +120,9 @@ def test_prompts_are_cut_evenly() -> None:
         ("none", {"quant": "none"}),
         ("int8:kv=bfloat16", {"quant": "int8", "kv_cache_dtype": "bfloat16"}),
         ("int4", {"quant": "int4"}),
-        ("int4:g128", {"quant": "int4", "group_size": 128}),
-        ("int4:kv=int8:g32", {"quant": "int4", "kv_cache_dtype": "int8", "group_size": 32}),
+        ("int4:g128", {"quant": "int4:g128"}),
+        ("int4:kv=int8:g32", {"quant": "int4:g32", "kv_cache_dtype": "int8"}),
+        ("int4:g64,*.down_proj=int8,lm_head=none", {"quant": "int4:g64,*.down_proj=int8,lm_head=none"}),
     ],
 )
 def test_variants_name_options(text: str, options: dict[str, Any]) -> None:
@@ -134,15 +139,40 @@ def test_a_directory_is_a_variant_as_it_is(tmp_path: Path) -> None:
     assert variant.options == {"model": str(tmp_path), "kv_cache_dtype": "int8"}
 
 
+def test_an_algorithm_is_a_recipe() -> None:
+    plain, mixed, rounded, smooth = parse_variants(
+        "int4:g64,int4:g64:hadamard+gptq:kv=int8:seed=7,*.down_proj=int8,int4:g128:rtn,int8:token:smoothquant"
+    )
+    assert plain.recipe is None
+    assert mixed.options == {"quant": "int4:g64,*.down_proj=int8", "kv_cache_dtype": "int8"}
+    assert mixed.recipe == Recipe.parse("int4:g64,*.down_proj=int8", "hadamard+gptq")
+    assert rounded.recipe == Recipe.parse("int4:g128", "rtn")
+    # How activations are quantized is said when serving only.
+    assert smooth.recipe == Recipe.parse("int8", "smoothquant")
+    assert smooth.options == {"quant": "int8:token"}
+    assert [variant.seeds(3) for variant in (plain, mixed, rounded, smooth)] == [[0], [7], [0], [0, 1, 2]]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("int5", "'int5' is neither known nor a directory; known are none, int8, int4, a directory"),
+        (
+            "int5",
+            "'int5' is neither known nor a directory; known are none, int8, int4, nf4, codebook4, a directory",
+        ),
         ("dir=/nowhere/at/all", "neither known nor a directory"),
-        ("int8:g32", "'g32' is not known after int8; known are kv=auto"),
-        ("int4:g48", "known are g32, g64, g128, g0, kv=auto"),
-        ("int4:g32:g128", "the second of its kind"),
-        ("none:kv=int3", "kv=bfloat16"),
+        ("nf4:g32", "'g32' in 'nf4:g32' is not known"),
+        ("int4:g48", "there may be g32, g64, g128, g0"),
+        ("int4:g32:g128", "two words for one thing"),
+        ("int4:kv=int8:kv=int8", "'kv=int8' is the second of its kind"),
+        ("none:kv=int3", "kv must be one of auto, float32"),
+        ("dir=.:int8", "after a directory there may be kv=TYPE only"),
+        ("int8:gptq", "gptq is for int4"),
+        ("int4:gptq:awq", "'awq' is the second of its kind"),
+        ("int4:gptq+hadamard", "write hadamard+gptq"),
+        ("int4:seed=3", "seed=3 is of a calibration: name an algorithm, hadamard"),
+        ("int4:rtn:seed=3", "seed=3 must be a number, and rtn one that calibrates"),
+        ("int4:gptq:seed=x", "seed=x must be a number"),
         ("", "known are none"),
         ("none,,int8", "known are none"),
         ("none,none", "'none' is there twice"),
@@ -230,6 +260,76 @@ def test_the_command_measures_and_writes(
     assert sorted(path.name for path in out.iterdir()) == ["quality.json", "quality.md", "quality.png"]
 
 
+def test_checkpoints_are_made_once_for_each_seed(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, calibration = tmp_path / "out", tmp_path / "calibration"
+    calibration.write_text("".join(f"{number} and {number + 1}, " for number in range(200)))
+    options = ["--num-tokens", "120", "--prompts", "2", "--seeds", "2", "--calibration", str(calibration)]
+    found = run(checkpoint, "int4:g32:gptq", out, "--reference", "int4:g32:rtn", *options)
+    rounded, calibrated = found["variants"]
+    assert [row["seeds"] for row in (rounded, calibrated)] == [[0], [0, 1]]
+    for name in ("perplexity", "kl_divergence"):
+        low, high = calibrated["spread"][name]
+        assert low < calibrated[name] < high
+        assert calibrated[name] == pytest.approx((low + high) / 2)
+        assert rounded["spread"][name] == [rounded[name]] * 2
+    made = sorted((out / "checkpoints").iterdir())
+    names = ["int4-g32-gptq-0", "int4-g32-gptq-1", "int4-g32-rtn-0"]
+    assert [path.name.rpartition("-")[0] for path in made] == names
+    recipe = Recipe.parse("int4:g32", "gptq")
+    text = calibration.read_text()
+    assert checkpoint_directory(out / "checkpoints", checkpoint, recipe, text, seed=1) == made[1]
+    assert checkpoint_directory(out / "checkpoints", checkpoint, recipe, text + ".", seed=1) not in made
+    capsys.readouterr()
+    before = {file: file.stat().st_mtime_ns for file in made[1].iterdir()}
+    make_checkpoint(
+        Job(title="again", model=str(checkpoint), recipe=recipe, calibration=text, seed=1, directory=made[1])
+    )
+    assert "again: is there already" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in made[1].iterdir()} == before
+
+
+def test_what_is_scored_is_no_calibration(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    (tmp_path / "calibration").write_text(f"Before. {TEXT} And after.")
+    words = [str(checkpoint), "--variants", "int4:gptq", "--text", str(tmp_path / "text")]
+    words += ["--out", str(tmp_path / "out"), "--window", "64", "--stride", "32"]
+    assert main([*words, "--calibration", str(tmp_path / "calibration")]) == 1
+    assert "calibration holds the text that is scored" in capsys.readouterr().err
+
+
+def test_names_in_the_plot_lie_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    results = [
+        Result(
+            variant=f"int4:g{32 * number}:hadamard+gptq",
+            bits_per_weight=4.5 + 0.1 * (number % 3),
+            perplexity=15.0,
+            kl_divergence=0.1 + 0.01 * (number % 4),
+            agreement=0.9,
+            first_divergence=3.0,
+            peak_bytes=None,
+            decode_rate=100.0 + number % 2,
+            prefill_rate=500.0,
+            seeds=[0],
+            spread={"kl_divergence": [0.1, 0.15]},
+        )
+        for number in range(12)
+    ]
+    plot(tmp_path / "plot.png", results)
+    for panel in figures[0].axes:
+        labels = [label for label in panel.texts if isinstance(label, Annotation)]
+        assert [label.get_text() for label in labels] == [result.variant for result in results]
+        boxes = [Text.get_window_extent(label) for label in labels]
+        for index, box in enumerate(boxes):
+            assert panel.bbox.x0 <= box.x0 < box.x1 <= panel.bbox.x1
+            assert not any(box.overlaps(other) for other in boxes[:index])
+
+
 def test_every_window_begins_with_the_bos_that_the_tokenizer_adds(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "model"
     write_checkpoint(path, TINY_CONFIGS["llama"])
@@ -255,6 +355,7 @@ def test_every_window_begins_with_the_bos_that_the_tokenizer_adds(checkpoint: Pa
         ({"--stride": "64"}, "stride: must be at least 1 and less than the window's 64 tokens, got 64"),
         ({"--text": "/nowhere/at/all"}, "/nowhere/at/all cannot be read"),
         ({"--num-tokens": "1"}, "num_tokens: must be at least 2"),
+        ({"--seeds": "0"}, "seeds: must be at least 1"),
         ({"--prompts": "0"}, "prompts: must be at least 1"),
         ({"--continuation": "256"}, "continuation: must be from 1"),
     ],

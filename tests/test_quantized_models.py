@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from engine.kernels.activations import SparseInt8Format
 from engine.kernels.host_matmul import int4_grid
 from engine.kernels.quantize import HIGH_STEPS
-from engine.quant import host, plan_quantization
+from engine.quant import host
+from engine.quant.plan import QuantizationPlan
 from engine.quant.scheme import Storage
+from engine.specification import LM_HEAD, parse_specification
 from tests.paged import make_runner, make_sequences, run_chunks
 from tests.tiny import TINY_CONFIGS, load_reference, reference_logits, write_checkpoint
 
@@ -73,44 +75,42 @@ def grid_values(scheme: Storage, weight: torch.Tensor, group_size: int, on_host:
     return on_int8
 
 
-def dequantized(path: Path, quant: str, group_size: int, on_host: bool = True) -> PreTrainedModel:
+def dequantized(path: Path, quant: str, on_host: bool = True) -> PreTrainedModel:
     """The checkpoint with each weight at its place on the grid; head and table have grids of their own."""
     model = load_reference(path)
-    plan = plan_quantization(quant, torch.float32, group_size)
+    plan = QuantizationPlan(parse_specification(quant), torch.float32)
+    linear, head = plan.scheme(["model.layers.0.mlp.down_proj"]), plan.scheme([LM_HEAD])
+    group_size = plan.specification.default.group_size
     embedding = model.get_input_embeddings().weight.detach()
     model.config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(grid_values(plan.lm_head, embedding, group_size))
+    model.lm_head.weight = torch.nn.Parameter(grid_values(head, embedding, group_size))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "proj" in name:
-                parameter.copy_(grid_values(plan.linear, parameter, group_size, on_host))
-        model.get_input_embeddings().weight.copy_(grid_values(plan.embedding, embedding, 32))
+                parameter.copy_(grid_values(linear, parameter, group_size, on_host))
+        model.get_input_embeddings().weight.copy_(grid_values(plan.table, embedding, 32))
     return model
 
 
 @pytest.mark.parametrize(
-    ("shape", "quant", "group_size"),
+    ("shape", "quant"),
     [
-        ("ragged", "int8", 32),
-        ("aligned", "int8", 32),
-        ("ragged", "int4", 32),
-        ("ragged", "int4", 128),
-        ("aligned", "int4", 32),
+        ("ragged", "int8"),
+        ("aligned", "int8"),
+        ("ragged", "int4"),
+        ("ragged", "int4:g128"),
+        ("aligned", "int4"),
     ],
 )
 def test_logits_are_those_of_the_dequantized_weights(
-    checkpoints: dict[str, Path],
-    shape: str,
-    quant: str,
-    group_size: int,
-    monkeypatch: pytest.MonkeyPatch,
+    checkpoints: dict[str, Path], shape: str, quant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = checkpoints[shape]
     # With activations as fine as the format goes; they would hide the weights' own rounding.
     monkeypatch.setattr(host, "HOST_ACTIVATIONS", SparseInt8Format(spread=0.0))
-    runner = make_runner(path, quant=quant, group_size=group_size, kv_cache_dtype="float32")
+    runner = make_runner(path, quant=quant, kv_cache_dtype="float32")
     sequences = make_sequences(runner.model_config.vocab_size)
-    reference, original = dequantized(path, quant, group_size), load_reference(path)
+    reference, original = dequantized(path, quant), load_reference(path)
     tolerance = AMPLIFICATION * NUM_PRODUCTS**0.5 * INT8_ERROR
     for sequence, computed in zip(sequences, run_chunks(runner, sequences), strict=True):
         positions = list(computed)

@@ -65,6 +65,7 @@ def launches_of(executor: DeviceExecutor, batch: Batch, arch: str) -> set[Launch
         {"quant": "none"},
         {"quant": "int8", "kv_cache_dtype": "int8"},
         {"quant": "int4", "kv_cache_dtype": "fp8_e4m3"},
+        {"quant": "int8", "kv_cache_dtype": "int4"},
         {"quant": "int4", "deterministic": True},
         {"quant": "none", "deterministic": True, "dtype": "float32"},
     ],

@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+GroupSize = Literal[32, 64, 128]
+
 SUM_SIZE = 32
 """Elements along K in one of `GroupSums`' sums, the smallest group of an int4 weight."""
 
@@ -26,7 +28,7 @@ class Int8Format:
     """
 
     terms: Literal[1, 2] = 2
-    group_size: Literal[32, 64, 128] | None = None
+    group_size: GroupSize | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class SparseInt8Format:
 
     Attributes:
         spread: The scale is so many times what would just hold the median of the largest elements of each 32.
+            Infinity: it just holds the largest element, and there is no second term.
     """
 
     spread: float

@@ -1,10 +1,11 @@
-"""Products on a CPU: int8 activations × int8 or int4 weights, and float × float.
+"""Products on a CPU: int8 activations × int8 weights or weights of four bits, and float × float.
 
     x[m, k] = (128 * high[m, k] + low[m, k]) * s[m]                               see `engine.kernels.quantize`
     y[m, n] = (float(Σ_k high * w) * 128 + float(Σ_k low * w)) * s[m] * scale[n] + bias[n]       w[n, k] int8
 
-Both sums are int32 and exact; an int4 weight is an int8 one that is stored in fewer bits (`Int4Grid`). So y is equal
-to the bit for every number of tokens, tile, instruction set and body. A float product adds up in the order of K.
+Both sums are int32 and exact; a weight of four bits is an int8 one that is stored in fewer bits (`Int4Grid`,
+`CodebookGrid`). So y is equal to the bit for every number of tokens, tile, instruction set and body. A float product
+adds up in the order of K.
 
 The C bodies read weights in panels of 16 output features; see kernels/cpu/matmul.c.
 """
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 
 from engine.kernels import cpu
 from engine.kernels.activations import Activations, Format, SparseInt8Activations, SparseInt8Format
+from engine.kernels.codebook_matmul import SCALE_SIZE
 from engine.kernels.int8_matmul import MAX_IN_FEATURES
 from engine.kernels.nibbles import unpack_nibbles
 from engine.kernels.quantize import HIGH_STEPS, quantize_sparse, sparse_reference
@@ -35,7 +37,16 @@ GROUP_BYTES = 2 * 2 * PANEL + GROUP_SIZE * PANEL // 2
 """Of such a group in a panel."""
 
 FRACTION = 256
-"""Steps of an int4 weight's factor and offset in one of its int8 codes."""
+"""Steps of an int4 weight's factor and offset, and of a codebook's values, in one int8 code."""
+
+BLOCK_BYTES = SCALE_SIZE * PANEL // 2
+"""Of a codebook's codes for as many input features as share a scale, in a panel."""
+
+LINE = 64
+"""What starts in memory at a multiple of this many bytes is read fastest."""
+
+ROWS_AT_A_TIME = 1024
+"""Of a codebook's weight that torch's operators expand for a product, so that no copy is held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +92,68 @@ def int4_grid(
     return Int4Grid(nibbles, factor, offset.add_(FRACTION // 2)), row_scale
 
 
+@dataclass(frozen=True, slots=True)
+class CodebookGrid:
+    """Four bits a weight, and the int8 codes that they stand for.
+
+    w[n, k] = values[n, c]                                                              without factors
+    w[n, k] = ((values[c] * factor[n, k // 64] + 2**14 >> 15) + 128) >> 8               with factors
+
+    Attributes:
+        nibbles: [N, ceil(K / 2)] uint8: c, those of even k in the low halves.
+        values: [N, 16] int8; with factors [16] int16 in 256ths of a code, at most 127 * 256.
+        factor: [N, ceil(K / 64)] int16, in steps of 2**-15, or None.
+    """
+
+    nibbles: torch.Tensor
+    values: torch.Tensor
+    factor: torch.Tensor | None
+
+    def expand(self, start: int = 0, end: int | None = None) -> torch.Tensor:
+        """Rows of the int8 weight, [end - start, K] with K even."""
+        codes = unpack_nibbles(self.nibbles[start:end]).long()
+        if self.factor is None:
+            return self.values[start:end].gather(1, codes)
+        products = self.factor[start:end, :, None].int() * self.values.int()
+        tables = (((products + (1 << 14)) >> 15) + FRACTION // 2) >> 8
+        blocks = F.pad(codes, (0, -codes.shape[1] % SCALE_SIZE)).view(*tables.shape[:2], SCALE_SIZE)
+        return tables.to(torch.int8).gather(2, blocks).flatten(1)[:, : codes.shape[1]]
+
+
+HostWeight = torch.Tensor | Int4Grid | CodebookGrid
+"""What `HostInt8Matmul` multiplies with; a tensor is [N, K] int8."""
+
+
+def codebook_grid(
+    nibbles: torch.Tensor, codebook: torch.Tensor, scale: torch.Tensor | None
+) -> tuple[CodebookGrid, torch.Tensor]:
+    """The int8 grid of a row that holds a codebook's weight best, and the codes on it.
+
+    Args:
+        nibbles: [N, ceil(K / 2)] uint8, as in `CodebookGrid`.
+        codebook: [N, 16] float; with scales [1, 16].
+        scale: [N, ceil(K / 64)] float: the weight is codebook * scale; None: it is the codebook.
+
+    Returns:
+        The grid, and the rows' scales [N] float32.
+    """
+    # The largest that any code can stand for, so that no code leaves the grid.
+    codebook = codebook.float()
+    largest = codebook.abs().amax(dim=1)
+    if scale is not None:
+        largest_factor = scale.float().abs().amax(dim=1)
+        steps = codebook[0] / torch.where(largest > 0, largest, 1.0) * (127 * FRACTION)
+        ratio = scale.float() / torch.where(largest_factor > 0, largest_factor, 1.0)[:, None]
+        factor = (ratio * 2**15).round_().clamp_(max=2**15 - 1).to(torch.int16)
+        grid = CodebookGrid(nibbles, steps.round_().to(torch.int16), factor)
+        largest = largest * largest_factor
+    row_scale = torch.where(largest > 0, largest / 127, 1.0)
+    if scale is None:
+        values = (codebook / row_scale[:, None]).round_().to(torch.int8)
+        grid = CodebookGrid(nibbles, values, None)
+    return grid, row_scale
+
+
 def pack_int8(weight: torch.Tensor) -> torch.Tensor:
     """[N, K] int8 → panels [N / 16, K / 4, 16, 4] uint8, padded with zero weights, each plus 128."""
     rows, columns = weight.shape
@@ -110,6 +183,36 @@ def pack_int4(grid: Int4Grid) -> torch.Tensor:
     return packed
 
 
+def pack_codebook(grid: CodebookGrid) -> torch.Tensor:
+    """Panels of tables and nibbles, [N / 16, bytes] uint8; kernels/cpu/pack.c says how."""
+    rows, num_bytes = grid.nibbles.shape
+    num_blocks = -(-2 * num_bytes // SCALE_SIZE)
+    header = 16 * PANEL if grid.factor is None else LINE + -(-2 * PANEL * num_blocks // LINE) * LINE
+    packed = torch.empty(-(-rows // PANEL), header + num_blocks * BLOCK_BYTES, dtype=torch.uint8)
+    cpu.run(
+        "pack_codebook",
+        len(packed),
+        grid.nibbles.contiguous(),
+        rows,
+        num_bytes,
+        grid.values.contiguous(),
+        grid.factor,
+        packed.shape[1],
+        packed,
+    )
+    return packed
+
+
+def _pack(weight: HostWeight) -> tuple[torch.Tensor, int]:
+    """The panels, and what they are for kernels/cpu/matmul.c."""
+    match weight:
+        case Int4Grid():
+            return pack_int4(weight), 1
+        case CodebookGrid():
+            return pack_codebook(weight), 2 if weight.factor is None else 3
+    return pack_int8(weight), 0
+
+
 def pad_rows(x: torch.Tensor | None) -> torch.Tensor | None:
     """[N] → [N padded to panels] float32."""
     return None if x is None else F.pad(x.float(), (0, -x.shape[0] % PANEL))
@@ -119,7 +222,7 @@ class HostInt8Matmul:
     """The product with one weight.
 
     Args:
-        weight: [N, K] int8, or an int4 weight's grid; K at most `MAX_IN_FEATURES`.
+        weight: [N, K] int8, or the grid of a weight of four bits; K at most `MAX_IN_FEATURES`.
         scale: [N] float32.
         bias: [N] float32.
         format: How the activations are quantized.
@@ -130,49 +233,61 @@ class HostInt8Matmul:
 
     def __init__(
         self,
-        weight: torch.Tensor | Int4Grid,
+        weight: HostWeight,
         scale: torch.Tensor,
         bias: torch.Tensor | None,
         format: SparseInt8Format,
     ) -> None:
-        is_int4 = isinstance(weight, Int4Grid)
-        self.out_features, in_features = (
-            weight.nibbles.shape if isinstance(weight, Int4Grid) else weight.shape
-        )
-        in_features *= 2 if is_int4 else 1
+        if isinstance(weight, torch.Tensor):
+            self.out_features, in_features = weight.shape
+        else:
+            self.out_features, in_features = weight.nibbles.shape[0], 2 * weight.nibbles.shape[1]
         if in_features > MAX_IN_FEATURES:
             raise ValueError(f"int8 sums of {in_features} products can overflow; at most {MAX_IN_FEATURES}")
-        self._format, self.is_int4 = format, is_int4
+        self._format = format
         self.format: Format = None
         self.scale, self.bias = scale, bias
+        self.weight: torch.Tensor | CodebookGrid
         if cpu.library() is None:
             self.weight = weight.expand() if isinstance(weight, Int4Grid) else weight
             return
         self.format = format
-        self.weight = pack_int4(weight) if isinstance(weight, Int4Grid) else pack_int8(weight)
+        self.weight, self._kind = _pack(weight)
         self.scale, self.bias = F.pad(scale, (0, -scale.shape[0] % PANEL)), pad_rows(bias)
 
     def __call__(self, x: Activations) -> torch.Tensor:
         """[M, K] floats, or the format's codes → [M, N] of their dtype."""
         if self.format is None:
             assert isinstance(x, torch.Tensor)
-            return reference(x, self._format, self.weight, self.scale, self.bias)
+            return self._multiply_in_torch(x)
         if isinstance(x, torch.Tensor):
             x = quantize_sparse(x, self._format)
         assert isinstance(x, SparseInt8Activations)
+        assert isinstance(self.weight, torch.Tensor)
         y = cpu.empty("int8_matmul", x.num_tokens, self.out_features)
         cpu.run(
             "int8_matmul",
             x.num_tokens,
             *x.arguments(),
             self.weight,
-            int(self.is_int4),
+            self._kind,
             self.scale,
             self.bias,
             self.out_features,
             y,
         )
         return y
+
+    def _multiply_in_torch(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.weight, torch.Tensor):
+            return reference(x, self._format, self.weight, self.scale, self.bias)
+        parts = []
+        for start in range(0, self.out_features, ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            bias = None if self.bias is None else self.bias[rows]
+            codes = self.weight.expand(rows.start, rows.stop)
+            parts.append(reference(x, self._format, codes, self.scale[rows], bias))
+        return torch.cat(parts, dim=1)
 
 
 def reference(

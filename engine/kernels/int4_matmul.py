@@ -93,6 +93,14 @@ class PackedInt4:
 
 def pack(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, group_size: int) -> PackedInt4:
     """Packs codes [N, ceil(K / 2)] uint8 and fp16 scale and minimum [N, groups], on their device."""
+    words = pack_words(codes)
+    padding = (0, words.shape[0] * BLOCK // group_size - scale.shape[1])
+    scale, minimum = (F.pad(values, padding).t().contiguous() for values in (scale, minimum))
+    return PackedInt4(words, scale, minimum, group_size)
+
+
+def pack_words(codes: torch.Tensor) -> torch.Tensor:
+    """The words of `PackedInt4`, [ceil(K / 128), N, 32] int16, of codes [N, ceil(K / 2)] uint8."""
     out_features, num_blocks = codes.shape[0], triton.cdiv(2 * codes.shape[1], BLOCK)
     words = torch.empty(num_blocks, out_features, PLANE, dtype=torch.int16, device=codes.device)
     # By rows, so that what lies between the two forms takes little memory.
@@ -104,9 +112,7 @@ def pack(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, group_
         for plane in range(PLANES):
             packed |= nibbles[:, :, plane].to(torch.int16) << (4 * plane)
         words[:, start : start + 4096] = packed.transpose(0, 1)
-    padding = (0, num_blocks * BLOCK // group_size - scale.shape[1])
-    scale, minimum = (F.pad(values, padding).t().contiguous() for values in (scale, minimum))
-    return PackedInt4(words, scale, minimum, group_size)
+    return words
 
 
 def _assembly(plane: int, magic: str, subtract: str) -> str:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.host_attention import HostPlan, host_attention
-from engine.kernels.kv_layer import KVLayer
+from engine.kernels.kv_layer import INT4_GROUP, KVLayer
 from engine.kernels.launch import Target, Tile, launch, select_tile, target_of
 
 SEGMENT = 512
@@ -34,6 +34,7 @@ ITEM_WORDS = 5
 _ITEM_WORDS = tl.constexpr(ITEM_WORDS)
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_INT4_GROUP = tl.constexpr(INT4_GROUP)
 
 
 @triton.jit
@@ -50,6 +51,23 @@ def _merge(total, total_sum, total_maximum, part, part_sum, part_maximum):
     part_factor = _rescaled(part_maximum, maximum)
     total = total * total_factor[:, None] + part * part_factor[:, None]
     return total, total_sum * total_factor + part_sum * part_factor, maximum
+
+
+@triton.jit
+def _load_int4(vectors, scales, slot, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Vectors of four bits at some slots [K] → [K, BLOCK_D] float32; beyond HEAD_DIM anything finite."""
+    BYTES: tl.constexpr = HEAD_DIM // 2
+    WIDTH: tl.constexpr = _INT4_GROUP if BLOCK_D > _INT4_GROUP else BLOCK_D
+    BLOCK_G: tl.constexpr = BLOCK_D // WIDTH
+    GROUPS: tl.constexpr = (HEAD_DIM + WIDTH - 1) // WIDTH
+    # Beyond the vector its beginning is read again: masks would take registers.
+    places, groups = tl.arange(0, BLOCK_D // 2) % BYTES, tl.arange(0, BLOCK_G) % GROUPS
+    pairs = tl.load(vectors + slot[:, None] * BYTES + places[None, :])
+    codes = tl.interleave(pairs & 15, pairs >> 4)
+    own_scales = scales + (slot[:, None] * GROUPS + groups[None, :]) * 2
+    scale, minimum = tl.load(own_scales).to(tl.float32), tl.load(own_scales + 1).to(tl.float32)
+    grouped = tl.reshape(codes.to(tl.float32), (slot.shape[0], BLOCK_G, WIDTH))
+    return tl.reshape(grouped * scale[:, :, None] + minimum[:, :, None], (slot.shape[0], BLOCK_D))
 
 
 @triton.jit(do_not_specialize=["table_width"])
@@ -89,6 +107,7 @@ def _paged_attention_kernel(
     # A product takes at least 16 of what it adds up.
     BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM) if HEAD_DIM > 16 else 16
     NUM_LOOPS: tl.constexpr = LOOPS if WINDOW is None else 1
+    IS_INT4: tl.constexpr = keys.dtype.element_ty == tl.uint8
     head = tl.program_id(1)
     # A score becomes an exponent of 2; under a soft cap it has been scaled before.
     exponent_scale = _LOG2_E if soft_cap is not None else scale * _LOG2_E
@@ -149,14 +168,17 @@ def _paged_attention_kernel(
                 block = tl.load(table + (stored >> BLOCK_SHIFT)).to(tl.int64)
                 slot = block * (BLOCK_SIZE * KV_HEADS) + ((stored & (BLOCK_SIZE - 1)) * KV_HEADS + head)
                 offsets = slot[:, None] * HEAD_DIM + dims[None, :]
-                if BLOCK_D == HEAD_DIM:
+                if IS_INT4:
+                    k = _load_int4(keys, key_scales, slot, HEAD_DIM, BLOCK_D)
+                    v = _load_int4(values, value_scales, slot, HEAD_DIM, BLOCK_D)
+                elif BLOCK_D == HEAD_DIM:
                     k = tl.load(keys + offsets)
                     v = tl.load(values + offsets)
                 else:
                     k = tl.load(keys + offsets, mask=(dims < HEAD_DIM)[None, :], other=0.0)
                     v = tl.load(values + offsets, mask=(dims < HEAD_DIM)[None, :], other=0.0)
                 scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
-                if key_scales is not None:
+                if key_scales is not None and not IS_INT4:
                     scores *= tl.load(key_scales + slot)[None, :]
                 if soft_cap is not None:
                     # cap * tanh(score / cap), by an exponential that may overflow harmlessly.
@@ -175,7 +197,7 @@ def _paged_attention_kernel(
                 weights = tl.exp2(tl.fma(scores, exponent_scale, -finite[:, None]))
                 part_sum = part_sum * factor + tl.sum(weights, 1)
                 part_maximum = maximum
-                if value_scales is not None:
+                if value_scales is not None and not IS_INT4:
                     weights *= tl.load(value_scales + slot)[None, :]
                 part = tl.dot(
                     weights.to(q.dtype), v.to(q.dtype), part * factor[:, None], input_precision="ieee"
@@ -277,7 +299,8 @@ def form(
         raise ValueError(
             f"{num_heads} heads share {num_kv_heads} key heads: more than {tile['BLOCK_M']} each"
         )
-    # Converting 8-bit keys and masking padded heads take registers, of which the wider forms have none to spare.
+    # Converting keys of 4 or 8 bits and masking padded heads take registers, of which the wider forms have none to
+    # spare.
     most_keys = 64
     if dtype == torch.float32:
         most_keys = 16 if cache_dtype.itemsize == 1 else 64

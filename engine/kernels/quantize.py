@@ -16,6 +16,8 @@ The other kernels that write activations (norm, gated activation) write their ro
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -75,7 +77,8 @@ def sparse_reference(x: torch.Tensor, format: SparseInt8Format) -> tuple[torch.T
     blocks = F.pad(x, (0, -x.shape[1] % SPREAD_BLOCK)).unflatten(1, (-1, SPREAD_BLOCK)).abs().amax(dim=2)
     # torch's median is the lower one.
     median, largest = blocks.median(dim=1, keepdim=True).values, blocks.amax(dim=1, keepdim=True)
-    scale = torch.maximum(median * (format.spread / 127), largest * (1 / (127 * HIGH_STEPS))).clamp(min=TINY)
+    scale = largest * (1 / 127) if math.isinf(format.spread) else median * (format.spread / 127)
+    scale = torch.maximum(scale, largest * (1 / (127 * HIGH_STEPS))).clamp(min=TINY)
     codes = torch.where(largest.isfinite(), x * (1 / scale), 0.0).round()
     high = torch.where(codes.abs() > 127, (codes / HIGH_STEPS).round(), 0.0)
     return torch.stack((high, codes - high * HIGH_STEPS)), torch.where(largest.isfinite(), scale, torch.nan)

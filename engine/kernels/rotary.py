@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 
 from engine.kernels import cpu
-from engine.kernels.kv_layer import FP8_MAX, KVLayer
+from engine.kernels.kv_layer import FP8_MAX, INT4_GROUP, INT4_LARGEST, KVLayer
 from engine.kernels.launch import launch, select_tile, target_of
 from engine.kernels.norm import reference as norm_reference
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
+_INT4_GROUP = tl.constexpr(INT4_GROUP)
+_INT4_LARGEST = tl.constexpr(float(INT4_LARGEST))
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _ROUNDER = tl.constexpr(1.5 * 2**23)
 """Added to a float32 up to 2**22 and subtracted again, it leaves the nearest integer, of two the even one."""
@@ -29,6 +31,75 @@ def apply_rotary(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) 
         sine: [T, 1, head_dim], the first half negated, so that the rotation is one roll and two products.
     """
     return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, dims=-1), sine)
+
+
+@triton.jit
+def _int4_codes(x, minimum, scale):
+    """The nearest codes 0 … 15, in pairs: [H, BLOCK_HALF / 2] uint8."""
+    steps = tl.div_rn(x - minimum, tl.where(scale > 0, scale, 1.0))
+    steps = tl.minimum(tl.maximum(steps, 0.0), _INT4_LARGEST)
+    codes = (steps + _ROUNDER - _ROUNDER).to(tl.uint8)
+    even, odd = tl.split(tl.reshape(codes, (codes.shape[0], codes.shape[1] // 2, 2)))
+    return even | (odd << 4)
+
+
+@triton.jit
+def _write_int4(
+    low,
+    high,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    key_row,
+    value_row,
+    is_key,
+    is_value,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """Stores vectors, the halves of their elements [H, BLOCK_HALF] each, in four bits.
+
+    Args:
+        key_row, value_row: [H] int64, the vector's place in the cache if it is a key or a value.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    HALF_BYTES: tl.constexpr = HALF // 2
+    GROUPS: tl.constexpr = (HEAD_DIM + _INT4_GROUP - 1) // _INT4_GROUP
+    dims = tl.arange(0, BLOCK_HALF)[None, :]
+    low_minimum, low_scale = tl.zeros_like(low), tl.zeros_like(low)
+    high_minimum, high_scale = tl.zeros_like(low), tl.zeros_like(low)
+    for group in tl.static_range(GROUPS):
+        in_low = (dims < HALF) & (dims // _INT4_GROUP == group)
+        in_high = (dims < HALF) & ((dims + HALF) // _INT4_GROUP == group)
+        lowest = tl.minimum(tl.where(in_low, low, float("inf")), tl.where(in_high, high, float("inf")))
+        highest = tl.maximum(tl.where(in_low, low, -float("inf")), tl.where(in_high, high, -float("inf")))
+        # Codes are chosen for the minimum and the scale as they are stored.
+        minimum = tl.min(lowest, 1).to(tl.float16)
+        span = tl.max(highest, 1) - minimum.to(tl.float32)
+        scale = tl.maximum(tl.div_rn(span, _INT4_LARGEST), 0.0).to(tl.float16)
+        key_place, value_place = (key_row * GROUPS + group) * 2, (value_row * GROUPS + group) * 2
+        tl.store(key_scales + key_place, scale, mask=is_key)
+        tl.store(key_scales + key_place + 1, minimum, mask=is_key)
+        tl.store(value_scales + value_place, scale, mask=is_value)
+        tl.store(value_scales + value_place + 1, minimum, mask=is_value)
+        scales, minimums = scale.to(tl.float32)[:, None], minimum.to(tl.float32)[:, None]
+        low_scale, low_minimum = tl.where(in_low, scales, low_scale), tl.where(in_low, minimums, low_minimum)
+        high_scale = tl.where(in_high, scales, high_scale)
+        high_minimum = tl.where(in_high, minimums, high_minimum)
+    low_pairs = _int4_codes(low, low_minimum, low_scale)
+    high_pairs = _int4_codes(high, high_minimum, high_scale)
+    places = tl.arange(0, BLOCK_HALF // 2)[None, :]
+    key_target, value_target = (
+        keys + key_row[:, None] * HALF + places,
+        values + value_row[:, None] * HALF + places,
+    )
+    key_mask = is_key[:, None] & (places < HALF_BYTES)
+    value_mask = is_value[:, None] & (places < HALF_BYTES)
+    tl.store(key_target, low_pairs, mask=key_mask)
+    tl.store(key_target + HALF_BYTES, high_pairs, mask=key_mask)
+    tl.store(value_target, low_pairs, mask=value_mask)
+    tl.store(value_target + HALF_BYTES, high_pairs, mask=value_mask)
 
 
 @triton.jit
@@ -88,27 +159,44 @@ def _rotate_and_write_kernel(
     tl.store(target + offsets, rotated_low.to(dtype), mask=query_mask)
     tl.store(target + HALF + offsets, rotated_high.to(dtype), mask=query_mask)
 
-    slot = tl.load(slots + token).to(tl.int64) * KV_HEADS
-    if key_scales is not None:
-        absmax = tl.max(tl.maximum(tl.abs(rotated_low), tl.abs(rotated_high)), 1)
-        scale = tl.maximum(tl.div_rn(absmax, 127.0), _TINY)
-        rotated_low = tl.div_rn(rotated_low, scale[:, None]) + _ROUNDER - _ROUNDER
-        rotated_high = tl.div_rn(rotated_high, scale[:, None]) + _ROUNDER - _ROUNDER
-        tl.store(key_scales + slot + (head - NUM_HEADS), scale, mask=is_key)
-        tl.store(value_scales + slot + (head - NUM_HEADS - KV_HEADS), scale, mask=is_value)
-    stored_type = keys.dtype.element_ty
-    if stored_type == tl.float8e4nv:
-        rotated_low = tl.minimum(tl.maximum(rotated_low, -_FP8_MAX), _FP8_MAX)
-        rotated_high = tl.minimum(tl.maximum(rotated_high, -_FP8_MAX), _FP8_MAX)
+    row = tl.load(slots + token).to(tl.int64) * KV_HEADS
     # In the cache a token's key heads follow each other as they do here, and so do its value heads.
-    key_target = keys + slot * HEAD_DIM + (offsets - NUM_HEADS * HEAD_DIM)
-    value_target = values + slot * HEAD_DIM + (offsets - (NUM_HEADS + KV_HEADS) * HEAD_DIM)
-    key_mask = is_key[:, None] & is_dim[None, :]
-    value_mask = is_value[:, None] & is_dim[None, :]
-    tl.store(key_target, rotated_low.to(stored_type), mask=key_mask)
-    tl.store(key_target + HALF, rotated_high.to(stored_type), mask=key_mask)
-    tl.store(value_target, rotated_low.to(stored_type), mask=value_mask)
-    tl.store(value_target + HALF, rotated_high.to(stored_type), mask=value_mask)
+    key_row, value_row = row + (head - NUM_HEADS), row + (head - NUM_HEADS - KV_HEADS)
+    stored_type = keys.dtype.element_ty
+    if stored_type == tl.uint8:
+        _write_int4(
+            rotated_low,
+            rotated_high,
+            keys,
+            values,
+            key_scales,
+            value_scales,
+            key_row,
+            value_row,
+            is_key,
+            is_value,
+            HEAD_DIM,
+            BLOCK_HALF,
+        )
+    else:
+        if key_scales is not None:
+            absmax = tl.max(tl.maximum(tl.abs(rotated_low), tl.abs(rotated_high)), 1)
+            scale = tl.maximum(tl.div_rn(absmax, 127.0), _TINY)
+            rotated_low = tl.div_rn(rotated_low, scale[:, None]) + _ROUNDER - _ROUNDER
+            rotated_high = tl.div_rn(rotated_high, scale[:, None]) + _ROUNDER - _ROUNDER
+            tl.store(key_scales + key_row, scale, mask=is_key)
+            tl.store(value_scales + value_row, scale, mask=is_value)
+        if stored_type == tl.float8e4nv:
+            rotated_low = tl.minimum(tl.maximum(rotated_low, -_FP8_MAX), _FP8_MAX)
+            rotated_high = tl.minimum(tl.maximum(rotated_high, -_FP8_MAX), _FP8_MAX)
+        key_target = keys + key_row[:, None] * HEAD_DIM + dims[None, :]
+        value_target = values + value_row[:, None] * HEAD_DIM + dims[None, :]
+        key_mask = is_key[:, None] & is_dim[None, :]
+        value_mask = is_value[:, None] & is_dim[None, :]
+        tl.store(key_target, rotated_low.to(stored_type), mask=key_mask)
+        tl.store(key_target + HALF, rotated_high.to(stored_type), mask=key_mask)
+        tl.store(value_target, rotated_low.to(stored_type), mask=value_mask)
+        tl.store(value_target + HALF, rotated_high.to(stored_type), mask=value_mask)
 
 
 def rotate_and_write(

@@ -13,11 +13,14 @@ from engine.kernels.attention import RowPlan
 from engine.kernels.host_attention import HostPlan
 from engine.kernels.kv_layer import KVLayer
 from engine.kernels.paged_attention import PagedPlan
+from engine.layers.cuts import ColumnCut, row_cut
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryTable
 from engine.models.config import ModelConfig, RopeConfig
-from engine.quant import QuantizationPlan
+from engine.parallel.group import TensorGroup
+from engine.parallel.shares import share_of_config
+from engine.quant.plan import QuantizationPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +63,36 @@ class Attention(nn.Module):
     """Grouped-query attention of one decoder layer."""
 
     def __init__(
-        self, prefix: str, layer: int, config: ModelConfig, quantization: QuantizationPlan, dtype: torch.dtype
+        self,
+        prefix: str,
+        layer: int,
+        config: ModelConfig,
+        quantization: QuantizationPlan,
+        dtype: torch.dtype,
+        group: TensorGroup,
     ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        mine = share_of_config(config, group.share)
+        self.num_heads, self.num_kv_heads = mine.num_heads, mine.num_kv_heads
         self.head_dim, self.scale = config.head_dim, config.attention_scale
         self.window, self.rope = config.sliding_windows[layer], config.ropes[layer]
-        query_size, key_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        query_size, key_size = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+        qkv, output = [f"{prefix}.{name}_proj" for name in "qkv"], [f"{prefix}.o_proj"]
         self.qkv = Linear(
-            [f"{prefix}.q_proj", f"{prefix}.k_proj", f"{prefix}.v_proj"],
+            qkv,
             config.hidden_size,
             [query_size, key_size, key_size],
-            quantization.linear,
+            quantization.scheme(qkv),
             config.has_qkv_bias,
+            ColumnCut(group, self.head_dim),
         )
         self.output = Linear(
-            [f"{prefix}.o_proj"],
+            output,
             query_size,
             [config.hidden_size],
-            quantization.linear,
+            quantization.scheme(output),
             config.has_output_bias,
+            row_cut(group, query_size, config.hidden_size),
         )
         self.query_norm = self.key_norm = None
         if config.has_query_key_norm:

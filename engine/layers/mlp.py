@@ -7,9 +7,11 @@ from torch import nn
 
 from engine.kernels.activation import gelu_mul, silu_mul
 from engine.kernels.activations import Activations, Format
+from engine.layers.cuts import ColumnCut, row_cut
 from engine.layers.linear import Linear
 from engine.models.config import ModelConfig
-from engine.quant import QuantizationPlan
+from engine.parallel.group import TensorGroup
+from engine.quant.plan import QuantizationPlan
 
 
 class MLP(nn.Module):
@@ -19,13 +21,18 @@ class MLP(nn.Module):
         format: What `down` wants.
     """
 
-    def __init__(self, prefix: str, config: ModelConfig, quantization: QuantizationPlan) -> None:
+    def __init__(
+        self, prefix: str, config: ModelConfig, quantization: QuantizationPlan, group: TensorGroup
+    ) -> None:
         super().__init__()
-        scheme, size, has_bias = quantization.linear, config.intermediate_size, config.has_mlp_bias
+        hidden, inner, has_bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
+        gate_up, down = [f"{prefix}.gate_proj", f"{prefix}.up_proj"], [f"{prefix}.down_proj"]
         self.gate_up = Linear(
-            [f"{prefix}.gate_proj", f"{prefix}.up_proj"], config.hidden_size, [size, size], scheme, has_bias
+            gate_up, hidden, [inner, inner], quantization.scheme(gate_up), has_bias, ColumnCut(group)
         )
-        self.down = Linear([f"{prefix}.down_proj"], size, [config.hidden_size], scheme, has_bias)
+        self.down = Linear(
+            down, inner, [hidden], quantization.scheme(down), has_bias, row_cut(group, inner, hidden)
+        )
         self.format: Format = None
         self.activation = {"silu": silu_mul, "gelu_tanh": gelu_mul}[config.activation]
 

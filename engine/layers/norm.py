@@ -7,6 +7,7 @@ import torch
 from engine.kernels.activations import Activations, Format
 from engine.kernels.norm import rms_norm
 from engine.layers.linear import ReadWeight, StoredLayer
+from engine.parallel.shares import WHOLE
 
 
 class RMSNorm(StoredLayer):
@@ -27,7 +28,7 @@ class RMSNorm(StoredLayer):
         self.format: Format = None
 
     def load(self, read: ReadWeight) -> None:
-        weight = read(f"{self.source}.weight")
+        weight = read(f"{self.source}.weight", WHOLE)
         assert isinstance(weight, torch.Tensor)
         self.weight = (weight.float() + self.offset).to(self.dtype)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-import torch
+from typing import Any, Protocol
 
 from engine.errors import CheckpointError
-from engine.loading.formats import QUANTIZATION_KEYS
 from engine.loading.safetensors import DirectoryCheckpoint
-from engine.quant.weight import GridWeight, Weight
+from engine.parallel.shares import WHOLE, Part
+from engine.quant.weight import Weight
+from engine.specification import SchemeWords, parse_scheme
 
 
 class Checkpoint(Protocol):
@@ -31,45 +30,39 @@ class Checkpoint(Protocol):
         """The tensors' names, like "model.layers.0.self_attn.q_proj.weight"."""
         ...
 
-    def tensor(self, name: str) -> Weight:
+    @property
+    def num_bytes_read(self) -> int:
+        """Bytes of tensors that were read so far, as they are stored."""
+        ...
+
+    def tensor(self, name: str, part: Part = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
         """Read one tensor: as stored if float, on its grid if the file's own grid is kept (GGUF Q4_1, Q8_0,
         and what `engine.loading.formats` says).
 
+        Of a part only the part is read, but for: columns that cut blocks of a GGUF file, of which whole blocks are
+        read, or, of a grid, whole rows; and modules that are quantized in a directory, which are read whole, or, in
+        this engine's own format, in whole rows.
+
+        Args:
+            shape: That the whole tensor must have; None: any.
+
         Raises:
-            CheckpointError: The tensor is missing, damaged or of an unsupported type.
+            CheckpointError: The tensor is missing, damaged, of an unsupported type or of another shape, or the part
+                cuts groups that share a scale.
         """
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class StoredGrid:
-    """How a quantized checkpoint's linear layers are stored.
+def stored_schemes(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, SchemeWords]:
+    """How the quantized ones of some modules are stored; empty for a checkpoint of floats.
 
-    Attributes:
-        quant: "int8" (a scale a row) or "int4", as for `--quant`.
-        group_size: Of int4; 0 is whole rows.
+    GGUF files are such: their blocks are a way to store a model of floats, whatever `--quant` makes of it.
     """
-
-    quant: Literal["int8", "int4"]
-    group_size: int
-
-
-def stored_grid(checkpoint: Checkpoint) -> StoredGrid | None:
-    """The grid of a quantized checkpoint; None if its weights are floats or on one that no scheme keeps.
-
-    GGUF files are None: their blocks are a way to store a model of floats, whatever `--quant` makes of it.
-    """
-    if not any(checkpoint.config.get(key) for key in QUANTIZATION_KEYS):
-        return None
-    weight = checkpoint.tensor("model.layers.0.mlp.down_proj.weight")
-    if not isinstance(weight, GridWeight):
-        return None
-    is_whole_row = weight.scale.shape[1] == 1
-    if weight.codes.dtype == torch.int8:
-        return StoredGrid("int8", 0) if is_whole_row else None
-    if is_whole_row:
-        return StoredGrid("int4", 0)
-    return StoredGrid("int4", weight.group_size) if weight.group_size % 32 == 0 else None
+    if not isinstance(checkpoint, DirectoryCheckpoint):
+        return {}
+    found = {module: checkpoint.stored_scheme(module) for module in modules}
+    schemes = {module: parse_scheme(text) for module, text in found.items() if text is not None}
+    return {module: words for module, words in schemes.items() if words.kind != "none"}
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

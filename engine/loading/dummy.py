@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from engine.config import LoadFormat
 from engine.errors import CheckpointError
-from engine.loading.checkpoint import open_checkpoint
+from engine.loading.checkpoint import Checkpoint, open_checkpoint
 from engine.loading.json_file import read_json
 from engine.loading.safetensors import text_config
+from engine.parallel.shares import WHOLE, Part
 from engine.quant.weight import Weight
 
 
@@ -27,5 +29,18 @@ class DummyCheckpoint:
     def names(self) -> set[str]:
         return set() if self.config["tie_word_embeddings"] else {"lm_head.weight"}
 
-    def tensor(self, name: str) -> Weight:
+    @property
+    def num_bytes_read(self) -> int:
+        return 0
+
+    def tensor(self, name: str, part: Part = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
         raise CheckpointError(f"{self.path}: {name} was not loaded (load_format is dummy)")
+
+
+def open_model(path: Path, load_format: LoadFormat) -> Checkpoint:
+    """What an engine loads, or does without.
+
+    Raises:
+        CheckpointError: As `open_checkpoint`.
+    """
+    return DummyCheckpoint(path) if load_format == "dummy" else open_checkpoint(path)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType, ReaderTensor
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFValueType,
+    ReaderField,
+    ReaderTensor,
+)
 
 from engine.errors import CheckpointError
 
 _LENGTH = struct.Struct("<Q")
 
 
-class _ArrayReader(GGUFReader):  # type: ignore[misc, unused-ignore]
-    """GGUFReader that walks metadata arrays in one go.
+class _Reader(GGUFReader):  # type: ignore[misc, unused-ignore]
+    """GGUFReader that walks metadata arrays in one go, and names the tensor whose data is not there.
 
     The base class makes several numpy objects an element, which costs seconds for a vocabulary. The
     parts returned here have the same meaning, so `ReaderField.contents()` works as ever.
@@ -52,6 +60,33 @@ class _ArrayReader(GGUFReader):  # type: ignore[misc, unused-ignore]
             position += length
         return position - orig_offs, [item_type, count, *strings], list(range(2, 2 + len(strings))), types
 
+    def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+        for field in fields:
+            self._check_extent(field, start_offs)
+        super()._build_tensors(start_offs, fields)
+
+    def _check_extent(self, field: ReaderField, data_start: int) -> None:
+        """Raises ValueError unless a tensor's rows are whole blocks of a known type, inside the file."""
+        _, name_bytes, _, dimensions, raw_type, offset = field.parts
+        name = bytes(name_bytes).decode("utf-8", "replace")
+        known = {kind.value: kind for kind in GGMLQuantizationType}
+        kind = known.get(int(raw_type[0]))
+        if kind is None:
+            raise ValueError(f"tensor {name!r} has the unknown type {int(raw_type[0])}")
+        # GGUF names the size of a row first.
+        sizes = [int(size) for size in dimensions][::-1]
+        block_size, block_bytes = GGML_QUANT_SIZES[kind]
+        if not sizes or sizes[-1] % block_size:
+            raise ValueError(
+                f"tensor {name!r}: expected rows of whole {kind.name} blocks of {block_size}, found shape {sizes}"
+            )
+        expected = math.prod(sizes) // block_size * block_bytes
+        found = max(0, len(self.data) - data_start - int(offset[0]))
+        if found < expected:
+            raise ValueError(
+                f"tensor {name!r}: expected {expected} bytes of {kind.name} for shape {sizes}, found {found}"
+            )
+
 
 class GGUFFile:
     """An open GGUF file; tensor data is memory-mapped.
@@ -67,12 +102,12 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            reader = _ArrayReader(path)
+            reader = _Reader(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
         except (ValueError, KeyError, IndexError, struct.error) as error:
             raise CheckpointError(f"{path}: not a valid GGUF file ({error}); download it again") from error
-        self._fields = reader.fields
+        self._fields: dict[str, ReaderField] = reader.fields
         self._values: dict[str, Any] = {}
         self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
         self.architecture: str = self["general.architecture"]
@@ -80,6 +115,10 @@ class GGUFFile:
             raise CheckpointError(
                 f"{path}: one of {self.get('split.count')} parts; join them with `llama-gguf-split --merge`"
             )
+
+    def forget_metadata(self) -> None:
+        """Lets go of all keys: a vocabulary takes some 20 MB as the objects that the reader makes of it."""
+        self._fields, self._values = {}, {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._fields

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import mmap
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +18,11 @@ from tqdm import tqdm
 from engine.cache_directory import cache_directory
 from engine.errors import ConfigError
 from engine.loading.checkpoint import Checkpoint
+from engine.loading.shapes import tensor_shape
+from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from engine.parallel.shares import WHOLE, Part
+from engine.quant.weight import Weight
 
 CACHE_FORMAT = 1
 """Part of every cache key; goes up when what is stored under a scheme's name changes."""
@@ -33,6 +40,16 @@ def checkpoint_key(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def read_checked(checkpoint: Checkpoint, config: ModelConfig, name: str, part: Part = WHOLE) -> Weight:
+    """A tensor of the checkpoint, or a part of it; the whole has the shape that the model needs.
+
+    Raises:
+        CheckpointError: It is missing, damaged, of an unsupported type, or of another shape; or the part cuts groups
+            that share a scale.
+    """
+    return checkpoint.tensor(name, part, tensor_shape(config, name))
+
+
 def load_weights(
     model: Decoder, checkpoint: Checkpoint, name: str, cache_dir: Path | None, device: torch.device
 ) -> None:
@@ -41,6 +58,10 @@ def load_weights(
     Args:
         name: Of the quantization; part of the cache file's name.
         cache_dir: None for the default one.
+
+    Raises:
+        CheckpointError: As `read_checked`.
+        ConfigError: The cache cannot be written.
     """
     directory = (cache_dir or cache_directory()) / "weights"
     path = directory / f"{checkpoint_key(checkpoint)}-{name}-v{CACHE_FORMAT}.safetensors"
@@ -50,11 +71,11 @@ def load_weights(
         )
         with names:
 
-            def read(tensor_name: str) -> object:
+            def read(tensor_name: str, part: Part) -> Weight:
                 names.update()
-                return checkpoint.tensor(tensor_name)
+                return read_checked(checkpoint, model.config, tensor_name, part)
 
-            model.load(read)  # type: ignore[arg-type]
+            model.load(read)
         try:
             _save(model.state_dict(), path)
         except OSError as error:
@@ -64,8 +85,30 @@ def load_weights(
             ) from error
     # Also after parsing: the mapped file then backs the weights, and what parsing allocated is released.
     with safe_open(path, framework="pt", device=str(device)) as file:
-        model.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, assign=True)  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    model.load_state_dict(tensors, assign=True)
     model.bind()
+    if device.type == "cpu":
+        _release(list(tensors.values()))
+
+
+def _release(mapped: Sequence[torch.Tensor]) -> None:
+    """Takes a file's pages, and what the allocator keeps for later, out of this process's memory.
+
+    The products have packed copies; the table and the norms' weights, which stay mapped because of nothing else, keep
+    the whole file mapped with them. What is read again comes back page by page.
+
+    Args:
+        mapped: Tensors of one file, of which none was written to: what was written would be lost.
+    """
+    functions = ctypes.CDLL(None)
+    if not hasattr(functions, "malloc_trim"):
+        return  # not glibc, whose constants these are
+    start = min(tensor.data_ptr() for tensor in mapped) // mmap.PAGESIZE * mmap.PAGESIZE
+    end = max(tensor.data_ptr() + tensor.nbytes for tensor in mapped)
+    functions.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    functions.madvise(start, end - start, mmap.MADV_DONTNEED)
+    functions.malloc_trim(0)
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:

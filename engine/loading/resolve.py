@@ -86,6 +86,13 @@ def resolve_model(model: str) -> Path:
     )
 
 
+def resolve_configuration(model: str) -> Path:
+    """As `resolve_model`, but of a Hugging Face repository only the configuration is downloaded, no weights."""
+    path = Path(model).expanduser()
+    is_repository = not path.exists() and path.suffix != ".gguf" and _REPOSITORY_ID.fullmatch(model)
+    return _snapshot(model, _CONFIGURATION_FILES) if is_repository else resolve_model(model)
+
+
 def _resolve_alias(alias: str, model: PackagedModel) -> Path:
     parts = [_packaged_file(package, file) for package, file in model.parts]
     found = [part for part in parts if part is not None]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ from engine.errors import CheckpointError
 from engine.loading.formats import weight_format
 from engine.loading.formats.stored import FLOATS, StoredModule
 from engine.loading.json_file import read_json
+from engine.loading.parts import check_shape, take_part
+from engine.parallel.shares import WHOLE, Part
 from engine.quant.weight import Weight
+
+logger = logging.getLogger(__name__)
 
 # (single file, index of a sharded one), the preferred format first.
 _WEIGHT_FILES = (
@@ -57,6 +63,8 @@ class DirectoryCheckpoint:
         self._format = weight_format(path, self.config)
         self._stored = StoredTensors(path, _locate_tensors(path, is_wrapper="text_config" in raw_config))
         self.config.setdefault("tie_word_embeddings", "lm_head.weight" not in self.names())
+        if self._format is not None:
+            self._log_floats()
 
     def names(self) -> set[str]:
         names = self._stored.names()
@@ -73,13 +81,75 @@ class DirectoryCheckpoint:
         }
         return names - companions | weights
 
-    def tensor(self, name: str) -> Weight:
-        if self._format is None or not name.endswith(".weight"):
-            return self._stored.read(name)
-        module = StoredModule(self._stored, name.removesuffix(".weight"))
-        if any(module.has(part) for part in self._format.parts):
-            return self._format.read(module)
-        return module.read("weight", FLOATS)
+    @property
+    def num_bytes_read(self) -> int:
+        return self._stored.num_bytes_read
+
+    def tensor(self, name: str, part: Part = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
+        module = name.removesuffix(".weight")
+        if self._format is not None and module != name:
+            stored_part = self._quantized_part(StoredModule(self._stored, module))
+            if stored_part is not None:
+                return self._quantized(module, stored_part, part, shape)
+        check_shape(self.path, name, self._stored.shape(name), shape)
+        if self._format is None or module == name:
+            return self._stored.read(name, part)
+        return StoredModule(_Parts(self._stored, part), module).read("weight", FLOATS)
+
+    def _quantized(self, module: str, stored_part: str, part: Part, shape: tuple[int, ...] | None) -> Weight:
+        """A part of a quantized module's weight.
+
+        Args:
+            stored_part: One of those that are the module.
+        """
+        assert self._format is not None
+        name = f"{module}.weight"
+        if not self._format.has_rows or part.rows is None:
+            weight = self._format.read(StoredModule(self._stored, module))
+            check_shape(self.path, name, weight.shape, shape)
+            return take_part(weight, part, name)
+        num_rows = self._stored.shape(f"{module}.{stored_part}")[0]
+        weight = self._format.read(StoredModule(_Parts(self._stored, Part(part.rows)), module))
+        check_shape(self.path, name, (num_rows, weight.shape[1]), shape)
+        return take_part(weight, Part(None, part.columns), name)
+
+    def stored_scheme(self, module: str) -> str | None:
+        """The specification of the scheme that keeps a module as it is stored, "int4:g128" for one.
+
+        What `engine.loading.formats.stored_scheme` says where the files hold the module quantized; "none" where they
+        hold floats, or a grid that no scheme keeps. None if nothing is quantized.
+
+        Args:
+            module: Like "model.layers.0.mlp.down_proj".
+        """
+        if self._format is None:
+            return None
+        stored = StoredModule(self._stored, module)
+        part = self._quantized_part(stored)
+        return "none" if part is None else self._format.scheme(stored.names(part))
+
+    def _quantized_part(self, module: StoredModule) -> str | None:
+        assert self._format is not None
+        return next((part for part in self._format.parts if module.has(part)), None)
+
+    def _log_floats(self) -> None:
+        """Says what becomes of quantized weights that no scheme keeps."""
+        modules = [name.removesuffix(".weight") for name in self.names() if name.endswith(".weight")]
+        quantized = [
+            module
+            for module in modules
+            if self._quantized_part(StoredModule(self._stored, module)) is not None
+        ]
+        floats = sorted(module for module in quantized if self.stored_scheme(module) == "none")
+        if floats:
+            logger.warning(
+                "%s: %d of %d quantized matrices, %s for one, are on grids that no scheme keeps: they are floats, "
+                "unless --quant rounds them anew (int8:g32 adds least to their error)",
+                self.path,
+                len(floats),
+                len(quantized),
+                floats[0],
+            )
 
 
 class StoredTensors:
@@ -87,10 +157,13 @@ class StoredTensors:
 
     Args:
         locations: (file, name in the file) of every tensor.
+
+    Attributes:
+        num_bytes_read: As `engine.loading.checkpoint.Checkpoint` has it.
     """
 
     def __init__(self, path: Path, locations: dict[str, tuple[Path, str]]) -> None:
-        self._path, self._locations = path, locations
+        self._path, self._locations, self.num_bytes_read = path, locations, 0
         self._shards: dict[Path, Any] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -104,18 +177,56 @@ class StoredTensors:
             raise CheckpointError(f"{self._path}: tensor {name!r} is missing")
         return self._locations[name]
 
-    def read(self, name: str) -> torch.Tensor:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of a tensor, from its file's header.
+
+        Raises:
+            CheckpointError: It is missing.
+        """
+        stored = self._open(name)
+        return tuple(stored.shape if isinstance(stored, torch.Tensor) else stored.get_shape())
+
+    def read(self, name: str, part: Part = WHOLE) -> torch.Tensor:
+        """See `engine.loading.formats.stored.TensorSource`; of a part only the part is read."""
+        stored = self._open(name)
+        index: tuple[slice, ...] = (slice(None) if part.rows is None else part.rows,)
+        if part.columns is not None:
+            index = (*index, part.columns)
+        # Either one maps the file: what is not looked at is not read. A single number has no rows.
+        tensor: torch.Tensor = stored[index if part != WHOLE else ...]
+        self.num_bytes_read += tensor.nbytes
+        return tensor
+
+    def _open(self, name: str) -> Any:
+        """A tensor that is mapped, or a slice of a safetensors file."""
         file, stored_name = self.locate(name)
         if file not in self._shards:
             self._shards[file] = _open_shard(file)
         shard = self._shards[file]
         try:
-            tensor = shard[stored_name] if isinstance(shard, dict) else shard.get_tensor(stored_name)
+            stored = shard[stored_name] if isinstance(shard, dict) else shard.get_slice(stored_name)
         except (KeyError, SafetensorError) as error:
             raise CheckpointError(f"{file}: tensor {stored_name!r} is missing") from error
-        if not isinstance(tensor, torch.Tensor):
+        if isinstance(shard, dict) and not isinstance(stored, torch.Tensor):
             raise CheckpointError(f"{file}: {stored_name!r} is not a tensor")
-        return tensor
+        return stored
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The same part of each of a directory's tensors; see `engine.loading.formats.stored.TensorSource`."""
+
+    stored: StoredTensors
+    part: Part
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.stored
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.stored.read(name, self.part)
+
+    def locate(self, name: str) -> tuple[Path, str]:
+        return self.stored.locate(name)
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +279,12 @@ def _open_shard(file: Path) -> Any:
         if file.suffix == ".safetensors":
             return safe_open(file, framework="pt")  # type: ignore[no-untyped-call, unused-ignore]
         # Files of torch < 1.6 are no zip archives and cannot be mapped.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{file}: damaged or unreadable ({reason}); download it again") from error
+    if not isinstance(tensors, dict):
+        raise CheckpointError(
+            f"{file}: expected a dictionary of tensors by name, found {type(tensors).__name__}"
+        )
+    return tensors

@@ -14,19 +14,28 @@ from torch import nn
 from engine.kernels.kv_layer import KVCache, KVLayer
 from engine.kernels.norm import add
 from engine.layers.attention import Attention, AttentionInputs
+from engine.layers.cuts import ColumnCut
 from engine.layers.linear import Embedding, Linear, ReadWeight
 from engine.layers.mlp import MLP
 from engine.layers.norm import RMSNorm
 from engine.models.config import ModelConfig
-from engine.quant import QuantizationPlan
+from engine.parallel.group import TensorGroup
+from engine.parallel.pipeline import Pipeline
+from engine.quant.plan import QuantizationPlan
 from engine.quant.scheme import Matmul
+from engine.specification import EMBEDDING, LM_HEAD
 
 
 class DecoderLayer(nn.Module):
     """One layer: attention and MLP, each behind a norm and around a residual sum."""
 
     def __init__(
-        self, layer: int, config: ModelConfig, quantization: QuantizationPlan, dtype: torch.dtype
+        self,
+        layer: int,
+        config: ModelConfig,
+        quantization: QuantizationPlan,
+        dtype: torch.dtype,
+        group: TensorGroup,
     ) -> None:
         super().__init__()
         prefix = f"model.layers.{layer}"
@@ -35,8 +44,8 @@ class DecoderLayer(nn.Module):
             source = f"{prefix}.{name}_layernorm"
             return RMSNorm(source, config.hidden_size, config.norm_epsilon, config.norm_offset, dtype)
 
-        self.attention = Attention(f"{prefix}.self_attn", layer, config, quantization, dtype)
-        self.mlp = MLP(f"{prefix}.mlp", config, quantization)
+        self.attention = Attention(f"{prefix}.self_attn", layer, config, quantization, dtype, group)
+        self.mlp = MLP(f"{prefix}.mlp", config, quantization, group)
         self.attention_norm = norm("input")
         if config.has_post_norms:
             self.attention_post_norm: nn.Module = norm("post_attention")
@@ -67,31 +76,57 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The model on the meta device until `load` or `load_state_dict(assign=True)`, then `bind`."""
+    """The model on the meta device until `load` or `load_state_dict(assign=True)`, then `bind`.
 
-    def __init__(self, config: ModelConfig, quantization: QuantizationPlan, dtype: torch.dtype) -> None:
+    Args:
+        group: The ranks that share its layers.
+        pipeline: The stage whose layers these are; the embedding is the first one's, norm and head are the last's.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        quantization: QuantizationPlan,
+        dtype: torch.dtype,
+        group: TensorGroup,
+        pipeline: Pipeline,
+    ) -> None:
         super().__init__()
-        self.config, self.dtype = config, dtype
-        self.embedding = Embedding(
-            "model.embed_tokens",
-            config.vocab_size,
-            config.hidden_size,
-            quantization.embedding,
-            dtype,
-            config.embedding_scale,
-        )
-        self.layers = nn.ModuleList(
-            DecoderLayer(layer, config, quantization, dtype) for layer in range(config.num_layers)
-        )
-        self.norm = RMSNorm("model.norm", config.hidden_size, config.norm_epsilon, config.norm_offset, dtype)
-        # A tied head whose scheme is the table's own shares its tensors instead of storing them twice.
-        self.lm_head: Linear | None = None
-        if not (config.ties_embeddings and quantization.lm_head.name == quantization.embedding.name):
-            source = "model.embed_tokens" if config.ties_embeddings else "lm_head"
-            self.lm_head = Linear(
-                [source], config.hidden_size, [config.vocab_size], quantization.lm_head, has_bias=False
+        self.config, self.dtype, self.group, self.pipeline = config, dtype, group, pipeline
+        self.embedding: Embedding | None = None
+        if pipeline.is_first:
+            self.embedding = Embedding(
+                EMBEDDING,
+                config.vocab_size,
+                config.hidden_size,
+                quantization.table,
+                dtype,
+                config.embedding_scale,
+                group,
             )
-        self.lm_head_scheme = quantization.lm_head
+        self.layers = nn.ModuleList(
+            DecoderLayer(layer, config, quantization, dtype, group)
+            for layer in pipeline.layers(config.num_layers)
+        )
+        self.norm: RMSNorm | None = None
+        self.lm_head: Linear | None = None
+        self.lm_head_scheme = quantization.scheme([LM_HEAD])
+        # A tied head whose scheme is the table's own shares its tensors instead of storing them twice.
+        shares_table = config.ties_embeddings and self.lm_head_scheme.name == quantization.table.name
+        if pipeline.is_last:
+            self.norm = RMSNorm(
+                "model.norm", config.hidden_size, config.norm_epsilon, config.norm_offset, dtype
+            )
+        if pipeline.is_last and not (shares_table and pipeline.is_first):
+            source = EMBEDDING if config.ties_embeddings else LM_HEAD
+            self.lm_head = Linear(
+                [source],
+                config.hidden_size,
+                [config.vocab_size],
+                self.lm_head_scheme,
+                has_bias=False,
+                cut=ColumnCut(group),
+            )
         self.head_matmul: Matmul
 
     @property
@@ -119,24 +154,37 @@ class Decoder(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             layer.bind()
-        if self.lm_head is None:
-            self.head_matmul = self.lm_head_scheme.bind(self.embedding.tensors, None)
-        else:
+        if self.norm is None:
+            return
+        if self.lm_head is not None:
             self.head_matmul = self.lm_head.matmul
+        else:
+            assert self.embedding is not None
+            self.head_matmul = self.lm_head_scheme.bind(self.embedding.tensors, None)
         self.norm.format = self.head_matmul.format
 
     def forward(self, token_ids: torch.Tensor, cache: KVCache, inputs: AttentionInputs) -> torch.Tensor:
-        """Hidden states [T, hidden] of the flat batch token_ids [T]; the step's keys and values are written."""
-        x = self.embedding(token_ids)
+        """Hidden states [T, hidden] of the flat batch token_ids [T]; the step's keys and values are written.
+
+        They come from the stage before, and go to the next one, if there is one.
+        """
+        if self.embedding is not None:
+            x = self.embedding(token_ids)
+        else:
+            x = self.pipeline.receive(token_ids, token_ids.shape[0], self.config.hidden_size, self.dtype)
         delta = None
         for index, layer in enumerate(self.layers):
             delta = layer(x, delta, cache.layer(index), inputs)
-        return x if delta is None else add(x, delta)
+        hidden = x if delta is None else add(x, delta)
+        if not self.pipeline.is_last:
+            self.pipeline.send(hidden)
+        return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocabulary] float32 of hidden states [rows, hidden]."""
         return self.head(hidden).float()
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits in the activations' type."""
-        return self.head_matmul(self.norm(hidden))
+        """Logits in the activations' type; on the last stage."""
+        assert self.norm is not None
+        return self.group.gather(self.head_matmul(self.norm(hidden)), self.config.vocab_size)

@@ -1,4 +1,4 @@
-"""The command: parses the options, runs each variant in a process of its own, and writes what came of it."""
+"""The command: makes and measures each variant in processes of its own, and writes what came of it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,52 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 
-from engine.config import Device, format_bytes
+from engine.config import Device, EngineConfig, format_bytes
 from engine.errors import ConfigError, EngineError
 from engine.kernels import cpu
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
 from engine.models.config import ModelConfig
+from engine.quality.making import Job, checkpoint_directory, make_checkpoint, read_calibration
 from engine.quality.measure import DECODE_TOKENS, NUM_PARALLEL, STEP_TOKENS, Measurement, Task, measure
-from engine.quality.metrics import median_divergence
-from engine.quality.report import Result, check_plotting, format_table, write_report
+from engine.quality.report import Result, check_plotting, format_table, summarize, write_report
 from engine.quality.variant import Variant, parse_variant, parse_variants
 from engine.tokenizer import load_tokenizer
 
 PROMPT_TOKENS = 64
 PREFILL_TOKENS = 512
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A variant as it is made and measured once.
+
+    Attributes:
+        seed: Of its calibration.
+        title: For what shows progress.
+        config: The engine.
+        job: What is made first, if anything is.
+    """
+
+    variant: Variant
+    seed: int
+    title: str
+    config: EngineConfig
+    job: Job | None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variants",
         required=True,
-        help="with commas: none, int8, int4[:g32|:g64|:g128|:g0], DIRECTORY or dir=PATH, each with [:kv=TYPE]",
+        help="with commas: what --quant takes (none, int8, int4:g64, nf4, …); with an algorithm (int4:g128:gptq), "
+        "checkpoints that are made first, under --out; DIRECTORY or dir=PATH; each with [:kv=TYPE]",
     )
     parser.add_argument(
         "--reference",
@@ -54,6 +77,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--text", required=True, type=Path, help="file in UTF-8 that is scored")
     parser.add_argument("--out", required=True, type=Path, help="directory for quality.md, .json and .png")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        help="calibrations of each variant that has any (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="text to calibrate on; default: Python's help topics"
+    )
     parser.add_argument("--num-tokens", type=int, help="of the text, from its start; default: all")
     parser.add_argument(
         "--window", type=int, default=1024, help="most tokens of context (default: %(default)s)"
@@ -94,16 +126,21 @@ def run(options: argparse.Namespace) -> list[Result]:
         "max_num_batched_tokens": STEP_TOKENS,
         "enable_prefix_caching": False,
     }
-    configs = [variant.config(options.model, **common) for variant in variants]
     options.out.mkdir(parents=True, exist_ok=True)
     _check_room(options.out, (len(token_ids) - 1) * model.vocab_size * torch.float32.itemsize)
-    measurements = []
+    is_made = any(variant.recipe is not None for variant in variants)
+    calibration = read_calibration(options.calibration, data.decode()) if is_made else None
+    runs = _plan_runs(options, variants, path, calibration, common)
+    for each in runs:
+        if each.job is not None:
+            _apart(each.variant.name, make_checkpoint, each.job)
+    measurements: list[Measurement] = []
     # Not in the usual place for temporary files, which may be in memory.
     with tempfile.TemporaryDirectory(dir=options.out) as directory:
-        for index, (variant, config) in enumerate(zip(variants, configs, strict=True)):
+        for index, each in enumerate(runs):
             task = Task(
-                title=f"{variant.name} ({index + 1} of {len(variants)})",
-                config=config,
+                title=each.title,
+                config=each.config,
                 token_ids=token_ids,
                 bos_token_id=bos_token_id,
                 window=options.window,
@@ -115,10 +152,18 @@ def run(options: argparse.Namespace) -> list[Result]:
                 log_probs=Path(directory) / "log_probs",
                 is_reference=index == 0,
             )
-            measurements.append(_measure_apart(variant.name, task))
+            measurements.append(_apart(each.variant.name, measure, task))
     results = [
-        _result(variant.name, measurement, measurements[0])
-        for variant, measurement in zip(variants, measurements, strict=True)
+        summarize(
+            variant.name,
+            {
+                each.seed: measurement
+                for each, measurement in zip(runs, measurements, strict=True)
+                if each.variant is variant
+            },
+            measurements[0],
+        )
+        for variant in variants
     ]
     description = {
         "model": options.model,
@@ -128,6 +173,12 @@ def run(options: argparse.Namespace) -> list[Result]:
         "window": options.window,
         "stride": options.stride,
         "reference": options.reference,
+        "calibration": None
+        if calibration is None
+        else {
+            "file": None if options.calibration is None else str(options.calibration),
+            "sha256": hashlib.sha256(calibration.encode()).hexdigest(),
+        },
         "num_prompts": options.prompts,
         "prompt_tokens": prompt_size,
         "continuation": options.continuation,
@@ -144,6 +195,44 @@ def _with_reference(variants: list[Variant], reference: str) -> list[Variant]:
     return [parse_variant(reference), *others]
 
 
+def _plan_runs(
+    options: argparse.Namespace,
+    variants: Sequence[Variant],
+    path: Path,
+    calibration: str | None,
+    common: dict[str, Any],
+) -> list[Run]:
+    """What is made and measured, the reference first: it has one calibration only.
+
+    Args:
+        calibration: The text, if a variant is made.
+    """
+    pairs = [
+        (variant, seed)
+        for index, variant in enumerate(variants)
+        for seed in variant.seeds(options.seeds if index else 1)
+    ]
+    runs = []
+    for index, (variant, seed) in enumerate(pairs):
+        place = f"({index + 1} of {len(pairs)})"
+        if variant.recipe is None or calibration is None:
+            config = variant.config(options.model, **common)
+            runs.append(Run(variant, seed, f"{variant.name} {place}", config, None))
+            continue
+        directory = checkpoint_directory(options.out / "checkpoints", path, variant.recipe, calibration, seed)
+        title = f"{variant.name}, seed {seed} {place}"
+        job = Job(
+            title=title,
+            model=options.model,
+            recipe=variant.recipe,
+            calibration=calibration,
+            seed=seed,
+            directory=directory,
+        )
+        runs.append(Run(variant, seed, title, variant.config(str(directory), **common), job))
+    return runs
+
+
 def _check(options: argparse.Namespace, model: ModelConfig, variants: Sequence[Variant]) -> None:
     if not 2 <= options.window <= model.max_position_embeddings:
         raise ConfigError(
@@ -156,6 +245,8 @@ def _check(options: argparse.Namespace, model: ModelConfig, variants: Sequence[V
         )
     if options.num_tokens is not None and options.num_tokens < 2:
         raise ConfigError(f"num_tokens: must be at least 2, got {options.num_tokens}")
+    if options.seeds < 1:
+        raise ConfigError(f"seeds: must be at least 1, got {options.seeds}")
     if options.prompts < 1:
         raise ConfigError(f"prompts: must be at least 1, got {options.prompts}")
     if not 1 <= options.continuation < model.max_position_embeddings:
@@ -204,27 +295,13 @@ def cut_prompts(token_ids: Sequence[int], count: int, size: int) -> list[list[in
     return [list(token_ids[start : start + size]) for start in starts]
 
 
-def _measure_apart(name: str, task: Task) -> Measurement:
-    """Measures in a new process."""
+def _apart(name: str, function: Callable[[In], Out], argument: In) -> Out:
+    """What the function makes of it, in a new process."""
     try:
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(measure, task).result()
+            return pool.submit(function, argument).result()
     except BrokenProcessPool as error:
         raise EngineError(f"variant {name!r}: its process died; was there too little memory?") from error
-
-
-def _result(name: str, measurement: Measurement, reference: Measurement) -> Result:
-    return Result(
-        variant=name,
-        bits_per_weight=measurement.bits_per_weight,
-        perplexity=measurement.perplexity,
-        kl_divergence=measurement.kl_divergence,
-        agreement=measurement.agreement,
-        first_divergence=median_divergence(reference.continuations, measurement.continuations),
-        peak_bytes=measurement.peak_bytes,
-        decode_rate=measurement.decode_rate,
-        prefill_rate=measurement.prefill_rate,
-    )
 
 
 def describe_machine() -> dict[str, Any]:

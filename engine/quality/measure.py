@@ -25,11 +25,14 @@ from engine.errors import ConfigError, EngineError
 from engine.loading.resolve import resolve_model
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from engine.parallel.group import TensorGroup
+from engine.parallel.pipeline import Pipeline
 from engine.quality.metrics import Scores, Window, make_windows
-from engine.quant import plan_quantization
+from engine.quant.plan import QuantizationPlan
 from engine.request import Request
 from engine.runner import ModelRunner
 from engine.sampling.params import SamplingParams
+from engine.specification import parse_specification
 
 NUM_PARALLEL = 16
 """Windows that are scored at a time, cache permitting."""
@@ -128,8 +131,8 @@ def measure(task: Task) -> Measurement:
 
 def count_weights(config: ModelConfig) -> int:
     """Numbers that the model has learned: matrices, embeddings, norms and biases; a tied head counts once."""
-    plan = plan_quantization("none", torch.float32, group_size=32)
-    return Decoder(config, plan, torch.float32).num_bytes // torch.float32.itemsize
+    plan = QuantizationPlan(parse_specification("none"), torch.float32)
+    return Decoder(config, plan, torch.float32, TensorGroup(), Pipeline()).num_bytes // torch.float32.itemsize
 
 
 def generate(

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.quant.gptq import FindGrid, output_errors, round_to_grid, widen
+from engine.quant.gptq import FindGrid, output_errors, widen
+from engine.quant.rounding import nearest_codes
 from engine.quant.weight import GridWeight
 
 RoundWeight = Callable[[torch.Tensor], GridWeight]
@@ -138,7 +139,7 @@ def _round_group(
         factor = 1 - (1 - least) * step / steps
         scale, minimum = find_grid(values.clamp(low * factor, high * factor))
         step_size, offset = (x.to(values.dtype)[:, None] for x in (scale, minimum))
-        codes = round_to_grid(values, step_size, offset, levels)
+        codes = nearest_codes(values, step_size, offset, levels)
         error = output_errors(codes * step_size + offset - values, second_moment)
         if best is None:
             best = (error, codes, scale, minimum)

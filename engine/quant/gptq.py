@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.quant.rounding import nearest_codes
 from engine.quant.weight import GridWeight
 
 FindGrid = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -128,7 +129,7 @@ def gptq(
             if not by_activation and column % group_size == 0:
                 grids.append(_grid(values[column : column + group_size], find_grid))
             grid = grids[positions[column] // group_size]
-            code = round_to_grid(values[column], grid.scale, grid.minimum, levels)
+            code = nearest_codes(values[column], grid.scale, grid.minimum, levels)
             codes[column] = code
             error = values[column] - (code * grid.scale + grid.minimum)
             errors[column - start] = error
@@ -141,13 +142,6 @@ def gptq(
         torch.stack([grid.stored_minimum for grid in grids], dim=1),
         group_size,
     )
-
-
-def round_to_grid(
-    values: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, levels: int
-) -> torch.Tensor:
-    """The nearest codes 0..levels - 1, as floats; shapes broadcast, where the scale is zero any code will do."""
-    return ((values - minimum) / torch.where(scale > 0, scale, 1.0)).round_().clamp_(0, levels - 1)
 
 
 def output_errors(difference: torch.Tensor, second_moment: torch.Tensor) -> torch.Tensor:

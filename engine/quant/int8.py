@@ -2,8 +2,15 @@
 
     w[n, k] ≈ weight[n, k] * scale[n]                     scale[n] = max_k |w[n, k]| / 127
 
-On a GPU activations are two int8 terms a token (`engine.kernels.int8_matmul`), on a CPU one and a sparse second
-(`engine.quant.host`). Sums of integers do not depend on the order, the tiling or the batch.
+How activations are quantized is a choice (`engine.specification`); its price is in `engine.quant.host`:
+
+                on a GPU                                    on a CPU
+    default     two int8 terms, one scale a token           one term, and a second where it does not hold an element
+    token       one term, one scale a token                 the same
+    groups      one term, a scale for each 32 along K       the same
+    two-terms   two terms, one scale a token                two terms for all elements
+
+Sums of integers do not depend on the order, the tiling or the batch.
 """
 
 from __future__ import annotations
@@ -12,18 +19,32 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.kernels.activations import Int8Format
 from engine.kernels.int8_matmul import MAX_IN_FEATURES, Int8Matmul
 from engine.kernels.launch import runs_triton
-from engine.quant.host import host_product
+from engine.quant.host import GROUP_SIZE, host_product
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import GridWeight, Weight, to_float
+from engine.specification import ActivationTerms
+
+DEVICE_FORMATS: dict[ActivationTerms, Int8Format] = {
+    "default": Int8Format(2),
+    "token": Int8Format(1),
+    "groups": Int8Format(1, GROUP_SIZE),
+    "two-terms": Int8Format(2),
+}
+"""What a GPU's product takes."""
 
 
 @dataclass(frozen=True)
 class Int8:
     """Per-channel int8 weights × int8 activations."""
 
-    name: str = "int8"
+    activations: ActivationTerms = "default"
+
+    @property
+    def name(self) -> str:
+        return "int8" if self.activations == "default" else f"int8-{self.activations}"
 
     def storage(self, out_features: int, in_features: int) -> Tensors:
         if in_features > MAX_IN_FEATURES:
@@ -52,5 +73,5 @@ class Int8:
     def bind(self, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         weight, scale = tensors["weight"], tensors["scale"]
         if runs_triton(weight):
-            return Int8Matmul(weight, scale, bias)
-        return host_product(weight, scale, bias)
+            return Int8Matmul(weight, scale, bias, DEVICE_FORMATS[self.activations])
+        return host_product(weight, scale, bias, self.activations)

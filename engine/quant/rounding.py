@@ -138,6 +138,17 @@ def round_to_grid(values: torch.Tensor, grid: Grid) -> torch.Tensor:
     return codes.to(torch.int8 if grid.lowest < 0 else torch.uint8)
 
 
+def nearest_codes(
+    values: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, levels: int
+) -> torch.Tensor:
+    """The nearest codes 0..levels - 1 of grids whose minimum is any float, as floats of the values' dtype.
+
+    Shapes broadcast; where the scale is zero any code will do. A `Grid` has a whole zero instead, so that the value 0
+    stays 0 and formats with integer zero-points hold it exactly.
+    """
+    return ((values - minimum) / torch.where(scale > 0, scale, 1.0)).round_().clamp_(0, levels - 1)
+
+
 def grid_values(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
     """The values of codes as the stored grid gives them, float32: what `GridWeight.dequantize` returns."""
     values = codes.float() * grid.scale.float()

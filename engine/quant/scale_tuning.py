@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from engine.quant.gptq import output_errors, round_to_grid, widen
+from engine.quant.gptq import output_errors, widen
+from engine.quant.rounding import nearest_codes
 from engine.quant.weight import GridWeight
 
 CHUNK_SIZE = 256
@@ -95,7 +96,7 @@ def _tune_rows(
         new_scale = (start_scale * stretch.exp()).to(start.scale.dtype)
         new_minimum = (start_minimum * stretch.exp() + shift * start_scale).to(start.minimum.dtype)
         step_size, offset = new_scale.to(dtype)[:, :, None], new_minimum.to(dtype)[:, :, None]
-        codes = kept if keeps_codes else round_to_grid(target, step_size, offset, levels)
+        codes = kept if keeps_codes else nearest_codes(target, step_size, offset, levels)
         difference = codes * step_size + offset - target
         slope = (difference.flatten(1) @ moment).view(target.shape)
         new_errors = (slope * difference).sum(dim=(1, 2))
@@ -119,7 +120,7 @@ def _tune_rows(
 
     if keeps_codes:
         return GridWeight(start.codes, scale, minimum, start.group_size)
-    codes = round_to_grid(target, scale.to(dtype)[:, :, None], minimum.to(dtype)[:, :, None], levels)
+    codes = nearest_codes(target, scale.to(dtype)[:, :, None], minimum.to(dtype)[:, :, None], levels)
     codes = codes.flatten(1)[:, :columns].to(start.codes.dtype)
     codes = torch.where((errors < start_errors)[:, None], codes, start.codes)
     return GridWeight(codes, scale, minimum, start.group_size)

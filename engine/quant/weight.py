@@ -1,4 +1,4 @@
-"""A weight as checkpoints hold it: floats, or integers on a grid that need not be rounded again."""
+"""A weight as checkpoints hold it: floats, or codes that need not be rounded again."""
 
 from __future__ import annotations
 
@@ -42,9 +42,44 @@ class GridWeight:
         return GridWeight(self.codes[index], self.scale[index], minimum, self.group_size)
 
 
-Weight = torch.Tensor | GridWeight
+@dataclass(frozen=True, slots=True)
+class CodebookWeight:
+    """A matrix of values from books of sixteen: ``w[n, k] = codebook[n or 0, codes[n, k]] * scale[n, g]``.
+
+    Attributes:
+        codes: [N, K] uint8, 0..15.
+        codebook: [N, 16] or, one for all rows, [1, 16], float of any width.
+        scale: [N, ceil(K / group_size)] float32, or None where the codebook holds the values themselves.
+        group_size: Consecutive elements along K that share a scale; the last group may be shorter. K without one.
+    """
+
+    codes: torch.Tensor
+    codebook: torch.Tensor
+    scale: torch.Tensor | None
+    group_size: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight as floats, [N, K] float32."""
+        rows, columns = self.codes.shape
+        values = self.codebook.float().expand(rows, -1).gather(1, self.codes.long())
+        if self.scale is not None:
+            values *= self.scale.float().repeat_interleave(self.group_size, dim=1)[:, :columns]
+        return values
+
+    def rows(self, index: torch.Tensor) -> CodebookWeight:
+        """The same weight with its rows taken in the order of `index` ([N] int64)."""
+        codebook = self.codebook if len(self.codebook) == 1 else self.codebook[index]
+        scale = None if self.scale is None else self.scale[index]
+        return CodebookWeight(self.codes[index], codebook, scale, self.group_size)
+
+
+Weight = torch.Tensor | GridWeight | CodebookWeight
 
 
 def to_float(weight: Weight) -> torch.Tensor:
     """The weight as a float tensor; a float weight is returned as it is."""
-    return weight.dequantize() if isinstance(weight, GridWeight) else weight
+    return weight if isinstance(weight, torch.Tensor) else weight.dequantize()

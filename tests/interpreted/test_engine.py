@@ -77,7 +77,7 @@ def test_quantized_logits_are_those_of_the_dequantized_weights(
 
 
 # Triton's interpreter rounds an fp8 to half where a carry goes into the exponent; tests/test_models.py has 0.15.
-@pytest.mark.parametrize(("cache_type", "bound"), [("int8", 0.03), ("fp8_e4m3", 0.3)])
+@pytest.mark.parametrize(("cache_type", "bound"), [("int8", 0.03), ("int4", 0.4), ("fp8_e4m3", 0.3)])
 def test_a_quantized_cache_costs_little(checkpoints: dict[str, Path], cache_type: str, bound: float) -> None:
     exact, rounded = (
         logits_of(make_runner(checkpoints["llama"], kv_cache_dtype=name), CHUNKS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kernels.kv_layer import KVLayer
+from engine.kernels.kv_layer import INT4, KVCache, KVLayer
 from engine.kernels.launch import INTERPRETER
 from engine.kernels.paged_attention import (
     SEGMENT,
@@ -64,14 +64,14 @@ def make_sequences(lengths: list[tuple[int, int]], shape: Shape) -> Sequences:
     tables = torch.zeros(len(lengths), max(blocks) + 1, dtype=torch.int32)
     for row, part in zip(tables, order.split(blocks), strict=True):
         row[: len(part)] = part
-    size = (2, sum(blocks) + 1, shape.block_size, shape.num_kv_heads)
-    data = torch.zeros(*size, shape.head_dim, dtype=shape.cache_dtype)
-    scales = torch.full(size, torch.nan) if shape.cache_dtype == torch.int8 else None
-    if shape.cache_dtype == torch.int8:
-        data.fill_(127)
+    heads = (shape.num_kv_heads, shape.head_dim, shape.cache_dtype)
+    cache = KVCache.allocate(1, sum(blocks) + 1, shape.block_size, *heads, torch.device("cpu"))
+    if cache.scales is None:
+        cache.data.copy_(torch.full(cache.data.shape, torch.nan))
     else:
-        data.copy_(torch.full(data.shape, torch.nan))
-    layer = KVLayer(data, scales)
+        cache.data.fill_(127)
+        cache.scales.fill_(torch.nan)
+    layer = cache.layer(0)
     for row, (start, count) in zip(tables, lengths, strict=True):
         positions = torch.arange(start + count)
         slots = row[positions // shape.block_size] * shape.block_size + positions % shape.block_size
@@ -179,6 +179,10 @@ LENGTHS = [(5, 1), (11, 7), (0, 20), (0, 1), (600, 1), (0, 0), (505, 9)]
         (Shape(8, 2, 64, 4, torch.bfloat16, torch.int8), 33, 2.0, True),
         (Shape(3, 1, 64, 16, torch.float16, torch.float8_e4m3fn), None, 0.0, True),
         (Shape(4, 2, 16, 16, torch.float32, torch.int8), 513, 0.0, False),
+        (Shape(4, 2, 16, 16, torch.float32, INT4), 513, 0.0, False),
+        (Shape(3, 1, 80, 4, torch.float32, INT4), None, 0.0, False),
+        (Shape(8, 2, 64, 16, torch.float16, INT4), 33, 2.0, True),
+        (Shape(2, 2, 256, 16, torch.float16, INT4), None, 0.0, False),
     ],
     ids=str,
 )
@@ -225,7 +229,7 @@ def test_a_row_does_not_depend_on_the_batch(pinned: bool) -> None:
         assert torch.equal(attend(alone, pinned=pinned), together[first:last])
 
 
-@pytest.mark.parametrize(("window", "cache_dtype"), [(None, torch.int8), (100, torch.float16)])
+@pytest.mark.parametrize(("window", "cache_dtype"), [(None, torch.int8), (100, torch.float16), (None, INT4)])
 def test_chunks_equal_the_whole_when_pinned(window: int | None, cache_dtype: torch.dtype) -> None:
     shape = Shape(4, 2, 16, dtype=torch.float16, cache_dtype=cache_dtype)
     sequences = make_sequences([(470, 90)], shape)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels.kv_layer import KVLayer
+from engine.kernels.kv_layer import INT4, KVCache, KVLayer
 from engine.kernels.rotary import reference, rotate_and_write
 
-CACHE_DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
+CACHE_DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, INT4]
 
 
 def make_layer(
     num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> KVLayer:
-    shape = (2, num_blocks, block_size, num_kv_heads)
-    return KVLayer(
-        torch.zeros(*shape, head_dim, dtype=dtype), torch.zeros(shape) if dtype == torch.int8 else None
-    )
+    cache = KVCache.allocate(1, num_blocks, block_size, num_kv_heads, head_dim, dtype, torch.device("cpu"))
+    cache.data.zero_()
+    if cache.scales is not None:
+        cache.scales.zero_()
+    return cache.layer(0)
 
 
 def make_inputs(
@@ -77,6 +78,9 @@ def test_equals_the_reference(
     )
     assert actual.is_contiguous()
     assert_close(actual, expected, dtype)
+    if cache_dtype == INT4:
+        assert_int4_close(*layers, slots, STEPS[dtype] if has_norm else STEPS[torch.float32])
+        return
     if cache_dtype != torch.int8:
         assert_close(layers[0].data, layers[1].data, dtype, cache_dtype)
         return
@@ -87,6 +91,38 @@ def test_equals_the_reference(
     # The largest element differs as the others do: by steps of the norm's output, before two products of it.
     step = 2 * STEPS[dtype] if has_norm else STEPS[torch.float32]
     torch.testing.assert_close(layers[0].scales, layers[1].scales, rtol=step, atol=0)
+
+
+def assert_int4_close(actual: KVLayer, expected: KVLayer, slots: torch.Tensor, step: float) -> None:
+    """Equal up to a code, where the value before it differs by a rounding, and to what moves a scale or a minimum."""
+    assert actual.scales is not None
+    assert expected.scales is not None
+    halves = zip(
+        actual.read(slots.long()), expected.read(slots.long()), expected.scales.flatten(1, 2), strict=True
+    )
+    for a, b, stored in halves:
+        coarsest = stored[slots.long()][..., 0].float().amax(-1)[..., None]
+        moved = (2 * step + 2**-10) * b.abs().amax(-1, keepdim=True)
+        assert ((a - b).abs() <= coarsest + 2 * moved).all()
+        # Most codes are the same ones: half a step apart is a code.
+        assert ((a - b).abs() > coarsest / 2 + moved).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80])
+def test_int4_values_are_quantized_exactly(head_dim: int) -> None:
+    """Values are not rotated: bytes, scales and minimums equal the reference's, in groups of all sizes."""
+    heads, positions, _, _, slots = make_inputs(17, 1, 2, head_dim, torch.float32)
+    heads[3, -1] = 7.77  # all elements alike
+    heads[4, -2, : head_dim // 2] = 0
+    heads[5, -1] *= 1e-4
+    angles = torch.zeros(50, head_dim // 2)
+    layers = [make_layer(11, 4, 2, head_dim, INT4) for _ in range(2)]
+    for function, layer in zip((rotate_and_write, reference), layers, strict=True):
+        function(heads, positions, angles.cos(), angles.sin(), layer, slots, 2)
+    assert torch.equal(layers[0].data, layers[1].data)
+    assert torch.equal(layers[0].scales, layers[1].scales)
+    restored = layers[0].read(slots[:-1].long())[1]
+    assert (restored - heads[:-1, -2:]).abs().max() < heads.abs().max() / 10
 
 
 def test_int8_values_are_quantized_exactly() -> None:

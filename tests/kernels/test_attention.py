@@ -8,7 +8,7 @@ import torch
 from engine.batch import BatchRow
 from engine.kernels.activation import gelu_mul, silu_mul
 from engine.kernels.attention import paged_attention, plan_attention, reference, slot_mapping
-from engine.kernels.kv_layer import KVLayer
+from engine.kernels.kv_layer import INT4, KVCache, KVLayer
 from engine.kernels.norm import reference as norm_reference
 from engine.kernels.norm import rms_norm
 from engine.kernels.rotary import apply_rotary
@@ -45,6 +45,23 @@ def test_equals_the_reference(
         for query, (keys, values), (start, _) in zip(queries, stored, lengths, strict=True)
     ]
     torch.testing.assert_close(output, torch.cat(expected), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, INT4])
+@pytest.mark.parametrize("head_dim", [16, 64, 80])
+def test_codes_are_attended_to_as_the_floats_that_they_stand_for(head_dim: int, dtype: torch.dtype) -> None:
+    codes = KVCache.allocate(1, 9, 4, 3, head_dim, dtype, torch.device("cpu")).layer(0)
+    floats = KVLayer(torch.empty(2, 9, 4, 3, head_dim))
+    slots = torch.arange(36)
+    codes.write(slots, *torch.randn(2, 36, 3, head_dim))
+    floats.write(slots, *codes.read(slots))
+    rows = [BatchRow([0], 9, 0, [1, 2, 3], None), BatchRow([0] * 6, 4, 0, [5, 8, 6], None)]
+    queries = torch.randn(7, 9, head_dim)
+    expected, actual = (
+        paged_attention(queries, layer, plan_attention(rows, layer, 7, torch.float32), 0.1)
+        for layer in (floats, codes)
+    )
+    assert torch.equal(actual, expected)
 
 
 def test_a_row_does_not_depend_on_the_batch() -> None:

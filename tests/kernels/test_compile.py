@@ -29,6 +29,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.kernels.activation import gelu_mul, silu_mul
 from engine.kernels.activations import Int8Format, SumsFormat
+from engine.kernels.codebook_matmul import SCALE_SIZE, CodebookMatmul
 from engine.kernels.compile import (
     CompiledLaunch,
     PortableLaunch,
@@ -42,7 +43,7 @@ from engine.kernels.embedding import lookup
 from engine.kernels.group_sums import group_sums
 from engine.kernels.int4_matmul import Int4Matmul
 from engine.kernels.int8_matmul import Int8Matmul
-from engine.kernels.kv_layer import KVLayer
+from engine.kernels.kv_layer import INT4, KVCache, KVLayer
 from engine.kernels.launch import (
     TARGETS,
     TILES_DIRECTORY,
@@ -443,6 +444,14 @@ def call_int4(shape: Shape, num_tokens: int) -> None:
                 Int4Matmul(codes, scale, scale, group_size, None, pinned)(empty(num_tokens, in_features))
 
 
+def call_codebook(shape: Shape, num_tokens: int) -> None:
+    for out_features, in_features in shape.products[1:]:
+        x, codes = empty(num_tokens, in_features), empty(out_features, in_features // 2, dtype=torch.uint8)
+        scale = empty(out_features, -(-in_features // SCALE_SIZE), dtype=torch.float32)
+        CodebookMatmul(codes, empty(1, 16, dtype=torch.float32), scale)(x)
+        CodebookMatmul(codes, empty(out_features, 16, dtype=torch.float16))(x)
+
+
 def call_int8(shape: Shape, num_tokens: int) -> None:
     formats = [Int8Format(1), Int8Format(2), Int8Format(1, 32), Int8Format(2, 64), Int8Format(2, 128)]
     for format in formats:
@@ -466,16 +475,14 @@ def call_weight_only(shape: Shape, num_tokens: int) -> None:
 
 
 def cache_layer(kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVLayer:
-    size = (2, 4096, 16, kv_heads)
-    scales = empty(*size, dtype=torch.float32) if dtype == torch.int8 else None
-    return KVLayer(empty(*size, head_dim, dtype=dtype), scales)
+    return KVCache.allocate(1, 4096, 16, kv_heads, head_dim, dtype, torch.device("meta")).layer(0)
 
 
 def call_rotate(shape: Shape, num_tokens: int) -> None:
     heads = empty(num_tokens, shape.heads + 2 * shape.kv_heads, shape.head_dim)
     positions, norm = empty(num_tokens, dtype=torch.int32), empty(shape.head_dim)
     cosine, sine = empty(2, 8192, shape.head_dim // 2, dtype=torch.float32)
-    for dtype in (torch.bfloat16, torch.int8):
+    for dtype in (torch.bfloat16, torch.int8, INT4):
         for norms in ((None, None), (norm, norm)):
             layer = cache_layer(shape.kv_heads, shape.head_dim, dtype)
             rotate_and_write(heads, positions, cosine, sine, layer, positions, shape.kv_heads, *norms, 1e-6)
@@ -489,7 +496,7 @@ def call_attention(operation: str, arch: str, shape: Shape, num_tokens: int) -> 
     _, name, block, *bits = operation.split(".")
     if bits == ["kv8"]:
         # Where fp8 is missing, int8 is refused no more than elsewhere.
-        dtypes = [torch.int8] if arch == "sm_80" else [torch.int8, torch.float8_e4m3fn]
+        dtypes = [torch.int8, INT4] if arch == "sm_80" else [torch.int8, INT4, torch.float8_e4m3fn]
     else:
         dtypes = [torch.float32 if name == "float32" else torch.bfloat16]
     integers = empty(64, dtype=torch.int32)
@@ -498,8 +505,9 @@ def call_attention(operation: str, arch: str, shape: Shape, num_tokens: int) -> 
     plan = PagedPlan(integers, integers, integers, empty(64, 512, dtype=torch.int32), None, None, scratch)
     plan = dataclasses.replace(plan, **{"prefill" if name == "prefill" else "decode": work})
     for dtype in dtypes:
-        # Below 16 only tests go; with float32 they need not be fast.
-        for head_dim in (*HEAD_DIMS[block], *([8] if block == "64" and name != "float32" else [])):
+        # Below 16 only tests go; with float32 and in four bits they need not be fast.
+        has_small = block == "64" and name != "float32" and dtype != INT4
+        for head_dim in (*HEAD_DIMS[block], *([8] if has_small else [])):
             queries = empty(
                 num_tokens,
                 shape.heads,
@@ -515,6 +523,7 @@ def call_attention(operation: str, arch: str, shape: Shape, num_tokens: int) -> 
 
 OPERATIONS: dict[str, Operation] = {
     "activation": call_activation,
+    "codebook_matmul": call_codebook,
     "embedding": call_embedding,
     "group_sums": call_group_sums,
     "int4_matmul.large": call_int4,
@@ -615,6 +624,9 @@ ENGINES: list[dict[str, Any]] = [
     {"quant": "none", "deterministic": True},
     {"quant": "int8", "kv_cache_dtype": "int8"},
     {"quant": "int4", "deterministic": True, "kv_cache_dtype": "int8"},
+    {"quant": "int8", "kv_cache_dtype": "int4"},
+    {"quant": "nf4"},
+    {"quant": "codebook4"},
 ]
 """Options of the engines whose launches are compiled; `make test` takes the first two."""
 

@@ -9,7 +9,7 @@ import torch
 
 from engine.kernels import cpu
 from engine.kernels.host_attention import SEGMENT, HostPlan, group_segments, host_attention
-from engine.kernels.kv_layer import CACHE_TYPES, KVLayer
+from engine.kernels.kv_layer import CACHE_TYPES, INT4, INT4_GROUP, KVCache, KVLayer
 from engine.kernels.paged_attention import reference
 
 WINDOWS = [None, 1, 5, 100, 256, 300]
@@ -42,11 +42,14 @@ class Sequences:
     ) -> Sequences:
         width = -(-max(lengths) // block_size)
         num_blocks = 1 + len(lengths) * width
-        shape = (2, num_blocks, block_size, kv_heads)
-        if dtype == torch.int8:
-            layer = KVLayer(torch.full((*shape, head_dim), 77, dtype=dtype), torch.full(shape, torch.nan))
+        cpu_device = torch.device("cpu")
+        cache = KVCache.allocate(1, num_blocks, block_size, kv_heads, head_dim, dtype, cpu_device)
+        if cache.scales is None:
+            cache.data.copy_(torch.full(cache.data.shape, torch.nan))
         else:
-            layer = KVLayer(torch.full((*shape, head_dim), torch.nan).to(dtype))
+            cache.data.fill_(77)
+            cache.scales.fill_(torch.nan)
+        layer = cache.layer(0)
         tables = (torch.randperm(num_blocks - 1) + 1).int().view(len(lengths), width)
         held = Sequences(layer, tables)
         for sequence, length in enumerate(lengths):
@@ -81,13 +84,38 @@ class Sequences:
         return host_attention(queries, self.layer, plan, scale, window)
 
 
+def on_int8_grids(layer: KVLayer) -> KVLayer:
+    """What a cache is multiplied as: a vector of four bits on the int8 grid that holds all that they can stand for.
+
+    A group's code c is (c * factor + offset) / 256 rounded down, factor and offset being its scale and its minimum in
+    256ths of the vector's step, with half a step more.
+    """
+    if layer.dtype != INT4:
+        return layer
+    assert layer.scales is not None
+    head_dim = 2 * layer.data.shape[-1]
+    scale, minimum = layer.scales.float().unbind(-1)
+    largest = torch.maximum(minimum.abs(), (minimum + 15 * scale).abs()).amax(-1)
+    step = torch.where(largest > 0, largest / 127, 1.0)
+    in_steps = 256 / step[..., None]
+    codes = torch.empty(*layer.data.shape[:-1], head_dim, dtype=torch.int8)
+    for d in range(head_dim):
+        pair = layer.data[..., d // 2].int()
+        code = pair // 16 if d % 2 else pair % 16
+        group = d // INT4_GROUP
+        factor = (scale * in_steps)[..., group].nan_to_num(0).round().int()
+        offset = (minimum * in_steps)[..., group].nan_to_num(0).round().int() + 128
+        codes[..., d] = (code * factor + offset).div(256, rounding_mode="floor").to(torch.int8)
+    return KVLayer(codes, step)
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """For values of size 1 to 5: weights are off by a few units of what float32 makes of scores up to 10.
 
-    Over an int8 cache a query has 15 bits, which moves a score by 1e-4, and a weight 14; without their low terms both
-    would be off by more than 0.01.
+    Over a cache of codes a query has 15 bits, which moves a score by 1e-4, and a weight 14; without their low terms
+    both would be off by more than 0.01.
     """
-    return 1e-3 if dtype == torch.int8 else 2e-5
+    return 1e-3 if dtype in (torch.int8, INT4) else 2e-5
 
 
 @pytest.mark.parametrize("group", [1, 3, 7])
@@ -105,10 +133,11 @@ def test_equals_attention_written_out(head_dim: int, group: int) -> None:
         lengths = [start + size for start, size in LENGTHS]
         held = Sequences.random(lengths, block_size, kv_heads, head_dim, dtype)
         output = held.attend(queries, chunks, scale, window)
+        multiplied = on_int8_grids(held.layer)
         first = 0
         for sequence, start, size in chunks:
             expected = reference(
-                queries[first : first + size], held.layer, held.tables[sequence], start, scale, window
+                queries[first : first + size], multiplied, held.tables[sequence], start, scale, window
             )
             torch.testing.assert_close(
                 output[first : first + size], expected, rtol=1e-5, atol=tolerance(dtype)
@@ -125,6 +154,8 @@ def test_equals_attention_written_out(head_dim: int, group: int) -> None:
         (torch.float16, 80, 1),
         (torch.int8, 128, 3),
         (torch.float8_e4m3fn, 256, 1),
+        (INT4, 64, 3),
+        (INT4, 80, 2),
     ],
     ids=str,
 )
@@ -172,7 +203,39 @@ def test_a_token_is_the_same_in_any_chunk_and_company(
         assert torch.equal(held.attend(beside, chunks, 0.1, window)[30:-10], alone)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("head_dim", [12, 24, 64, 80, 128, 256])
+def test_four_bits_are_multiplied_as_the_int8_codes_that_they_stand_for(head_dim: int) -> None:
+    held = Sequences.random([601], 16, 2, head_dim, INT4)
+    # Keys with a few large elements, as models have them, in whole groups and beside small ones; and none at all.
+    keys, values = torch.randn(2, 601, 2, head_dim)
+    keys[..., 3::7] *= 20
+    keys[40:60] += 100
+    keys[5], values[6] = 0, 1.5
+    held.layer.write(held.slots(0, 601), keys, values)
+    queries = torch.randn(601, 6, head_dim)
+    as_int8 = Sequences(on_int8_grids(held.layer), held.tables)
+    for chunks in ([(0, 0, 601)], [(0, i, 1) for i in range(601)]):
+        expected = as_int8.attend(queries, chunks, 0.02, None)
+        assert expected.isfinite().all()
+        assert torch.equal(held.attend(queries, chunks, 0.02, None), expected)
+
+
+def test_the_int8_grid_adds_little_to_what_four_bits_lose() -> None:
+    """Half a step of 127 to the largest of the vector, beside half of one of 15 from end to end of the group."""
+    held = Sequences.random([2000], 16, 2, 64, INT4)
+    written = torch.randn(2, 2000, 2, 64)
+    held.layer.write(held.slots(0, 2000), *written)
+    exact = held.layer.read(held.slots(0, 2000))
+    multiplied = on_int8_grids(held.layer).read(held.slots(0, 2000))
+    for x, stored, used in zip(written, exact, multiplied, strict=True):
+        error, added = (stored - x).square().mean().sqrt(), (used - stored).square().mean().sqrt()
+        assert 0.05 < error < 0.12
+        assert 0 < added < 0.1 * error
+        # And what both lose is no more than that of two roundings that know nothing of each other.
+        assert (used - x).square().mean().sqrt() < 1.02 * (error**2 + added**2).sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, INT4])
 def test_bits_do_not_depend_on_the_blocks(dtype: torch.dtype) -> None:
     keys_and_values, queries = torch.randn(2, 300, 2, 64), torch.randn(300, 6, 64)
     outputs = []
@@ -184,16 +247,17 @@ def test_bits_do_not_depend_on_the_blocks(dtype: torch.dtype) -> None:
         assert torch.equal(output, outputs[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, INT4])
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 100.0, 1e15])
 def test_scores_of_any_size(factor: float, dtype: torch.dtype) -> None:
     """All equal; one far above the others, in this segment or another."""
     held = Sequences.random([600], 16, 1, 64, dtype)
     queries = torch.randn(600, 2, 64) * factor
     chunk = held.attend(queries, [(0, 0, 600)], 1.0, None)
-    expected = reference(queries, held.layer, held.tables[0], 0, 1.0)
+    multiplied = on_int8_grids(held.layer)
+    expected = reference(queries, multiplied, held.tables[0], 0, 1.0)
     # A score's own rounding decides between keys whose scores are nearly equal: those few are left out.
-    keys = held.layer.read(held.slots(0, 600))[0][:, 0]
+    keys = multiplied.read(held.slots(0, 600))[0][:, 0]
     scores = torch.einsum("qhd,kd->hqk", queries.double(), keys.double())
     scores = scores.masked_fill(torch.ones(600, 600).triu(1).bool(), -torch.inf)
     best = scores.topk(2, dim=2).values[:, 1:]
@@ -208,7 +272,14 @@ def test_scores_of_any_size(factor: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("half", ["key", "value"])
 @pytest.mark.parametrize(
-    ("dtype", "value"), [(torch.float32, torch.nan), (torch.float32, torch.inf), (torch.int8, torch.nan)]
+    ("dtype", "value"),
+    [
+        (torch.float32, torch.nan),
+        (torch.float32, torch.inf),
+        (torch.int8, torch.nan),
+        (INT4, torch.nan),
+        (INT4, torch.inf),
+    ],
 )
 def test_what_is_not_finite_shows_from_its_token_on(dtype: torch.dtype, value: float, half: str) -> None:
     held = Sequences.random([300, 300], 16, 1, 64, dtype)
@@ -228,7 +299,7 @@ def test_what_is_not_finite_shows_from_its_token_on(dtype: torch.dtype, value: f
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_query_that_is_not_finite_stays_alone(value: float) -> None:
-    for dtype in (torch.float32, torch.int8):
+    for dtype in (torch.float32, torch.int8, INT4):
         held = Sequences.random([300], 16, 1, 64, dtype)
         queries = torch.randn(300, 2, 64)
         queries[130, 1, 7] = value

@@ -11,7 +11,7 @@ from engine.kernels import cpu, embedding, rotary
 from engine.kernels.activation import gelu_mul, silu_mul
 from engine.kernels.activations import SparseInt8Activations, SparseInt8Format
 from engine.kernels.host_attention import gather
-from engine.kernels.kv_layer import CACHE_TYPES, KVLayer
+from engine.kernels.kv_layer import CACHE_TYPES, INT4, INT4_GROUP, KVCache, KVLayer
 from engine.kernels.norm import add, rms_norm
 from engine.kernels.quantize import quantize_sparse, sparse_reference
 from engine.kernels.sample import DrawParameters, draw
@@ -20,7 +20,7 @@ from engine.quant.host import HOST_ACTIVATIONS
 SIZES = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 576, 1000]
 """Columns: whole vectors, blocks and lines, and parts of them."""
 
-FORMATS = [HOST_ACTIVATIONS, SparseInt8Format(1.0), SparseInt8Format(0.0)]
+FORMATS = [HOST_ACTIVATIONS, SparseInt8Format(1.0), SparseInt8Format(0.0), SparseInt8Format(math.inf)]
 
 
 @pytest.fixture(autouse=True)
@@ -214,9 +214,15 @@ def rotary_table(head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def empty_layer(dtype: torch.dtype, block_size: int, kv_heads: int, head_dim: int) -> KVLayer:
-    shape = (2, 64 // block_size, block_size, kv_heads)
-    scales = torch.zeros(shape) if dtype == torch.int8 else None
-    return KVLayer(torch.zeros(*shape, head_dim, dtype=dtype), scales)
+    return zeros(dtype, 64 // block_size, block_size, kv_heads, head_dim)
+
+
+def zeros(dtype: torch.dtype, num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> KVLayer:
+    cache = KVCache.allocate(1, num_blocks, block_size, kv_heads, head_dim, dtype, torch.device("cpu"))
+    cache.data.zero_()
+    if cache.scales is not None:
+        cache.scales.zero_()
+    return cache.layer(0)
 
 
 def read_all(layer: KVLayer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,18 +261,42 @@ def test_rotary_and_cache_write(head_dim: int, group: int, dtype: torch.dtype) -
         # And within a step of those that the reference rotated.
         stored, wanted = (read_all(layer)[0] for layer in layers[:2])
         step = {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.int8: 1 / 127}
+        step[INT4] = 2 / 15
         size = wanted.abs().amax(dim=2, keepdim=True)
-        bound = step.get(dtype, 2**-3) * (size if dtype == torch.int8 else wanted.abs())
+        bound = step.get(dtype, 2**-3) * (size if dtype in (torch.int8, INT4) else wanted.abs())
         rounding = (head_dim / 16 + 24) * 2**-23 * size
-        smallest = {torch.float8_e4m3fn: 2**-9, torch.float16: 2**-24}.get(dtype, 0.0)
+        smallest = {torch.float8_e4m3fn: 2**-9, torch.float16: 2**-24, INT4: 2**-24}.get(dtype, 0.0)
         assert torch.all((stored - wanted).abs() <= bound * 1.01 + rounding + smallest)
 
 
-def test_a_token_is_rotated_alike_alone_and_beside_others() -> None:
+@pytest.mark.parametrize("size", [32, 16, 8])
+def test_four_bits_are_the_nearest_of_sixteen_from_the_least_to_the_largest(size: int) -> None:
+    """A last group of every size, against a search of all sixteen."""
+    head_dim = 32 + size
+    heads = torch.randn(20, 3, head_dim) * 10.0 ** torch.arange(-2, 3).repeat(4)[:, None, None]
+    layer = zeros(INT4, 2, 16, 1, head_dim)
+    slots = torch.arange(20)
+    half = head_dim // 2
+    rotary.rotate_and_write(
+        heads, slots.int(), torch.ones(20, half), torch.zeros(20, half), layer, slots.int(), 1
+    )
+    values, stored = heads[:, 2], layer.read(slots)[1][:, 0]
+    for group in (slice(0, 32), slice(32, head_dim)):
+        x, restored = values[:, group], stored[:, group]
+        least, span = x.amin(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
+        grid = least[..., None] + span[..., None] / 15 * torch.arange(16.0)
+        nearest = (x[..., None] - grid).abs().amin(-1)
+        # The least and the scale are rounded to eleven bits.
+        assert ((restored - x).abs() <= nearest + 2**-11 * (least.abs() + 2 * span) + 2**-20).all()
+        assert (restored.amax(1) - restored.amin(1)).allclose(span[:, 0], rtol=2**-10, atol=2**-20)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, INT4])
+def test_a_token_is_rotated_alike_alone_and_beside_others(dtype: torch.dtype) -> None:
     heads, (cosine, sine) = torch.randn(9, 10, 80), rotary_table(80)
     positions, slots = torch.arange(9, dtype=torch.int32), torch.arange(9, dtype=torch.int32)
     weight = torch.randn(80)
-    together, alone = (empty_layer(torch.int8, 16, 2, 80) for _ in range(2))
+    together, alone = (empty_layer(dtype, 16, 2, 80) for _ in range(2))
     queries = rotary.rotate_and_write(
         heads.clone(), positions, cosine, sine, together, slots, 2, weight, weight, 1e-6
     )
@@ -295,16 +325,23 @@ def test_every_value_is_stored_as_torch_stores_it(dtype: torch.dtype) -> None:
     values = torch.cat((values.sort().values, torch.zeros(-len(values) % 256))).view(-1, 1, 256)
     heads = torch.cat((torch.zeros_like(values), torch.zeros_like(values), values), dim=1)
     count = len(values)
-    shape = (2, -(-count // 16), 16, 1)
-    layers = [
-        KVLayer(torch.zeros(*shape, 256, dtype=dtype), torch.zeros(shape) if dtype == torch.int8 else None)
-        for _ in range(2)
-    ]
+    layers = [zeros(dtype, -(-count // 16), 16, 1, 256) for _ in range(2)]
     words = torch.zeros(count, dtype=torch.int32)
     slots = torch.arange(count, dtype=torch.int32)
     rotary.rotate_and_write(heads, words, torch.ones(1, 128), torch.zeros(1, 128), layers[0], slots, 1)
     layers[1].write(slots.long(), values, values)
     stored, wanted = (layer.read(slots.long())[1] for layer in layers)
+    if dtype == INT4:
+        # Group by group: all of it as torch has it, or, of what is not finite or beyond fp16, nothing finite.
+        stored, wanted = (x.view(-1, INT4_GROUP) for x in (stored, wanted))
+        finite = wanted.isfinite().all(dim=1)
+        assert finite.sum() > 1000
+        assert torch.equal(stored[finite], wanted[finite])
+        assert not stored[~finite].isfinite().any()
+        groups = values.view(-1, INT4_GROUP)
+        assert finite[groups.half().isfinite().all(dim=1)].all()
+        assert not finite[~groups.isfinite().all(dim=1)].any()
+        return
     if dtype != torch.int8:
         assert_same(stored, wanted)
         is_number = ~stored.isnan()

@@ -17,10 +17,11 @@ import torch
 from engine.config import EngineConfig
 from engine.kernels import cpu, embedding, rotary
 from engine.kernels.activation import gelu_mul, silu_mul
-from engine.kernels.activations import SparseInt8Activations, SparseInt8Format
+from engine.kernels.activations import Int8Format, SparseInt8Activations, SparseInt8Format
 from engine.kernels.host_attention import HostPlan, group_segments, host_attention
-from engine.kernels.host_matmul import HostFloatMatmul, HostInt8Matmul, int4_grid
-from engine.kernels.kv_layer import CACHE_TYPES, KVLayer
+from engine.kernels.host_grouped_matmul import GROUP_SIZES, HostGroupedMatmul
+from engine.kernels.host_matmul import HostFloatMatmul, HostInt8Matmul, codebook_grid, int4_grid
+from engine.kernels.kv_layer import CACHE_TYPES, KVCache
 from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.norm import rms_norm
 from engine.kernels.quantize import quantize_sparse
@@ -34,7 +35,12 @@ PLAIN = cpu.Level(("-march=x86-64",), frozenset())
 
 CHUNKS = [[100, 1, 1], [37, 20, 1], [16, 16, 1], [1, 1, 5], [3]]
 
-MODELS = [("smollm2", "int8", "auto"), ("gemma3", "int4", "int8"), ("smollm2", "none", "fp8_e4m3")]
+MODELS = [
+    ("smollm2", "int8", "auto"),
+    ("gemma3", "int4", "int8"),
+    ("smollm2", "none", "fp8_e4m3"),
+    ("smollm2", "int8", "int4"),
+]
 """Checkpoint, quantization, type of the cache."""
 
 Digests = dict[str, str]
@@ -81,12 +87,21 @@ def operations() -> Digests:
         weights: list[tuple[Any, torch.Tensor]] = [
             (torch.randint(-128, 128, (rows, columns), dtype=torch.int8), torch.rand(rows)),
             int4_grid(pack_nibbles(codes), torch.rand(rows, groups).half(), torch.randn(rows, groups).half()),
+            codebook_grid(pack_nibbles(codes), torch.randn(rows, 16), None),
+            codebook_grid(pack_nibbles(codes), torch.randn(1, 16), torch.randn(rows, -(-columns // 64))),
         ]
         products: list[Any] = [
             *(HostInt8Matmul(*weight, bias, HOST_ACTIVATIONS) for weight in weights),
             HostInt8Matmul(*weights[0], None, SparseInt8Format(0.0)),
             HostFloatMatmul(torch.randn(rows, columns), bias),
         ]
+        for group_size in GROUP_SIZES:
+            scale = torch.rand(rows, -(-columns // group_size)).half()
+            products += [
+                HostGroupedMatmul(weights[0][0], scale, group_size, bias, format)
+                for format in (HOST_ACTIVATIONS, SparseInt8Format(0.0), Int8Format(1, group_size))
+            ]
+        products.append(HostGroupedMatmul(*weights[0], 32, bias, Int8Format(1, 32)))
         for kind, product in enumerate(products):
             parts = [product(x[:size]) for size in (1, 4, 5, 16, 35, 200)]
             digests[f"product {kind} {rows} {columns}"] = digest(*parts)
@@ -114,9 +129,9 @@ def attention(dtype: torch.dtype, head_dim: int, window: int | None) -> str:
     length = 340
     angles = torch.rand(length, head_dim // 2)
     heads, words = torch.randn(length, 6 + 2 + 2, head_dim) * 2, torch.arange(length, dtype=torch.int32)
-    shape = (2, -(-length // 16), 16, 2)
-    scales = torch.zeros(shape) if dtype == torch.int8 else None
-    layer = KVLayer(torch.zeros(*shape, head_dim, dtype=dtype), scales)
+    num_blocks = -(-length // 16)
+    layer = KVCache.allocate(1, num_blocks, 16, 2, head_dim, dtype, torch.device("cpu")).layer(0)
+    layer.data.zero_()
     weight = torch.randn(head_dim)
     queries = rotary.rotate_and_write(
         heads, words, angles.cos(), angles.sin(), layer, words, 2, weight, weight, 1e-6
@@ -127,7 +142,7 @@ def attention(dtype: torch.dtype, head_dim: int, window: int | None) -> str:
         query_starts=torch.tensor([*starts.tolist(), length], dtype=torch.int32),
         starts=starts,
         table_rows=torch.zeros(5, dtype=torch.int32),
-        block_tables=torch.arange(shape[1], dtype=torch.int32)[None],
+        block_tables=torch.arange(num_blocks, dtype=torch.int32)[None],
         partial_starts=torch.arange(0, 10, 2, dtype=torch.int32),
         max_segments=10,
         num_heads=6,

@@ -8,10 +8,14 @@ import torch
 from engine.kernels import cpu
 from engine.kernels.activations import SparseInt8Format
 from engine.kernels.host_matmul import (
+    CodebookGrid,
     HostFloatMatmul,
     HostInt8Matmul,
+    HostWeight,
     Int4Grid,
+    codebook_grid,
     int4_grid,
+    pack_codebook,
     pack_int4,
     reference,
 )
@@ -82,20 +86,29 @@ def random_grid(rows: int, columns: int) -> tuple[Int4Grid, torch.Tensor]:
     )
 
 
+def random_codebooks(rows: int, columns: int, has_factors: bool) -> tuple[CodebookGrid, torch.Tensor]:
+    nibbles = pack_nibbles(torch.randint(0, 16, (rows, columns), dtype=torch.uint8))
+    if has_factors:
+        return codebook_grid(nibbles, torch.randn(1, 16), torch.randn(rows, -(-columns // 64)))
+    return codebook_grid(nibbles, torch.randn(rows, 16), None)
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"spread-{format.spread}")
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["int8", "int4", "codebooks", "scaled codebook"])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_int8_products_equal_the_reference_to_the_bit(
-    rows: int, columns: int, bits: int, format: SparseInt8Format, has_bias: bool
+    rows: int, columns: int, kind: str, format: SparseInt8Format, has_bias: bool
 ) -> None:
-    weight: torch.Tensor | Int4Grid = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
+    weight: HostWeight = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
     scale = torch.rand(rows)
-    if bits == 4:
+    if kind == "int4":
         weight, scale = random_grid(rows, columns)
+    elif kind != "int8":
+        weight, scale = random_codebooks(rows, columns, kind == "scaled codebook")
     bias = torch.randn(rows) if has_bias else None
     matmul = HostInt8Matmul(weight, scale, bias, format)
-    codes = weight.expand()[:, :columns] if isinstance(weight, Int4Grid) else weight
+    codes = weight if isinstance(weight, torch.Tensor) else weight.expand()[:, :columns]
     x = activations(max(TOKENS), columns)
     # Of the reference, each row is by itself: so a row is equal alone and among any others.
     expected = reference(x, format, codes, scale, bias)
@@ -198,6 +211,52 @@ def test_int4_grid_is_within_half_a_step_of_int8(kind: str, columns: int) -> Non
 def test_int4_weights_take_five_bits() -> None:
     packed = pack_int4(random_grid(32, 128)[0])
     assert packed.numel() * 8 == 32 * 128 * 5
+
+
+@pytest.mark.parametrize("columns", [1, 64, 100, 576])
+@pytest.mark.parametrize("book", ["normal", "flat", "zeros", "smallest", "largest"])
+@pytest.mark.parametrize("scales", ["none", "random", "one above all", "zeros", "largest"])
+def test_codebook_grid_is_within_half_a_step_of_int8(scales: str, book: str, columns: int) -> None:
+    rows = 20
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+    codebook = torch.randn(rows if scales == "none" else 1, 16)
+    match book:
+        case "flat":
+            codebook[:] = -0.3
+        case "zeros":
+            codebook[:] = 0.0
+        case "smallest":
+            codebook = (codebook * 6e-8).half()
+        case "largest":
+            codebook = codebook.sign() * 65504.0
+    scale = None if scales == "none" else torch.randn(rows, -(-columns // 64))
+    if scale is not None and scales == "one above all":
+        scale[:, -1] *= 1000
+    elif scale is not None and scales != "random":
+        scale[:] = 0.0 if scales == "zeros" else 65504.0
+    grid, row_scale = codebook_grid(pack_nibbles(codes), codebook, scale)
+    weight = codebook.double().expand(rows, -1).gather(1, codes.long())
+    if scale is not None:
+        weight = weight * scale.double().repeat_interleave(64, dim=1)[:, :columns]
+    error = (grid.expand()[:, :columns] * row_scale.double()[:, None] - weight).abs()
+    # Half a step; with factors, in 256ths of one, half for the value, half for the product and one for the factor,
+    # which 1 is 2**-15 too much for.
+    bound = 0.5 if scale is None else 0.5 + 2 / 256
+    assert torch.all(error <= row_scale.double()[:, None] * (bound + 1e-4))
+
+
+def test_codebooks_expand_by_rows() -> None:
+    for has_factors in (False, True):
+        grid, _ = random_codebooks(50, 100, has_factors)
+        parts = [grid.expand(0, 17), grid.expand(17, 40), grid.expand(40, 80)]
+        assert torch.equal(torch.cat(parts), grid.expand())
+
+
+@pytest.mark.parametrize(("has_factors", "bits"), [(False, 4 + 128 / 512), (True, 4.25 + 32 / 512)])
+def test_codebooks_take_little_more_than_four_bits(has_factors: bool, bits: float) -> None:
+    grid, _ = random_codebooks(32, 512 * 2 if has_factors else 512, has_factors)
+    packed = pack_codebook(grid)
+    assert packed.numel() * 8 <= bits * grid.nibbles.numel() * 2
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.kernels.activations import GroupSums, SumsFormat
+from engine.kernels.codebook_matmul import CodebookMatmul
 from engine.kernels.int4_matmul import Int4Matmul
 from engine.kernels.launch import TARGETS, Launch, recording
 from engine.kernels.weight_only_matmul import WeightOnlyMatmul
@@ -51,6 +52,22 @@ def test_tokens_do_not_decide_what_is_compiled_weight_only(dtype: torch.dtype, c
     for some in (counts, counts[-1:]):
         with recording(TARGETS["sm_90"]) as launches:
             matmul = WeightOnlyMatmul(weight, scale)
+            for count in some:
+                matmul(torch.empty(count, 8192, dtype=torch.bfloat16, device="meta"))
+        recorded.append(launches)
+    assert recorded[0] == recorded[1]
+
+
+@pytest.mark.parametrize("counts", TOKEN_CLASSES)
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_tokens_do_not_decide_what_is_compiled_codebooks(is_scaled: bool, counts: range) -> None:
+    codes = torch.empty(4096, 4096, dtype=torch.uint8, device="meta")
+    codebook = torch.empty(1 if is_scaled else 4096, 16, device="meta")
+    recorded = []
+    for some in (counts, counts[-1:]):
+        with recording(TARGETS["sm_90"]) as launches:
+            scale = torch.empty(4096, 128, device="meta") if is_scaled else None
+            matmul = CodebookMatmul(codes, codebook, scale)
             for count in some:
                 matmul(torch.empty(count, 8192, dtype=torch.bfloat16, device="meta"))
         recorded.append(launches)

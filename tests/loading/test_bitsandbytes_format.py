@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.quant.weight import GridWeight
+from engine.quant.weight import CodebookWeight, GridWeight, to_float
 from tests.quantized_directory import MODULE, assert_refused, read_module, write_directory
 
 EIGHT_BITS = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
@@ -126,23 +126,31 @@ def test_nested_bytes_written_down(tmp_path: Path) -> None:
         NF4_STATE: state_tensor(state),
     }
     weight = read_module(tmp_path, parts, FOUR_BITS)
-    assert isinstance(weight, torch.Tensor)
-    assert weight.tolist() == [[-3.0, 3.0], [-1.0, 0.5]]
+    assert isinstance(weight, CodebookWeight)
+    assert weight.codes.tolist() == [[0, 15], [15, 2]]
+    assert weight.scale is not None
+    assert weight.scale.tolist() == [[3.0], [-1.0]]
+    assert weight.group_size == 2
+    assert weight.dequantize().tolist() == [[-3.0, 3.0], [-1.0, 0.5]]
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "block_size"), [((8, 64), 64), ((6, 50), 64), ((3, 7), 64), ((5, 13), 16), ((64, 96), 64)]
+    ("shape", "block_size"),
+    [((8, 64), 64), ((4, 384), 128), ((6, 50), 64), ((3, 7), 64), ((5, 13), 16), ((64, 96), 64)],
 )
-def test_four_bits_are_floats(tmp_path: Path, shape: tuple[int, int], block_size: int, nested: bool) -> None:
+def test_four_bits_are_codes_or_floats(
+    tmp_path: Path, shape: tuple[int, int], block_size: int, nested: bool
+) -> None:
     parts = store(shape, block_size)
     if nested:
         parts = nest(parts, 4, 0.75)
     weight = read_module(tmp_path, parts, FOUR_BITS)
-    assert isinstance(weight, torch.Tensor)
-    assert weight.dtype == torch.float32
+    assert isinstance(weight, CodebookWeight) == (shape[1] % block_size == 0)
+    values = to_float(weight)
+    assert values.dtype == torch.float32
     # Three roundings of numbers below 2: nested product, sum and final product.
-    assert torch.all((weight.double() - decode(parts)).abs() <= 3 * 2**-23)
+    assert torch.all((values.double() - decode(parts)).abs() <= 3 * 2**-23)
 
 
 def test_codes_may_be_stored_as_floats(tmp_path: Path) -> None:
@@ -151,8 +159,7 @@ def test_codes_may_be_stored_as_floats(tmp_path: Path) -> None:
     expected = decode(parts)
     parts["weight"] = parts["weight"].view(-1, 4).view(torch.float32)
     weight = read_module(tmp_path, parts, FOUR_BITS)
-    assert isinstance(weight, torch.Tensor)
-    assert torch.all((weight.double() - expected).abs() <= 2**-23)
+    assert torch.all((to_float(weight).double() - expected).abs() <= 2**-23)
 
 
 def test_eight_bits_are_a_grid(tmp_path: Path) -> None:
@@ -205,8 +212,7 @@ def test_four_bits_as_the_library_stores_and_reads_them(
     parts = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
     assert f"weight.quant_state.bitsandbytes__{kind}" in parts
     assert ("weight.nested_absmax" in parts) == nested
-    weight = read_module(tmp_path, parts, FOUR_BITS)
-    assert isinstance(weight, torch.Tensor)
+    weight = to_float(read_module(tmp_path, parts, FOUR_BITS))
     expected = library.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     # The library may multiply in another order; weights are below 8.
     assert torch.all((weight - expected).abs() <= 8 * 3 * 2**-24)

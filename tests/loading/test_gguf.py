@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,17 +10,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 
 from engine.errors import CheckpointError
 from engine.loading.checkpoint import Checkpoint, open_checkpoint
 from engine.quant.weight import GridWeight, to_float
-
-HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 4, 2, 16, 64, 96, 40
+from tests.gguf_file import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, VOCAB, Float, Tensor, write_gguf
 
 Write = Callable[..., Path]
-Float = np.ndarray
 
 
 @pytest.fixture
@@ -28,37 +28,13 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
-def write(tmp_path: Path, rng: np.random.Generator) -> Write:
-    """Write a GGUF file with an embedding, the given tensors and metadata; returns its path."""
+def write(tmp_path: Path) -> Write:
+    """`write_gguf` into a temporary directory."""
 
     def write(
-        architecture: str = "llama",
-        tensors: dict[str, Float | tuple[Float, Type]] | None = None,
-        **metadata: object,
+        architecture: str = "llama", tensors: dict[str, Tensor] | None = None, **metadata: object
     ) -> Path:
-        path = tmp_path / "model.gguf"
-        writer = gguf.GGUFWriter(path, architecture)
-        writer.add_block_count(12)
-        writer.add_embedding_length(HIDDEN)
-        writer.add_feed_forward_length(INTERMEDIATE)
-        writer.add_head_count(HEADS)
-        writer.add_head_count_kv(KV_HEADS)
-        writer.add_key_length(HEAD_DIM)
-        writer.add_context_length(512)
-        writer.add_layer_norm_rms_eps(1e-5)
-        for key, value in metadata.items():
-            getattr(writer, f"add_{key}")(value)
-        embedding = rng.standard_normal((VOCAB, HIDDEN), dtype=np.float32)
-        for name, tensor in {"token_embd.weight": embedding, **(tensors or {})}.items():
-            if isinstance(tensor, tuple):
-                writer.add_tensor(name, tensor[0], raw_dtype=tensor[1])
-            else:
-                writer.add_tensor(name, tensor)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
+        return write_gguf(tmp_path / "model.gguf", architecture, tensors, **metadata)
 
     return write
 
@@ -69,8 +45,8 @@ def gguf_row_order(weight: Float, heads: int) -> Float:
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
 
 
-@pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q8_0])
-def test_grid_weights_dequantize_to_the_same_bits_as_gguf(
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0])
+def test_grid_weights_dequantize_to_the_values_of_gguf(
     write: Write, rng: np.random.Generator, kind: Type
 ) -> None:
     values = rng.standard_normal((INTERMEDIATE, HIDDEN), dtype=np.float32)
@@ -84,15 +60,13 @@ def test_grid_weights_dequantize_to_the_same_bits_as_gguf(
     assert isinstance(weight, GridWeight)
     assert weight.shape == values.shape
     assert weight.group_size == 32
-    assert weight.codes.dtype == (torch.uint8 if kind == Type.Q4_1 else torch.int8)
+    assert weight.codes.dtype == (torch.int8 if kind == Type.Q8_0 else torch.uint8)
     assert weight.scale.dtype == torch.float16
     assert (weight.minimum is None) == (kind == Type.Q8_0)
-    np.testing.assert_array_equal(
-        weight.dequantize().numpy().view(np.uint32), dequantize(stored, kind).view(np.uint32)
-    )
+    np.testing.assert_array_equal(weight.dequantize().numpy(), dequantize(stored, kind))
 
 
-@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q5_0, Type.Q5_1, Type.TQ1_0, Type.TQ2_0])
+@pytest.mark.parametrize("kind", [Type.Q5_0, Type.Q5_1, Type.TQ1_0, Type.TQ2_0])
 def test_other_quantized_types_load_as_float32(write: Write, rng: np.random.Generator, kind: Type) -> None:
     stored = quantize(rng.standard_normal((HIDDEN, 256), dtype=np.float32), kind)
     checkpoint = open_checkpoint(write(tensors={"blk.0.ffn_down.weight": (stored, kind)}))
@@ -118,24 +92,27 @@ def test_float_types_keep_their_dtype_and_bits(write: Write, dtype: torch.dtype)
     assert torch.equal(to_float(checkpoint.tensor("lm_head.weight")), expected)
 
 
-def test_llama_query_and_key_rows_are_in_hugging_face_order(write: Write, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q5_0], ids=lambda kind: kind.name)
+def test_llama_query_and_key_rows_are_in_hugging_face_order(
+    write: Write, rng: np.random.Generator, kind: Type
+) -> None:
     query = rng.standard_normal((HEADS * HEAD_DIM, HIDDEN), dtype=np.float32)
     key = rng.standard_normal((KV_HEADS * HEAD_DIM, HIDDEN), dtype=np.float32)
-    key_codes = quantize(gguf_row_order(key, KV_HEADS), Type.Q8_0)
+    key_codes = quantize(gguf_row_order(key, KV_HEADS), kind)
     bias = rng.standard_normal(HEADS * HEAD_DIM, dtype=np.float32)
     checkpoint = open_checkpoint(
         write(
             tensors={
                 "blk.0.attn_q.weight": gguf_row_order(query, HEADS),
                 "blk.0.attn_q.bias": gguf_row_order(bias, HEADS),
-                "blk.0.attn_k.weight": (key_codes, Type.Q8_0),
+                "blk.0.attn_k.weight": (key_codes, kind),
             }
         )
     )
     prefix = "model.layers.0.self_attn"
     np.testing.assert_array_equal(to_float(checkpoint.tensor(f"{prefix}.q_proj.weight")).numpy(), query)
     np.testing.assert_array_equal(to_float(checkpoint.tensor(f"{prefix}.q_proj.bias")).numpy(), bias)
-    expected_key = dequantize(quantize(key, Type.Q8_0), Type.Q8_0)
+    expected_key = dequantize(quantize(key, kind), kind)
     np.testing.assert_array_equal(
         to_float(checkpoint.tensor(f"{prefix}.k_proj.weight")).numpy(), expected_key
     )
@@ -321,6 +298,52 @@ def test_missing_tensor_is_named(write: Write) -> None:
 def test_unknown_tensors_and_architectures_are_refused(write: Write) -> None:
     assert_refused(write(tensors={"blk.0.ffn_gate_inp.weight": np.ones(4, np.float32)}), "ffn_gate_inp")
     assert_refused(write("rwkv7"), "rwkv7", "llama")
+
+
+def test_unsupported_types_are_refused(write: Write) -> None:
+    """Bytes of a real type that no test here covers, and of one that does not exist."""
+    stored = np.zeros((HIDDEN, 66), dtype=np.uint8)
+    path = write(tensors={"blk.0.ffn_down.weight": (stored, Type.IQ2_XXS)})
+    assert_refused(path, "'blk.0.ffn_down.weight'", "IQ2_XXS", "supported are", "Q4_K", "BF16")
+    data = path.read_bytes()
+    number = struct.pack("<I", Type.IQ2_XXS)
+    place = data.index(number, data.index(b"blk.0.ffn_down.weight"))
+    path.write_bytes(data[:place] + struct.pack("<I", 99) + data[place + 4 :])
+    assert_refused(path, "'blk.0.ffn_down.weight'", "unknown type 99")
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0, Type.Q4_K], ids=lambda kind: kind.name)
+def test_truncated_data_is_named(write: Write, kind: Type) -> None:
+    """The last tensor's; GGUF pads data to multiples of 32 bytes, which all of these are."""
+    _, block_bytes = GGML_QUANT_SIZES[kind]
+    stored = np.zeros((HIDDEN, 8 * block_bytes), dtype=np.uint8)
+    if kind == Type.F32:
+        stored = stored.view(np.float32)
+    path = write(tensors={"blk.0.ffn_down.weight": (stored, kind)})
+    checkpoint = open_checkpoint(path)
+    assert "model.layers.0.mlp.down_proj.weight" in checkpoint.names()
+    path.write_bytes(path.read_bytes()[:-100])
+    size = HIDDEN * 8 * block_bytes
+    words = [f"expected {size} bytes of {kind.name}", f"found {size - 100}"]
+    assert_refused(path, "'blk.0.ffn_down.weight'", *words)
+
+
+def test_rows_of_broken_blocks_are_named(write: Write) -> None:
+    stored = np.zeros((HIDDEN, 2 * 34), dtype=np.uint8)
+    path = write(tensors={"blk.0.ffn_down.weight": (stored, Type.Q8_0)})
+    data = path.read_bytes()
+    name = data.index(b"blk.0.ffn_down.weight") + len(b"blk.0.ffn_down.weight")
+    place = name + 4  # behind the number of dimensions
+    assert struct.unpack_from("<QQ", data, place) == (64, HIDDEN)
+    path.write_bytes(data[:place] + struct.pack("<Q", 63) + data[place + 8 :])
+    words = ["'blk.0.ffn_down.weight'", "whole Q8_0 blocks of 32", f"[{HIDDEN}, 63]"]
+    assert_refused(path, *words)
+
+
+def test_query_rows_that_are_no_whole_heads_are_named(write: Write) -> None:
+    checkpoint = open_checkpoint(write(tensors={"blk.0.attn_q.weight": np.zeros((60, HIDDEN), np.float32)}))
+    with pytest.raises(CheckpointError, match=r"'blk\.0\.attn_q\.weight': expected 64 rows.*found 60"):
+        checkpoint.tensor("model.layers.0.self_attn.q_proj.weight")
 
 
 def test_damaged_files_are_refused(write: Write, tmp_path: Path) -> None:

@@ -14,8 +14,11 @@ from engine.errors import CheckpointError
 from engine.loading.checkpoint import open_checkpoint
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
-from engine.quant import plan_quantization
+from engine.parallel.group import TensorGroup
+from engine.parallel.pipeline import Pipeline
+from engine.quant.plan import QuantizationPlan
 from engine.quant.weight import GridWeight, to_float
+from engine.specification import parse_specification
 from tests.quantized_directory import (
     MODULE,
     assert_refused,
@@ -215,10 +218,12 @@ def test_a_model_is_that_of_its_rounded_weights(tmp_path: Path, family: str) -> 
     for checkpoint in checkpoints:
         model = Decoder(
             ModelConfig.from_dict(checkpoint.config),
-            plan_quantization("none", torch.float32, 32),
+            QuantizationPlan(parse_specification("none"), torch.float32),
             torch.float32,
+            TensorGroup(),
+            Pipeline(),
         )
-        model.load(checkpoint.tensor)
+        model.load(lambda name, part, checkpoint=checkpoint: checkpoint.tensor(name))
         states.append(model.state_dict())
     assert checkpoints[0].config["tie_word_embeddings"] == checkpoints[1].config["tie_word_embeddings"]
     assert states[0].keys() == states[1].keys()

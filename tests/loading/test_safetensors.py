@@ -72,14 +72,52 @@ def test_pytorch_model_bin(model: LlamaForCausalLM, tmp_path: Path, is_zip: bool
     assert open_checkpoint(tmp_path).generation_config == {}
 
 
+def write_torch_shards(model: LlamaForCausalLM, path: Path) -> dict[str, str]:
+    """A file for each tensor; the files by name."""
+    model.config.save_pretrained(path)
+    weight_map = {name: f"pytorch_model-{index:05}.bin" for index, name in enumerate(model.state_dict())}
+    for name, tensor in model.state_dict().items():
+        torch.save({name: tensor.clone()}, path / weight_map[name])
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
 def test_sharded_pytorch_model_bin(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    model.config.save_pretrained(tmp_path)
-    weight_map = {}
-    for index, (name, tensor) in enumerate(model.state_dict().items()):
-        weight_map[name] = f"pytorch_model-{index:05}.bin"
-        torch.save({name: tensor}, tmp_path / weight_map[name])
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    write_torch_shards(model, tmp_path)
     assert_same_tensors(tmp_path, model.state_dict())
+
+
+def test_damaged_torch_files_are_named(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    file = write_torch_checkpoint(model, tmp_path)
+    data = file.read_bytes()
+    for length in (0, 100, len(data) // 2, len(data) - 10):
+        file.write_bytes(data[:length])
+        assert_refused(tmp_path, "pytorch_model.bin", "damaged or unreadable", "download it again")
+    torch.save([1, 2], file)
+    assert_refused(tmp_path, "pytorch_model.bin", "tensors by name")
+
+
+def test_damaged_torch_shards_are_named(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """When they are read: a large model's are not opened before."""
+    name = "model.norm.weight"
+    weight_map = write_torch_shards(model, tmp_path)
+    file = tmp_path / weight_map[name]
+    whole, target = file.read_bytes(), tmp_path / "ran"
+    torch.save({name: Harmful(target)}, file)
+    harmful = file.read_bytes()
+    for data in (whole[: len(whole) // 2], harmful):
+        file.write_bytes(data)
+        checkpoint = open_checkpoint(tmp_path)
+        assert isinstance(checkpoint.tensor("lm_head.weight"), torch.Tensor)
+        with pytest.raises(CheckpointError, match=weight_map[name]):
+            checkpoint.tensor(name)
+    assert not target.exists()
+    torch.save({name: [1.0]}, file)
+    with pytest.raises(CheckpointError, match=rf"{weight_map[name]}: '{name}' is not a tensor"):
+        open_checkpoint(tmp_path).tensor(name)
+    torch.save({}, file)
+    with pytest.raises(CheckpointError, match=rf"{weight_map[name]}: tensor '{name}' is missing"):
+        open_checkpoint(tmp_path).tensor(name)
 
 
 def test_safetensors_are_preferred(model: LlamaForCausalLM, tmp_path: Path) -> None:

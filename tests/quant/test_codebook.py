@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from engine.quant.codebook import CodebookWeight, NormalFloatWeight, cluster_rows, nf4_values, round_to_nf4
+from engine.quant.codebook import cluster_rows, nf4_values, round_to_nf4
 from engine.quant.rounding import round_to_nearest
+from engine.quant.weight import CodebookWeight
 
 # Appendix E of the QLoRA paper.
 PUBLISHED_NF4 = [
@@ -57,7 +58,8 @@ def test_nf4_takes_the_nearest_value(columns: int, block_size: int) -> None:
     for start in range(0, columns, block_size):
         block = weight[:, start : start + block_size]
         absmax = block.abs().amax(dim=1)
-        assert torch.equal(rounded.absmax[:, start // block_size], absmax)
+        assert rounded.scale is not None
+        assert torch.equal(rounded.scale[:, start // block_size], absmax)
         choices = torch.tensor(PUBLISHED_NF4) * absmax[:, None]
         nearest = (block[:, :, None] - choices[:, None, :]).abs().amin(dim=2)
         distance = (block - values[:, start : start + block_size]).abs()
@@ -170,7 +172,7 @@ def test_sixteen_different_values_are_kept(columns: int, different: int) -> None
 
 def test_a_codebook_s_own_values_are_kept() -> None:
     codebook = torch.randn(7, 16).half().sort(dim=1).values
-    weight = CodebookWeight(torch.randint(0, 16, (7, 500), dtype=torch.uint8), codebook)
+    weight = CodebookWeight(torch.randint(0, 16, (7, 500), dtype=torch.uint8), codebook, None, 500)
     assert torch.equal(cluster_rows(weight.dequantize()).dequantize(), weight.dequantize())
 
 
@@ -213,7 +215,7 @@ def test_a_row_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("quantize", [cluster_rows, round_to_nf4])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused(
-    quantize: Callable[[torch.Tensor], CodebookWeight | NormalFloatWeight], value: float
+    quantize: Callable[[torch.Tensor], CodebookWeight], value: float
 ) -> None:
     weight = torch.randn(5, 70)
     weight[3, 17] = value

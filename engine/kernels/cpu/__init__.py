@@ -21,7 +21,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -232,6 +232,8 @@ class Program:
         self._buffers: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
         self._num_rows: torch.Tensor | None = None
         self._array: ctypes.Array[_Call] | None = None
+        # Functions of Python, each with the number of calls before it.
+        self._breaks: list[tuple[int, Callable[[], None]]] = []
 
     def __del__(self) -> None:
         # A thread that is behind may still read the calls.
@@ -263,6 +265,10 @@ class Program:
         self._calls.append(_Call(self._library.address(name), ctypes.addressof(words)))
         self._array = None
 
+    def add_function(self, num_rows: torch.Tensor, function: Callable[[int], None]) -> None:
+        """Adds a function of Python, which gets the number of rows that there are when the program runs."""
+        self._breaks.append((len(self._calls), lambda: function(int(num_rows))))
+
     def buffer(self, owner: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Memory for what an operation writes: the same one whenever it asks for such."""
         key = (owner, tuple(shape), dtype)
@@ -278,9 +284,21 @@ class Program:
         """
         if self._array is None:
             self._array = (_Call * len(self._calls))(*self._calls)
-        self._library.functions.run_calls(
-            self._pool, ctypes.addressof(self._array), len(self._calls), _word(seconds)
-        )
+        start = 0
+        for end, function in self._breaks:
+            self._run(start, end, seconds)
+            function()
+            start = end
+        self._run(start, len(self._calls), seconds)
+
+    def _run(self, start: int, end: int, seconds: torch.Tensor | None) -> None:
+        """Runs the calls from start … end - 1."""
+        if start == end:
+            return
+        assert self._array is not None
+        address = ctypes.addressof(self._array) + start * ctypes.sizeof(_Call)
+        durations = None if seconds is None else seconds[start:]
+        self._library.functions.run_calls(self._pool, address, end - start, _word(durations))
 
 
 _recorded: ContextVar[Program | None] = ContextVar("recorded", default=None)
@@ -303,6 +321,18 @@ def run(name: str, num_rows: int | torch.Tensor, *arguments: Argument) -> None:
         assert program._num_rows is not None
         num_rows = program._num_rows
     program.add(name, num_rows, arguments)
+
+
+def call(function: Callable[[int], None], num_rows: int) -> None:
+    """Calls a function of Python with a number of rows, or adds it to the program that is recorded; it then gets the
+    program's own number.
+    """
+    program = _recorded.get()
+    if program is None:
+        function(num_rows)
+        return
+    assert program._num_rows is not None
+    program.add_function(program._num_rows, function)
 
 
 def empty(owner: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

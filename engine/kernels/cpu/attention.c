@@ -43,15 +43,18 @@ INLINE int64_t oldest(const Inputs *in, int64_t position) {
     return in->window == 0 ? 0 : larger(0, position - in->window + 1);
 }
 
-INLINE int64_t queries_at_once(const Inputs *in) { return in->type == INT8 ? INT8_QUERIES : FLOAT_QUERIES; }
+// Whether a segment is int8 codes, that of four bits too.
+INLINE int has_codes(const Inputs *in) { return in->type == INT8 || in->type == INT4; }
+
+INLINE int64_t queries_at_once(const Inputs *in) { return has_codes(in) ? INT8_QUERIES : FLOAT_QUERIES; }
 
 INLINE void read_segment(const Inputs *in, const int32_t *table, int64_t head, int64_t first, int64_t last,
                          Segment *segment) {
-    (in->type == INT8 ? read_codes : read_floats)(in, table, head, first, last, segment);
+    (in->type == INT8 ? read_int8 : in->type == INT4 ? read_int4 : read_floats)(in, table, head, first, last, segment);
 }
 
 INLINE void attend(const Inputs *in, const Segment *segment, Rows *rows) {
-    (in->type == INT8 ? attend_to_codes : attend_to_floats)(in, segment, rows);
+    (has_codes(in) ? attend_to_codes : attend_to_floats)(in, segment, rows);
 }
 
 // A query of one head, and where what it makes of a segment goes: weighted values, then largest and sum.
@@ -187,7 +190,7 @@ OPERATION(group_segments) {
 }
 
 // sequences, queries [T, stride] float, stride, query_starts [S + 1] int32, starts [S] int32, table_rows [S] int32,
-// tables [rows, width] int32, width, keys and values [slots, G, D], key and value scales [slots, G] float or null,
+// tables [rows, width] int32, width, keys and values [slots, G, D], key and value scales (see kv_layer.py) or null,
 // the cache's type, G, H / G, D, block size, scale, window or 0, output [T, H, D] float,
 // partial_starts [S] int32, partials [.., G, H / G, D + 2] float, groups [.., 3] int32, members [..] int32,
 // number of groups [1] int64
@@ -212,7 +215,7 @@ OPERATION(paged_attention) {
         num_tiles += num_queries == 1 ? 0 : (num_queries + QUERY_TILE - 1) / QUERY_TILE;
     }
     int64_t s = 0, before = 0;
-    if (in.type == INT8) begin_tiles();
+    if (has_codes(&in)) begin_tiles();
     FOR_TASKS(task, (num_tiles + num_groups) * in.kv_heads) {
         const int64_t head = task % in.kv_heads;
         // Tiles, the longer tasks, come first. A thread's only grow: it goes on from the sequence of the last one.
@@ -241,7 +244,7 @@ OPERATION(paged_attention) {
                      part * QUERY_TILE, smaller(num_queries, (part + 1) * QUERY_TILE), head, &segment,
                      output + query_starts[s] * heads * in.size);
     }
-    if (in.type == INT8) end_tiles();
+    if (has_codes(&in)) end_tiles();
 }
 
 // sequences, query_starts [S + 1] int32, starts [S] int32, G, H / G, D, window or 0, output [T, H, D] float,

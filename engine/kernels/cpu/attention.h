@@ -1,4 +1,4 @@
-// What attention over a cache of floats and over one of int8 codes share: a segment of keys, and the queries that
+// What attention over a cache of floats and over one of integer codes share: a segment of keys, and the queries that
 // attend to it.
 
 #ifndef ATTENTION_H
@@ -23,7 +23,7 @@ typedef struct {
     const float *queries;
     int64_t query_stride;
     const void *keys, *values;
-    const float *key_scales, *value_scales;
+    const void *key_scales, *value_scales;
     int64_t type, kv_heads, group, size, block_shift;
     float scale;
     int64_t window;
@@ -54,7 +54,8 @@ typedef struct {
 // Keys first … last - 1, all in one segment; then queries attend to what was read.
 void read_floats(const Inputs *in, const int32_t *table, int64_t head, int64_t first, int64_t last, Segment *segment);
 void attend_to_floats(const Inputs *in, const Segment *segment, Rows *rows);
-void read_codes(const Inputs *in, const int32_t *table, int64_t head, int64_t first, int64_t last, Segment *segment);
+void read_int8(const Inputs *in, const int32_t *table, int64_t head, int64_t first, int64_t last, Segment *segment);
+void read_int4(const Inputs *in, const int32_t *table, int64_t head, int64_t first, int64_t last, Segment *segment);
 void attend_to_codes(const Inputs *in, const Segment *segment, Rows *rows);
 
 INLINE int64_t row_of(const Inputs *in, const int32_t *table, int64_t head, int64_t position) {
@@ -65,7 +66,7 @@ INLINE int64_t row_of(const Inputs *in, const int32_t *table, int64_t head, int6
 // Asks for the vectors at some positions of a block: heads lie apart, which the processor's own prefetching does not
 // see.
 INLINE void prefetch_rows(const Inputs *in, int64_t row, int64_t positions) {
-    const int64_t bytes = in->size * CACHE_BYTES[in->type];
+    const int64_t bytes = in->type == INT4 ? in->size / 2 : in->size * CACHE_BYTES[in->type];
     const uint8_t *keys = (const uint8_t *)in->keys + row * bytes, *values = (const uint8_t *)in->values + row * bytes;
     for (int64_t i = 0; i < positions; i++)
         for (int64_t line = 0; line < bytes; line += 64) {

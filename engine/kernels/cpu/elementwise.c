@@ -162,8 +162,44 @@ INLINE uint8_t to_fp8(float x) {
     return sign | (uint8_t)(((exponent + 5) << 3) + steps);
 }
 
-// A head's vector into the cache; scale: where int8's goes.
-INLINE void write_vector(const float *x, void *cache, float *scale, int64_t index, int64_t size, int64_t type) {
+// A vector's codes of four bits, two in a byte, and a scale and a minimum a group.
+INLINE void write_int4(const float *x, uint8_t *bytes, Half *scales, int64_t size) {
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Ints least = {0}, most = least + 15;
+    uint8_t codes[size + INT4_GROUP];
+    for (int64_t d = 0; d < size; d += INT4_GROUP) {
+        const int64_t left = smaller(INT4_GROUP, size - d);
+        Floats part[2], highest = fill(-INFINITY), negated = fill(-INFINITY);
+        Ints bits = {0};
+        for (int i = 0; i < 2; i++) {
+            // What is not there takes the first one's place.
+            const Floats there = load_part(x + d + i * LANES, larger(0, left - i * LANES));
+            part[i] = choose(lane < (int32_t)(left - i * LANES), there, fill(x[d]));
+            bits = larger_of(bits, (Ints)absolute(part[i]));
+            highest = maximum(highest, part[i]);
+            negated = maximum(negated, -part[i]);
+        }
+        const Half minimum = to_half(-largest_lane(negated));
+        const float base = from_half(minimum);
+        const Half scale = to_half(fmaxf((largest_lane(highest) - base) / 15, 0.0f));
+        const float step = from_half(scale), divisor = step > 0.0f ? step : 1.0f;
+        // A NaN's bits are above infinity's; the others may be finite and beyond half precision.
+        const int is_finite = !any(bits >= 0x7F800000) && base - base == 0.0f && step - step == 0.0f;
+        for (int i = 0; i < 2; i++) {
+            Ints code = {0};
+            if (is_finite) code = larger_of(round_to_ints((part[i] - base) / divisor), least);
+            const Bytes four_bits = narrow(-larger_of(-code, -most));
+            memcpy(codes + d + i * LANES, &four_bits, LANES);
+        }
+        // What is not finite shows where it is read.
+        *scales++ = is_finite ? scale : to_half(NAN);
+        *scales++ = is_finite ? minimum : to_half(NAN);
+    }
+    for (int64_t i = 0; i < size / 2; i++) bytes[i] = (uint8_t)(codes[2 * i] | codes[2 * i + 1] << 4);
+}
+
+// A head's vector into the cache; scales: those of integer codes.
+INLINE void write_vector(const float *x, void *cache, void *scales, int64_t index, int64_t size, int64_t type) {
     if (type == FLOAT32) memcpy((float *)cache + index * size, x, (size_t)size * sizeof(float));
     else if (type == BFLOAT16)
         for (int64_t d = 0; d < size; d++) ((uint16_t *)cache)[index * size + d] = to_bfloat16(x[d]);
@@ -171,7 +207,10 @@ INLINE void write_vector(const float *x, void *cache, float *scale, int64_t inde
         for (int64_t d = 0; d < size; d++) ((Half *)cache)[index * size + d] = to_half(x[d]);
     else if (type == FP8)
         for (int64_t d = 0; d < size; d++) ((uint8_t *)cache)[index * size + d] = to_fp8(x[d]);
-    else {
+    else if (type == INT4) {
+        const int64_t groups = (size + INT4_GROUP - 1) / INT4_GROUP;
+        write_int4(x, (uint8_t *)cache + index * (size / 2), (Half *)scales + index * 2 * groups, size);
+    } else {
         Ints bits = {0};  // a NaN's are above infinity's
         for (int64_t d = 0; d < size; d += LANES) bits = larger_of(bits, (Ints)absolute(load_part(x + d, size - d)));
         const int is_finite = !any(bits >= 0x7F800000);
@@ -181,13 +220,13 @@ INLINE void write_vector(const float *x, void *cache, float *scale, int64_t inde
             memcpy((int8_t *)cache + index * size + d, &codes, (size_t)smaller(LANES, size - d));
         }
         // What is not finite shows where it is read.
-        scale[index] = is_finite ? step : NAN;
+        ((float *)scales)[index] = is_finite ? step : NAN;
     }
 }
 
 // rows, heads [M, H + 2 * G, D] float (queries are rotated in place), positions [M] int32, cosine and sine
 // [positions, D / 2] float, slots [M] int32, query and key norm [D] float or null, epsilon, H, G, D,
-// keys, values [slots, G, D], key and value scales [slots, G] float or null, the cache's type
+// keys, values [slots, G, D], key and value scales (see kv_layer.py) or null, the cache's type
 OPERATION(rotate_and_write) {
     const int64_t rows = count(w[0]), heads = w[9].i, kv_heads = w[10].i, size = w[11].i, half = size / 2;
     const int32_t *positions = w[2].p, *slots = w[5].p;

@@ -12,15 +12,7 @@ enum {
 INLINE Floats load_cached(const void *cache, int64_t offset, int64_t type) {
     if (type == FLOAT32) return load((const float *)cache + offset);
     if (type == BFLOAT16) return (Floats)(widen_halves((const uint16_t *)cache + offset) << 16);
-    if (type == FLOAT16) {
-#if defined(__AVX512F__)
-        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((const uint16_t *)cache + offset)));
-#else
-        Floats v;
-        for (int i = 0; i < LANES; i++) v[i] = from_half(((const Half *)cache)[offset + i]);
-        return v;
-#endif
-    }
+    if (type == FLOAT16) return load_halves((const Half *)cache + offset);
     const Ints code = widen_bytes((const int8_t *)cache + offset);
     // Exponent and fraction where float32 has them, then the exponents' bias; exact, subnormals too.
     const Floats size = (Floats)((code & 0x7F) << 20) * 0x1p120f;

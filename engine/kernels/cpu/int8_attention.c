@@ -1,8 +1,10 @@
-// Attention to a segment of an int8 cache, in exact integer products.
+// Attention to a segment of an int8 or int4 cache, in exact integer products.
 //
 // A query becomes two int8 terms with one step, 128 * high + low, fifteen bits in all; so do a segment's weights,
 // once the steps of the values are in them, fourteen bits of the largest. Both products are then int32 sums over the
 // codes that the cache holds, which no instruction set and no company can change.
+//
+// Four bits are expanded to int8 codes with one step a vector, in integers again: (code * factor + offset) / 256.
 
 #include "attention.h"
 #include "int8_tiles.h"
@@ -72,10 +74,11 @@ INLINE void pack(Vectors from, int64_t size, int64_t strip, Segment *segment) {
     }
 }
 
-void read_codes(const Inputs *in, const int32_t *table, int64_t head, int64_t first, int64_t last, Segment *segment) {
+void read_int8(const Inputs *in, const int32_t *table, int64_t head, int64_t first, int64_t last, Segment *segment) {
     enum { AHEAD = 64 };
     const int64_t base = first / SEGMENT * SEGMENT, size = in->size;
     const int8_t *keys = in->keys, *values = in->values;
+    const float *all_key_scales = in->key_scales, *all_value_scales = in->value_scales;
     // Sixteen keys of a block lie one stride from each other.
     const int is_regular = in->block_shift >= 4 && size % 64 == 0;
     for (int64_t position = first; position < smaller(first + AHEAD, last); position++)
@@ -85,8 +88,8 @@ void read_codes(const Inputs *in, const int32_t *table, int64_t head, int64_t fi
         if (is_regular && begin >= first && begin + LANES <= last) {
             if (begin + AHEAD < last) prefetch_rows(in, row_of(in, table, head, begin + AHEAD), LANES);
             const int64_t row = row_of(in, table, head, begin), apart = in->kv_heads;
-            pack((Vectors){keys + row * size, values + row * size, apart * size, in->key_scales + row,
-                           in->value_scales + row, apart},
+            pack((Vectors){keys + row * size, values + row * size, apart * size, all_key_scales + row,
+                           all_value_scales + row, apart},
                  size, strip, segment);
             continue;
         }
@@ -96,10 +99,94 @@ void read_codes(const Inputs *in, const int32_t *table, int64_t head, int64_t fi
             const int64_t row = row_of(in, table, head, begin + i);
             memcpy(copied_keys[i], keys + row * size, (size_t)size);
             memcpy(copied_values[i], values + row * size, (size_t)size);
-            key_scales[i] = in->key_scales[row];
-            value_scales[i] = in->value_scales[row];
+            key_scales[i] = all_key_scales[row];
+            value_scales[i] = all_value_scales[row];
         }
         pack((Vectors){copied_keys[0], copied_values[0], MAX_DIM, key_scales, value_scales, 1}, size, strip, segment);
+    }
+}
+
+// Sixteen vectors in four bits: their codes, and their groups' scales and minimums in turn.
+typedef struct {
+    const uint8_t *codes[LANES];
+    const Half *scales[LANES];
+} Nibbles;
+
+// Pairs of a group, up to sixteen, as int8 codes. In sixteen bits, of which the upper eight are the code: none leaves
+// the grid.
+INLINE void expand_pairs(const uint8_t *pairs, int64_t count, int32_t factor, int32_t offset, int8_t *codes) {
+    const uint16_t f = (uint16_t)factor, o = (uint16_t)offset;
+    for (int64_t i = 0; i < count; i++) {
+        const uint16_t even = (uint16_t)((pairs[i] & 15) * f + o), odd = (uint16_t)((pairs[i] >> 4) * f + o);
+        const uint16_t both = (uint16_t)((even >> 8) | (odd & 0xFF00));
+        memcpy(codes + 2 * i, &both, sizeof both);
+    }
+}
+
+// Their int8 codes and steps: the largest that a vector's groups can stand for is 127 steps.
+INLINE void expand(const Nibbles *from, int64_t size, int8_t (*expanded)[MAX_DIM], float *steps) {
+    enum { FRACTION = 256, MAX_GROUPS = MAX_DIM / INT4_GROUP, PAIRS = INT4_GROUP / 2 };
+    const int64_t groups = (size + INT4_GROUP - 1) / INT4_GROUP;
+    Floats scale[MAX_GROUPS], minimum[MAX_GROUPS];
+    Ints bits = {0};
+    for (int64_t g = 0; g < groups; g++) {
+        Half scales[LANES], minimums[LANES];
+        for (int i = 0; i < LANES; i++) {
+            scales[i] = from->scales[i][2 * g];
+            minimums[i] = from->scales[i][2 * g + 1];
+        }
+        scale[g] = load_halves(scales);
+        minimum[g] = load_halves(minimums);
+        bits = larger_of(bits, (Ints)absolute(minimum[g]));
+        bits = larger_of(bits, (Ints)absolute(15.0f * scale[g] + minimum[g]));
+    }
+    const Ints is_finite = bits < 0x7F800000;  // a NaN's are above infinity's
+    const Floats step = choose(bits > 0, (Floats)bits / 127.0f, fill(1.0f)), per_step = (float)FRACTION / step;
+    store(steps, choose(is_finite, step, fill(NAN)));
+    int32_t factors[MAX_GROUPS][LANES], offsets[MAX_GROUPS][LANES];
+    for (int64_t g = 0; g < groups; g++) {
+        const Ints factor = round_to_ints(choose(is_finite, scale[g] * per_step, (Floats){0}));
+        // Half a step more: the quotient is rounded down.
+        const Ints offset = round_to_ints(choose(is_finite, minimum[g] * per_step, (Floats){0})) + FRACTION / 2;
+        memcpy(factors[g], &factor, sizeof factor);
+        memcpy(offsets[g], &offset, sizeof offset);
+    }
+    for (int i = 0; i < LANES; i++) {
+        int64_t g = 0;
+        for (; g < size / INT4_GROUP; g++)
+            expand_pairs(from->codes[i] + g * PAIRS, PAIRS, factors[g][i], offsets[g][i], expanded[i] + g * INT4_GROUP);
+        if (g < groups)
+            expand_pairs(from->codes[i] + g * PAIRS, size / 2 - g * PAIRS, factors[g][i], offsets[g][i],
+                         expanded[i] + g * INT4_GROUP);
+    }
+}
+
+void read_int4(const Inputs *in, const int32_t *table, int64_t head, int64_t first, int64_t last, Segment *segment) {
+    enum { AHEAD = 64 };
+    static const Half nothing[MAX_DIM] = {0};
+    const int64_t base = first / SEGMENT * SEGMENT, size = in->size, bytes = size / 2;
+    const int64_t pairs = 2 * ((size + INT4_GROUP - 1) / INT4_GROUP);
+    _Alignas(64) int8_t expanded_keys[LANES][MAX_DIM] = {0}, expanded_values[LANES][MAX_DIM] = {0};
+    float key_steps[LANES], value_steps[LANES];
+    for (int64_t position = first; position < smaller(first + AHEAD, last); position++)
+        prefetch_rows(in, row_of(in, table, head, position), 1);
+    for (int64_t strip = (first - base) / LANES * LANES; base + strip < last; strip += LANES) {
+        Nibbles keys, values;
+        for (int64_t i = 0; i < LANES; i++) {
+            const int64_t position = base + strip + i;
+            keys.codes[i] = values.codes[i] = (const uint8_t *)nothing;
+            keys.scales[i] = values.scales[i] = nothing;
+            if (position < first || position >= last) continue;
+            if (position + AHEAD < last) prefetch_rows(in, row_of(in, table, head, position + AHEAD), 1);
+            const int64_t row = row_of(in, table, head, position);
+            keys.codes[i] = (const uint8_t *)in->keys + row * bytes;
+            values.codes[i] = (const uint8_t *)in->values + row * bytes;
+            keys.scales[i] = (const Half *)in->key_scales + row * pairs;
+            values.scales[i] = (const Half *)in->value_scales + row * pairs;
+        }
+        expand(&keys, size, expanded_keys, key_steps);
+        expand(&values, size, expanded_values, value_steps);
+        pack((Vectors){expanded_keys[0], expanded_values[0], MAX_DIM, key_steps, value_steps, 1}, size, strip, segment);
     }
 }
 

@@ -32,6 +32,11 @@ INLINE __m512i broadcast(const int8_t *codes) {
     return _mm512_set1_epi32(quad);
 }
 
+// Adds a quad's products with a panel to sums.
+INLINE Ints add_quad(Ints sums, const uint8_t *panel, const int8_t *codes) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, _mm512_loadu_si512(panel), broadcast(codes));
+}
+
 #define TILE(ROWS, PANELS, UNROLL)                                                                                 \
     static void tile_##ROWS##_##PANELS(const uint8_t *panels, int64_t distance, const int8_t *x, int64_t stride,   \
                                        int64_t quads, int32_t *sums) {                                             \
@@ -81,6 +86,11 @@ INLINE void multiply_quad(const uint8_t *panel, const int8_t *codes, int32_t *su
     for (int output = 0; output < PANEL; output++)
         for (int k = 0; k < QUAD; k++) sums[output] += (int32_t)panel[output * QUAD + k] * codes[k];
 #endif
+}
+
+INLINE Ints add_quad(Ints sums, const uint8_t *panel, const int8_t *codes) {
+    multiply_quad(panel, codes, (int32_t *)&sums);
+    return sums;
 }
 
 #define TILE(ROWS, PANELS, UNROLL)                                                                                 \

@@ -9,6 +9,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -212,6 +213,16 @@ INLINE float from_half(Half x) { return (float)x; }
 INLINE Half to_half(float x) { return (Half)x; }
 #endif
 
+INLINE Floats load_halves(const Half *x) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+#else
+    Floats v;
+    for (int i = 0; i < LANES; i++) v[i] = from_half(x[i]);
+    return v;
+#endif
+}
+
 // The nearest integers as such.
 INLINE Ints round_to_ints(Floats x) {
 #if defined(__AVX512F__)
@@ -341,7 +352,8 @@ INLINE void quantize_row(const float *x, int64_t size, float spread, Codes codes
     }
     float absmax;
     memcpy(&absmax, &bits, sizeof absmax);
-    float scale = lower_median(maxima, (size + SPREAD_BLOCK - 1) / SPREAD_BLOCK) * spread;
+    const float median = lower_median(maxima, (size + SPREAD_BLOCK - 1) / SPREAD_BLOCK);
+    float scale = spread < INFINITY ? median * spread : absmax * (1.0f / 127);
     scale = fmaxf(fmaxf(scale, absmax * (1.0f / 16256)), 1.17549435e-38f);
     const float steps = 1.0f / scale;
     Ints low_sums = {0}, high_sums = {0};
@@ -372,8 +384,24 @@ INLINE void quantize_row(const float *x, int64_t size, float spread, Codes codes
     codes.tokens[m] = token;
 }
 
-// The types of a cache, in the order of engine/kernels/kv_layer.py, and their bytes.
-enum { FLOAT32, BFLOAT16, FLOAT16, INT8, FP8 };
+// Memory of a thread's own, as large as has ever been asked for.
+typedef struct {
+    void *memory;
+    int64_t capacity;
+} Room;
+
+INLINE void *room(Room *room, int64_t bytes) {
+    if (room->capacity < bytes) {
+        free(room->memory);
+        room->memory = aligned_alloc(64, (size_t)bytes);
+        room->capacity = bytes;
+    }
+    return room->memory;
+}
+
+// The types of a cache, in the order of engine/kernels/kv_layer.py, and the bytes of an element; INT4 has two in one.
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8, FP8, INT4 };
 static const int64_t CACHE_BYTES[] __attribute__((unused)) = {4, 2, 2, 1, 1};
+enum { INT4_GROUP = 32 };  // elements of a vector that share a scale and a minimum
 
 #endif

@@ -1,9 +1,7 @@
 // Products of int8 activations (see kernels.h) with int8 weights in panels (see int8_tiles.h).
 //
-// Int4 weights lie in memory as nibbles and are expanded to such panels where they are used: 5 bits a weight instead
-// of 8 to read.
-
-#include <stdlib.h>
+// Weights of four bits lie in memory as nibbles and are expanded to such panels where they are used: 5 bits a weight of
+// int4 to read instead of 8, 4 and a table of one with codebooks, 4.25 with a factor a block.
 
 #include "int8_tiles.h"
 #ifdef __AMX_INT8__
@@ -15,18 +13,20 @@ enum {
     CHUNK = 192,       // tokens in a task
     GROUP_QUADS = 8,   // of an int4 group: 32 input features
     GROUP_BYTES = 2 * PANEL * (int)sizeof(int16_t) + GROUP_QUADS * QUAD_BYTES / 2,
+    BLOCK_QUADS = 16,  // of a codebook's weight: 64 input features
+    BLOCK_BYTES = BLOCK_QUADS * QUAD_BYTES / 2,
+    VALUES = 16,  // in a codebook
+    TABLES_BYTES = PANEL * VALUES,
+    FACTORS_BYTES = PANEL * (int)sizeof(int16_t),
+    LINE = 64,
 };
 
-enum { WEIGHT_INT8, WEIGHT_INT4 };
+// The last two: a `CodebookGrid` of engine/kernels/host_matmul.py, without factors and with.
+enum { WEIGHT_INT8, WEIGHT_INT4, WEIGHT_CODEBOOK, WEIGHT_SCALED_CODEBOOK };
 
 #if defined(__AVX512VNNI__)
 
-// Adds a quad's products with a panel to sums.
-INLINE Ints add_quad(Ints sums, const uint8_t *panel, const int8_t *codes) {
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, _mm512_loadu_si512(panel), broadcast(codes));
-}
-
-// (code * factor + offset) / 256 + 128 of 32 input features in a panel; see engine/quant/int4.py.
+// (code * factor + offset) / 256 + 128 of 32 input features in a panel; see engine/kernels/host_matmul.py.
 INLINE void expand_group(const uint8_t *group, uint8_t *panel) {
     const __m512i low_halves = _mm512_set1_epi32(0x000F000F), high_bytes = _mm512_set1_epi16((int16_t)0xFF00);
     const __m512i factors = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)group));
@@ -50,11 +50,6 @@ INLINE void expand_group(const uint8_t *group, uint8_t *panel) {
 
 #else
 
-INLINE Ints add_quad(Ints sums, const uint8_t *panel, const int8_t *codes) {
-    multiply_quad(panel, codes, (int32_t *)&sums);
-    return sums;
-}
-
 INLINE void expand_group(const uint8_t *group, uint8_t *panel) {
     const uint16_t *factors = (const uint16_t *)group, *offsets = factors + PANEL;
     for (int pair = 0; pair < GROUP_QUADS / 2; pair++)
@@ -68,6 +63,95 @@ INLINE void expand_group(const uint8_t *group, uint8_t *panel) {
 
 #endif
 
+// Codebooks are tables of sixteen bytes, one an output, looked up by a shuffle of 16 bytes. Of the four vectors that a
+// panel's tables are, or its codes of 16 input features, the i-th has outputs i, 4 + i, 8 + i and 12 + i.
+
+#if defined(__AVX512BW__)
+
+enum { PARTS = 4 };  // outputs in a register
+typedef __m512i Vector;
+#define VECTOR(operation) _mm512_##operation
+#define VECTOR_BITS(operation) _mm512_##operation##_si512
+
+INLINE Vector spread_values(const int16_t *values) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)values));
+}
+
+// Each output's factor for the eight words that its part of a register has.
+INLINE Vector spread_factors(const int16_t *factors, int first) {
+    const int64_t four = 0x0004000400040004;
+    const __m512i quarters = _mm512_set_epi64(3 * four, 3 * four, 2 * four, 2 * four, four, four, 0, 0);
+    const __m512i outputs = _mm512_add_epi16(quarters, _mm512_set1_epi16((int16_t)first));
+    return _mm512_permutexvar_epi16(outputs, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)factors)));
+}
+
+#elif defined(__SSSE3__)
+
+enum { PARTS = 1 };
+typedef __m128i Vector;
+#define VECTOR(operation) _mm_##operation
+#define VECTOR_BITS(operation) _mm_##operation##_si128
+
+INLINE Vector spread_values(const int16_t *values) { return _mm_loadu_si128((const __m128i *)values); }
+
+INLINE Vector spread_factors(const int16_t *factors, int first) { return _mm_set1_epi16(factors[first]); }
+
+#endif
+
+// The tables of one block: (values * factor / 2^15) / 256 + 128, rounded both times.
+INLINE void make_tables(const int16_t *values, const int16_t *factors, uint8_t *tables) {
+#if defined(__SSSE3__)
+    const Vector low = spread_values(values), high = spread_values(values + VALUES / 2);
+    const Vector step = VECTOR(set1_epi16)(1 << 7), signs = VECTOR(set1_epi8)((char)0x80);
+    for (int i = 0; i < QUAD; i++)
+        for (int part = 0; part < PANEL / QUAD; part += PARTS) {
+            const Vector factor = spread_factors(factors, QUAD * part + i);
+            const Vector bytes = VECTOR(packs_epi16)(VECTOR(mulhrs_epi16)(VECTOR(mulhrs_epi16)(low, factor), step),
+                                                     VECTOR(mulhrs_epi16)(VECTOR(mulhrs_epi16)(high, factor), step));
+            VECTOR_BITS(storeu)((void *)(tables + (PANEL / QUAD * i + part) * VALUES), VECTOR_BITS(xor)(bytes, signs));
+        }
+#else
+    for (int n = 0; n < PANEL; n++)
+        for (int i = 0; i < VALUES; i++) {
+            const int32_t value = (values[i] * factors[n] + (1 << 14)) >> 15;
+            tables[(n % QUAD * (PANEL / QUAD) + n / QUAD) * VALUES + i] = (uint8_t)(((value + 128) >> 8) + 128);
+        }
+#endif
+}
+
+// 64 input features in a panel.
+INLINE void expand_block(const uint8_t *tables, const uint8_t *block, uint8_t *panel) {
+    for (int quarter = 0; quarter < 4; quarter++) {
+        const uint8_t *codes = block + quarter / 2 * (BLOCK_BYTES / 2);
+        const int shift = quarter % 2 * 4;
+        uint8_t *output = panel + quarter * QUAD * QUAD_BYTES;
+#if defined(__SSSE3__)
+        for (int part = 0; part < PANEL / QUAD; part += PARTS) {
+            Vector v[QUAD];
+            for (int i = 0; i < QUAD; i++) {
+                const int place = (PANEL / QUAD * i + part) * VALUES;
+                const Vector both = VECTOR_BITS(loadu)((const void *)(codes + place));
+                const Vector own = VECTOR_BITS(and)(VECTOR(srli_epi16)(both, shift), VECTOR(set1_epi8)(15));
+                v[i] = VECTOR(shuffle_epi8)(VECTOR_BITS(loadu)((const void *)(tables + place)), own);
+            }
+            // Four quads of each of four outputs into four outputs of each of four quads.
+            const Vector a = VECTOR(unpacklo_epi32)(v[0], v[1]), b = VECTOR(unpacklo_epi32)(v[2], v[3]);
+            const Vector c = VECTOR(unpackhi_epi32)(v[0], v[1]), d = VECTOR(unpackhi_epi32)(v[2], v[3]);
+            const Vector quads[QUAD] = {VECTOR(unpacklo_epi64)(a, b), VECTOR(unpackhi_epi64)(a, b),
+                                        VECTOR(unpacklo_epi64)(c, d), VECTOR(unpackhi_epi64)(c, d)};
+            for (int i = 0; i < QUAD; i++)
+                VECTOR_BITS(storeu)((void *)(output + i * QUAD_BYTES + part * VALUES), quads[i]);
+        }
+#else
+        for (int n = 0; n < PANEL; n++)
+            for (int k = 0; k < VALUES; k++) {
+                const int place = (n % QUAD * (PANEL / QUAD) + n / QUAD) * VALUES;
+                output[k / QUAD * QUAD_BYTES + n * QUAD + k % QUAD] = tables[place + ((codes[place + k] >> shift) & 15)];
+            }
+#endif
+    }
+}
+
 // Linux gives a process the tile registers when it asks; 0 if it does, or there is nothing to ask for.
 int enable_tiles(void) {
 #ifdef __AMX_INT8__
@@ -78,19 +162,35 @@ int enable_tiles(void) {
 #endif
 }
 
-// Memory of a thread's own, as large as has ever been asked for.
-typedef struct {
-    void *memory;
-    int64_t capacity;
-} Room;
-
-INLINE void *room(Room *room, int64_t bytes) {
-    if (room->capacity < bytes) {
-        free(room->memory);
-        room->memory = aligned_alloc(64, (size_t)bytes);
-        room->capacity = bytes;
+INLINE void expand_groups(const uint8_t *weight, int64_t groups, uint8_t *panels) {
+    for (int64_t g = 0; g < groups; g++) {
+        const uint8_t *group = weight + g * GROUP_BYTES;
+        // What the next panel starts with is on its way while this one is multiplied.
+        for (int line = 0; line < GROUP_BYTES; line += LINE)
+            __builtin_prefetch(group + groups * GROUP_BYTES + line, 0, 2);
+        expand_group(group, panels + g * GROUP_QUADS * QUAD_BYTES);
     }
-    return room->memory;
+}
+
+// What a codebook's panel starts with: the tables; or the values of all of them, and each block's factors.
+INLINE int64_t header_bytes(int64_t kind, int64_t blocks) {
+    return kind == WEIGHT_CODEBOOK ? TABLES_BYTES : LINE + (blocks * FACTORS_BYTES + LINE - 1) / LINE * LINE;
+}
+
+INLINE void expand_blocks(const uint8_t *weight, int64_t kind, int64_t blocks, uint8_t *panel) {
+    const int64_t header = header_bytes(kind, blocks), all = header + blocks * BLOCK_BYTES;
+    uint8_t own_tables[TABLES_BYTES] __attribute__((aligned(64)));
+    for (int line = 0; line < header; line += LINE) __builtin_prefetch(weight + all + line, 0, 2);
+    for (int64_t b = 0; b < blocks; b++) {
+        const uint8_t *tables = weight, *block = weight + header + b * BLOCK_BYTES;
+        for (int line = 0; line < BLOCK_BYTES; line += LINE) __builtin_prefetch(block + all + line, 0, 2);
+        if (kind == WEIGHT_SCALED_CODEBOOK) {
+            const uint8_t *factors = weight + LINE + b * FACTORS_BYTES;
+            make_tables((const int16_t *)weight, (const int16_t *)factors, own_tables);
+            tables = own_tables;
+        }
+        expand_block(tables, block, panel + b * BLOCK_QUADS * QUAD_BYTES);
+    }
 }
 
 // Panels that are ready for products.
@@ -98,14 +198,14 @@ INLINE const uint8_t *panels_at(const uint8_t *weight, int64_t kind, int64_t pan
     static _Thread_local Room expansion;
     if (kind == WEIGHT_INT8) return weight + panel * quads * QUAD_BYTES;
     uint8_t *expanded = room(&expansion, WIDE * quads * QUAD_BYTES);
-    const int64_t groups = quads / GROUP_QUADS;
-    const uint8_t *group = weight + panel * groups * GROUP_BYTES;
-    for (int64_t g = 0; g < panels * groups; g++, group += GROUP_BYTES) {
-        // What the next panel starts with is on its way while this one is multiplied.
-        for (int line = 0; line < GROUP_BYTES; line += 64)
-            __builtin_prefetch(group + panels * groups * GROUP_BYTES + line, 0, 2);
-        expand_group(group, expanded + g * GROUP_QUADS * QUAD_BYTES);
+    if (kind == WEIGHT_INT4) {
+        const int64_t groups = quads / GROUP_QUADS;
+        expand_groups(weight + panel * groups * GROUP_BYTES, panels * groups, expanded);
+        return expanded;
     }
+    const int64_t blocks = quads / BLOCK_QUADS, bytes = header_bytes(kind, blocks) + blocks * BLOCK_BYTES;
+    for (int64_t p = 0; p < panels; p++)
+        expand_blocks(weight + (panel + p) * bytes, kind, blocks, expanded + p * quads * QUAD_BYTES);
     return expanded;
 }
 

@@ -53,3 +53,36 @@ OPERATION(pack_int4) {
         }
     }
 }
+
+// panels, codes [N, bytes] as above, N, bytes, values [N, 16] uint8 or [16] int16, factors [N, blocks of 64] int16 or
+// null, bytes of a panel, output [panels, bytes of a panel] uint8
+//
+// A panel without factors starts with tables of 16 values plus 128, a table an output; one with factors with the
+// values as they are, room up to 64 bytes, and for each block 16 factors. It ends with the blocks: twice, for 32 input
+// features, 16 bytes an output, the first 16 in the low nibbles. Tables, and bytes of such a half, stand in the order
+// of outputs 0, 4, 8, 12, 1, 5, …
+OPERATION(pack_codebook) {
+    enum { VALUES = 16, BLOCK = 64, LINE = 64, HALF_BYTES = 256 };
+    const int64_t panels = count(w[0]), rows = w[2].i, bytes = w[3].i, panel_bytes = w[6].i;
+    const int64_t blocks = padded(2 * bytes) / BLOCK;
+    const int16_t *all_factors = w[5].p;
+    FOR_ROWS(panel, panels) {
+        uint8_t *output = (uint8_t *)w[7].p + panel * panel_bytes;
+        uint8_t *codes_of_panel = output + panel_bytes - 2 * blocks * HALF_BYTES;
+        memset(output, 0, (size_t)panel_bytes);
+        if (all_factors != NULL) memcpy(output, w[4].p, VALUES * sizeof(int16_t));
+        for (int64_t row = 0; row < PANEL && panel * PANEL + row < rows; row++) {
+            const int64_t n = panel * PANEL + row, place = (row % QUAD * (PANEL / QUAD) + row / QUAD) * VALUES;
+            if (all_factors == NULL)
+                for (int i = 0; i < VALUES; i++) output[place + i] = ((const uint8_t *)w[4].p)[n * VALUES + i] ^ 128;
+            else
+                for (int64_t b = 0; b < blocks; b++)
+                    ((int16_t *)(output + LINE))[b * PANEL + row] = all_factors[n * blocks + b];
+            const uint8_t *codes = (const uint8_t *)w[1].p + n * bytes;
+            for (int64_t i = 0; i < 2 * bytes; i++) {
+                const int code = (codes[i / 2] >> (i % 2 * 4)) & 15, shift = i % 32 / 16 * 4;
+                codes_of_panel[i / 32 * HALF_BYTES + place + i % 16] |= (uint8_t)(code << shift);
+            }
+        }
+    }
+}

@@ -27,10 +27,23 @@ class WeightFormat(Protocol):
         parts: What follows a module's name in those of the tensors that are its weight; a module that has one of
             them is quantized.
         unused: The same for tensors that are not read, such as scales of activations.
+        has_rows: Whether all parts have the weight's rows: then rows are read without the others.
     """
 
     parts: ClassVar[tuple[str, ...]]
     unused: ClassVar[tuple[str, ...]]
+    has_rows: ClassVar[bool]
+
+    def scheme(self, names: tuple[str, ...]) -> str:
+        """The specification of the scheme that keeps a module as it is stored, "int4:g128" for one.
+
+        "none" if config.json says that the module is not quantized, or if no scheme keeps its grid.
+
+        Args:
+            names: The module's own name, like "model.layers.0.mlp.down_proj", and those which config.json may call
+                it by, if it has others.
+        """
+        ...
 
     def read(self, module: StoredModule) -> Weight:
         """The weight [N, K] of a quantized module.
@@ -78,3 +91,17 @@ def weight_format(path: Path, config: dict[str, Any]) -> WeightFormat | None:
         supported = ", ".join(_FORMATS)
         raise CheckpointError(f"{file}: weights quantized with {method!r} are not supported; {supported} are")
     return _FORMATS[method](settings)
+
+
+def stored_scheme(config: dict[str, Any], module: str) -> str | None:
+    """What config.json says of a module: the specification of the scheme that keeps it, None without quantization.
+
+    Args:
+        config: The keys of config.json.
+        module: Like "model.layers.0.mlp.down_proj".
+
+    Raises:
+        CheckpointError: As `weight_format`.
+    """
+    found = weight_format(Path(), config)
+    return None if found is None else found.scheme((module,))

@@ -16,11 +16,14 @@ from engine.loading.formats.stored import (
     FLOATS,
     Settings,
     StoredModule,
+    grid_scheme,
+    is_left_out,
     make_weight,
     packed_size,
     unpack_words,
 )
 from engine.quant.weight import Weight
+from engine.specification import ENDS
 
 _BITS = 4
 
@@ -30,12 +33,25 @@ _POSITIONS = (0, 4, 1, 5, 2, 6, 3, 7)
 
 @dataclass(frozen=True)
 class AWQ:
-    """Modules stored with AWQ, in groups of `group_size` (-1: whole rows)."""
+    """Modules stored with AWQ.
+
+    Attributes:
+        group_size: -1 for whole rows.
+        left_out: Names of modules that are not quantized, or parts of them.
+    """
 
     parts: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
     unused: ClassVar[tuple[str, ...]] = ()
+    has_rows: ClassVar[bool] = False
 
     group_size: int
+    left_out: tuple[str, ...]
+
+    def scheme(self, names: tuple[str, ...]) -> str:
+        """See `engine.loading.formats.WeightFormat`."""
+        if names[0] in ENDS or any(is_left_out(name, self.left_out) for name in names):
+            return "none"
+        return grid_scheme(_BITS, self.group_size, is_symmetric=False)
 
     def read(self, module: StoredModule) -> Weight:
         """See `engine.loading.formats.WeightFormat`."""
@@ -65,7 +81,7 @@ def open_awq(settings: Settings) -> AWQ:
     if settings.values.get("backend") == "llm-awq":
         raise settings.error("backend", "AutoAWQ's layout")
     settings.choice("bits", (_BITS,))
-    return AWQ(settings.group_size())
+    return AWQ(settings.group_size(), settings.strings("modules_to_not_convert"))
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:

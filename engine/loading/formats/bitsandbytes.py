@@ -6,6 +6,7 @@ Four bits:   weight [ceil(N K / 2), 1]           two codes a byte, the first one
 Nested:      absmax as bytes (double quantization)
              absmax[j] = nested_quant_map[byte[j]] * nested_absmax[j // nested_blocksize] + nested_offset
 
+Four bits stay codes where K is a multiple of the block size; where blocks have parts of two rows, weights are floats.
 What are no tensors (shape, block sizes, offset) is JSON in the bytes of a tensor named after the type of codes.
 """
 
@@ -17,8 +18,10 @@ from typing import ClassVar, TypeGuard
 
 import torch
 
-from engine.loading.formats.stored import FLOATS, Settings, StoredModule
-from engine.quant.weight import GridWeight, Weight
+from engine.kernels.nibbles import unpack_nibbles
+from engine.loading.formats.stored import FLOATS, Settings, StoredModule, is_left_out
+from engine.quant.weight import CodebookWeight, GridWeight, Weight, to_float
+from engine.specification import EMBEDDING, LM_HEAD
 
 _NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 _FP4_STATE = "weight.quant_state.bitsandbytes__fp4"
@@ -27,7 +30,12 @@ _INT8_PARTS = ("SCB", "weight_format")
 
 @dataclass(frozen=True)
 class BitsAndBytes:
-    """Modules stored by bitsandbytes; the stored tensors say all that there is to know."""
+    """Modules stored by bitsandbytes; the stored tensors say how.
+
+    Attributes:
+        kind: The specification of their scheme, as config.json has it.
+        left_out: Names of modules that are not quantized, or parts of them.
+    """
 
     parts: ClassVar[tuple[str, ...]] = (
         *_INT8_PARTS,
@@ -39,6 +47,15 @@ class BitsAndBytes:
         _FP4_STATE,
     )
     unused: ClassVar[tuple[str, ...]] = ()
+    has_rows: ClassVar[bool] = False
+
+    kind: str
+    left_out: tuple[str, ...]
+
+    def scheme(self, names: tuple[str, ...]) -> str:
+        """See `engine.loading.formats.WeightFormat`."""
+        is_float = names[0] == EMBEDDING or any(is_left_out(name, self.left_out) for name in names)
+        return "none" if is_float else self.kind
 
     def read(self, module: StoredModule) -> Weight:
         """See `engine.loading.formats.WeightFormat`."""
@@ -48,8 +65,18 @@ class BitsAndBytes:
 
 
 def open_bitsandbytes(settings: Settings) -> BitsAndBytes:
-    """The format as config.json describes it: every setting is one of arithmetic."""
-    return BitsAndBytes()
+    """The format as config.json describes it.
+
+    Raises:
+        CheckpointError: A setting is not supported.
+    """
+    kind = "int8"
+    if settings.values.get("load_in_4bit"):
+        # FP4's values are no scheme's.
+        values = settings.choice("bnb_4bit_quant_type", ("nf4", "fp4"), "fp4")
+        kind = "nf4" if values == "nf4" else "none"
+    has_list = settings.values.get("llm_int8_skip_modules") is not None
+    return BitsAndBytes(kind, settings.strings("llm_int8_skip_modules") if has_list else (LM_HEAD,))
 
 
 def _read_int8(module: StoredModule) -> GridWeight:
@@ -73,22 +100,22 @@ class _State:
     nested_offset: float | None
 
 
-def _read_four_bits(module: StoredModule) -> torch.Tensor:
-    """[N, K] float32."""
+def _read_four_bits(module: StoredModule) -> Weight:
     state = _read_state(module)
-    elements = state.shape[0] * state.shape[1]
+    rows, columns = state.shape
+    elements = rows * columns
     packed = module.read("weight").flatten().view(torch.uint8)
     if packed.numel() != (elements + 1) // 2:
         expected = f"{(elements + 1) // 2} bytes for shape {list(state.shape)}"
         raise module.error("weight", expected, f"{packed.numel()} bytes")
     absmax = _read_absmax(module, state, -(-elements // state.block_size))
     values = module.read("weight.quant_map", (torch.float32,), (16,))
-    pairs = torch.cartesian_prod(values, values)
-    weight = pairs.index_select(0, packed.int()).flatten()[:elements]
-    whole = elements - elements % state.block_size
-    weight[:whole].view(-1, state.block_size).mul_(absmax[: whole // state.block_size, None])
-    weight[whole:] *= absmax[-1]
-    return weight.view(state.shape)
+    # The first of two codes is in the high bits.
+    codes = unpack_nibbles(packed[None] << 4 | packed[None] >> 4)[:, :elements]
+    if columns % state.block_size:
+        whole = CodebookWeight(codes, values[None], absmax[None], state.block_size)
+        return to_float(whole).view(rows, columns)
+    return CodebookWeight(codes.view(rows, columns), values[None], absmax.view(rows, -1), state.block_size)
 
 
 def _read_absmax(module: StoredModule, state: _State, num_blocks: int) -> torch.Tensor:

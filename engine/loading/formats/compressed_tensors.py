@@ -25,6 +25,7 @@ from engine.loading.formats.stored import (
     FLOATS,
     Settings,
     StoredModule,
+    grid_scheme,
     make_weight,
     packed_size,
     unpack_words,
@@ -42,6 +43,7 @@ class Scheme:
     Attributes:
         strategy: What shares a scale: "tensor", "channel" (a row) or "group".
         group_size: With the strategy "group".
+        is_ordered: Groups may be of columns that are not consecutive.
     """
 
     is_packed: bool
@@ -49,6 +51,7 @@ class Scheme:
     is_symmetric: bool
     strategy: str
     group_size: int
+    is_ordered: bool
 
     @property
     def offset(self) -> int:
@@ -84,13 +87,24 @@ class CompressedTensors:
         "k_zero_point",
         "v_zero_point",
     )
+    has_rows: ClassVar[bool] = False
 
     schemes: tuple[tuple[tuple[str, ...], Scheme], ...]
     ignore: tuple[str, ...]
 
+    def scheme(self, names: tuple[str, ...]) -> str:
+        """See `engine.loading.formats.WeightFormat`."""
+        scheme = self._scheme_of(names)
+        if scheme is None or scheme.is_ordered:
+            return "none"
+        return grid_scheme(scheme.bits, scheme.group_size, scheme.is_symmetric)
+
     def read(self, module: StoredModule) -> Weight:
         """See `engine.loading.formats.WeightFormat`."""
-        scheme = self._scheme_of(module)
+        part = next(part for part in self.parts if module.has(part))
+        scheme = self._scheme_of(module.names(part))
+        if scheme is None:
+            raise module.error(part, "a module that the config_groups of config.json target", "another")
         codes = _read_packed(module, scheme) if scheme.is_packed else _read_bytes(module, scheme)
         rows, columns = codes.shape
         group_size = scheme.group_size if scheme.strategy == "group" else columns
@@ -100,14 +114,13 @@ class CompressedTensors:
         group_index = _read_group_index(module, columns, num_groups)
         return make_weight(codes, zero, scale, scheme.bits, group_size, group_index)
 
-    def _scheme_of(self, module: StoredModule) -> Scheme:
-        part = next(part for part in self.parts if module.has(part))
-        names = module.names(part)
+    def _scheme_of(self, names: tuple[str, ...]) -> Scheme | None:
+        """That of a module, by its names; None if it is not quantized."""
         matches = [
             (rank, scheme) for targets, scheme in self.schemes if (rank := _match(targets, names)) is not None
         ]
         if not matches or _match(self.ignore, names) is not None:
-            raise module.error(part, "a module that the config_groups of config.json target", "another")
+            return None
         return min(matches, key=lambda match: match[0])[1]
 
 
@@ -141,7 +154,9 @@ def _open_scheme(weights: Settings, is_packed: bool) -> Scheme:
     group_size = weights.group_size() if strategy == "group" else -1
     if strategy == "group" and group_size == -1:
         raise weights.error("group_size", "a positive number")
-    return Scheme(is_packed, bits, weights.choice("symmetric", (True, False), True), strategy, group_size)
+    is_symmetric = weights.choice("symmetric", (True, False), True)
+    is_ordered = strategy == "group" and weights.values.get("actorder") in ("group", "dynamic", True)
+    return Scheme(is_packed, bits, is_symmetric, strategy, group_size, is_ordered)
 
 
 def _read_targets(settings: Settings, key: str) -> tuple[str, ...]:

@@ -94,6 +94,29 @@ class Settings:
         )
 
 
+def grid_scheme(bits: int, group_size: int, is_symmetric: bool) -> str:
+    """The specification of the scheme that keeps a grid, "int4:g128" for one; "none" if there is none.
+
+    Args:
+        bits: 4 or 8.
+        group_size: -1 for whole rows.
+    """
+    if bits == 8 and not is_symmetric:
+        return "none"
+    if group_size == -1:
+        return "int4:g0" if bits == 4 else "int8"
+    return "none" if group_size % 32 else f"int{bits}:g{group_size}"
+
+
+def is_left_out(module: str, names: Collection[str]) -> bool:
+    """Whether a list of modules that are not quantized has a module, or one around it.
+
+    Args:
+        names: Whole names or whole parts of them, like "lm_head", "layers.0.mlp" or "down_proj".
+    """
+    return any(f".{name}." in f".{module}." for name in names)
+
+
 class TensorSource(Protocol):
     """The tensors of a directory, by the names that they have without a multimodal wrapper."""
 

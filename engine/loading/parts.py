@@ -1,0 +1,67 @@
+"""Parts of weights: what a rank reads, and keeps, of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from engine.errors import CheckpointError
+from engine.parallel.shares import Part
+from engine.quant.weight import CodebookWeight, GridWeight, Weight
+
+
+def check_shape(path: Path, name: str, found: Sequence[int], expected: Sequence[int] | None) -> None:
+    """
+    Args:
+        path: Of the checkpoint.
+        found: The shape of the whole tensor.
+        expected: None: any.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    if expected is not None and list(found) != list(expected):
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: expected shape {list(expected)}, found {list(found)}"
+        )
+
+
+def take_part(weight: Weight, part: Part, name: str) -> Weight:
+    """The rows and columns of a tensor, on their grid.
+
+    Args:
+        name: Of the tensor, for the error.
+
+    Raises:
+        CheckpointError: The columns cut a group that shares a scale.
+    """
+    if isinstance(weight, torch.Tensor):
+        taken = weight if part.rows is None else weight[part.rows]
+        return taken if part.columns is None else taken[:, part.columns]
+    rows = part.rows or slice(None)
+    columns = part.columns or slice(0, weight.shape[1])
+    groups = _groups(weight, columns, name)
+    scale = None if weight.scale is None else weight.scale[rows, groups]
+    codes = weight.codes[rows, columns]
+    size = min(weight.group_size, codes.shape[1])
+    if isinstance(weight, CodebookWeight):
+        codebook = weight.codebook if len(weight.codebook) == 1 else weight.codebook[rows]
+        return CodebookWeight(codes, codebook, scale, size)
+    assert scale is not None
+    minimum = None if weight.minimum is None else weight.minimum[rows, groups]
+    return GridWeight(codes, scale, minimum, size)
+
+
+def _groups(weight: GridWeight | CodebookWeight, columns: slice, name: str) -> slice:
+    """The groups of columns along K."""
+    size, in_features = weight.group_size, weight.shape[1]
+    if size >= in_features:
+        return slice(None)  # whole rows share
+    if columns.start % size or (columns.stop % size and columns.stop != in_features):
+        raise CheckpointError(
+            f"{name}: columns {columns.start} to {columns.stop - 1} cut groups of {size} that share a scale; "
+            "leave --no-exact-reduce out, or choose another --tensor-parallel-size"
+        )
+    return slice(columns.start // size, -(-columns.stop // size))

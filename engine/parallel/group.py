@@ -1,0 +1,130 @@
+"""TensorGroup: the ranks that hold the shares of one layer, and what they exchange.
+
+Exact whatever the number of ranks: outputs that were computed whole are put together, and sums are of integers, or of
+one number and zeros. While a program is recorded (`engine.kernels.cpu`), an exchange becomes a call of its own in it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from engine.kernels import cpu
+from engine.parallel.rendezvous import gloo
+from engine.parallel.shares import Share
+
+Backend = Any
+"""torch's NCCL or gloo group, of which stubs know only part."""
+
+PATIENCE = timedelta(days=1)
+"""How long an exchange waits; who does not come is found, and ended, by others (`engine.parallel.ranks`)."""
+
+
+@dataclass(slots=True)
+class TensorGroup:
+    """A rank's place among the ranks that share its layers.
+
+    Attributes:
+        share: Of each layer.
+        backend: torch's end of it; None for a single rank, and on the meta device.
+        is_exact: Whether the ranks compute what one would, to the bit (`--exact-reduce`).
+        num_bytes: What this rank has brought to exchanges, by kind: "gather" or "sum".
+        seconds: What exchanges took, waiting for the slowest rank included.
+    """
+
+    share: Share = field(default_factory=Share)
+    backend: Backend | None = None
+    is_exact: bool = True
+    num_bytes: dict[str, int] = field(default_factory=lambda: {"gather": 0, "sum": 0})
+    seconds: float = 0.0
+
+    @property
+    def size(self) -> int:
+        return self.share.size
+
+    def gather(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        """Columns [M, share of width] of each rank side by side, [M, width] on all of them."""
+        if self.size == 1:
+            return x
+        whole = _empty_like(x, "gather_columns", width)
+        cpu.call(lambda rows: self._gather(x[:rows], whole[:rows]), x.shape[0])
+        return whole
+
+    def sum_(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of x [M, …] over the ranks, in place."""
+        if self.size > 1:
+            cpu.call(lambda rows: self._sum(x[:rows]), x.shape[0])
+        return x
+
+    def localize(self, token_ids: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places [T] in this rank's rows of a table, and whether the token's row is another rank's, [T] bool."""
+        local, is_elsewhere = torch.zeros_like(token_ids), torch.zeros_like(token_ids, dtype=torch.bool)
+
+        def find(num_tokens: int) -> None:
+            ids = token_ids[:num_tokens]
+            is_elsewhere[:num_tokens] = (ids < rows.start) | (ids >= rows.stop)
+            local[:num_tokens] = (ids - rows.start).masked_fill_(is_elsewhere[:num_tokens], 0)
+
+        cpu.call(find, token_ids.shape[0])
+        return local, is_elsewhere
+
+    def sum_of_one(self, x: torch.Tensor, is_elsewhere: torch.Tensor) -> torch.Tensor:
+        """x [T, …] of the rank that has each row: the others' are taken as zeros, so that the sum is exact."""
+
+        def add(num_tokens: int) -> None:
+            self._sum(x[:num_tokens].masked_fill_(is_elsewhere[:num_tokens, None], 0))
+
+        cpu.call(add, x.shape[0])
+        return x
+
+    def _gather(self, x: torch.Tensor, whole: torch.Tensor) -> None:
+        width = self.share.largest(whole.shape[1])
+        mine = torch.nn.functional.pad(x, (0, width - x.shape[1])).contiguous()
+        parts = list(mine.new_empty(self.size, *mine.shape))
+        start = time.perf_counter()
+        self._group.allgather([parts], [mine]).wait()
+        self.seconds += time.perf_counter() - start
+        self.num_bytes["gather"] += mine.nbytes
+        for rank, part in enumerate(parts):
+            columns = Share(rank, self.size).of(whole.shape[1])
+            whole[:, columns] = part[:, : columns.stop - columns.start]
+
+    @property
+    def _group(self) -> Backend:
+        assert self.backend is not None, "a rank without its group holds shapes, not numbers"
+        return self.backend
+
+    def _sum(self, x: torch.Tensor) -> None:
+        start = time.perf_counter()
+        self._group.allreduce([x]).wait()
+        self.seconds += time.perf_counter() - start
+        self.num_bytes["sum"] += x.nbytes
+
+
+def join(store: Store, share: Share, name: str, device: torch.device) -> Backend:
+    """A rank's end of a group; waits until all its ranks are there.
+
+    Without torch's global process group, which a program that embeds the engine may need for itself.
+
+    Args:
+        store: Where the ranks find each other.
+        share: The rank's place in the group.
+        name: Of this group, among others that share the store.
+    """
+    store = PrefixStore(name, store)
+    if device.type == "cuda":
+        options = torch.distributed.ProcessGroupNCCL.Options()
+        return torch.distributed.ProcessGroupNCCL(store, share.rank, share.size, options)
+    return gloo(store, share.rank, share.size, PATIENCE)
+
+
+def _empty_like(x: torch.Tensor, owner: str, width: int) -> torch.Tensor:
+    if x.device.type == "cpu":
+        return cpu.empty(owner, x.shape[0], width, dtype=x.dtype)
+    return x.new_empty(x.shape[0], width)

@@ -1,0 +1,80 @@
+"""Place: where a rank stands among all of an engine's, and the groups that it belongs to there.
+
+Ranks are numbered stage by stage: rank = stage * tensor_parallel_size + share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed
+from torch.distributed.distributed_c10d import Store
+
+from engine.parallel.group import Backend, TensorGroup, join
+from engine.parallel.pipeline import Pipeline
+from engine.parallel.shares import Share
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """
+    Attributes:
+        rank, size: Among all ranks.
+        group: Those that share its layers.
+        pipeline: Its stage.
+        everyone: The group of all; None for a single rank.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: TensorGroup = field(default_factory=TensorGroup)
+    pipeline: Pipeline = field(default_factory=Pipeline)
+    everyone: Backend | None = None
+
+    @property
+    def name(self) -> str:
+        """For what is kept of this rank's share of the weights; empty for a single rank."""
+        if self.size == 1:
+            return ""
+        share, exact = self.group.share, "-exact" if self.group.is_exact else ""
+        return (
+            f"-share-{share.rank}-of-{share.size}{exact}-stage-{self.pipeline.stage}-of-{self.pipeline.size}"
+        )
+
+    @property
+    def tells_what_was_drawn(self) -> bool:
+        """Whether it tells rank 0, on the first of several stages, what the last one drew."""
+        return self.pipeline.size > 1 and self.pipeline.is_last and self.group.share.rank == 0
+
+    def smallest(self, number: int, device: torch.device) -> int:
+        """The smallest of all ranks' numbers."""
+        if self.everyone is None:
+            return number
+        options = torch.distributed.AllreduceOptions()
+        options.reduceOp = torch.distributed.ReduceOp.MIN  # type: ignore[assignment]
+        value = torch.tensor([number], device=device)
+        self.everyone.allreduce([value], options).wait()
+        return int(value)
+
+
+def take_place(
+    store: Store | None, rank: int, tensor_size: int, pipeline_size: int, device: torch.device, is_exact: bool
+) -> Place:
+    """A rank's place; waits until those that it exchanges with are there.
+
+    Args:
+        store: Where the ranks find each other; None for a single rank.
+        is_exact: As in `TensorGroup`.
+    """
+    if store is None:
+        return Place()
+    size = tensor_size * pipeline_size
+    stage, share = divmod(rank, tensor_size)
+    group, pipeline = TensorGroup(Share(share, tensor_size), None, is_exact), Pipeline(stage, pipeline_size)
+    everyone = join(store, Share(rank, size), "everyone", device)
+    if tensor_size > 1:
+        group.backend = join(store, group.share, f"stage-{stage}", device)
+    if pipeline_size > 1:
+        pipeline.backend = join(store, Share(stage, pipeline_size), f"share-{share}", device)
+    return Place(rank, size, group, pipeline, everyone)

@@ -1,0 +1,91 @@
+"""Which share of a model a rank holds: plain numbers, known before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from engine.errors import ConfigError
+from engine.models.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a tensor: of its rows, and of its columns if it is a matrix. None: all."""
+
+    rows: slice | None = None
+    columns: slice | None = None
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One of `size` shares.
+
+    Attributes:
+        rank: Which, 0 … size - 1.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, total: int) -> slice:
+        """The part of `total` things; where they do not divide, the last parts are shorter or empty."""
+        largest = self.largest(total)
+        return slice(min(self.rank * largest, total), min((self.rank + 1) * largest, total))
+
+    def largest(self, total: int) -> int:
+        """How many things the first share has."""
+        return -(-total // self.size)
+
+    def of_heads(self, num_heads: int, head_dim: int = 1) -> slice:
+        """The part of things that come in heads. Where there are fewer heads than shares, each share has one, and
+        some have the same one: the KV heads of grouped-query attention.
+        """
+        heads = self.of(num_heads)
+        if num_heads < self.size:
+            first = self.rank * num_heads // self.size
+            heads = slice(first, first + 1)
+        return slice(heads.start * head_dim, heads.stop * head_dim)
+
+
+def share_of_config(config: ModelConfig, share: Share) -> ModelConfig:
+    """The model as one rank sees it between its column-parallel and its row-parallel layers."""
+    heads, kv_heads = share.of_heads(config.num_heads), share.of_heads(config.num_kv_heads)
+    inner = share.of(config.intermediate_size)
+    return replace(
+        config,
+        num_heads=heads.stop - heads.start,
+        num_kv_heads=kv_heads.stop - kv_heads.start,
+        intermediate_size=inner.stop - inner.start,
+    )
+
+
+def check_shares(config: ModelConfig, size: int) -> None:
+    """
+    Raises:
+        ConfigError: The model cannot be cut into so many shares; names what does not divide and what would work.
+    """
+    obstacles = _obstacles(config, size)
+    if obstacles:
+        working = [str(n) for n in range(1, config.num_heads + 1) if not _obstacles(config, n)]
+        raise ConfigError(
+            f"tensor_parallel_size: {size} ranks cannot share {' and '.join(obstacles)}; "
+            f"sizes that work for this model: {', '.join(working)}"
+        )
+
+
+def _obstacles(config: ModelConfig, size: int) -> list[str]:
+    found = [
+        f"{number} {name}"
+        for name, number in (
+            ("attention heads", config.num_heads),
+            ("hidden features", config.hidden_size),
+            ("MLP features", config.intermediate_size),
+        )
+        if number % size
+    ]
+    if config.num_kv_heads % size and size % config.num_kv_heads:
+        found.append(f"{config.num_kv_heads} KV heads")
+    return found

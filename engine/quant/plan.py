@@ -1,0 +1,72 @@
+"""From a specification to schemes: which one each module of a model gets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.quant.codebook4 import Codebook4
+from engine.quant.floating import Float
+from engine.quant.int4 import Int4
+from engine.quant.int8 import Int8
+from engine.quant.int8_groups import Int8Groups
+from engine.quant.int8_table import Int8Table
+from engine.quant.int8_weight_only import Int8WeightOnly
+from engine.quant.nf4 import NF4
+from engine.quant.scheme import Scheme, TableScheme
+from engine.specification import EMBEDDING, SchemeWords, Specification
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationPlan:
+    """The schemes of a model's modules.
+
+    Attributes:
+        dtype: Of weights that are floats.
+        is_pinned: Float products in one form for any number of tokens (`--deterministic`).
+    """
+
+    specification: Specification
+    dtype: torch.dtype
+    is_pinned: bool = False
+
+    def scheme(self, modules: Sequence[str]) -> Scheme:
+        """That of modules which share one product.
+
+        Raises:
+            ConfigError: They do not agree.
+        """
+        return self._scheme(self.specification.of_product(modules))
+
+    @property
+    def table(self) -> TableScheme:
+        """That of the embedding."""
+        is_float = self.specification.of(EMBEDDING).kind == "none"
+        return Float(self.dtype, self.is_pinned) if is_float else Int8Table()
+
+    @property
+    def name(self) -> str:
+        """Short, for file names: the specification if it is one word for all, else its digest."""
+        text = str(self.specification)
+        if self.specification.rules:
+            text = "mixed-" + hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return text.replace(":", "-")
+
+    def _scheme(self, words: SchemeWords) -> Scheme:
+        match words.kind:
+            case "int8" if words.is_weight_only:
+                return Int8WeightOnly(words.group_size or None)
+            case "int8" if words.group_size:
+                return Int8Groups(words.group_size, words.activations)
+            case "int8":
+                return Int8(words.activations)
+            case "int4":
+                return Int4(words.group_size, self.is_pinned)
+            case "nf4":
+                return NF4()
+            case "codebook4":
+                return Codebook4()
+        return Float(self.dtype, self.is_pinned)

@@ -1,0 +1,205 @@
+"""Specifications: what `--quant` says about how each module's weights are stored and multiplied.
+
+    scheme                  none, int8, int4, nf4 or codebook4, with words after colons: int4:g64
+    scheme,pattern=scheme   the first for all modules, then another one for those whose names match, like
+                            int4:g64,*.down_proj=int8,model.layers.0.*=none; the last pattern that matches decides
+
+    word                    of          means
+    g32, g64, g128, …       int4, int8  elements along K that share a scale (int4: 32 if not said)
+    g0                      int4        whole rows share one
+    token, groups,          int8        how activations are quantized: one scale a token, one for each 32 along K, or
+    two-terms                           as two int8 terms; if not said, what the device does best
+    weight-only             int8        activations stay floats
+
+The vocabulary projection (lm_head) and the embedding (model.embed_tokens) keep eight bits under schemes of four,
+unless a pattern names them: they are the layers whose rounding shows most in the tokens, and a small part of the
+weights of all but the smallest models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+from engine.errors import ConfigError
+
+Kind = Literal["none", "int8", "int4", "nf4", "codebook4"]
+ActivationTerms = Literal["default", "token", "groups", "two-terms"]
+
+LM_HEAD = "lm_head"
+EMBEDDING = "model.embed_tokens"
+ENDS = (LM_HEAD, EMBEDDING)
+
+_GROUP = re.compile(r"g(\d+)")
+_TERMS = ("token", "groups", "two-terms")
+_WEIGHT_ONLY = "weight-only"
+_WORDS: dict[Kind, tuple[str, ...]] = {
+    "none": (),
+    "int8": ("g32", "g64", "g128", *_TERMS, _WEIGHT_ONLY),
+    "int4": ("g32", "g64", "g128", "g0"),
+    "nf4": (),
+    "codebook4": (),
+}
+_GROUP_STEP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class SchemeWords:
+    """What is said of one module.
+
+    Attributes:
+        group_size: Elements along K that share a scale; 0 is whole rows. Of int4 and int8; else 0.
+        activations: How int8 products quantize their activations.
+        is_weight_only: int8 weights × float activations.
+    """
+
+    kind: Kind
+    group_size: int = 0
+    activations: ActivationTerms = "default"
+    is_weight_only: bool = False
+
+    @property
+    def storage(self) -> str:
+        """What is stored, without what is said of activations: "int4:g64"."""
+        return f"{self.kind}:g{self.group_size}" if self.kind == "int4" or self.group_size else self.kind
+
+    def __str__(self) -> str:
+        terms = "" if self.activations == "default" else f":{self.activations}"
+        return self.storage + terms + (":weight-only" if self.is_weight_only else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Specification:
+    """A scheme for every module.
+
+    Attributes:
+        default: That of modules which no pattern names.
+        rules: Pairs of a pattern (as `fnmatch` has it) and what modules whose names match get; the last one counts.
+    """
+
+    default: SchemeWords
+    rules: tuple[tuple[str, SchemeWords], ...] = ()
+
+    def of(self, module: str) -> SchemeWords:
+        """What a module gets, "model.layers.0.mlp.down_proj" for one."""
+        for pattern, words in reversed(self.rules):
+            if fnmatchcase(module, pattern):
+                return words
+        if module == LM_HEAD and self.default.kind not in ("none", "int8"):
+            return SchemeWords("int8")
+        if module == EMBEDDING and self.default.kind != "none":
+            return SchemeWords("int8")
+        return self.default
+
+    def of_product(self, modules: Sequence[str]) -> SchemeWords:
+        """What modules get that share one product, like q_proj, k_proj and v_proj of a layer.
+
+        Raises:
+            ConfigError: They do not get the same.
+        """
+        found = {module: self.of(module) for module in modules}
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{module} {words}" for module, words in found.items())
+            raise ConfigError(
+                f"quant: {listed}: they are multiplied as one matrix; give them the same scheme, "
+                f"e.g. with the pattern {modules[0].rpartition('.')[0]}.*"
+            )
+        return found[modules[0]]
+
+    @staticmethod
+    def covering(schemes: Mapping[str, SchemeWords], modules: Iterable[str]) -> Specification:
+        """One that gives modules what they have in `schemes`, and keeps as floats those which are not in it.
+
+        Head and embedding, if they are not in it, are left to the default.
+        """
+        default = Counter(schemes.values()).most_common(1)[0][0]
+        floats = SchemeWords("none")
+        found = {name: schemes.get(name, floats) for name in modules if name in schemes or name not in ENDS}
+        return Specification(
+            default, tuple((name, words) for name, words in found.items() if words != default)
+        )
+
+    def check(self, modules: Iterable[str]) -> None:
+        """
+        Raises:
+            ConfigError: A pattern names none of the model's modules, or the embedding gets what no table has.
+        """
+        known = sorted(modules)
+        for pattern, _ in self.rules:
+            if not any(fnmatchcase(module, pattern) for module in known):
+                raise ConfigError(
+                    f"quant: no module matches {pattern!r}; there are {known[0]}, {known[-1]} and others between them"
+                )
+        table = self.of(EMBEDDING)
+        if str(table) not in ("none", "int8"):
+            raise ConfigError(f"quant: {EMBEDDING} cannot be {table}; a table is none or int8")
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any module may be."""
+        return any(words.kind != "none" for words in self._all())
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all products are of int8 weights and int8 activations, which have exact sums on every device."""
+        return all(words.kind == "int8" and not words.is_weight_only for words in self._all())
+
+    def _all(self) -> list[SchemeWords]:
+        return [self.default] + [words for _, words in self.rules]
+
+    def __str__(self) -> str:
+        return ",".join([str(self.default)] + [f"{pattern}={words}" for pattern, words in self.rules])
+
+
+def parse_specification(text: str) -> Specification:
+    """
+    Raises:
+        ConfigError: The text is no specification; names what was not understood and what would be.
+    """
+    first, *rest = text.split(",")
+    rules = []
+    for rule in rest:
+        pattern, separator, scheme = rule.partition("=")
+        if not (pattern and separator):
+            raise ConfigError(f"quant: {rule!r} in {text!r} is not of the form pattern=scheme")
+        rules.append((pattern, parse_scheme(scheme)))
+    return Specification(parse_scheme(first), tuple(rules))
+
+
+def parse_scheme(text: str) -> SchemeWords:
+    """A scheme with its words, "int4:g64".
+
+    Raises:
+        ConfigError: As `parse_specification`.
+    """
+    first, *words = text.split(":")
+    kind = next((kind for kind in get_args(Kind) if kind == first), None)
+    if kind is None:
+        raise ConfigError(f"quant: must be one of {', '.join(get_args(Kind))}, got {first!r}")
+    groups, terms = [], []
+    for word in words:
+        group = _GROUP.fullmatch(word)
+        if group and _may_share(kind, int(group[1])):
+            groups.append(int(group[1]))
+        elif word in (*_TERMS, _WEIGHT_ONLY) and kind == "int8":
+            terms.append(word)
+        else:
+            known = ", ".join(_WORDS[kind]) or "nothing"
+            raise ConfigError(f"quant: {word!r} in {text!r} is not known; after {kind} there may be {known}")
+    if len(groups) > 1 or len(terms) > 1:
+        raise ConfigError(f"quant: {text!r} has two words for one thing; keep one of them")
+    return SchemeWords(
+        kind,
+        groups[0] if groups else _GROUP_STEP if kind == "int4" else 0,
+        next((term for term in get_args(ActivationTerms) if term in terms), "default"),
+        _WEIGHT_ONLY in terms,
+    )
+
+
+def _may_share(kind: Kind, group_size: int) -> bool:
+    """Whether so many elements along K may share a scale; more than 128 occur in others' checkpoints."""
+    return kind in ("int8", "int4") and group_size % _GROUP_STEP == 0 and (group_size > 0 or kind == "int4")
