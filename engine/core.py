@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,10 +30,13 @@ from engine.kv_cache import BlockPool, KVCacheManager
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.dummy import open_model
 from engine.metrics import EngineInfo, EngineStats
-from engine.parallel.ranks import launch
 from engine.request import EngineOutput, Request, RowFailure, SampledToken
+from engine.runner import Executor, ModelRunner
 from engine.sampling.params import SamplingParams
 from engine.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from engine.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +58,15 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, path: Path, eos_token_ids: Collection[int]) -> None:
         checkpoint = open_model(path, config.load_format)
-        self.runner, self._steps, self._ranks = launch(config, checkpoint, path)
-        if self._ranks is not None:
+        self._ranks: Ranks | None = None
+        if config.num_ranks == 1:
+            self.runner = ModelRunner(config, checkpoint)
+            self._steps: Executor = self.runner
+        else:
+            # One rank needs no messages, nor the packages that carry them.
+            from engine.parallel.ranks import launch
+
+            self.runner, self._steps, self._ranks = launch(config, checkpoint, path)
             # At the latest with the program.
             weakref.finalize(self, self._ranks.close)
         try:

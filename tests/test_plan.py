@@ -178,4 +178,5 @@ def test_an_engine_takes_and_sends_what_was_planned(tmp_path: Path, is_exact: bo
 def test_private_bytes_grow_with_what_is_written() -> None:
     before = private_bytes()
     kept = torch.ones(64 * 2**20, dtype=torch.uint8)
-    assert kept.nbytes <= private_bytes() - before < 1.2 * kept.nbytes
+    # The allocator may give back a little of what other tests have left.
+    assert 0.9 * kept.nbytes < private_bytes() - before < 1.2 * kept.nbytes

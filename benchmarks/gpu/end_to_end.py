@@ -76,8 +76,7 @@ def write_config(config: dict[str, Any] = LLAMA_CONFIG) -> Path:
 def make_config(path: Path, quant: str, **options: Any) -> EngineConfig:
     defaults: dict[str, Any] = {
         "model": str(path),
-        "quant": quant,
-        "group_size": 128,
+        "quant": "int4:g128" if quant == "int4" else quant,
         "load_format": "dummy",
         "max_model_len": 4096,
         "max_num_seqs": max(BATCHES),

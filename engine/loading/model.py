@@ -7,7 +7,6 @@ import hashlib
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -65,7 +64,9 @@ def load_weights(
     """
     directory = (cache_dir or cache_directory()) / "weights"
     path = directory / f"{checkpoint_key(checkpoint)}-{name}-v{CACHE_FORMAT}.safetensors"
-    if not path.exists():
+    # What one rank parses, all do: they quantize some weights together.
+    is_missing = torch.tensor([not path.exists()], dtype=torch.int32, device=device)
+    if model.group.largest(is_missing):
         names = tqdm(
             total=sum(1 for _ in model.buffers()), desc="Parsing weights", unit="tensor", leave=False
         )
@@ -85,29 +86,28 @@ def load_weights(
             ) from error
     # Also after parsing: the mapped file then backs the weights, and what parsing allocated is released.
     with safe_open(path, framework="pt", device=str(device)) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    model.load_state_dict(tensors, assign=True)
+        model.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, assign=True)  # noqa: SIM118
     model.bind()
     if device.type == "cpu":
-        _release(list(tensors.values()))
+        _release(path)
 
 
-def _release(mapped: Sequence[torch.Tensor]) -> None:
-    """Takes a file's pages, and what the allocator keeps for later, out of this process's memory.
+def _release(path: Path) -> None:
+    """Takes a mapped file's pages, and what the allocator keeps for later, out of this process's memory.
 
     The products have packed copies; the table and the norms' weights, which stay mapped because of nothing else, keep
-    the whole file mapped with them. What is read again comes back page by page.
-
-    Args:
-        mapped: Tensors of one file, of which none was written to: what was written would be lost.
+    the whole file mapped with them. What is read again comes back page by page. Nothing may have written to the
+    pages: what was written would be lost.
     """
     functions = ctypes.CDLL(None)
     if not hasattr(functions, "malloc_trim"):
         return  # not glibc, whose constants these are
-    start = min(tensor.data_ptr() for tensor in mapped) // mmap.PAGESIZE * mmap.PAGESIZE
-    end = max(tensor.data_ptr() + tensor.nbytes for tensor in mapped)
     functions.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    functions.madvise(start, end - start, mmap.MADV_DONTNEED)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, file = line.split(maxsplit=5)
+        if file == str(path.resolve()):
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            functions.madvise(start, end - start, mmap.MADV_DONTNEED)
     functions.malloc_trim(0)
 
 

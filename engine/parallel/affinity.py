@@ -2,8 +2,8 @@
 
     cost(replica) = tokens that wait there + tokens of the prompt that are not cached there
 
-The cheapest is taken. So requests that share a prefix stay together until the queue they form is longer than the prefix,
-and then another replica computes it, too, and has it from then on.
+The cheapest is taken. So requests that share a prefix stay together until the queue they form is longer than the
+prefix, and then another replica computes it, too, and has it from then on.
 """
 
 from __future__ import annotations

@@ -520,8 +520,8 @@ def launch(
     path: Path,
     limits: Limits | None = None,
     launcher: Launcher | None = None,
-) -> tuple[ModelRunner, Executor, Ranks | None]:
-    """Loads the model, on several ranks if it is shared: rank 0's runner, what runs steps, and the other ranks.
+) -> tuple[ModelRunner, Executor, Ranks]:
+    """Loads the model on several ranks: rank 0's runner, what runs steps, and the other ranks.
 
     Args:
         launcher: Of the other ranks; by default what the configuration says.
@@ -529,9 +529,6 @@ def launch(
     Raises:
         EngineError: It cannot be loaded, on whichever rank.
     """
-    if config.num_ranks == 1:
-        runner = ModelRunner(config, checkpoint)
-        return runner, runner, None
     ranks = Ranks(config, path, config.num_ranks, launcher or _launcher(config), limits)
     try:
         ranks.wait_until_here()

@@ -4,14 +4,16 @@
                                      ◀── tensors: gloo or NCCL ──▶
 
 Ray finds the nodes, starts the actors and carries the keys; what a step needs goes past it. The ranks of a stage
-share its layers and exchange several tensors in each: they are put on one node where one is large enough, else side by
-side. On GPUs no machine has run this yet.
+share its layers and exchange several tensors in each: they are put on one node where one is large enough, else side
+by side. On GPUs no machine has run this yet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import time
 from typing import Any
 
@@ -19,7 +21,7 @@ import ray
 import zmq
 from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from engine.errors import ConfigError
 from engine.parallel.launching import Link
@@ -152,6 +154,10 @@ class RayLauncher:
 class RankActor:
     """A rank in an actor's process."""
 
+    def where(self) -> tuple[str, int]:
+        """The node and the process."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
     def follow(self, orders: Link, reports: Link) -> None:
         from engine.parallel.rank_process import follow
 
@@ -170,6 +176,7 @@ class _Actor:
 
     def __init__(self, actor: Any, orders: Link, reports: Link) -> None:
         self._actor = actor
+        self._where = actor.where.remote()
         self._end = actor.follow.remote(orders, reports)
 
     def poll(self) -> str | None:
@@ -184,6 +191,11 @@ class _Actor:
         return "has ended"
 
     def kill(self) -> None:
+        if ray.wait([self._where], timeout=0)[0]:
+            # Ray asks a process to end before it insists: one that hangs would keep the others waiting.
+            node, process = ray.get(self._where)
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+            ray.remote(_kill).options(num_cpus=0, scheduling_strategy=strategy).remote(process)
         ray.kill(self._actor)
 
     def release(self) -> None:
@@ -194,6 +206,11 @@ class _Actor:
         deadline = time.monotonic() + seconds
         while self.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
+
+
+def _kill(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 def _join_cluster() -> None:

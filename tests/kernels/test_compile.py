@@ -319,7 +319,7 @@ def test_the_command_refuses_an_option_that_the_engine_refuses(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["--arch", "sm_90", "--model", "llama", "--quant", "int5"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "quant must be one of" in line
+    assert "quant: must be one of" in line
 
 
 def test_the_command_refuses_the_interpreter(
@@ -619,7 +619,7 @@ def check_all(compiler: Executor, launches: list[PortableLaunch], arch: str) -> 
 
 ENGINES: list[dict[str, Any]] = [
     {"quant": "int8"},
-    {"quant": "int4", "group_size": 128},
+    {"quant": "int4:g128"},
     {"quant": "none"},
     {"quant": "none", "deterministic": True},
     {"quant": "int8", "kv_cache_dtype": "int8"},
