@@ -15,7 +15,9 @@ from engine.errors import ConfigError
 from engine.kernels import cpu
 from engine.kernels.host_attention import SEGMENT
 from engine.kernels.kv_layer import INT4, INT4_MULTIPLE, block_bytes
-from engine.layers.cuts import Cut, GatheredCut, SummedCut
+from engine.kernels.quantize import SPREAD_BLOCK
+from engine.kernels.sharded_matmul import num_terms
+from engine.layers.cuts import Cut, GatheredCut, IntegerSumCut, SummedCut
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, DecoderLayer
 from engine.parallel.exchanges import Exchange, counted, gathered, sent, step_bytes, summed
@@ -336,6 +338,16 @@ def _row_exchanges(name: str, cut: Cut, out_features: int, itemsize: int) -> lis
             size = cut.group.size
             return [
                 gathered(f"inputs of the {name}'s output", cut.in_features, size, itemsize),
+                gathered(f"output of the {name}", cut.out_features, size, itemsize),
+            ]
+        case IntegerSumCut():
+            size = cut.group.size
+            sums = num_terms(cut.format) * cut.out_features
+            return [
+                gathered(
+                    f"largest inputs of the {name}'s output", cut.in_features // SPREAD_BLOCK, size, itemsize
+                ),
+                summed(f"integers of the {name}'s output", sums, torch.int32.itemsize),
                 gathered(f"output of the {name}", cut.out_features, size, itemsize),
             ]
         case SummedCut():

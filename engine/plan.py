@@ -25,9 +25,9 @@ from engine.memory import MemoryPlan, available_bytes, plan_exchanges, plan_memo
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.options import resolve_cache_dtype, resolve_device, resolve_dtype
-from engine.parallel.group import TensorGroup
+from engine.parallel.group import TensorGroup, sums_integers
 from engine.parallel.pipeline import Pipeline
-from engine.parallel.shares import Share, check_shares, share_of_config
+from engine.parallel.shares import Share, check_columns, check_shares, share_of_config
 from engine.quant.plan import QuantizationPlan
 from engine.serve import add_engine_options
 from engine.specification import Specification, parse_scheme
@@ -100,6 +100,8 @@ def plan_engine(config: EngineConfig, settings: dict[str, Any], gpu_memory: int 
     model_config = ModelConfig.from_dict(settings)
     config = _resolve_quantization(config, model_config, settings)
     check_shares(model_config, config.tensor_parallel_size)
+    if not config.exact_reduce:
+        check_columns(model_config, config.specification, config.tensor_parallel_size)
     if gpu_memory is None:
         device = resolve_device(config)
         available = available_bytes(config, device)
@@ -113,7 +115,10 @@ def plan_engine(config: EngineConfig, settings: dict[str, Any], gpu_memory: int 
     plans = []
     for rank in range(config.num_ranks):
         stage, share = divmod(rank, config.tensor_parallel_size)
-        group = TensorGroup(Share(share, config.tensor_parallel_size), None, config.exact_reduce)
+        # Whether it is so on all ranks is found out by themselves.
+        has_integer_sums = config.tensor_parallel_size > 1 and sums_integers(device)
+        share_of_layers = Share(share, config.tensor_parallel_size)
+        group = TensorGroup(share_of_layers, None, config.exact_reduce, has_integer_sums)
         pipeline = Pipeline(stage, config.pipeline_parallel_size)
         model = Decoder(model_config, quantization, dtype, group, pipeline)
         shard = replace(share_of_config(model_config, group.share), num_layers=len(model.layers))

@@ -28,7 +28,7 @@ from engine.models.decoder import Decoder
 from engine.options import describe_host, resolve_cache_dtype, resolve_device, resolve_dtype
 from engine.parallel.place import Place, take_place
 from engine.parallel.rendezvous import meet
-from engine.parallel.shares import check_shares, share_of_config
+from engine.parallel.shares import check_columns, check_shares, share_of_config
 from engine.program_executor import ProgramExecutor
 from engine.quant.plan import QuantizationPlan
 from engine.specification import Specification
@@ -76,6 +76,8 @@ class ModelRunner:
         self.config = config = _resolve_quantization(config, self.model_config, checkpoint)
         self.device = resolve_device(config)
         check_shares(self.model_config, config.tensor_parallel_size)
+        if not config.exact_reduce:
+            check_columns(self.model_config, config.specification, config.tensor_parallel_size)
         if self.device.type == "cuda" and config.num_ranks > 1:
             self.device = torch.device("cuda", rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)

@@ -86,13 +86,14 @@ class Attention(nn.Module):
             config.has_qkv_bias,
             ColumnCut(group, self.head_dim),
         )
+        output_scheme = quantization.scheme(output)
         self.output = Linear(
             output,
             query_size,
             [config.hidden_size],
-            quantization.scheme(output),
+            output_scheme,
             config.has_output_bias,
-            row_cut(group, query_size, config.hidden_size),
+            row_cut(group, query_size, config.hidden_size, output_scheme),
         )
         self.query_norm = self.key_norm = None
         if config.has_query_key_norm:

@@ -4,8 +4,10 @@
                 inner features stay where they are, for the row-parallel layer behind them.
     row         that layer, whose inputs are shared. Either inputs are gathered and W's rows are shared again, and the
                 outputs gathered too: the same bits as on one rank, for any scheme. Or W's columns are shared, and the
-                products summed: fewer bytes for what is narrow, and other bits unless the sums are of integers.
+                products summed: the same bits if the sums are of integers, others if they are of floats.
     vocabulary  W's rows, the last rank's being fewer where they do not divide.
+
+`row_cut` says which; `engine.parallel.costs`, what it costs.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (arXiv:1909.08053).
 """
@@ -17,9 +19,16 @@ from typing import Protocol
 
 import torch
 
-from engine.kernels.activations import Activations, Format
+from engine.kernels.activations import Activations, Format, SparseInt8Format
+from engine.kernels.int8_matmul import MAX_IN_FEATURES
+from engine.kernels.quantize import SPREAD_BLOCK
+from engine.kernels.sharded_matmul import ShardedInt8Matmul, block_maxima, num_terms, quantize_part
+from engine.parallel.costs import gathered_bytes, integer_sum_bytes
 from engine.parallel.group import TensorGroup
+from engine.quant.host import token_format
+from engine.quant.int8 import Int8
 from engine.quant.scheme import Matmul, Scheme, Tensors
+from engine.quant.weight import Weight
 
 
 class Cut(Protocol):
@@ -31,6 +40,10 @@ class Cut(Protocol):
 
     def columns(self, in_features: int) -> slice:
         """Of W."""
+        ...
+
+    def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
+        """The stored tensors for the rank's part of W, or of a matrix that it stacks; all ranks call it together."""
         ...
 
     def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
@@ -57,6 +70,9 @@ class ColumnCut:
     def columns(self, in_features: int) -> slice:
         return slice(0, in_features)
 
+    def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
+        return scheme.quantize(weight)
+
     def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         return scheme.bind(tensors, bias)
 
@@ -78,6 +94,9 @@ class GatheredCut:
 
     def columns(self, in_features: int) -> slice:
         return slice(0, in_features)
+
+    def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
+        return scheme.quantize(weight)
 
     def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         return _GatheredMatmul(self, scheme.bind(tensors, bias))
@@ -108,6 +127,9 @@ class SummedCut:
     def columns(self, in_features: int) -> slice:
         return self.group.share.of(in_features)
 
+    def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
+        return scheme.quantize(weight)
+
     def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         # One rank adds the bias.
         return _SummedMatmul(self.group, scheme.bind(tensors, None if self.group.share.rank else bias))
@@ -121,8 +143,81 @@ class _SummedMatmul:
         return self._group.sum_(self._matmul(x))
 
 
-def row_cut(group: TensorGroup, in_features: int, out_features: int) -> Cut:
-    """That of a layer behind a column-parallel one."""
+@dataclass(frozen=True, slots=True)
+class IntegerSumCut:
+    """Inputs are shared, and products of int8 activations × int8 weights are summed as integers: the bits of one
+    rank, as W's scales are those of whole rows, and the activations' those of whole tokens.
+
+    Attributes:
+        in_features, out_features: Of the whole layer.
+        format: Of the activations.
+    """
+
+    group: TensorGroup
+    in_features: int
+    out_features: int
+    format: SparseInt8Format
+
+    @staticmethod
+    def of(group: TensorGroup, in_features: int, out_features: int, scheme: Scheme) -> IntegerSumCut | None:
+        """That of a layer, if there can be one."""
+        if not group.has_integer_sums or not isinstance(scheme, Int8) or scheme.activations == "groups":
+            return None
+        # A rank's part of a grid of blocks of 32 is told from one of whole rows by having two blocks or more.
+        blocks = in_features // SPREAD_BLOCK // group.size
+        if blocks * SPREAD_BLOCK * group.size != in_features or blocks < 2 or out_features % group.size:
+            return None
+        if in_features > MAX_IN_FEATURES:
+            return None
+        return IntegerSumCut(group, in_features, out_features, token_format(scheme.activations))
+
+    def rows(self, out_features: int) -> slice:
+        return slice(0, out_features)
+
+    def columns(self, in_features: int) -> slice:
+        return self.group.share.of(in_features)
+
+    def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
+        assert isinstance(scheme, Int8)
+        return scheme.quantize_part(weight, self.group.largest)
+
+    def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
+        outputs, size = self.group.share.of(self.out_features), self.group.size
+        terms = num_terms(self.format)
+        product = ShardedInt8Matmul(tensors["weight"], tensors["scale"], bias, outputs, size, terms)
+        return _IntegerSumMatmul(self, product)
+
+
+@dataclass(slots=True)
+class _IntegerSumMatmul:
+    cut: IntegerSumCut
+    product: ShardedInt8Matmul
+    format: Format = None
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor)
+        cut, group = self.cut, self.cut.group
+        maxima = group.gather(block_maxima(x), cut.in_features // SPREAD_BLOCK)
+        codes = quantize_part(x, maxima, cut.format)
+        sums = group.scatter(self.product.sums(codes))
+        return group.gather(self.product.finish(sums, codes), cut.out_features)
+
+
+def row_cut(group: TensorGroup, in_features: int, out_features: int, scheme: Scheme) -> Cut:
+    """That of a layer behind a column-parallel one.
+
+    Of the two forms with the bits of one rank, the one which sends fewer bytes: sums of integers where the scheme has
+    them and the layer narrows (K > 2.06 N with two terms), else gathering.
+
+    Args:
+        in_features, out_features: K and N of the whole layer.
+    """
     if group.size == 1 or not group.is_exact:
         return SummedCut(group)
+    sums = IntegerSumCut.of(group, in_features, out_features, scheme)
+    if sums is not None:
+        terms = num_terms(sums.format)
+        shape = (in_features, out_features, group.size)
+        if integer_sum_bytes(*shape, terms) < gathered_bytes(*shape):
+            return sums
     return GatheredCut(group, in_features, out_features)

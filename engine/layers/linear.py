@@ -67,7 +67,8 @@ class Linear(StoredLayer):
 
     def load(self, read: ReadWeight) -> None:
         read_parts = list(zip(self.sources, self.parts, strict=True))
-        parts = [self.scheme.quantize(read(f"{source}.weight", part)) for source, part in read_parts]
+        weights = (read(f"{source}.weight", part) for source, part in read_parts)
+        parts = [self.cut.quantize(self.scheme, weight) for weight in weights]
         self._store({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         if self.has_bias:
             biases = [read(f"{source}.bias", Part(part.rows)) for source, part in read_parts]

@@ -30,9 +30,8 @@ class MLP(nn.Module):
         self.gate_up = Linear(
             gate_up, hidden, [inner, inner], quantization.scheme(gate_up), has_bias, ColumnCut(group)
         )
-        self.down = Linear(
-            down, inner, [hidden], quantization.scheme(down), has_bias, row_cut(group, inner, hidden)
-        )
+        scheme = quantization.scheme(down)
+        self.down = Linear(down, inner, [hidden], scheme, has_bias, row_cut(group, inner, hidden, scheme))
         self.format: Format = None
         self.activation = {"silu": silu_mul, "gelu_tanh": gelu_mul}[config.activation]
 

@@ -7,6 +7,7 @@ one number and zeros. While a program is recorded (`engine.kernels.cpu`), an exc
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -34,6 +35,7 @@ class TensorGroup:
         share: Of each layer.
         backend: torch's end of it; None for a single rank, and on the meta device.
         is_exact: Whether the ranks compute what one would, to the bit (`--exact-reduce`).
+        has_integer_sums: Whether products can be summed over ranks as integers, which C's kernels do.
         num_bytes: What this rank has brought to exchanges, by kind: "gather" or "sum".
         seconds: What exchanges took, waiting for the slowest rank included.
     """
@@ -41,6 +43,7 @@ class TensorGroup:
     share: Share = field(default_factory=Share)
     backend: Backend | None = None
     is_exact: bool = True
+    has_integer_sums: bool = False
     num_bytes: dict[str, int] = field(default_factory=lambda: {"gather": 0, "sum": 0})
     seconds: float = 0.0
 
@@ -61,6 +64,26 @@ class TensorGroup:
         if self.size > 1:
             cpu.call(lambda rows: self._sum(x[:rows]), x.shape[0])
         return x
+
+    def scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """Sends each rank its part of x [M, size * K], which lies as [size, M, K] for the M rows that there are.
+
+        Returns:
+            The parts that the ranks have for this one, one after the other, as they lie in x.
+        """
+        parts = cpu.empty("scatter", *x.shape, dtype=x.dtype)
+        cpu.call(lambda rows: self._scatter(x[:rows], parts[:rows]), x.shape[0])
+        return parts
+
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """The largest of the ranks' x, each element by itself; at once, whether a program is recorded or not."""
+        if self.size == 1:
+            return x
+        options = torch.distributed.AllreduceOptions()
+        options.reduceOp = torch.distributed.ReduceOp.MAX  # type: ignore[assignment]
+        largest = x.clone()
+        self._group.allreduce([largest], options).wait()
+        return largest
 
     def localize(self, token_ids: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Places [T] in this rank's rows of a table, and whether the token's row is another rank's, [T] bool."""
@@ -87,10 +110,7 @@ class TensorGroup:
         width = self.share.largest(whole.shape[1])
         mine = torch.nn.functional.pad(x, (0, width - x.shape[1])).contiguous()
         parts = list(mine.new_empty(self.size, *mine.shape))
-        start = time.perf_counter()
-        self._group.allgather([parts], [mine]).wait()
-        self.seconds += time.perf_counter() - start
-        self.num_bytes["gather"] += mine.nbytes
+        self._exchange("gather", lambda: self._group.allgather([parts], [mine]), mine.nbytes)
         for rank, part in enumerate(parts):
             columns = Share(rank, self.size).of(whole.shape[1])
             whole[:, columns] = part[:, : columns.stop - columns.start]
@@ -101,10 +121,17 @@ class TensorGroup:
         return self.backend
 
     def _sum(self, x: torch.Tensor) -> None:
+        self._exchange("sum", lambda: self._group.allreduce([x]), x.nbytes)
+
+    def _scatter(self, x: torch.Tensor, parts: torch.Tensor) -> None:
+        flat = parts.view(-1), x.view(-1)
+        self._exchange("sum", lambda: self._group.alltoall_base(*flat, [], []), x.nbytes)
+
+    def _exchange(self, kind: str, begin: Callable[[], Any], num_bytes: int) -> None:
         start = time.perf_counter()
-        self._group.allreduce([x]).wait()
+        begin().wait()
         self.seconds += time.perf_counter() - start
-        self.num_bytes["sum"] += x.nbytes
+        self.num_bytes[kind] += num_bytes
 
 
 def join(store: Store, share: Share, name: str, device: torch.device) -> Backend:
@@ -122,6 +149,11 @@ def join(store: Store, share: Share, name: str, device: torch.device) -> Backend
         options = torch.distributed.ProcessGroupNCCL.Options()
         return torch.distributed.ProcessGroupNCCL(store, share.rank, share.size, options)
     return gloo(store, share.rank, share.size, PATIENCE)
+
+
+def sums_integers(device: torch.device) -> bool:
+    """Whether this machine has kernels for products that are summed over ranks as integers."""
+    return device.type == "cpu" and cpu.library() is not None
 
 
 def _empty_like(x: torch.Tensor, owner: str, width: int) -> torch.Tensor:

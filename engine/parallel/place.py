@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from torch.distributed.distributed_c10d import Store
 
-from engine.parallel.group import Backend, TensorGroup, join
+from engine.parallel.group import Backend, TensorGroup, join, sums_integers
 from engine.parallel.pipeline import Pipeline
 from engine.parallel.shares import Share
 
@@ -38,6 +38,8 @@ class Place:
         if self.size == 1:
             return ""
         share, exact = self.group.share, "-exact" if self.group.is_exact else ""
+        if self.group.is_exact and self.group.has_integer_sums:
+            exact = "-exact-integers"  # some layers are cut otherwise
         return (
             f"-share-{share.rank}-of-{share.size}{exact}-stage-{self.pipeline.stage}-of-{self.pipeline.size}"
         )
@@ -71,10 +73,14 @@ def take_place(
         return Place()
     size = tensor_size * pipeline_size
     stage, share = divmod(rank, tensor_size)
-    group, pipeline = TensorGroup(Share(share, tensor_size), None, is_exact), Pipeline(stage, pipeline_size)
+    group = TensorGroup(Share(share, tensor_size), None, is_exact)
+    pipeline = Pipeline(stage, pipeline_size)
     everyone = join(store, Share(rank, size), "everyone", device)
     if tensor_size > 1:
         group.backend = join(store, group.share, f"stage-{stage}", device)
+        # Ranks on several machines may not have the same; their layers must be cut alike.
+        lacks_kernels = torch.tensor([not sums_integers(device)], dtype=torch.int32, device=device)
+        group.has_integer_sums = not group.largest(lacks_kernels)
     if pipeline_size > 1:
         pipeline.backend = join(store, Share(stage, pipeline_size), f"share-{share}", device)
     return Place(rank, size, group, pipeline, everyone)

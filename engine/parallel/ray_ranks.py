@@ -21,7 +21,7 @@ import ray
 import zmq
 from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.errors import ConfigError
 from engine.parallel.launching import Link
@@ -55,6 +55,7 @@ class RayLauncher:
         self._needs = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
         self._node = ray.get_runtime_context().get_node_id()
         self._group: PlacementGroup | None = None
+        self._killers: dict[int, Any] = {}
         try:
             self._group, self._ranks_per_bundle = self._take_room(size, stage_size)
             if device == "cuda":
@@ -87,7 +88,11 @@ class RayLauncher:
             )
             .remote()
         )
-        return _Actor(actor, orders, reports)
+        bundle = rank // self._ranks_per_bundle
+        if bundle not in self._killers:
+            killer = ray.remote(Killer).options(num_cpus=0, scheduling_strategy=self._seat(rank))
+            self._killers[bundle] = killer.remote()
+        return _Actor(actor, self._killers[bundle], orders, reports)
 
     def settle(self) -> None:
         pass
@@ -154,14 +159,21 @@ class RayLauncher:
 class RankActor:
     """A rank in an actor's process."""
 
-    def where(self) -> tuple[str, int]:
-        """The node and the process."""
-        return ray.get_runtime_context().get_node_id(), os.getpid()
+    def process(self) -> int:
+        return os.getpid()
 
     def follow(self, orders: Link, reports: Link) -> None:
         from engine.parallel.rank_process import follow
 
         follow(orders, reports)
+
+
+class Killer:
+    """Ends processes of its node."""
+
+    def kill(self, process: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 class GpuKeeper:
@@ -174,9 +186,9 @@ class GpuKeeper:
 class _Actor:
     """See `engine.parallel.launching.RankHandle`."""
 
-    def __init__(self, actor: Any, orders: Link, reports: Link) -> None:
-        self._actor = actor
-        self._where = actor.where.remote()
+    def __init__(self, actor: Any, killer: Any, orders: Link, reports: Link) -> None:
+        self._actor, self._killer = actor, killer
+        self._process = actor.process.remote()
         self._end = actor.follow.remote(orders, reports)
 
     def poll(self) -> str | None:
@@ -191,11 +203,8 @@ class _Actor:
         return "has ended"
 
     def kill(self) -> None:
-        if ray.wait([self._where], timeout=0)[0]:
-            # Ray asks a process to end before it insists: one that hangs would keep the others waiting.
-            node, process = ray.get(self._where)
-            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-            ray.remote(_kill).options(num_cpus=0, scheduling_strategy=strategy).remote(process)
+        # Ray asks a process to end before it insists: one that hangs would keep the others waiting.
+        self._killer.kill.remote(self._process)
         ray.kill(self._actor)
 
     def release(self) -> None:
@@ -206,11 +215,6 @@ class _Actor:
         deadline = time.monotonic() + seconds
         while self.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-
-
-def _kill(process: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
 
 
 def _join_cluster() -> None:

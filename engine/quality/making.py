@@ -22,7 +22,7 @@ from engine.quantize import quantize_checkpoint
 from engine.recipe import Recipe
 from engine.tokenizer import load_tokenizer
 
-NUM_WINDOWS = 32
+NUM_WINDOWS = 64
 WINDOW_LENGTH = 512
 """Of the calibration text, as `python -m engine.quant` takes them."""
 

@@ -73,7 +73,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--symmetric", action="store_true", help="int4 without zero-points; int8 has none")
     add("--algorithm", default="rtn", help="how, see below: rtn, awq, hadamard+gptq+tune, ... (default: rtn)")
     add("--calibration", type=Path, metavar="FILE", help="text (default: Python's help topics)")
-    add("--windows", type=int, default=32, help="windows of the text (default: 32)")
+    add("--windows", type=int, default=64, help="windows of the text (default: 64)")
     add("--length", type=int, default=512, help="tokens in each (default: 512)")
     add("--seed", type=int, default=0, help="of where the windows lie (default: 0)")
     add("--out", type=Path, required=True, metavar="DIR", help="directory to write")

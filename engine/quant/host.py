@@ -66,7 +66,7 @@ def host_product(
     if activations == "groups":
         assert isinstance(weight, torch.Tensor)
         return HostGroupedMatmul(weight, scale, GROUP_SIZE, bias, Int8Format(1, GROUP_SIZE))
-    return HostInt8Matmul(weight, scale, bias, _token_format(activations))
+    return HostInt8Matmul(weight, scale, bias, token_format(activations))
 
 
 def host_grouped_product(
@@ -77,9 +77,10 @@ def host_grouped_product(
     activations: ActivationTerms = "default",
 ) -> Matmul:
     """The product with a weight [N, K] of int8 codes and scales [N, ceil(K / group_size)] float16."""
-    format = Int8Format(1, group_size) if activations == "groups" else _token_format(activations)
+    format = Int8Format(1, group_size) if activations == "groups" else token_format(activations)
     return HostGroupedMatmul(weight, scale, group_size, bias, format)
 
 
-def _token_format(activations: ActivationTerms) -> SparseInt8Format:
+def token_format(activations: ActivationTerms) -> SparseInt8Format:
+    """What the product takes; activations: not "groups"."""
     return {"token": ONE_TERM, "two-terms": TWO_TERMS}.get(activations, HOST_ACTIVATIONS)

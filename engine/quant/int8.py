@@ -15,6 +15,7 @@ Sums of integers do not depend on the order, the tiling or the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +56,20 @@ class Int8:
         }
 
     def quantize(self, weight: Weight) -> Tensors:
+        return self.quantize_part(weight, lambda largest: largest)
+
+    def quantize_part(
+        self, weight: Weight, largest_of_row: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Tensors:
+        """What `quantize` makes of some columns of a weight.
+
+        Args:
+            largest_of_row: From the largest |w| of each row of the part, [N] float32, to that of the whole row.
+        """
         if isinstance(weight, GridWeight) and weight.codes.dtype == torch.int8 and weight.scale.shape[1] == 1:
             return {"weight": weight.codes, "scale": weight.scale[:, 0].float()}
         values = to_float(weight).float()
-        scale = values.abs().amax(dim=1) / 127
+        scale = largest_of_row(values.abs().amax(dim=1)) / 127
         # A row of zeros gets the scale 1: its codes are zeros whatever they are multiplied by.
         scale = torch.where(scale > 0, scale, 1.0)
         return {"weight": (values / scale[:, None]).round().to(torch.int8), "scale": scale}

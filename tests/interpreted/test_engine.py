@@ -55,19 +55,19 @@ def test_logits_equal_those_of_transformers(checkpoints: dict[str, Path], family
 
 
 @pytest.mark.parametrize(
-    ("quant", "group_size", "deterministic"),
+    ("quant", "deterministic"),
     [
-        ("int8", 32, False),
-        ("int4", 32, True),
-        pytest.param("int4", 128, False, marks=pytest.mark.slow),
+        ("int8", False),
+        ("int4", True),
+        pytest.param("int4:g128", False, marks=pytest.mark.slow),
     ],
 )
 def test_quantized_logits_are_those_of_the_dequantized_weights(
-    checkpoints: dict[str, Path], quant: str, group_size: int, deterministic: bool
+    checkpoints: dict[str, Path], quant: str, deterministic: bool
 ) -> None:
     path = checkpoints["smollm2"]
-    runner = make_runner(path, quant=quant, group_size=group_size, deterministic=deterministic)
-    reference, original = dequantized(path, quant, group_size, on_host=False), load_reference(path)
+    runner = make_runner(path, quant=quant, deterministic=deterministic)
+    reference, original = dequantized(path, quant, on_host=False), load_reference(path)
     for sequence, computed in zip(make_sequences(320, CHUNKS), logits_of(runner, CHUNKS), strict=True):
         logits = torch.stack(list(computed.values()))
         expected = reference_logits(reference, sequence)[list(computed)]

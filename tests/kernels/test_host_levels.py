@@ -25,6 +25,7 @@ from engine.kernels.kv_layer import CACHE_TYPES, KVCache
 from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.norm import rms_norm
 from engine.kernels.quantize import quantize_sparse
+from engine.kernels.sharded_matmul import ShardedInt8Matmul, block_maxima, quantize_part
 from engine.loading.dummy import DummyCheckpoint
 from engine.quant.host import HOST_ACTIVATIONS
 from engine.runner import ModelRunner
@@ -105,6 +106,7 @@ def operations() -> Digests:
         for kind, product in enumerate(products):
             parts = [product(x[:size]) for size in (1, 4, 5, 16, 35, 200)]
             digests[f"product {kind} {rows} {columns}"] = digest(*parts)
+        digests[f"sums {rows} {columns}"] = shared_sums(weights[0][0], odd_tokens(200, columns))
     for size in (24, 33, 100, 576):
         x, weight, gates = odd_tokens(20, size), torch.randn(size), odd_tokens(20, 2 * size)
         digests[f"quantize {size}"] = digest(codes_of(quantize_sparse(x, HOST_ACTIVATIONS)))
@@ -122,6 +124,21 @@ def operations() -> Digests:
         for head_dim, window in ((24, None), (80, 100), (128, 300)):
             digests[f"attention {dtype} {head_dim}"] = attention(dtype, head_dim, window)
     return digests
+
+
+def shared_sums(weight: torch.Tensor, x: torch.Tensor) -> str:
+    """Of whole blocks of 32 input features, as one of three ranks would have them if the others had the same."""
+    columns = x.shape[1] // 32 * 32
+    x, results = x[:, :columns].contiguous(), []
+    product = ShardedInt8Matmul(
+        weight[:, :columns], torch.ones(len(weight)), None, slice(0, len(weight)), 1, 2
+    )
+    for size in (1, 4, 5, 16, 35, 200):
+        maxima = block_maxima(x[:size])
+        codes = quantize_part(x[:size], maxima.repeat(1, 3), HOST_ACTIVATIONS)
+        sums = product.sums(codes)
+        results += [maxima, codes_of(codes), sums, product.finish(sums, codes)]
+    return digest(*results)
 
 
 def attention(dtype: torch.dtype, head_dim: int, window: int | None) -> str:

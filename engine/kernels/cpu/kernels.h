@@ -328,33 +328,31 @@ INLINE float lower_median(const int32_t *bits, int64_t size) {
     return median;
 }
 
-// Row m of the codes, of x [size]; maxima: scratch of ceil(size / 32) words.
-INLINE void quantize_row(const float *x, int64_t size, float spread, Codes codes, int64_t m, int32_t *maxima) {
+// The sizes of up to 32 elements, in two halves, as their bits: a NaN's are above infinity's.
+INLINE Ints block_sizes(const float *x, int64_t left) {
+    const Ints first = (Ints)absolute(load_part(x, left));
+    return larger_of(first, left > LANES ? (Ints)absolute(load_part(x + LANES, left - LANES)) : (Ints){0});
+}
+
+// That of a token whose elements are finite: of the largest of each 32, and of the largest of all, as bits.
+INLINE float scale_of_token(const int32_t *maxima, int64_t blocks, int32_t largest, float spread) {
+    float absmax;
+    memcpy(&absmax, &largest, sizeof absmax);
+    const float scale = spread < INFINITY ? lower_median(maxima, blocks) * spread : absmax * (1.0f / 127);
+    return fmaxf(fmaxf(scale, absmax * (1.0f / 16256)), 1.17549435e-38f);
+}
+
+// Row m of the codes where x is not finite.
+INLINE void write_no_codes(Codes codes, int64_t m) {
+    memset(codes.low + m * codes.stride, 0, (size_t)codes.stride);
+    codes.tokens[m] = (Token){NAN, 0, 0, 0};
+}
+
+// Row m of the codes, of x [size] with this scale.
+INLINE void write_codes(const float *x, int64_t size, float scale, Codes codes, int64_t m) {
     int8_t *low = codes.low + m * codes.stride;
     Quad *quads = codes.quads + m * (codes.stride / 4);
-    Token token = {NAN, 0, 0, 0};
-    Ints largest = {0};
-    for (int64_t k = 0; k < size; k += SPREAD_BLOCK) {
-        // A NaN's bits are above infinity's.
-        const Ints first = (Ints)absolute(load_part(x + k, size - k));
-        const Ints second =
-            size - k > LANES ? (Ints)absolute(load_part(x + k + LANES, size - k - LANES)) : (Ints){0};
-        const Ints both = larger_of(first, second);
-        largest = larger_of(largest, both);
-        maxima[k / SPREAD_BLOCK] = ((Ints)fill(largest_lane((Floats)both)))[0];
-    }
-    int32_t bits = 0;
-    for (int i = 0; i < LANES; i++) bits = largest[i] > bits ? largest[i] : bits;
-    if (bits >= 0x7F800000) {
-        memset(low, 0, (size_t)codes.stride);
-        codes.tokens[m] = token;
-        return;
-    }
-    float absmax;
-    memcpy(&absmax, &bits, sizeof absmax);
-    const float median = lower_median(maxima, (size + SPREAD_BLOCK - 1) / SPREAD_BLOCK);
-    float scale = spread < INFINITY ? median * spread : absmax * (1.0f / 127);
-    scale = fmaxf(fmaxf(scale, absmax * (1.0f / 16256)), 1.17549435e-38f);
+    Token token = {scale, 0, 0, 0};
     const float steps = 1.0f / scale;
     Ints low_sums = {0}, high_sums = {0};
     for (int64_t k = 0; k < codes.stride; k += LANES) {
@@ -379,9 +377,22 @@ INLINE void quantize_row(const float *x, int64_t size, float spread, Codes codes
             token.num_quads += of_quads[i] != 0;
         }
     }
-    token.scale = scale;
     for (int i = 0; i < LANES; i++) token.low_sum += low_sums[i], token.high_sum += high_sums[i];
     codes.tokens[m] = token;
+}
+
+// Row m of the codes, of x [size]; maxima: scratch of ceil(size / 32) words.
+INLINE void quantize_row(const float *x, int64_t size, float spread, Codes codes, int64_t m, int32_t *maxima) {
+    Ints largest = {0};
+    for (int64_t k = 0; k < size; k += SPREAD_BLOCK) {
+        const Ints sizes = block_sizes(x + k, size - k);
+        largest = larger_of(largest, sizes);
+        maxima[k / SPREAD_BLOCK] = ((Ints)fill(largest_lane((Floats)sizes)))[0];
+    }
+    int32_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits = largest[i] > bits ? largest[i] : bits;
+    if (bits >= 0x7F800000) write_no_codes(codes, m);
+    else write_codes(x, size, scale_of_token(maxima, (size + SPREAD_BLOCK - 1) / SPREAD_BLOCK, bits, spread), codes, m);
 }
 
 // Memory of a thread's own, as large as has ever been asked for.

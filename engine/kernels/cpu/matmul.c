@@ -3,14 +3,13 @@
 // Weights of four bits lie in memory as nibbles and are expanded to such panels where they are used: 5 bits a weight of
 // int4 to read instead of 8, 4 and a table of one with codebooks, 4.25 with a factor a block.
 
-#include "int8_tiles.h"
+#include "term_sums.h"
 #ifdef __AMX_INT8__
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 enum {
-    CHUNK = 192,       // tokens in a task
     GROUP_QUADS = 8,   // of an int4 group: 32 input features
     GROUP_BYTES = 2 * PANEL * (int)sizeof(int16_t) + GROUP_QUADS * QUAD_BYTES / 2,
     BLOCK_QUADS = 16,  // of a codebook's weight: 64 input features
@@ -209,24 +208,6 @@ INLINE const uint8_t *panels_at(const uint8_t *weight, int64_t kind, int64_t pan
     return expanded;
 }
 
-#if HAS_TILES
-
-// High terms of tokens from … to - 1 with all the zeros between them, as the tile unit takes them: it is faster with
-// the zeros than a few products at a time are without.
-INLINE const int8_t *dense_high_terms(Codes codes, int64_t from, int64_t to) {
-    static _Thread_local Room dense;
-    int8_t *high = room(&dense, CHUNK * codes.stride);
-    memset(high, 0, (size_t)((to - from) * codes.stride));
-    for (int64_t m = from; m < to; m++) {
-        const Quad *quads = codes.quads + m * (codes.stride / QUAD);
-        for (int64_t i = 0; i < codes.tokens[m].num_quads; i++)
-            memcpy(high + (m - from) * codes.stride + quads[i].index * QUAD, quads[i].codes, QUAD);
-    }
-    return high;
-}
-
-#endif
-
 // What a task multiplies activations with, and where the results go.
 typedef struct {
     const uint8_t *panels;
@@ -241,28 +222,16 @@ typedef struct {
 INLINE void multiply(const Product *product, int64_t num_panels, Codes codes, int64_t from, int64_t to,
                      const int8_t *dense) {
     Ints low[MOST_ROWS * WIDE], high[MOST_ROWS * WIDE];
-    const int64_t quads = codes.stride / QUAD;
     for (int64_t m = from, size; m < to; m += size) {
-        Tile *tile = next_tile(to - m, num_panels, &size);
-        tile(product->panels, product->distance, codes.low + m * codes.stride, codes.stride, quads, (int32_t *)low);
-        const int is_dense = dense != NULL && size >= UNIT_ROWS;
-        if (is_dense)
-            tile(product->panels, product->distance, dense + (m - from) * codes.stride, codes.stride, quads,
-                 (int32_t *)high);
+        const int8_t *high_terms = dense == NULL ? NULL : dense + (m - from) * codes.stride;
+        size = sum_terms(product->panels, product->distance, num_panels, codes, m, to, high_terms, low, high);
         for (int64_t i = 0; i < size; i++) {
-            const Token token = codes.tokens[m + i];
-            const Quad *quad = codes.quads + (m + i) * quads, *end = quad + (is_dense ? 0 : token.num_quads);
-            Ints highs[WIDE] = {{0}};
-            if (is_dense) memcpy(highs, high + i * num_panels, (size_t)num_panels * sizeof *highs);
-            for (; quad < end; quad++)
-                for (int64_t n = 0; n < num_panels; n++)
-                    highs[n] = add_quad(highs[n], product->panels + n * product->distance + quad->index * QUAD_BYTES,
-                                        quad->codes);
+            const float token_scale = codes.tokens[m + i].scale;
             float *y = product->output + (m + i) * product->stride;
             for (int64_t n = 0; n < num_panels; n++) {
-                const Floats low_sum = __builtin_convertvector(low[i * num_panels + n] - 128 * token.low_sum, Floats);
-                const Floats high_sum = __builtin_convertvector(highs[n] - 128 * token.high_sum, Floats);
-                Floats value = (high_sum * 128.0f + low_sum) * token.scale * load(product->scale + n * PANEL);
+                const Floats low_sum = __builtin_convertvector(low[i * num_panels + n], Floats);
+                const Floats high_sum = __builtin_convertvector(high[i * num_panels + n], Floats);
+                Floats value = (high_sum * 128.0f + low_sum) * token_scale * load(product->scale + n * PANEL);
                 if (product->bias != NULL) value += load(product->bias + n * PANEL);
                 const int64_t left = product->features - n * PANEL;
                 if (left >= PANEL) store(y + n * PANEL, value);
