@@ -17,7 +17,7 @@ from benchmarks.offline import Measurement, TokenPrompts, measure
 from benchmarks.report import format_table, write_json
 from engine import LLM
 from engine.errors import EngineError
-from engine.parallel.exchanges import gathered, summed
+from engine.parallel.costs import float_sum_bytes, gather_bytes, integer_sum_bytes
 from engine.parallel.group import TensorGroup
 
 DEFINITIONS = """\
@@ -93,21 +93,19 @@ LLAMA_70B = Shape("Llama-3.1-70B", 80, 8192, 28672, 64, 8, 128, 128256)
 
 
 FORMS = ("integers", "gathered", "bf16")
-"""Of what row-parallel layers exchange: two int32 sums, inputs and outputs in 16 bits, or sums in bf16."""
+"""What row-parallel layers exchange: two int32 sums, inputs and outputs in 16 bits, or sums in bf16."""
 
 
-def link_bytes(shape: Shape, size: int, form: str) -> float:
-    """Bytes that a rank sends for each token in a layer, over a ring."""
-    total = 0.0
+def link_bytes(shape: Shape, size: int, form: str) -> int:
+    """Bytes that a rank sends for each token in a layer; activations are gathered in 16 bits."""
+    total = 0
     for in_features in (shape.num_heads * shape.head_dim, shape.intermediate_size):
-        if form == "gathered":
-            parts = [gathered("x", width, size, 2) for width in (in_features, shape.hidden_size)]
-            total += (size - 1) * sum(part.row_bytes for part in parts)
-            continue
-        sums = summed("y", shape.hidden_size, 2 if form == "bf16" else 8)
-        total += 2 * (size - 1) / size * sums.row_bytes
         if form == "integers":
-            total += (size - 1) * gathered("maxima", in_features // 32, size, 4).row_bytes
+            total += integer_sum_bytes(in_features, shape.hidden_size, size, terms=2)
+        elif form == "gathered":
+            total += gather_bytes(2 * (in_features + shape.hidden_size), size)
+        else:
+            total += float_sum_bytes(shape.hidden_size, size, item_bytes=2)
     return total
 
 

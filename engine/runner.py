@@ -114,10 +114,7 @@ class ModelRunner:
         )
         self._weight_bytes = self.model.num_bytes
         self.plan = self._plan_memory(available_bytes(config, self.device))
-        if self.place.size > 1:
-            num_blocks = self.place.smallest(self.plan.num_blocks, self.device)
-            exchanges = plan_exchanges(self.model, self._limits, rank, self.device)
-            self.plan = replace(self.plan.with_blocks(num_blocks), exchanges=exchanges)
+        self.plan = self._agreed(self.plan)
         logger.info("%s", self.plan)
         name = f"{quantization.name}-{self.dtype}".replace("torch.", "") + self.place.name
         if config.load_format == "dummy":
@@ -171,6 +168,14 @@ class ModelRunner:
             measured_activations,
         )
 
+    def _agreed(self, plan: MemoryPlan) -> MemoryPlan:
+        """The plan with as many blocks as every rank has room for, and with what ranks exchange."""
+        if self.place.size == 1:
+            return plan
+        plan = plan.with_blocks(self.place.smallest(plan.num_blocks, self.device))
+        limits = SchedulerConfig.resolve(self.config, plan.max_model_len, self.device.type)
+        return replace(plan, exchanges=plan_exchanges(self.model, limits, self.place.rank, self.device))
+
     def _make_device_executor(self, target: Target) -> DeviceExecutor:
         """The executor, its kernels compiled and its graphs captured; fixes the plan and allocates the cache."""
         # At first over a cache of two blocks, since the largest step tells how many there can be.
@@ -188,7 +193,9 @@ class ModelRunner:
             # What is free now is free of the weights and of all other things that stay.
             available = available_bytes(self.config, self.device) + self._weight_bytes
             plan = replace(self._plan_memory(available, activations), estimate=self.plan)
-            self.plan = replace(plan, max_model_len=min(plan.max_model_len, self.plan.max_model_len))
+            self.plan = self._agreed(
+                replace(plan, max_model_len=min(plan.max_model_len, self.plan.max_model_len))
+            )
             logger.info("%s", self.plan)
         self.cache = executor.cache = self._allocate_cache(self.plan.num_blocks + 1)
         if self.device.type == "cuda" and not self.config.enforce_eager:
