@@ -67,6 +67,11 @@ class EngineConfig:
         True,
         "ranks compute the bits that one would, whatever their number; without, their float products are summed",
     )
+    symmetric_memory: bool = _option(
+        False,
+        "several GPUs of one machine: sum small float tensors through torch's symmetric memory, and capture CUDA "
+        "graphs; no machine has run this yet",
+    )
     deterministic: bool = _option(
         False,
         "a batch cannot change a token: float products in one form on a GPU; refused where a CPU is not exact",
@@ -116,6 +121,8 @@ class EngineConfig:
                     f"{name} must be one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}"
                 )
         _ = self.specification  # parses it
+        if self.symmetric_memory and self.tensor_parallel_size == 1:
+            raise ConfigError("symmetric_memory: is between ranks; give it a --tensor-parallel-size, too")
         for name in (
             "tensor_parallel_size",
             "pipeline_parallel_size",
@@ -155,6 +162,11 @@ class EngineConfig:
             ConfigError: It is not one.
         """
         return parse_specification("none" if self.quant == "auto" else self.quant)
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether steps become CUDA graphs, on a GPU: those of several ranks have not been seen to run."""
+        return not self.enforce_eager and (self.num_ranks == 1 or self.symmetric_memory)
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,10 +23,16 @@ from engine.models.decoder import Decoder, DecoderLayer
 from engine.parallel.exchanges import Exchange, counted, gathered, sent, step_bytes, summed
 from engine.parallel.group import TensorGroup
 from engine.parallel.pipeline import Pipeline
+from engine.parallel.symmetric import MAX_BYTES
 
 logger = logging.getLogger(__name__)
 
 METERED_STEPS = 100
+"""After so many steps a rank says what it has exchanged and what it holds."""
+
+SAMPLER_BYTES = 160
+"""For each token of the vocabulary, to draw a row's token on a CPU: 37 bytes at a time (top_p with penalties and
+log-probabilities), and up to 120 more in the holes that they leave in glibc's heap among what lives longer."""
 
 DEFAULT_CPU_CACHE_SHARE = 0.25
 DEFAULT_CPU_CACHE_LIMIT = 4 * 2**30
@@ -75,6 +81,7 @@ class MemoryPlan:
     """How an engine uses its device's memory, in bytes unless named otherwise.
 
     Attributes:
+        copies: Of what lies twice: the table that a tied head packs for its product, on a CPU.
         activations: Peak of one step, logits and the sampler's buffers included.
         is_measured: Whether `activations` was measured, by a forward pass of the largest step; else estimated.
         graphs: Estimate for the CUDA graphs' own memory; 0 without graphs.
@@ -87,6 +94,7 @@ class MemoryPlan:
     device: str
     available: int
     weights: int
+    copies: int
     activations: int
     is_measured: bool
     graphs: int
@@ -116,6 +124,7 @@ class MemoryPlan:
             *([str(self.estimate)] if self.estimate else []),
             f"memory plan ({self.device}, {format_bytes(self.available)} available)",
             f"  weights      {format_bytes(self.weights):>12}",
+            *([f"  table        {format_bytes(self.copies):>12}  beside its head"] if self.copies else []),
             f"  activations  {format_bytes(self.activations):>12}"
             f"  {'measured' if self.is_measured else 'estimated'} peak of a step",
             *([f"  CUDA graphs  {format_bytes(self.graphs):>12}  estimated"] if self.graphs else []),
@@ -142,12 +151,14 @@ def plan_memory(
     device: torch.device,
     available: int,
     measured_activations: int | None = None,
+    copies: int = 0,
 ) -> MemoryPlan:
     """Divides the device's memory.
 
     Args:
         available: Bytes that the engine may use, weights included.
         measured_activations: Peak of the largest step, in bytes, once it is known.
+        copies: As `MemoryPlan.copies`.
 
     Raises:
         ConfigError: It does not fit; the message shows the arithmetic.
@@ -169,11 +180,11 @@ def plan_memory(
     if measured_activations is None and config.tensor_parallel_size > 1 and config.exact_reduce:
         activations += _gathered_bytes(config, model, scheduler)
     graphs = 0
-    if device.type == "cuda" and not config.enforce_eager:
+    if device.type == "cuda" and config.captures_graphs:
         decodes = replace(scheduler, max_num_batched_tokens=scheduler.max_num_seqs)
         graphs = _device_activation_bytes(model, decodes)
     block = block_bytes(model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, cache_dtype)
-    room = available - weight_bytes - activations - graphs
+    room = available - weight_bytes - copies - activations - graphs
     if config.kv_cache_memory is not None:
         kv_cache = parse_bytes(config.kv_cache_memory)
     elif device.type == "cpu":
@@ -184,7 +195,7 @@ def plan_memory(
     useful_blocks = scheduler.max_num_seqs * -(-requested // config.block_size)
     num_blocks = min(kv_cache // block - 1, useful_blocks)
     arithmetic = (
-        f"{format_bytes(available)} available - {format_bytes(weight_bytes)} weights"
+        f"{format_bytes(available)} available - {format_bytes(weight_bytes + copies)} weights"
         f" - {format_bytes(activations)} activations"
         f"{f' - {format_bytes(graphs)} CUDA graphs' if graphs else ''} leave {format_bytes(max(room, 0))}"
     )
@@ -201,6 +212,7 @@ def plan_memory(
         device=str(device),
         available=available,
         weights=weight_bytes,
+        copies=copies,
         activations=activations,
         is_measured=measured_activations is not None,
         graphs=graphs,
@@ -210,6 +222,14 @@ def plan_memory(
         max_model_len=min(requested, num_blocks * config.block_size),
         requested_max_len=requested,
     )
+
+
+def table_copies(model: Decoder, device: torch.device) -> int:
+    """As `MemoryPlan.copies`: the C kernels' products have weights in an order of their own."""
+    if device.type != "cpu" or cpu.library() is None or not model.shares_table:
+        return 0
+    assert model.embedding is not None
+    return sum(buffer.nbytes for buffer in model.embedding.buffers())
 
 
 def _host_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
@@ -228,7 +248,8 @@ def _host_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> in
         # torch's attention: the mask of a prompt that has a step to itself, and for each query head of a key head.
         group = model.num_heads // model.num_kv_heads
         masks = 4 * scheduler.max_num_batched_tokens * scheduler.max_model_len * (group + 2)
-    return scheduler.max_num_batched_tokens * (floats + codes) + logits + partials + masks
+    sampler = SAMPLER_BYTES * model.vocab_size
+    return scheduler.max_num_batched_tokens * (floats + codes) + logits + partials + masks + sampler
 
 
 def _device_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
@@ -246,30 +267,43 @@ def _device_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> 
 
 
 def _gathered_bytes(config: EngineConfig, model: ModelConfig, scheduler: SchedulerConfig) -> int:
-    """The widest rows that ranks put together, before and after, of 32 bits a number."""
-    widest = max(model.num_heads * model.head_dim, model.intermediate_size) * config.tensor_parallel_size
-    return 2 * 4 * scheduler.max_num_batched_tokens * widest
+    """What ranks put together, as it comes from each and side by side, of 32 bits a number."""
+    attended, inner = model.num_heads * model.head_dim, model.intermediate_size
+    width = (attended + inner) * config.tensor_parallel_size + model.hidden_size
+    return 2 * 4 * (scheduler.max_num_batched_tokens * width + scheduler.max_num_seqs * model.vocab_size)
 
 
 class StepMeter:
-    """Says once, after so many steps, what a rank has exchanged beside what was planned, and what its process holds.
+    """Measures what a rank was planned to take: once it is loaded, and once more after METERED_STEPS steps.
 
     Args:
         plan: Of a path that counts what it exchanges: CUDA graphs replay exchanges without counting them.
+        base_bytes: What the process held before the model was loaded.
+        say: Takes the measurement in words.
     """
 
-    def __init__(self, plan: ExchangePlan, group: TensorGroup, pipeline: Pipeline) -> None:
-        self._plan, self._group, self._pipeline = plan, group, pipeline
+    def __init__(
+        self,
+        plan: MemoryPlan,
+        group: TensorGroup,
+        pipeline: Pipeline,
+        base_bytes: int,
+        say: Callable[[str], None],
+    ) -> None:
+        assert plan.exchanges is not None
+        self._plan, self._exchanges, self._group, self._pipeline = plan, plan.exchanges, group, pipeline
+        self._base_bytes, self._say = base_bytes, say
         self._num_steps, self._planned = 0, 0
+        say(f"{self._exchanges.rank} loaded: {self._held}")
 
     def note(self, num_tokens: int, num_draws: int) -> None:
         """Counts a step of so many tokens, of which so many draw, that has run."""
         self._num_steps += 1
         if self._num_steps > METERED_STEPS:
             return
-        self._planned += sum(step_bytes(self._plan.exchanges, num_tokens, num_draws).values())
+        self._planned += sum(step_bytes(self._exchanges.exchanges, num_tokens, num_draws).values())
         if self._num_steps == METERED_STEPS:
-            logger.info("%s", self)
+            self._say(str(self))
 
     @property
     def num_bytes(self) -> int:
@@ -278,8 +312,16 @@ class StepMeter:
 
     def __str__(self) -> str:
         return (
-            f"{self._plan.rank} measured: {self._num_steps} steps handed over {format_bytes(self.num_bytes)}, "
-            f"planned {format_bytes(self._planned)}; the process holds {format_bytes(private_bytes())} of its own"
+            f"{self._exchanges.rank} measured: {self._num_steps} steps handed over {format_bytes(self.num_bytes)}, "
+            f"planned {format_bytes(self._planned)}; {self._held}"
+        )
+
+    @property
+    def _held(self) -> str:
+        plan, held = self._plan, private_bytes() - self._base_bytes
+        return (
+            f"the process holds {format_bytes(max(0, held))} more than before, planned "
+            f"{format_bytes(plan.weights + plan.copies + plan.activations + plan.kv_cache)} with a full cache"
         )
 
 
@@ -293,13 +335,14 @@ def private_bytes(process: int | str = "self") -> int:
 
 
 def plan_exchanges(
-    model: Decoder, scheduler: SchedulerConfig, rank: int, device: torch.device
+    model: Decoder, scheduler: SchedulerConfig, rank: int, device: torch.device, is_symmetric: bool
 ) -> ExchangePlan | None:
     """What a rank exchanges in a step; None if there is one rank.
 
     Args:
         model: The rank's share; may be on the meta device.
         rank: Among all, stage by stage.
+        is_symmetric: Whether small sums of floats go through symmetric memory.
     """
     share, pipeline = model.group.share, model.pipeline
     if share.size * pipeline.size == 1:
@@ -307,10 +350,13 @@ def plan_exchanges(
     layers = pipeline.layers(model.config.num_layers)
     stage = f", layers {layers.start} to {layers.stop - 1}" if pipeline.size > 1 else ""
     is_cpu = device.type == "cpu"
+    carrier = "gloo" if is_cpu else "NCCL"
+    if is_symmetric:
+        carrier += f", and float sums of up to {format_bytes(MAX_BYTES)} over symmetric memory"
     return ExchangePlan(
         rank=f"rank {rank} of {share.size * pipeline.size}{stage}",
         exchanges=tuple(counted(_exchanges(model))),
-        carrier="gloo" if is_cpu else "NCCL",
+        carrier=carrier,
         has_run=is_cpu,
         num_seqs=scheduler.max_num_seqs,
         num_tokens=scheduler.max_num_batched_tokens,
@@ -355,10 +401,10 @@ def _row_exchanges(name: str, cut: Cut, out_features: int, itemsize: int) -> lis
     raise TypeError(f"{type(cut).__name__}: its exchanges are not planned")
 
 
-def available_bytes(config: EngineConfig, device: torch.device) -> int:
-    """Bytes of the device's memory that the engine may use."""
+def available_bytes(config: EngineConfig, device: torch.device, num_local: int = 1) -> int:
+    """Bytes of the device's memory that a rank may use; main memory is shared by the ranks of a machine."""
     if device.type == "cpu":
-        return available_memory()
+        return available_memory() // num_local
     free, total = torch.cuda.mem_get_info(device)
     return int(free - (1.0 - config.gpu_memory_utilization) * total)
 

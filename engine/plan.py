@@ -21,13 +21,14 @@ from engine.kernels.launch import TARGETS
 from engine.loading.dummy import DummyCheckpoint
 from engine.loading.formats import stored_scheme
 from engine.loading.resolve import resolve_configuration
-from engine.memory import MemoryPlan, available_bytes, plan_exchanges, plan_memory
+from engine.memory import MemoryPlan, available_bytes, plan_exchanges, plan_memory, table_copies
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.options import resolve_cache_dtype, resolve_device, resolve_dtype
 from engine.parallel.group import TensorGroup, sums_integers
 from engine.parallel.pipeline import Pipeline
 from engine.parallel.shares import Share, check_columns, check_shares, share_of_config
+from engine.parallel.symmetric import check_device
 from engine.quant.plan import QuantizationPlan
 from engine.serve import add_engine_options
 from engine.specification import Specification, parse_scheme
@@ -72,7 +73,7 @@ class EnginePlan:
                 "exact: weights, KV cache and exchanged bytes; estimated: activations and CUDA graphs",
                 "rank       weights   activations      KV cache",
                 *(
-                    f"{rank:>4}  {format_bytes(plan.weights):>12}  {format_bytes(plan.activations):>12}"
+                    f"{rank:>4}  {format_bytes(plan.weights + plan.copies):>12}  {format_bytes(plan.activations):>12}"
                     f"  {format_bytes(plan.kv_cache):>12}"
                     for rank, plan in enumerate(self.ranks)
                 ),
@@ -104,9 +105,13 @@ def plan_engine(config: EngineConfig, settings: dict[str, Any], gpu_memory: int 
         check_columns(model_config, config.specification, config.tensor_parallel_size)
     if gpu_memory is None:
         device = resolve_device(config)
-        available = available_bytes(config, device)
+        # Whether ranks of a cluster share a machine is found out by themselves.
+        num_local = 1 if config.distributed_executor_backend == "ray" else config.num_ranks
+        available = available_bytes(config, device, num_local)
     else:
         device, available = torch.device("cuda"), int(gpu_memory * config.gpu_memory_utilization)
+    if config.symmetric_memory:
+        check_device(device)
     on_cpu = device.type == "cpu"
     dtype = resolve_dtype(config, settings, on_cpu)
     cache_dtype = resolve_cache_dtype(config, dtype, None if on_cpu else TARGETS[ASSUMED_ARCH])
@@ -122,9 +127,12 @@ def plan_engine(config: EngineConfig, settings: dict[str, Any], gpu_memory: int 
         pipeline = Pipeline(stage, config.pipeline_parallel_size)
         model = Decoder(model_config, quantization, dtype, group, pipeline)
         shard = replace(share_of_config(model_config, group.share), num_layers=len(model.layers))
-        plan = plan_memory(config, shard, model.num_bytes, cache_dtype, device, available)
+        copies = table_copies(model, device)
+        plan = plan_memory(config, shard, model.num_bytes, cache_dtype, device, available, copies=copies)
         limits = SchedulerConfig.resolve(config, plan.max_model_len, device.type)
-        plans.append(replace(plan, exchanges=plan_exchanges(model, limits, rank, device)))
+        plans.append(
+            replace(plan, exchanges=plan_exchanges(model, limits, rank, device, config.symmetric_memory))
+        )
     num_blocks = min(plan.num_blocks for plan in plans)
     plans = [plan.with_blocks(num_blocks) for plan in plans]
     limits = SchedulerConfig.resolve(config, plans[0].max_model_len, device.type)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,6 +21,12 @@ def exit_cause(status: int) -> str:
         known = -status in set(signal.Signals)
         return f"was killed by {signal.Signals(-status).name if known else f'signal {-status}'}"
     return f"exited with status {status}"
+
+
+def machine_name() -> str:
+    """The same for all processes of a machine, and another one elsewhere."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    return boot_id.read_text().strip() if boot_id.exists() else socket.gethostname()
 
 
 def follow_parent() -> None:

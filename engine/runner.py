@@ -22,13 +22,22 @@ from engine.kernels.launch import CompilationCounter, Target, target_of
 from engine.layers.rope import RotaryTable
 from engine.loading.checkpoint import Checkpoint, stored_schemes
 from engine.loading.model import checkpoint_key, load_weights
-from engine.memory import MemoryPlan, StepMeter, available_bytes, plan_exchanges, plan_memory
+from engine.memory import (
+    MemoryPlan,
+    StepMeter,
+    available_bytes,
+    plan_exchanges,
+    plan_memory,
+    private_bytes,
+    table_copies,
+)
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.options import describe_host, resolve_cache_dtype, resolve_device, resolve_dtype
 from engine.parallel.place import Place, take_place
 from engine.parallel.rendezvous import meet
 from engine.parallel.shares import check_columns, check_shares, share_of_config
+from engine.parallel.symmetric import check_device
 from engine.program_executor import ProgramExecutor
 from engine.quant.plan import QuantizationPlan
 from engine.specification import Specification
@@ -55,6 +64,7 @@ class ModelRunner:
     Args:
         rank, store: Among others, and where they meet; None for a single rank.
         attend: Calls what waits for other ranks.
+        say: Takes what a rank has measured, in words.
 
     Attributes:
         plan: How memory is used.
@@ -70,7 +80,9 @@ class ModelRunner:
         rank: int = 0,
         store: str | None = None,
         attend: Callable[[Callable[[], Place]], Place] = lambda wait: wait(),
+        say: Callable[[str], None] = logger.info,
     ) -> None:
+        base_bytes = private_bytes()
         ties = checkpoint.config.get("tie_word_embeddings") or "lm_head.weight" not in checkpoint.names()
         self.model_config = ModelConfig.from_dict({**checkpoint.config, "tie_word_embeddings": ties})
         self.config = config = _resolve_quantization(config, self.model_config, checkpoint)
@@ -78,6 +90,8 @@ class ModelRunner:
         check_shares(self.model_config, config.tensor_parallel_size)
         if not config.exact_reduce:
             check_columns(self.model_config, config.specification, config.tensor_parallel_size)
+        if config.symmetric_memory:
+            check_device(self.device)
         if self.device.type == "cuda" and config.num_ranks > 1:
             self.device = torch.device("cuda", rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
@@ -89,6 +103,7 @@ class ModelRunner:
                 config.pipeline_parallel_size,
                 self.device,
                 config.exact_reduce,
+                config.symmetric_memory,
             )
         )
         layers = self.place.pipeline.layers(self.model_config.num_layers)
@@ -98,7 +113,7 @@ class ModelRunner:
         self.is_asynchronous = self.device.type == "cuda"
         if self.device.type == "cpu":
             num_threads = config.num_threads or len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, num_threads // config.num_ranks))
+            torch.set_num_threads(max(1, num_threads // self.place.num_local))
         target = target_of(torch.empty(0, device=self.device))
         self.dtype = resolve_dtype(config, checkpoint.config, on_cpu=self.device.type == "cpu")
         self.cache_dtype = resolve_cache_dtype(config, self.dtype, target)
@@ -113,7 +128,7 @@ class ModelRunner:
             self.model_config, quantization, self.dtype, self.place.group, self.place.pipeline
         )
         self._weight_bytes = self.model.num_bytes
-        self.plan = self._plan_memory(available_bytes(config, self.device))
+        self.plan = self._plan_memory(available_bytes(config, self.device, self.place.num_local))
         self.plan = self._agreed(self.plan)
         logger.info("%s", self.plan)
         name = f"{quantization.name}-{self.dtype}".replace("torch.", "") + self.place.name
@@ -140,7 +155,7 @@ class ModelRunner:
         self.compilations = CompilationCounter()
         self._meter: StepMeter | None = None
         if self.plan.exchanges is not None and self.device.type == "cpu":
-            self._meter = StepMeter(self.plan.exchanges, self.place.group, self.place.pipeline)
+            self._meter = StepMeter(self.plan, self.place.group, self.place.pipeline, base_bytes, say)
 
     def execute(self, batch: Batch) -> torch.Tensor:
         """Runs the model over the batch and fills its slots of the cache: logits [rows that draw, vocabulary]."""
@@ -166,6 +181,7 @@ class ModelRunner:
             self.device,
             available,
             measured_activations,
+            table_copies(self.model, self.device),
         )
 
     def _agreed(self, plan: MemoryPlan) -> MemoryPlan:
@@ -174,7 +190,12 @@ class ModelRunner:
             return plan
         plan = plan.with_blocks(self.place.smallest(plan.num_blocks, self.device))
         limits = SchedulerConfig.resolve(self.config, plan.max_model_len, self.device.type)
-        return replace(plan, exchanges=plan_exchanges(self.model, limits, self.place.rank, self.device))
+        return replace(
+            plan,
+            exchanges=plan_exchanges(
+                self.model, limits, self.place.rank, self.device, self.config.symmetric_memory
+            ),
+        )
 
     def _make_device_executor(self, target: Target) -> DeviceExecutor:
         """The executor, its kernels compiled and its graphs captured; fixes the plan and allocates the cache."""
@@ -198,7 +219,7 @@ class ModelRunner:
             )
             logger.info("%s", self.plan)
         self.cache = executor.cache = self._allocate_cache(self.plan.num_blocks + 1)
-        if self.device.type == "cuda" and not self.config.enforce_eager:
+        if self.device.type == "cuda" and self.config.captures_graphs:
             executor.capture_graphs(lambda size: dummy_batch([1] * size, GREEDY))
         return executor
 

@@ -19,15 +19,17 @@ def write_gguf(
 ) -> Path:
     """Writes a GGUF file with an embedding, the given tensors and metadata; returns its path."""
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(12)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INTERMEDIATE)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_key_length(HEAD_DIM)
-    writer.add_context_length(512)
-    writer.add_layer_norm_rms_eps(1e-5)
-    for key, value in metadata.items():
+    defaults = {
+        "block_count": 12,
+        "embedding_length": HIDDEN,
+        "feed_forward_length": INTERMEDIATE,
+        "head_count": HEADS,
+        "head_count_kv": KV_HEADS,
+        "key_length": HEAD_DIM,
+        "context_length": 512,
+        "layer_norm_rms_eps": 1e-5,
+    }
+    for key, value in (defaults | metadata).items():
         getattr(writer, f"add_{key}")(value)
     embedding = np.random.default_rng(0).standard_normal((VOCAB, HIDDEN), dtype=np.float32)
     for name, tensor in {"token_embd.weight": embedding, **(tensors or {})}.items():

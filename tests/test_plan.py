@@ -89,6 +89,23 @@ def test_llama_8b_in_four_bits_over_two_gpus(tmp_path: Path) -> None:
     assert one == {"sum": 8192 * (1 + 2 * 32), "gather": 2 * 64128}
 
 
+def test_symmetric_memory_is_said_to_be_unrun_and_brings_graphs(tmp_path: Path) -> None:
+    plain = plan(tmp_path, LLAMA_8B, 24 * GIB, tensor_parallel_size=2, exact_reduce=False).ranks[0]
+    symmetric = plan(
+        tmp_path, LLAMA_8B, 24 * GIB, tensor_parallel_size=2, exact_reduce=False, symmetric_memory=True
+    ).ranks[0]
+    assert plain.graphs == 0 < symmetric.graphs
+    assert "over NCCL; no machine has run this path yet" in str(plain)
+    assert "float sums of up to 512.0 KiB over symmetric memory; no machine has run this" in str(symmetric)
+
+
+def test_symmetric_memory_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="for GPUs, not for cpu"):
+        plan(tmp_path, SMOLLM2, None, tensor_parallel_size=3, symmetric_memory=True, device="cpu")
+    with pytest.raises(ConfigError, match="between ranks"):
+        plan(tmp_path, SMOLLM2, GIB, symmetric_memory=True)
+
+
 def test_smollm2_over_three_gpus(tmp_path: Path) -> None:
     found = plan(tmp_path, SMOLLM2, GIB, tensor_parallel_size=3, max_num_batched_tokens=512, max_num_seqs=8)
     matrices = 576 * (576 + 2 * 192) + 576 * 576 + 3 * 576 * 1536

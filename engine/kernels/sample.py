@@ -42,6 +42,10 @@ LOGPROB_TILE = Tile({"BLOCK": 4096}, num_warps=16, num_stages=1)
 
 PICK_TILE = Tile({}, num_warps=1, num_stages=1)
 
+SERIAL_SUM = 16384
+"""So many numbers torch sums on one thread, in the order that their number says (at::internal::GRAIN_SIZE is twice
+that)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Adjustments:
@@ -161,6 +165,17 @@ def _reference_threshold(
         before = masses.cumsum(dim=0) - masses
         threshold = float(values[before < top_p][-1])
     return threshold
+
+
+def _reference_log_sums(logits: torch.Tensor) -> torch.Tensor:
+    """log Σ exp of each row of [R, V] float32, the same bits on any number of threads.
+
+    torch divides a row among its threads if it is a row alone, and longer than SERIAL_SUM.
+    """
+    maxima = logits.amax(dim=1)
+    masses = (logits - maxima[:, None]).exp_()
+    sums = [part.sum(dim=1) for part in masses.split(SERIAL_SUM, dim=1)]
+    return maxima + torch.stack(sums).sum(dim=0).log_()
 
 
 @triton.jit(do_not_specialize=["num_entries"])
@@ -716,7 +731,7 @@ def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor, num: int) -> Logprob
     """
     top_values, top_ids = logits.topk(num)
     if target_of(logits) is None:
-        log_sums = logits.logsumexp(dim=1)
+        log_sums = _reference_log_sums(logits)
         values = logits.gather(1, tokens.clamp(min=0).long()[:, None])
         ranks = (logits > values).sum(dim=1, dtype=torch.int32) + 1
         return Logprobs(values[:, 0] - log_sums, ranks, top_ids, top_values - log_sums[:, None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,44 @@ from engine.errors import CheckpointError
 _LENGTH = struct.Struct("<Q")
 
 
-class _Reader(GGUFReader):  # type: ignore[misc, unused-ignore]
-    """GGUFReader that walks metadata arrays in one go, and names the tensor whose data is not there.
+class _Strings:
+    """An array of strings as it lies in the file, each with its length before it: objects of their own would take
+    some 20 MB for a vocabulary.
 
-    The base class makes several numpy objects an element, which costs seconds for a vocabulary. The
-    parts returned here have the same meaning, so `ReaderField.contents()` works as ever.
+    Attributes:
+        num_bytes: That the array takes.
+    """
+
+    def __init__(self, data: np.ndarray, count: int) -> None:
+        """
+        Raises:
+            struct.error: The data ends before the array does.
+        """
+        self._data, self._count, self.num_bytes = data, count, 0
+        for place in self._places():
+            self.num_bytes = place.stop
+
+    def _places(self) -> Iterator[slice]:
+        position = 0
+        for _ in range(self._count):
+            (length,) = _LENGTH.unpack_from(self._data.data, position)
+            position += _LENGTH.size
+            yield slice(position, position + length)
+            position += length
+
+    def contents(self) -> list[str]:
+        """
+        Raises:
+            UnicodeDecodeError: They are not UTF-8.
+        """
+        return [self._data[place].tobytes().decode() for place in self._places()]
+
+
+class _Reader(GGUFReader):  # type: ignore[misc, unused-ignore]
+    """GGUFReader that keeps a metadata array as one piece, and names the tensor whose data is not there.
+
+    The base class makes several numpy objects an element, which costs seconds and much memory for a vocabulary. An
+    array of strings is one part here; the parts of all others have the same meaning as ever.
     """
 
     def _get_field_parts(
@@ -49,16 +83,8 @@ class _Reader(GGUFReader):  # type: ignore[misc, unused-ignore]
             return 12 + values.nbytes, [item_type, count, values], [2], types
         if types[1] != GGUFValueType.STRING:
             raise ValueError(f"unsupported metadata array of {types[1].name}")
-        data = np.asarray(self.data)
-        buffer = data.data
-        strings: list[Any] = []
-        position = start
-        for _ in range(int(count[0])):
-            (length,) = _LENGTH.unpack_from(buffer, position)
-            position += 8
-            strings.append(data[position : position + length])
-            position += length
-        return position - orig_offs, [item_type, count, *strings], list(range(2, 2 + len(strings))), types
+        strings = _Strings(np.asarray(self.data)[start:], int(count[0]))
+        return 12 + strings.num_bytes, [item_type, count, strings], [2], types
 
     def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
         for field in fields:
@@ -117,7 +143,7 @@ class GGUFFile:
             )
 
     def forget_metadata(self) -> None:
-        """Lets go of all keys: a vocabulary takes some 20 MB as the objects that the reader makes of it."""
+        """Lets go of all keys, and of the vocabulary with them."""
         self._fields, self._values = {}, {}
 
     def __contains__(self, key: str) -> bool:
@@ -129,7 +155,9 @@ class GGUFFile:
             if key not in self._fields:
                 raise CheckpointError(f"{self.path}: metadata key {key!r} is missing")
             try:
-                self._values[key] = self._fields[key].contents()
+                field = self._fields[key]
+                strings = field.parts[field.data[0]] if field.data else None
+                self._values[key] = strings.contents() if isinstance(strings, _Strings) else field.contents()
             except UnicodeDecodeError as error:
                 raise CheckpointError(f"{self.path}: metadata key {key!r} is not UTF-8 ({error})") from error
         return self._values[key]

@@ -81,6 +81,9 @@ class Decoder(nn.Module):
     Args:
         group: The ranks that share its layers.
         pipeline: The stage whose layers these are; the embedding is the first one's, norm and head are the last's.
+
+    Attributes:
+        shares_table: Whether the head's weights are the embedding's table.
     """
 
     def __init__(
@@ -112,12 +115,13 @@ class Decoder(nn.Module):
         self.lm_head: Linear | None = None
         self.lm_head_scheme = quantization.scheme([LM_HEAD])
         # A tied head whose scheme is the table's own shares its tensors instead of storing them twice.
-        shares_table = config.ties_embeddings and self.lm_head_scheme.name == quantization.table.name
+        is_alike = config.ties_embeddings and self.lm_head_scheme.name == quantization.table.name
+        self.shares_table = is_alike and pipeline.is_first and pipeline.is_last
         if pipeline.is_last:
             self.norm = RMSNorm(
                 "model.norm", config.hidden_size, config.norm_epsilon, config.norm_offset, dtype
             )
-        if pipeline.is_last and not (shares_table and pipeline.is_first):
+        if pipeline.is_last and not self.shares_table:
             source = EMBEDDING if config.ties_embeddings else LM_HEAD
             self.lm_head = Linear(
                 [source],

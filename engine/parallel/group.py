@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from engine.kernels import cpu
 from engine.parallel.rendezvous import gloo
 from engine.parallel.shares import Share
+from engine.parallel.symmetric import OneShotSum
 
 Backend = Any
 """torch's NCCL or gloo group, of which stubs know only part."""
@@ -36,6 +37,7 @@ class TensorGroup:
         backend: torch's end of it; None for a single rank, and on the meta device.
         is_exact: Whether the ranks compute what one would, to the bit (`--exact-reduce`).
         has_integer_sums: Whether products can be summed over ranks as integers, which C's kernels do.
+        one_shot: What sums small floats, if they go past the backend.
         num_bytes: What this rank has brought to exchanges, by kind: "gather" or "sum".
         seconds: What exchanges took, waiting for the slowest rank included.
     """
@@ -44,6 +46,7 @@ class TensorGroup:
     backend: Backend | None = None
     is_exact: bool = True
     has_integer_sums: bool = False
+    one_shot: OneShotSum | None = None
     num_bytes: dict[str, int] = field(default_factory=lambda: {"gather": 0, "sum": 0})
     seconds: float = 0.0
 
@@ -56,7 +59,8 @@ class TensorGroup:
         if self.size == 1:
             return x
         whole = _empty_like(x, "gather_columns", width)
-        cpu.call(lambda rows: self._gather(x[:rows], whole[:rows]), x.shape[0])
+        parts = _empty_like(x, "gather_parts", self.size * self.share.largest(width))
+        cpu.call(lambda rows: self._gather(x[:rows], parts[:rows], whole[:rows]), x.shape[0])
         return whole
 
     def sum_(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,12 +110,13 @@ class TensorGroup:
         cpu.call(add, x.shape[0])
         return x
 
-    def _gather(self, x: torch.Tensor, whole: torch.Tensor) -> None:
+    def _gather(self, x: torch.Tensor, parts: torch.Tensor, whole: torch.Tensor) -> None:
         width = self.share.largest(whole.shape[1])
-        mine = torch.nn.functional.pad(x, (0, width - x.shape[1])).contiguous()
-        parts = list(mine.new_empty(self.size, *mine.shape))
-        self._exchange("gather", lambda: self._group.allgather([parts], [mine]), mine.nbytes)
-        for rank, part in enumerate(parts):
+        mine = torch.nn.functional.pad(x, (0, width - x.shape[1])) if x.shape[1] < width else x.contiguous()
+        self._exchange(
+            "gather", lambda: self._group._allgather_base(parts.view(-1), mine.view(-1)), mine.nbytes
+        )
+        for rank, part in enumerate(parts.view(self.size, *mine.shape)):
             columns = Share(rank, self.size).of(whole.shape[1])
             whole[:, columns] = part[:, : columns.stop - columns.start]
 
@@ -121,6 +126,9 @@ class TensorGroup:
         return self.backend
 
     def _sum(self, x: torch.Tensor) -> None:
+        if self.one_shot is not None and self.one_shot.takes(x):
+            self.one_shot(x)
+            return
         self._exchange("sum", lambda: self._group.allreduce([x]), x.nbytes)
 
     def _scatter(self, x: torch.Tensor, parts: torch.Tensor) -> None:

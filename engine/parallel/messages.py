@@ -51,6 +51,17 @@ class RankHere(msgspec.Struct, tag=True):
     rank: int
 
 
+class RankSays(msgspec.Struct, tag=True):
+    """What a rank has measured of itself, for the log of rank 0.
+
+    Attributes:
+        line: It names the rank.
+    """
+
+    rank: int
+    line: str
+
+
 class RankReady(msgspec.Struct, tag=True):
     """A rank has loaded its share."""
 
@@ -98,7 +109,7 @@ class Done(msgspec.Struct, tag=True):
     drawn: list[SampledToken | str | None] | None = None
 
 
-FromRank = RankHere | RankReady | RankFailed | Beat | Done
+FromRank = RankHere | RankSays | RankReady | RankFailed | Beat | Done
 
 to_rank_decoder = msgspec.msgpack.Decoder(ToRank)
 from_rank_decoder = msgspec.msgpack.Decoder(FromRank)

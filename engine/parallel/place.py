@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from engine.parallel.group import Backend, TensorGroup, join, sums_integers
 from engine.parallel.pipeline import Pipeline
 from engine.parallel.shares import Share
+from engine.parallel.symmetric import OneShotSum, check_reach
+from engine.process import machine_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class Place:
         group: Those that share its layers.
         pipeline: Its stage.
         everyone: The group of all; None for a single rank.
+        num_local: Ranks on this machine, this one included.
     """
 
     rank: int = 0
@@ -31,6 +34,7 @@ class Place:
     group: TensorGroup = field(default_factory=TensorGroup)
     pipeline: Pipeline = field(default_factory=Pipeline)
     everyone: Backend | None = None
+    num_local: int = 1
 
     @property
     def name(self) -> str:
@@ -61,13 +65,23 @@ class Place:
 
 
 def take_place(
-    store: Store | None, rank: int, tensor_size: int, pipeline_size: int, device: torch.device, is_exact: bool
+    store: Store | None,
+    rank: int,
+    tensor_size: int,
+    pipeline_size: int,
+    device: torch.device,
+    is_exact: bool,
+    is_symmetric: bool = False,
 ) -> Place:
     """A rank's place; waits until those that it exchanges with are there.
 
     Args:
         store: Where the ranks find each other; None for a single rank.
         is_exact: As in `TensorGroup`.
+        is_symmetric: Whether small sums of floats go through symmetric memory.
+
+    Raises:
+        ConfigError: They cannot.
     """
     if store is None:
         return Place()
@@ -75,7 +89,6 @@ def take_place(
     stage, share = divmod(rank, tensor_size)
     group = TensorGroup(Share(share, tensor_size), None, is_exact)
     pipeline = Pipeline(stage, pipeline_size)
-    everyone = join(store, Share(rank, size), "everyone", device)
     if tensor_size > 1:
         group.backend = join(store, group.share, f"stage-{stage}", device)
         # Ranks on several machines may not have the same; their layers must be cut alike.
@@ -83,4 +96,17 @@ def take_place(
         group.has_integer_sums = not group.largest(lacks_kernels)
     if pipeline_size > 1:
         pipeline.backend = join(store, Share(stage, pipeline_size), f"share-{share}", device)
-    return Place(rank, size, group, pipeline, everyone)
+    if tensor_size > 1 and pipeline_size > 1:
+        everyone = join(store, Share(rank, size), "everyone", device)
+    else:
+        everyone = group.backend or pipeline.backend
+    num_local = _num_local(store, rank, size)
+    if is_symmetric:
+        check_reach(device, num_local, size)
+        group.one_shot = OneShotSum(PrefixStore(f"symmetric-{stage}", store), group.share, device)
+    return Place(rank, size, group, pipeline, everyone, num_local)
+
+
+def _num_local(store: Store, rank: int, size: int) -> int:
+    store.set(f"machine-{rank}", machine_name())
+    return [store.get(f"machine-{other}").decode() for other in range(size)].count(machine_name())

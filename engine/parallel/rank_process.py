@@ -31,6 +31,7 @@ from engine.parallel.messages import (
     RankFailed,
     RankHere,
     RankReady,
+    RankSays,
     RankStart,
     Sample,
     State,
@@ -70,9 +71,12 @@ def follow(orders_link: Link, reports: Link) -> None:
         try:
             config = EngineConfig(**start.options)
             answers.send(encode(RankHere(start.rank)))
-            runner = ModelRunner(
-                config, open_model(Path(start.path), config.load_format), start.rank, start.store
-            )
+
+            def say(line: str) -> None:
+                answers.send(encode(RankSays(start.rank, line)))
+
+            checkpoint = open_model(Path(start.path), config.load_format)
+            runner = ModelRunner(config, checkpoint, start.rank, start.store, say=say)
             answers.send(encode(RankReady(start.rank)))
             while True:
                 follower.is_busy = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import threading
 import traceback
 from collections import Counter
@@ -39,6 +40,7 @@ from engine.parallel.messages import (
     RankFailed,
     RankHere,
     RankReady,
+    RankSays,
     RankStart,
     Sample,
     State,
@@ -49,6 +51,8 @@ from engine.parallel.messages import (
 from engine.process import RunningClock, whereabouts
 from engine.request import RowFailure, SampledToken
 from engine.runner import Executor, ModelRunner
+
+logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.25
 """How often the watcher looks at ranks that say nothing."""
@@ -368,6 +372,8 @@ class Ranks:
         match message:
             case RankHere():
                 rank.is_here = True
+            case RankSays(_, line):
+                logger.info("%s", line)
             case RankReady():
                 rank.is_ready = True
             case Beat(_, state, place):

@@ -28,3 +28,23 @@ def test_launches_do_not_depend_on_the_batch() -> None:
         seen.add(frozenset(launches))
     assert len(seen) == 1
     assert len(launches) == 8
+
+
+def test_log_probabilities_do_not_depend_on_the_number_of_threads() -> None:
+    """Among these rows are some whose sum torch's own logsumexp rounds otherwise on two threads than on one."""
+    num_threads = torch.get_num_threads()
+    rows = [
+        torch.randn(1, 49_152, generator=torch.Generator().manual_seed(seed)) * (1 + seed % 7)
+        for seed in range(60)
+    ]
+    tokens = torch.zeros(1, dtype=torch.int32)
+    found = []
+    try:
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            found.append(torch.cat([sample.logprobs_of(row, tokens, 1).chosen for row in rows]))
+    finally:
+        torch.set_num_threads(num_threads)
+    expected = torch.cat([row.double().log_softmax(dim=1)[:, 0] for row in rows])
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-6, atol=1e-5)
+    assert all(torch.equal(found[0], other) for other in found[1:])

@@ -1,6 +1,7 @@
 """What each rank of an engine holds, from outside: `python -m tests.parallel.rank_memory TINY MODEL QUANT SIZE`.
 
-An engine of a tiny model runs first: what its ranks hold besides their tiny shares is what a process takes by itself.
+An engine of a tiny model in the same format runs first: what its ranks hold besides their tiny shares is what a
+process takes by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from engine import LLM, SamplingParams
+from engine import SamplingParams
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.loading.resolve import resolve_model
+from engine.request import Request
 
 OPTIONS = {
     "device": "cpu",
@@ -22,6 +27,7 @@ OPTIONS = {
     "max_num_seqs": 8,
     "num_threads": 1,
 }
+VOCAB_SIZE = 300
 NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_TOKENS = 8, 40, 16
 
 
@@ -39,17 +45,23 @@ def held_bytes(process_id: int) -> int:
 
 def measure(model: str, quant: str, size: int, load_format: str) -> tuple[list[int], dict[str, int]]:
     """What each rank holds after requests, and what rank 0's plan says."""
-    llm = LLM(model, quant=quant, tensor_parallel_size=size, load_format=load_format, **OPTIONS)
+    options = {"quant": quant, "tensor_parallel_size": size, "load_format": load_format, **OPTIONS}
+    config = EngineConfig.from_options(model=model, **options)
+    core = EngineCore(config, resolve_model(model), ())  # no tokenizer: that is not a rank's
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, 300, (NUM_REQUESTS, NUM_PROMPT_TOKENS), generator=generator).tolist()
-    params = SamplingParams(max_tokens=NUM_TOKENS, seed=0, ignore_eos=True)
-    llm.generate(prompts, params, use_tqdm=False)
+    prompts = torch.randint(3, VOCAB_SIZE, (NUM_REQUESTS, NUM_PROMPT_TOKENS), generator=generator).tolist()
+    params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    for index, prompt in enumerate(prompts):
+        core.add_request(Request(request_id=str(index), prompt_token_ids=prompt, params=params, seed=index))
+    while core.has_work:
+        core.step()
     process = psutil.Process()
     ranks = [process.pid, *(child.pid for child in process.children())]
     held = [held_bytes(rank) for rank in ranks]
-    plan = llm.core.runner.plan
-    llm.core.close()
-    return held, {"weights": plan.weights, "kv_cache": plan.kv_cache, "activations": plan.activations}
+    plan = core.runner.plan
+    core.close()
+    names = ("weights", "copies", "activations", "kv_cache")
+    return held, {name: getattr(plan, name) for name in names}
 
 
 def main(tiny: str, model: str, quant: str, size: int) -> None:
