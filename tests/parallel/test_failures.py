@@ -102,8 +102,7 @@ def expected() -> list[list[int]]:
 
 def test_chunks_cached_prefixes_preemptions_and_aborts_do_not_change_what_is_drawn() -> None:
     path = resolve_model("llama")
-    # As many threads as each rank of three: torch adds up probabilities in as many parts.
-    config = EngineConfig(**{**OPTIONS, "kv_cache_memory": "8MiB", "num_threads": 1})
+    config = EngineConfig(**{**OPTIONS, "kv_cache_memory": "8MiB"})
     alone = generate(EngineCore(config, path, ()), {})
     core = EngineCore(EngineConfig(**OPTIONS, tensor_parallel_size=3), path, ())
     try:

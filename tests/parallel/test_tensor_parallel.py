@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ import torch
 from engine import SamplingParams
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.errors import ModelNotFoundError
 from engine.kernels import cpu
 from engine.layers.cuts import GatheredCut, IntegerSumCut
 from engine.loading.checkpoint import open_checkpoint
+from engine.loading.resolve import resolve_model
 from engine.parallel.ranks import launch
-from engine.quant.int8 import Int8
 from engine.request import Request, SampledToken
+from engine.runner import ModelRunner
 from tests.paged import make_runner, make_sequences, run_chunks
 from tests.tiny import TINY_CONFIGS, write_checkpoint
 
@@ -60,10 +63,17 @@ def shared(path: Path, size: int, **others: object) -> Iterator[SimpleNamespace]
         ("qwen2-sliding", "int4:g0,*.down_proj=int8,lm_head=none", 2),
         ("mistral", "nf4", 2),
         ("llama", "codebook4", 4),
-        pytest.param("llama-yarn", "int8:g32", 2, marks=pytest.mark.slow),
-        pytest.param("qwen2", "int8:weight-only", 4, marks=pytest.mark.slow),
-        pytest.param("qwen3", "int8:token", 2, marks=pytest.mark.slow),
-        pytest.param("gemma3", "none", 4, marks=pytest.mark.slow),
+        *(
+            pytest.param(family, quant, size, marks=pytest.mark.slow)
+            for family in TINY_CONFIGS
+            for quant in ("none", "int8", "int8:g32", "int4", "nf4", "codebook4")
+            for size in ((3,) if family == "smollm2" else (2, 4))
+        ),
+        *(
+            pytest.param("llama", f"int8:{words}", size, marks=pytest.mark.slow)
+            for words in ("token", "two-terms", "groups", "weight-only", "g32:weight-only")
+            for size in (2, 4)
+        ),
     ],
 )
 def test_logits_are_those_of_one_rank_to_the_bit(family: str, quant: str, size: int, tmp_path: Path) -> None:
@@ -71,16 +81,43 @@ def test_logits_are_those_of_one_rank_to_the_bit(family: str, quant: str, size: 
     config.intermediate_size = 192  # is shared by three, too; of four, ranks would have no whole blocks of 32
     write_checkpoint(tmp_path, config)
     alone = make_runner(tmp_path, quant=quant)
-    sequences = make_sequences(alone.model_config.vocab_size, CHUNKS)
-    expected = run_chunks(alone, sequences, CHUNKS)
     with shared(tmp_path, size, quant=quant) as together:
         assert together.runner.model.num_bytes < 0.7 * alone.model.num_bytes
-        computed = run_chunks(together, sequences, CHUNKS)
+        check_logits(alone, together)
         assert together.group.num_bytes["gather"] > 0
         down = together.runner.model.layers[0].mlp.down
-        sums_integers = isinstance(down.scheme, Int8) and size < 4 and cpu.library() is not None
-        assert isinstance(down.cut, IntegerSumCut if sums_integers else GatheredCut)
+        sums_integers = isinstance(down.cut, IntegerSumCut)
+        if quant in ("int8", "int8:token") and cpu.library() is not None:
+            assert sums_integers == (size < 4)
+        assert sums_integers or isinstance(down.cut, GatheredCut)
+
+
+@pytest.mark.parametrize(
+    ("model", "quant", "size"),
+    [
+        ("llama", "int8", 3),
+        ("gemma", "int8", 2),
+        pytest.param("llama", "int4", 3, marks=pytest.mark.slow),
+        pytest.param("gemma", "none", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_published_models_have_the_logits_of_one_rank(model: str, quant: str, size: int) -> None:
+    """SmolLM2 has 9 heads and 3 of keys and values; Gemma 4 and 1, which both of its ranks have."""
+    try:
+        path = resolve_model(model)
+    except ModelNotFoundError as error:
+        pytest.skip(str(error))
+    with shared(path, size, quant=quant, max_model_len=256) as together:
+        check_logits(make_runner(path, quant=quant, max_model_len=256), together)
+
+
+def check_logits(alone: ModelRunner, together: Any) -> None:
+    """Of sequences in chunks: those of several ranks are those of one, to the bit."""
+    sequences = make_sequences(alone.model_config.vocab_size, CHUNKS)
+    expected = run_chunks(alone, sequences, CHUNKS)
+    computed = run_chunks(together, sequences, CHUNKS)
     for one, several in zip(expected, computed, strict=True):
+        assert one.keys() == several.keys()
         for position, logits in one.items():
             assert torch.equal(logits, several[position])
 
