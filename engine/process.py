@@ -24,9 +24,11 @@ def exit_cause(status: int) -> str:
 
 
 def machine_name() -> str:
-    """The same for all processes of a machine, and another one elsewhere."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    return boot_id.read_text().strip() if boot_id.exists() else socket.gethostname()
+    """The same for all processes of a machine, and another one elsewhere, be it a network namespace."""
+    boot_id, network = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
+    if not boot_id.exists():
+        return socket.gethostname()
+    return f"{boot_id.read_text().strip()} {network.readlink()}"
 
 
 def follow_parent() -> None:

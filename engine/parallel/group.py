@@ -1,13 +1,15 @@
 """TensorGroup: the ranks that hold the shares of one layer, and what they exchange.
 
 Exact whatever the number of ranks: outputs that were computed whole are put together, and sums are of integers, or of
-one number and zeros. While a program is recorded (`engine.kernels.cpu`), an exchange becomes a call of its own in it.
+one number and zeros. Ranks on CPUs of one machine exchange through memory (`engine.parallel.shared_places`), others
+through gloo or NCCL. While a program is recorded (`engine.kernels.cpu`), an exchange becomes a call of its own in it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -18,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from engine.kernels import cpu
 from engine.parallel.rendezvous import gloo
+from engine.parallel.shared_places import PLACE_BYTES, SharedPlaces
 from engine.parallel.shares import Share
 from engine.parallel.symmetric import OneShotSum
 
@@ -37,6 +40,7 @@ class TensorGroup:
         backend: torch's end of it; None for a single rank, and on the meta device.
         is_exact: Whether the ranks compute what one would, to the bit (`--exact-reduce`).
         has_integer_sums: Whether products can be summed over ranks as integers, which C's kernels do.
+        places: Through which ranks on CPUs of one machine exchange, past the backend.
         one_shot: What sums small floats, if they go past the backend.
         num_bytes: What this rank has brought to exchanges, by kind: "gather" or "sum".
         seconds: What exchanges took, waiting for the slowest rank included.
@@ -46,6 +50,7 @@ class TensorGroup:
     backend: Backend | None = None
     is_exact: bool = True
     has_integer_sums: bool = False
+    places: SharedPlaces | None = None
     one_shot: OneShotSum | None = None
     num_bytes: dict[str, int] = field(default_factory=lambda: {"gather": 0, "sum": 0})
     seconds: float = 0.0
@@ -59,8 +64,14 @@ class TensorGroup:
         if self.size == 1:
             return x
         whole = _empty_like(x, "gather_columns", width)
-        parts = _empty_like(x, "gather_parts", self.size * self.share.largest(width))
-        cpu.call(lambda rows: self._gather(x[:rows], parts[:rows], whole[:rows]), x.shape[0])
+        largest, parts = self.share.largest(width), None
+        if not self._has_places(largest * x.itemsize):
+            parts = _empty_like(x, "gather_parts", self.size * largest)
+
+        def gather(rows: int) -> None:
+            self._gather(x[:rows], None if parts is None else parts[:rows], whole[:rows])
+
+        cpu.call(gather, x.shape[0])
         return whole
 
     def sum_(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,6 +100,10 @@ class TensorGroup:
         self._group.allreduce([largest], options).wait()
         return largest
 
+    def all_of(self, is_so: bool, device: torch.device) -> bool:
+        """Whether something is so on all ranks."""
+        return not self.largest(torch.tensor([not is_so], dtype=torch.int32, device=device))
+
     def localize(self, token_ids: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Places [T] in this rank's rows of a table, and whether the token's row is another rank's, [T] bool."""
         local, is_elsewhere = torch.zeros_like(token_ids), torch.zeros_like(token_ids, dtype=torch.bool)
@@ -110,15 +125,20 @@ class TensorGroup:
         cpu.call(add, x.shape[0])
         return x
 
-    def _gather(self, x: torch.Tensor, parts: torch.Tensor, whole: torch.Tensor) -> None:
+    def _gather(self, x: torch.Tensor, parts: torch.Tensor | None, whole: torch.Tensor) -> None:
         width = self.share.largest(whole.shape[1])
         mine = torch.nn.functional.pad(x, (0, width - x.shape[1])) if x.shape[1] < width else x.contiguous()
-        self._exchange(
-            "gather", lambda: self._group._allgather_base(parts.view(-1), mine.view(-1)), mine.nbytes
-        )
-        for rank, part in enumerate(parts.view(self.size, *mine.shape)):
-            columns = Share(rank, self.size).of(whole.shape[1])
-            whole[:, columns] = part[:, : columns.stop - columns.start]
+        columns = [Share(rank, self.size).of(whole.shape[1]) for rank in range(self.size)]
+        with self._counting("gather", mine):
+            if parts is None:
+                assert self.places is not None
+                for rows, pieces in self.places.exchange(mine):
+                    for part, piece in zip(columns, pieces, strict=True):
+                        whole[rows, part] = piece[:, : part.stop - part.start]
+                return
+            self._group._allgather_base(parts.view(-1), mine.view(-1)).wait()
+        for part, piece in zip(columns, parts.view(self.size, *mine.shape), strict=True):
+            whole[:, part] = piece[:, : part.stop - part.start]
 
     @property
     def _group(self) -> Backend:
@@ -129,17 +149,38 @@ class TensorGroup:
         if self.one_shot is not None and self.one_shot.takes(x):
             self.one_shot(x)
             return
-        self._exchange("sum", lambda: self._group.allreduce([x]), x.nbytes)
+        with self._counting("sum", x):
+            if not self._has_places(x.shape[1] * x.itemsize):
+                self._group.allreduce([x]).wait()
+                return
+            assert self.places is not None
+            for rows, pieces in self.places.exchange(x):
+                x[rows] = pieces[0]
+                for piece in pieces[1:]:
+                    x[rows] += piece
 
     def _scatter(self, x: torch.Tensor, parts: torch.Tensor) -> None:
-        flat = parts.view(-1), x.view(-1)
-        self._exchange("sum", lambda: self._group.alltoall_base(*flat, [], []), x.nbytes)
+        with self._counting("sum", x):
+            if not self._has_places(x.shape[1] * x.itemsize):
+                self._group.alltoall_base(parts.view(-1), x.view(-1), [], []).wait()
+                return
+            assert self.places is not None
+            shape = self.size, len(x), x.shape[1] // self.size
+            mine, theirs = x.view(shape).transpose(0, 1), parts.view(shape).transpose(0, 1)
+            for rows, pieces in self.places.exchange(mine):
+                for rank, piece in enumerate(pieces):
+                    theirs[rows, rank] = piece[:, self.share.rank]
 
-    def _exchange(self, kind: str, begin: Callable[[], Any], num_bytes: int) -> None:
+    def _has_places(self, row_bytes: int) -> bool:
+        """Whether such rows go through shared memory."""
+        return self.places is not None and row_bytes <= PLACE_BYTES
+
+    @contextmanager
+    def _counting(self, kind: str, x: torch.Tensor) -> Iterator[None]:
         start = time.perf_counter()
-        begin().wait()
+        yield
         self.seconds += time.perf_counter() - start
-        self.num_bytes[kind] += num_bytes
+        self.num_bytes[kind] += x.nbytes
 
 
 def join(store: Store, share: Share, name: str, device: torch.device) -> Backend:

@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from engine.parallel.group import Backend, TensorGroup, join, sums_integers
 from engine.parallel.pipeline import Pipeline
+from engine.parallel.shared_places import share_places
 from engine.parallel.shares import Share
 from engine.parallel.symmetric import OneShotSum, check_reach
 from engine.process import machine_name
@@ -89,24 +90,29 @@ def take_place(
     stage, share = divmod(rank, tensor_size)
     group = TensorGroup(Share(share, tensor_size), None, is_exact)
     pipeline = Pipeline(stage, pipeline_size)
+    machines = _machines(store, rank, size)
     if tensor_size > 1:
         group.backend = join(store, group.share, f"stage-{stage}", device)
         # Ranks on several machines may not have the same; their layers must be cut alike.
-        lacks_kernels = torch.tensor([not sums_integers(device)], dtype=torch.int32, device=device)
-        group.has_integer_sums = not group.largest(lacks_kernels)
+        group.has_integer_sums = group.all_of(sums_integers(device), device)
+        is_local = len(set(machines[stage * tensor_size :][:tensor_size])) == 1
+        if device.type == "cpu" and is_local:
+            places = PrefixStore(f"places-{stage}", store)
+            group.places = share_places(places, group.share, lambda is_so: group.all_of(is_so, device))
     if pipeline_size > 1:
         pipeline.backend = join(store, Share(stage, pipeline_size), f"share-{share}", device)
     if tensor_size > 1 and pipeline_size > 1:
         everyone = join(store, Share(rank, size), "everyone", device)
     else:
         everyone = group.backend or pipeline.backend
-    num_local = _num_local(store, rank, size)
+    num_local = machines.count(machines[rank])
     if is_symmetric:
         check_reach(device, num_local, size)
         group.one_shot = OneShotSum(PrefixStore(f"symmetric-{stage}", store), group.share, device)
     return Place(rank, size, group, pipeline, everyone, num_local)
 
 
-def _num_local(store: Store, rank: int, size: int) -> int:
+def _machines(store: Store, rank: int, size: int) -> list[str]:
+    """The machine of each rank."""
     store.set(f"machine-{rank}", machine_name())
-    return [store.get(f"machine-{other}").decode() for other in range(size)].count(machine_name())
+    return [store.get(f"machine-{other}").decode() for other in range(size)]

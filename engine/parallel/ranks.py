@@ -64,7 +64,7 @@ Result = TypeVar("Result")
 Drawn = Sequence[SampledToken | RowFailure | None]
 
 
-EXCHANGES = ("group.py:", "pipeline.py:", "place.py:")
+EXCHANGES = ("shared_places.py:", "group.py:", "pipeline.py:", "place.py:")
 
 
 def is_exchange(places: list[str]) -> bool:
@@ -539,6 +539,8 @@ def launch(
     try:
         ranks.wait_until_here()
         runner = ModelRunner(config, checkpoint, 0, ranks.store, ranks.attend)
+        if runner.place.group.places is not None:
+            runner.place.group.places.check = ranks.check
         ranks.num_bytes = runner.model.num_bytes
         ranks.wait_until_ready()
     except Exception as error:

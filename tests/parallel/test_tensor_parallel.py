@@ -102,7 +102,7 @@ def test_logits_are_those_of_one_rank_to_the_bit(family: str, quant: str, size: 
         ("llama", "int8", 3),
         ("gemma", "int8", 2),
         pytest.param("llama", "int4", 3, marks=pytest.mark.slow),
-        pytest.param("gemma", "none", 4, marks=pytest.mark.slow),
+        pytest.param("gemma", "int4", 4, marks=pytest.mark.slow),
     ],
 )
 def test_published_models_have_the_logits_of_one_rank(model: str, quant: str, size: int) -> None:
