@@ -14,11 +14,14 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 import zmq
+from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -31,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 PLACEMENT_SECONDS = 60.0
 """How long a cluster may take to find room; one that scales itself adds nodes meanwhile."""
+
+REACH_SECONDS = 10.0
+"""How long the host that a cluster was started on may take to answer."""
 
 INHERITED = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "XDG_CACHE_HOME")
 """Variables of this process that ranks have, too."""
@@ -218,12 +224,22 @@ class _Actor:
 
 
 def _join_cluster() -> None:
+    """
+    Raises:
+        ConfigError: There is none.
+    """
+    address = None
     try:
+        address = canonicalize_bootstrap_address("auto")
+        if address is not None:
+            # Where $RAY_ADDRESS or a file says that a cluster is, though it is no more, Ray would wait for minutes.
+            url = urlsplit(f"tcp://{address}")
+            socket.create_connection((url.hostname, url.port), REACH_SECONDS).close()
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
+    except OSError as error:
         raise ConfigError(
-            "distributed_executor_backend: ray finds no cluster; run ray start --head on this machine, and "
-            "ray start --address=… on the others"
+            f"distributed_executor_backend: ray finds no cluster{f' at {address}' if address else ''}; run "
+            "ray start --head on this machine, and ray start --address=… on the others"
         ) from error
 
 

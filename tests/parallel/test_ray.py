@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -27,6 +29,7 @@ from engine import LLM, SamplingParams
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RankFailedError
 from engine.loading.checkpoint import open_checkpoint
+from engine.loading.tokenizer_files import byte_tokenizer
 from engine.parallel.launching import Link
 from engine.parallel.ranks import launch
 from tests.paged import make_runner, make_sequences, run_chunks
@@ -76,6 +79,13 @@ def until_gone(actors: list[psutil.Process]) -> None:
     assert not alive
 
 
+def nodes_of_bundles() -> list[str]:
+    """Of the one placement group that there is."""
+    groups = ray.util.placement_group_table().values()
+    (nodes,) = (group["bundles_to_node_id"] for group in groups if group["state"] == "CREATED")
+    return [nodes[bundle] for bundle in sorted(nodes)]
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     config = deepcopy(TINY_CONFIGS["smollm2"])
@@ -105,6 +115,17 @@ def test_without_a_cluster_it_is_said_how_to_start_one(monkeypatch: pytest.Monke
         RayLauncher(2, 1, "cpu")
 
 
+def test_a_cluster_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=rf"finds no cluster at [\d.]+:{port}; run ray start --head"):
+        RayLauncher(2, 1, "cpu")
+    assert time.monotonic() - began < 30  # Ray itself would take minutes
+    assert not ray.is_initialized()
+
+
 def test_ranks_on_two_nodes_compute_the_bits_of_one(cluster: Any, tiny: Path) -> None:
     alone = make_runner(tiny, quant="int8")
     sequences = make_sequences(alone.model_config.vocab_size, CHUNKS)
@@ -112,8 +133,7 @@ def test_ranks_on_two_nodes_compute_the_bits_of_one(cluster: Any, tiny: Path) ->
     runner, steps, ranks = launch(tiny_options(tiny), open_checkpoint(tiny), tiny)
     assert ranks is not None
     try:
-        (group,) = ray.util.placement_group_table().values()
-        assert len(set(group["bundles_to_node_id"].values())) == 2
+        assert len(set(nodes_of_bundles())) == 2
         actors = processes("ray::RankActor")
         assert len(actors) == 2
         together = SimpleNamespace(cache=runner.cache, plan=runner.plan, execute=steps.execute)
@@ -125,6 +145,47 @@ def test_ranks_on_two_nodes_compute_the_bits_of_one(cluster: Any, tiny: Path) ->
             assert torch.equal(logits, several[position])
     assert not ray.is_initialized()
     until_gone(actors)
+
+
+def node_of(actor: psutil.Process) -> str:
+    """The node whose raylet has started it."""
+    raylet = actor.parent()
+    assert raylet is not None
+    names = {f"--raylet_socket_name={node['RayletSocketName']}": node["NodeID"] for node in ray.nodes()}
+    (name,) = names.keys() & raylet.cmdline()
+    return str(names[name])
+
+
+def stage_of(actor: psutil.Process) -> int:
+    """Which stage's weights it has mapped."""
+    stages = {
+        match[1] for file in actor.memory_maps() if (match := re.search(r"-stage-(\d+)-of-", file.path))
+    }
+    (stage,) = stages
+    return int(stage)
+
+
+@pytest.mark.slow
+def test_stages_are_on_several_nodes_and_the_ranks_of_each_on_one(cluster: Any, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, TINY_CONFIGS["llama"])
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    options: dict[str, Any] = {"quant": "int8", "kv_cache_memory": "4MiB", "num_threads": 1}
+    prompts = [[(7 * index + place) % 300 + 3 for place in range(10 + index)] for index in range(6)]
+    params = [replace(GREEDY, temperature=0.9 * (index % 2), seed=index) for index in range(6)]
+
+    def generate(llm: LLM) -> list[list[int]]:
+        return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+    with closing(LLM(str(tmp_path), **options)) as alone:
+        expected = generate(alone)
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    with closing(LLM(str(tmp_path), distributed_executor_backend="ray", **sizes, **options)) as shared:
+        first, second = nodes_of_bundles()
+        assert first == ray.get_runtime_context().get_node_id() != second
+        # Rank 0 is this process, on the first node.
+        seats = sorted((stage_of(actor), node_of(actor)) for actor in processes("ray::RankActor"))
+        assert seats == [(0, first), (1, second), (1, second)]
+        assert generate(shared) == expected
 
 
 @pytest.mark.slow

@@ -1,0 +1,90 @@
+"""Rank 0 on one host, others on another: `python -m tests.parallel.two_hosts …`, in namespaces of its own.
+
+    … logits MODEL OUT      what `run_chunks` returns of two ranks that share the layers
+    … mp ADDRESS BEATS      an engine process, which starts the other ranks itself
+    … ray ADDRESS BEATS     one that finds a cluster of both hosts
+
+All end with this process, and it with its standard input.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import zmq
+
+from engine import engine_process
+from engine.config import EngineConfig
+from engine.loading.checkpoint import open_checkpoint
+from engine.parallel.launching import Link, ProcessLauncher
+from engine.parallel.ranks import launch
+from engine.parallel.rendezvous import address_of, host_store
+from engine.process import follow_parent
+from tests.paged import make_sequences, run_chunks
+from tests.parallel.delayed_link import DELAY_SECONDS, FAR, NEAR, connect, num_bytes_sent, round_trip
+
+
+class FarLauncher(ProcessLauncher):
+    """Ranks that are processes of the other host.
+
+    Args:
+        far: As `connect` returns it.
+    """
+
+    def __init__(self, far: tuple[str, ...]) -> None:
+        super().__init__((*far, sys.executable, "-m", "engine.parallel.rank_process"))
+        self._store = host_store(NEAR)
+        self.store = address_of(self._store)
+
+    def bind(self, socket: zmq.Socket[bytes], name: str) -> Link:
+        return Link(f"tcp://{NEAR}:{socket.bind_to_random_port(f'tcp://{NEAR}')}")
+
+
+def start_cluster(far: tuple[str, ...]) -> None:
+    """Starts Ray on both hosts."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # on by default where this user has ever run Ray otherwise
+    directory = f"--temp-dir={tempfile.gettempdir()}/ray"
+    size = ("--num-cpus=1", f"--object-store-memory={100 << 20}")
+    start = (sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", directory, *size)
+    os.environ["RAY_ADDRESS"] = address = f"{NEAR}:6379"
+    subprocess.run((*start, "--head", "--port=6379", f"--node-ip-address={NEAR}"), check=True)
+    subprocess.run((*far, *start, f"--address={address}", f"--node-ip-address={FAR}"), check=True)
+
+
+def save_logits(far: tuple[str, ...], model: str, out: str) -> int:
+    path = Path(model)
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_cache_memory": "4MiB"}
+    config = EngineConfig(model=model, quant="int8", num_threads=1, tensor_parallel_size=2, **options)
+    runner, steps, ranks = launch(config, open_checkpoint(path), path, launcher=FarLauncher(far))
+    together: Any = SimpleNamespace(cache=runner.cache, plan=runner.plan, execute=steps.execute)
+    before = num_bytes_sent()
+    torch.save(run_chunks(together, make_sequences(runner.model_config.vocab_size)), out)
+    assert num_bytes_sent() - before >= runner.place.group.num_bytes["gather"] > 0
+    ranks.close()
+    return 0
+
+
+def main(what: str, *arguments: str) -> int:
+    follow_parent()
+    far = connect()
+    # There is no shorter way.
+    assert min(round_trip() for _ in range(10)) >= 2 * DELAY_SECONDS
+    if what == "logits":
+        return save_logits(far, *arguments)
+    if what == "ray":
+        start_cluster(far)
+    address, beats = arguments
+    with patch("engine.parallel.ranks.ProcessLauncher", lambda: FarLauncher(far)):
+        return engine_process.main(address, beats)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
