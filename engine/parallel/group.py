@@ -7,8 +7,9 @@ through gloo or NCCL. While a program is recorded (`engine.kernels.cpu`), an exc
 
 from __future__ import annotations
 
+import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -27,6 +28,9 @@ from engine.parallel.symmetric import OneShotSum
 Backend = Any
 """torch's NCCL or gloo group, of which stubs know only part."""
 
+LOOK = timedelta(seconds=1)
+"""How often a rank that waits for the backend asks whether it still should."""
+
 PATIENCE = timedelta(days=1)
 """How long an exchange waits; who does not come is found, and ended, by others (`engine.parallel.ranks`)."""
 
@@ -42,6 +46,7 @@ class TensorGroup:
         has_integer_sums: Whether products can be summed over ranks as integers, which C's kernels do.
         places: Through which ranks on CPUs of one machine exchange, past the backend.
         one_shot: What sums small floats, if they go past the backend.
+        check: Raises if it is in vain to wait for the others; asked where nobody else ends this process.
         num_bytes: What this rank has brought to exchanges, by kind: "gather" or "sum".
         seconds: What exchanges took, waiting for the slowest rank included.
     """
@@ -52,6 +57,7 @@ class TensorGroup:
     has_integer_sums: bool = False
     places: SharedPlaces | None = None
     one_shot: OneShotSum | None = None
+    check: Callable[[], None] | None = None
     num_bytes: dict[str, int] = field(default_factory=lambda: {"gather": 0, "sum": 0})
     seconds: float = 0.0
 
@@ -131,12 +137,11 @@ class TensorGroup:
         columns = [Share(rank, self.size).of(whole.shape[1]) for rank in range(self.size)]
         with self._counting("gather", mine):
             if parts is None:
-                assert self.places is not None
-                for rows, pieces in self.places.exchange(mine):
+                for rows, pieces in self._exchange(mine):
                     for part, piece in zip(columns, pieces, strict=True):
                         whole[rows, part] = piece[:, : part.stop - part.start]
                 return
-            self._group._allgather_base(parts.view(-1), mine.view(-1)).wait()
+            self._finish(self._group._allgather_base(parts.view(-1), mine.view(-1)))
         for part, piece in zip(columns, parts.view(self.size, *mine.shape), strict=True):
             whole[:, part] = piece[:, : part.stop - part.start]
 
@@ -151,10 +156,9 @@ class TensorGroup:
             return
         with self._counting("sum", x):
             if not self._has_places(x.shape[1] * x.itemsize):
-                self._group.allreduce([x]).wait()
+                self._finish(self._group.allreduce([x]))
                 return
-            assert self.places is not None
-            for rows, pieces in self.places.exchange(x):
+            for rows, pieces in self._exchange(x):
                 x[rows] = pieces[0]
                 for piece in pieces[1:]:
                     x[rows] += piece
@@ -162,18 +166,41 @@ class TensorGroup:
     def _scatter(self, x: torch.Tensor, parts: torch.Tensor) -> None:
         with self._counting("sum", x):
             if not self._has_places(x.shape[1] * x.itemsize):
-                self._group.alltoall_base(parts.view(-1), x.view(-1), [], []).wait()
+                self._finish(self._group.alltoall_base(parts.view(-1), x.view(-1), [], []))
                 return
-            assert self.places is not None
             shape = self.size, len(x), x.shape[1] // self.size
             mine, theirs = x.view(shape).transpose(0, 1), parts.view(shape).transpose(0, 1)
-            for rows, pieces in self.places.exchange(mine):
+            for rows, pieces in self._exchange(mine):
                 for rank, piece in enumerate(pieces):
                     theirs[rows, rank] = piece[:, self.share.rank]
 
     def _has_places(self, row_bytes: int) -> bool:
         """Whether such rows go through shared memory."""
         return self.places is not None and row_bytes <= PLACE_BYTES
+
+    def _exchange(self, x: torch.Tensor) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+        assert self.places is not None
+        return self.places.exchange(x, self.check or (lambda: None))
+
+    def _finish(self, work: Any) -> None:
+        """Waits for an exchange of the backend; one with a machine that is cut off would not end by itself."""
+        if self.check is None:
+            work.wait()
+            return
+        while True:
+            try:
+                work.wait(LOOK)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    work.wait()  # raises what it failed with
+                    return
+            try:
+                self.check()
+            except BaseException:
+                # The backend's own end would wait for the exchange, too: it must never come.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.backend))
+                raise
 
     @contextmanager
     def _counting(self, kind: str, x: torch.Tensor) -> Iterator[None]:

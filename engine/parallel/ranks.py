@@ -539,8 +539,8 @@ def launch(
     try:
         ranks.wait_until_here()
         runner = ModelRunner(config, checkpoint, 0, ranks.store, ranks.attend)
-        if runner.place.group.places is not None:
-            runner.place.group.places.check = ranks.check
+        if runner.device.type == "cpu":
+            runner.place.group.check = ranks.check
         ranks.num_bytes = runner.model.num_bytes
         ranks.wait_until_ready()
     except Exception as error:

@@ -30,13 +30,9 @@ class SharedPlaces:
 
     Args:
         memory: That all have mapped.
-
-    Attributes:
-        check: Raises if it is in vain to wait for the others.
     """
 
     def __init__(self, memory: mmap.mmap, share: Share) -> None:
-        self.check: Callable[[], None] = lambda: None
         self._share, self._turn = share, 0
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         loaded = cpu.library()
@@ -48,8 +44,13 @@ class SharedPlaces:
         """Of the memory for so many ranks."""
         return size * (COUNTER_BYTES + 2 * PLACE_BYTES)
 
-    def exchange(self, x: torch.Tensor) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    def exchange(
+        self, x: torch.Tensor, check: Callable[[], None]
+    ) -> Iterator[tuple[slice, list[torch.Tensor]]]:
         """Hands x [M, …] over in pieces of some rows, of which one must fit into PLACE_BYTES.
+
+        Args:
+            check: Raises if it is in vain to wait for the others.
 
         Yields:
             Which rows, and what each rank has there: [rows, …], to be read before the next piece is asked for.
@@ -63,7 +64,7 @@ class SharedPlaces:
             places[self._share.rank].copy_(piece)
             self._functions.begin_turn(self._memory.data_ptr(), self._share.rank, self._turn)
             while not self._functions.await_turn(self._memory.data_ptr(), self._share.size, self._turn, NAPS):
-                self.check()
+                check()
             yield rows, places
 
     def _place(self, rank: int, like: torch.Tensor) -> torch.Tensor:

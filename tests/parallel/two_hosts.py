@@ -1,6 +1,6 @@
 """Rank 0 on one host, others on another: `python -m tests.parallel.two_hosts …`, in namespaces of its own.
 
-    … logits MODEL OUT      what `run_chunks` returns of two ranks that share the layers
+    … logits MODEL OUT      what `run_chunks` returns of two ranks that share the layers, until the link is cut
     … mp ADDRESS BEATS      an engine process, which starts the other ranks itself
     … ray ADDRESS BEATS     one that finds a cluster of both hosts
 
@@ -13,16 +13,20 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import zmq
 
 from engine import engine_process
 from engine.config import EngineConfig
+from engine.errors import RankFailedError
 from engine.loading.checkpoint import open_checkpoint
 from engine.parallel.launching import Link, ProcessLauncher
 from engine.parallel.ranks import launch
@@ -66,10 +70,24 @@ def save_logits(far: tuple[str, ...], model: str, out: str) -> int:
     runner, steps, ranks = launch(config, open_checkpoint(path), path, launcher=FarLauncher(far))
     together: Any = SimpleNamespace(cache=runner.cache, plan=runner.plan, execute=steps.execute)
     before = num_bytes_sent()
-    torch.save(run_chunks(together, make_sequences(runner.model_config.vocab_size)), out)
+    sequences = make_sequences(runner.model_config.vocab_size)
+    torch.save(run_chunks(together, sequences), out)
     assert num_bytes_sent() - before >= runner.place.group.num_bytes["gather"] > 0
+    threading.Timer(0.2, cut_link).start()
+
+    def run_forever() -> None:
+        for admission in count(1):
+            run_chunks(together, sequences, admission=admission)
+
+    # Nobody ends this process, which waits for a host that it will not hear of again.
+    with pytest.raises(RankFailedError, match=r"^rank 1 has been silent for 5 s at step "):
+        run_forever()
     ranks.close()
     return 0
+
+
+def cut_link() -> None:
+    subprocess.run(("ip", "link", "set", "near", "down"), check=True)
 
 
 def main(what: str, *arguments: str) -> int:
