@@ -6,6 +6,7 @@ hundreds. The memory has no name: it goes with the processes. How they take turn
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -37,7 +38,10 @@ class SharedPlaces:
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         loaded = cpu.library()
         assert loaded is not None
-        self._functions = loaded.functions
+        self._begin, self._await = loaded.functions.begin_turn, loaded.functions.await_turn
+        self._begin.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        self._await.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+        self._await.restype = ctypes.c_int64
 
     @staticmethod
     def num_bytes(size: int) -> int:
@@ -62,8 +66,8 @@ class SharedPlaces:
             self._turn += 1
             places = [self._place(rank, piece) for rank in range(self._share.size)]
             places[self._share.rank].copy_(piece)
-            self._functions.begin_turn(self._memory.data_ptr(), self._share.rank, self._turn)
-            while not self._functions.await_turn(self._memory.data_ptr(), self._share.size, self._turn, NAPS):
+            self._begin(self._memory.data_ptr(), self._share.rank, self._turn)
+            while not self._await(self._memory.data_ptr(), self._share.size, self._turn, NAPS):
                 check()
             yield rows, places
 

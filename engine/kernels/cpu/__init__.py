@@ -136,9 +136,6 @@ def _load(compiler: str, version: bytes, name: str) -> ctypes.CDLL | None:
         return None
     functions.create_pool.argtypes, functions.create_pool.restype = [ctypes.c_int64], ctypes.c_void_p
     functions.drain_pool.argtypes = [ctypes.c_void_p]
-    functions.begin_turn.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    functions.await_turn.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
-    functions.await_turn.restype = ctypes.c_int64
     functions.run_calls.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     return functions
 
