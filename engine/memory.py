@@ -350,7 +350,7 @@ def plan_exchanges(
     layers = pipeline.layers(model.config.num_layers)
     stage = f", layers {layers.start} to {layers.stop - 1}" if pipeline.size > 1 else ""
     is_cpu = device.type == "cpu"
-    carrier = "shared memory, or gloo between machines" if is_cpu else "NCCL"
+    carrier = "shared memory (gloo between machines and stages)" if is_cpu else "NCCL"
     if is_symmetric:
         carrier += f", and float sums of up to {format_bytes(MAX_BYTES)} over symmetric memory"
     return ExchangePlan(
