@@ -24,11 +24,13 @@ def exit_cause(status: int) -> str:
 
 
 def machine_name() -> str:
-    """The same for all processes of a machine, and another one elsewhere, be it a network namespace."""
-    boot_id, network = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
+    """The same for all processes of a machine that reach each other by address and by process id, and another one
+    elsewhere, be it a container."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
     if not boot_id.exists():
         return socket.gethostname()
-    return f"{boot_id.read_text().strip()} {network.readlink()}"
+    namespaces = (str(Path("/proc/self/ns", kind).readlink()) for kind in ("net", "pid"))
+    return " ".join((boot_id.read_text().strip(), *namespaces))
 
 
 def follow_parent() -> None:
