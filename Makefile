@@ -42,7 +42,7 @@ test-all: lint test-oldest-triton
 
 # The interpreter of Triton 3.6 does what numpy 2.4 no longer allows.
 test-oldest-triton: .triton-3.6
-	PYTHONPATH=$< $(PYTHON) -m pytest tests/kernels/test_compile.py tests/test_warmup.py
+	PYTHONPATH=$< $(PYTHON) -m pytest tests/test_compile.py tests/executor/test_warmup.py
 	PYTHONPATH=$< TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/interpreted
 
 .triton-3.6: install

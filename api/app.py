@@ -21,7 +21,7 @@ from api.responses import Model, ModelList
 from api.service import Service
 
 if TYPE_CHECKING:
-    from engine.async_engine import ServedEngine
+    from engine.frontend.async_engine import ServedEngine
 
 
 class ApiKeyMiddleware:

@@ -29,9 +29,9 @@ from api.responses import (
 from api.sampling import sampling_params
 from api.service import Service
 from api.streaming import event, event_stream, until_disconnect
+from engine.core.outputs import CompletionOutput
+from engine.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.errors import RequestError
-from engine.outputs import CompletionOutput
-from engine.sampling.params import MAX_LOGPROBS, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from api.responses import Completion, CompletionChoice, Usage
 from api.sampling import sampling_params
 from api.service import Service
 from api.streaming import event, event_stream, until_disconnect
-from engine.outputs import CompletionOutput
-from engine.sampling.params import SamplingParams
+from engine.core.outputs import CompletionOutput
+from engine.core.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 MAX_CHOICES = 2048

@@ -12,8 +12,8 @@ from api.errors import ApiError
 from api.protocol import StreamOptions
 from api.responses import PromptTokensDetails, Usage
 from api.service import Service
-from engine.outputs import CompletionOutput, RequestOutput
-from engine.sampling.params import SamplingParams
+from engine.core.outputs import CompletionOutput, RequestOutput
+from engine.core.sampling_params import SamplingParams
 
 Prompts = Sequence[list[int]]
 PromptOutputs = AsyncGenerator[tuple[int, RequestOutput], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 
 from api.responses import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TokenLogprob
-from engine.outputs import CompletionOutput, Logprob
+from engine.core.outputs import CompletionOutput, Logprob
 
 # JSON has no infinity; OpenAI writes this for a token that cannot be drawn.
 MIN_LOGPROB = -9999.0

@@ -8,7 +8,7 @@ from api.errors import ApiError, not_supported
 from api.protocol import ChatCompletionRequest, Message
 
 if TYPE_CHECKING:
-    from engine.tokenizer import Tokenizer
+    from engine.tokenizer.tokenizer import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant")
 # What the server itself hands to the template.

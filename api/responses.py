@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from engine.outputs import FinishReason
+from engine.core.outputs import FinishReason
 
 
 class PromptTokensDetails(Struct):

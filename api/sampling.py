@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from api.protocol import GenerationRequest
-from engine.sampling.params import SamplingParams
+from engine.core.sampling_params import SamplingParams
 
 SAMPLING_FIELDS = (
     "n",

@@ -18,7 +18,7 @@ from api.app import create_app
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from engine.async_engine import AsyncEngine
+    from engine.frontend.async_engine import AsyncEngine
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from api.errors import ApiError
 from api.metrics import Metrics
 
 if TYPE_CHECKING:
-    from engine.async_engine import ServedEngine
+    from engine.frontend.async_engine import ServedEngine
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ from benchmarks.serving import positive_int
 from engine import LLM
 from engine.errors import EngineError
 from engine.loading.resolve import resolve_model
-from engine.tokenizer import Tokenizer, load_tokenizer
+from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 DEFINITIONS = """\
 A decode: (output tokens - 1) / time from the first text to the end; B, C: all output tokens / time from the first

@@ -22,17 +22,17 @@ from tqdm import tqdm
 from benchmarks.prompts import WORDS
 from benchmarks.report import format_table
 from benchmarks.serving import positive_int
-from engine.batch import Batch, BatchRow
 from engine.config import EngineConfig
+from engine.core.batch import Batch, BatchRow
 from engine.errors import EngineError
-from engine.kernels.activations import SparseInt8Format
+from engine.executor.cpu_executor import ProgramExecutor
+from engine.executor.runner import ModelRunner
+from engine.executor.warmup import GREEDY, dummy_batch
+from engine.kernels.operands import SparseInt8Format
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
-from engine.program_executor import ProgramExecutor
 from engine.quant import host
-from engine.runner import ModelRunner
-from engine.tokenizer import load_tokenizer
-from engine.warmup import GREEDY, dummy_batch
+from engine.tokenizer.tokenizer import load_tokenizer
 
 ONE_TERM = SparseInt8Format(spread=math.inf)
 """One scale a token, which holds its largest element."""

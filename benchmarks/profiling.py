@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.offline import generate_seconds
 from benchmarks.report import format_table
 from engine import LLM
-from engine.program_executor import ProgramExecutor
+from engine.executor.cpu_executor import ProgramExecutor
 
 _SHOWN_OPERATORS = 12
 

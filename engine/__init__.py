@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig
-from engine.outputs import CompletionOutput, Logprob, RequestOutput
-from engine.sampling.params import SamplingParams
+from engine.core.outputs import CompletionOutput, Logprob, RequestOutput
+from engine.core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from engine.llm import LLM
+    from engine.frontend.llm import LLM
 
 __all__ = ["LLM", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams"]
 
@@ -21,7 +21,7 @@ __all__ = ["LLM", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput"
 def __getattr__(name: str) -> Any:
     # LLM brings torch with it, which the API process does without.
     if name == "LLM":
-        from engine.llm import LLM
+        from engine.frontend.llm import LLM
 
         return LLM
     raise AttributeError(f"module 'engine' has no attribute {name!r}")

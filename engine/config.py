@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from engine.errors import ConfigError
-from engine.specification import Specification, parse_specification
+from engine.quant_spec import Specification, parse_specification
 
 DataType = Literal["auto", "float32", "bfloat16", "float16"]
 CacheType = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "fp8_e4m3"]

@@ -15,23 +15,25 @@ from typing import Any
 
 import torch
 
+from engine.arguments import add_engine_options
 from engine.config import EngineConfig, SchedulerConfig, format_bytes, parse_bytes
 from engine.errors import EngineError
+from engine.executor.exchange_plan import plan_exchanges
+from engine.executor.memory import MemoryPlan, available_bytes, plan_memory, table_copies
+from engine.executor.options import resolve_cache_dtype, resolve_device, resolve_dtype
 from engine.kernels.launch import TARGETS
 from engine.loading.dummy import DummyCheckpoint
 from engine.loading.formats import stored_scheme
 from engine.loading.resolve import resolve_configuration
-from engine.memory import MemoryPlan, available_bytes, plan_exchanges, plan_memory, table_copies
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
-from engine.options import resolve_cache_dtype, resolve_device, resolve_dtype
+from engine.models.sharding import check_columns, check_shares, share_of_config
 from engine.parallel.group import TensorGroup, sums_integers
 from engine.parallel.pipeline import Pipeline
-from engine.parallel.shares import Share, check_columns, check_shares, share_of_config
+from engine.parallel.shares import Share
 from engine.parallel.symmetric import check_device
 from engine.quant.plan import QuantizationPlan
-from engine.serve import add_engine_options
-from engine.specification import Specification, parse_scheme
+from engine.quant_spec import Specification, parse_scheme
 
 LENGTHS = (1024, 4096, 8192, 32768, 131072)
 """Contexts whose concurrency is shown, besides the longest."""

@@ -28,22 +28,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine.batch import Batch, Draw
+from engine.arguments import build_parser
 from engine.config import EngineConfig
-from engine.core import EngineCore
+from engine.core.batch import Batch, Draw
+from engine.core.engine_core import EngineCore
+from engine.core.executor import Executor, Sampled
+from engine.core.request import Request
+from engine.core.sampling_params import SamplingParams
 from engine.errors import EngineError
-from engine.host_executor import Sampled
+from engine.executor.cpu_executor import ProgramExecutor
+from engine.executor.runner import ModelRunner
 from engine.kernels import cpu
-from engine.kernels.host_attention import SEGMENT
+from engine.kernels.attention.in_c import SEGMENT
 from engine.kernels.launch import target_of
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
 from engine.models.config import ModelConfig
-from engine.program_executor import ProgramExecutor
-from engine.request import Request
-from engine.runner import Executor, ModelRunner
-from engine.sampling.params import SamplingParams
-from engine.serve import build_parser
 
 NUM_REQUESTS = 24
 NUM_ELSEWHERE = 5

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.tiny import TINY_CONFIGS, write_checkpoint
+from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 PROGRAM = """
 import sys
@@ -20,10 +20,10 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import benchmarks.throughput
 from pathlib import Path
-from engine.core import EngineCore
+from engine.core.engine_core import EngineCore
 from engine.config import EngineConfig
-from engine.request import Request
-from engine.sampling.params import SamplingParams
+from engine.core.request import Request
+from engine.core.sampling_params import SamplingParams
 
 config = EngineConfig(model=sys.argv[1], kv_cache_memory="4MiB", cache_dir=sys.argv[2])
 core = EngineCore(config, Path(sys.argv[1]), ())

@@ -12,8 +12,8 @@ import torch
 from engine import LLM, SamplingParams
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.executor.step_meter import private_bytes
 from engine.loading.dummy import DummyCheckpoint
-from engine.memory import private_bytes
 from engine.parallel.exchanges import step_bytes
 from engine.plan import EnginePlan, main, plan_engine
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.arguments import build_parser
 from engine.config import EngineConfig, SchedulerConfig, format_bytes, parse_bytes
 from engine.errors import ConfigError
-from engine.serve import build_parser
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 OPTIONS = {"--" + field.name.replace("_", "-") for field in fields(EngineConfig)}

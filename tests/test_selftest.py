@@ -13,7 +13,7 @@ from engine import selftest
 from engine.config import CacheType, EngineConfig
 from engine.kernels import cpu
 from engine.selftest import Round, Trial, main
-from tests.tiny import TINY_CONFIGS, write_checkpoint
+from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="there is no C compiler on this machine")
 

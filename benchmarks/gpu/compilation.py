@@ -10,9 +10,9 @@ import torch
 from benchmarks.gpu import end_to_end
 from benchmarks.gpu.kernels import OTHER_CASES, TARGET_CASES, CaseMaker
 from benchmarks.gpu.steps import Skipped, Step, Values
-from engine.kernels.compile import compile_launches
+from engine.executor.warmup import record_launches
+from engine.kernels.compilation import compile_launches
 from engine.kernels.launch import TARGETS, Launch, Target, recording, target_of
-from engine.warmup import record_launches
 
 
 def record_cases(target: Target, makers: list[CaseMaker]) -> set[Launch]:

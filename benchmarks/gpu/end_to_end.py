@@ -17,11 +17,11 @@ import torch
 from benchmarks.gpu.steps import Skipped, Step, Values
 from benchmarks.gpu.timing import events
 from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.device_executor import DeviceExecutor
+from engine.core.engine_core import EngineCore
+from engine.core.request import Request
+from engine.core.sampling_params import SamplingParams
+from engine.executor.triton_executor import DeviceExecutor
 from engine.models.config import ModelConfig
-from engine.request import Request
-from engine.sampling.params import SamplingParams
 
 LLAMA_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

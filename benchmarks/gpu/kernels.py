@@ -13,7 +13,7 @@ from benchmarks.gpu.matmul_cases import int4_cases, int8_cases, weight_only_case
 from benchmarks.gpu.row_cases import row_cases, sample_cases
 from benchmarks.gpu.steps import Step, Values
 from benchmarks.gpu.timing import Timer
-from engine.kernels.activations import Int8Format
+from engine.kernels.operands import Int8Format
 
 BF16 = torch.bfloat16
 

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from benchmarks.gpu.cases import Case, products
 from benchmarks.gpu.matmuls import int4_weight, int8_weight, tokens
 from benchmarks.gpu.timing import Call, num_copies
-from engine.kernels.activations import GroupSums, Int8Activations, Int8Format
-from engine.kernels.group_sums import reference as sums_reference
-from engine.kernels.int4_matmul import Int4Matmul
-from engine.kernels.int8_matmul import Int8Matmul
+from engine.kernels.matmul.group_sums import reference as sums_reference
+from engine.kernels.matmul.int4 import Int4Matmul
+from engine.kernels.matmul.int8 import Int8Matmul
+from engine.kernels.matmul.weight_only import WeightOnlyMatmul
+from engine.kernels.operands import GroupSums, Int8Activations, Int8Format
 from engine.kernels.quantize import quantize_per_token
-from engine.kernels.weight_only_matmul import WeightOnlyMatmul
 
 BF16 = torch.bfloat16
 

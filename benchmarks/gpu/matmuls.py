@@ -9,18 +9,18 @@ from functools import partial
 import torch
 
 from benchmarks.gpu.steps import Step, Values, equal, rounding, within
-from engine.kernels.activations import Int8Activations, Int8Format
-from engine.kernels.group_sums import group_sums
-from engine.kernels.group_sums import reference as sums_reference
-from engine.kernels.int4_matmul import Int4Matmul, int4_large, int4_segments, pack
-from engine.kernels.int4_matmul import dequantize as dequantize_int4
-from engine.kernels.int8_matmul import Int8Matmul, int8_matmul
-from engine.kernels.int8_matmul import reference as int8_reference
 from engine.kernels.launch import Target, target_of, tiles
+from engine.kernels.matmul.group_sums import group_sums
+from engine.kernels.matmul.group_sums import reference as sums_reference
+from engine.kernels.matmul.int4 import Int4Matmul, int4_large, int4_segments, pack
+from engine.kernels.matmul.int4 import dequantize as dequantize_int4
+from engine.kernels.matmul.int8 import Int8Matmul, int8_matmul
+from engine.kernels.matmul.int8 import reference as int8_reference
+from engine.kernels.matmul.segments import new_counters
+from engine.kernels.matmul.weight_only import GroupSize, WeightOnlyMatmul, weight_only_matmul
+from engine.kernels.matmul.weight_only import dequantize as dequantize_int8
+from engine.kernels.operands import Int8Activations, Int8Format
 from engine.kernels.quantize import quantize_per_token
-from engine.kernels.segments import new_counters
-from engine.kernels.weight_only_matmul import GroupSize, WeightOnlyMatmul, weight_only_matmul
-from engine.kernels.weight_only_matmul import dequantize as dequantize_int8
 
 FORMATS = [Int8Format(terms, group) for terms in (1, 2) for group in (None, 32, 64, 128)]
 

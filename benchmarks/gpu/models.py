@@ -16,14 +16,14 @@ import torch
 
 from benchmarks.gpu.steps import Skipped, Step, Values, equal
 from engine.config import EngineConfig
-from engine.core import EngineCore
+from engine.core.engine_core import EngineCore
+from engine.core.request import Request
+from engine.core.sampling_params import SamplingParams
 from engine.errors import EngineError
+from engine.executor.runner import ModelRunner
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
-from engine.request import Request
-from engine.runner import ModelRunner
-from engine.sampling.params import SamplingParams
-from tests.paged import CHUNKS, make_sequences, run_chunks
+from tests.helpers.paged import CHUNKS, make_sequences, run_chunks
 
 TOLERANCES = {"float32": 0.001, "bfloat16": 0.06, "float16": 0.01}
 """By activations: the root mean square of the logits' errors, as a share of their standard deviation.
@@ -38,7 +38,7 @@ Logits = list[dict[int, torch.Tensor]]
 @cache
 def checkpoint(name: str) -> Path:
     """A tiny random checkpoint of a family, written on first use; it lives as long as the process."""
-    tiny: Any = importlib.import_module("tests.tiny")  # transformers takes seconds to import
+    tiny: Any = importlib.import_module("tests.helpers.tiny")  # transformers takes seconds to import
     path = Path(_directory().name) / name
     tiny.write_checkpoint(path, tiny.TINY_CONFIGS[name])
     return path
@@ -185,9 +185,9 @@ def _real_model(quant: str, device: str) -> Values:
         raise Skipped(f"{REAL_MODEL}: {str(error).splitlines()[0]}") from error
     if path.suffix == ".gguf" and importlib.util.find_spec("gguf") is None:
         raise Skipped("the package gguf is not installed")
-    from engine.tokenizer import load_tokenizer  # needs packages that nothing else here does
+    from engine.tokenizer.tokenizer import load_tokenizer  # needs packages that nothing else here does
 
-    prompts: list[str] = importlib.import_module("tests.prompts").PROMPTS
+    prompts: list[str] = importlib.import_module("tests.helpers.prompts").PROMPTS
 
     tokenizer = load_tokenizer(path)
     sequences = [ids for ids in map(tokenizer.encode, prompts) if len(ids) > 8][:8]

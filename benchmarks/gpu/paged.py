@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.kernels.kv_layer import KVLayer
-from engine.kernels.launch import target_of
-from engine.kernels.paged_attention import (
+from engine.kernels.attention.kv_layer import KVLayer
+from engine.kernels.attention.paged import (
     FormName,
     PagedPlan,
     WorkList,
@@ -21,6 +20,7 @@ from engine.kernels.paged_attention import (
     reference,
     scratch_capacity,
 )
+from engine.kernels.launch import target_of
 
 BLOCK_SIZE = 16
 

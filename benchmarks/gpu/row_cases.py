@@ -14,9 +14,9 @@ from benchmarks.gpu.paged import make_layer
 from benchmarks.gpu.sampling import draw_parameters
 from benchmarks.gpu.timing import Call, num_copies
 from engine.kernels.activation import silu_mul
-from engine.kernels.activations import Int8Format, SumsFormat
 from engine.kernels.embedding import lookup
 from engine.kernels.norm import rms_norm
+from engine.kernels.operands import Int8Format, SumsFormat
 from engine.kernels.quantize import quantize_per_token
 from engine.kernels.rotary import rotate_and_write
 from engine.kernels.sample import draw

@@ -13,9 +13,9 @@ from benchmarks.gpu.paged import Heads, make_layer
 from benchmarks.gpu.steps import Step, Values, equal, rounding, within
 from engine.kernels import embedding, quantize
 from engine.kernels.activation import gelu_mul, silu_mul
-from engine.kernels.activations import Activations, Format, GroupSums, Int8Activations, Int8Format, SumsFormat
-from engine.kernels.kv_layer import KVLayer
+from engine.kernels.attention.kv_layer import KVLayer
 from engine.kernels.norm import rms_norm
+from engine.kernels.operands import Activations, Format, GroupSums, Int8Activations, Int8Format, SumsFormat
 from engine.kernels.rotary import reference as rotary_reference
 from engine.kernels.rotary import rotate_and_write
 

@@ -7,10 +7,10 @@ from functools import partial
 import torch
 
 from benchmarks.gpu.steps import Step, Values, equal, within
+from engine.core.random import draw_key
 from engine.kernels import sample
+from engine.kernels.noise import gumbel_noise
 from engine.kernels.sample import Adjustments, DrawParameters
-from engine.sampling.noise import gumbel_noise
-from engine.sampling.random import draw_key
 
 FILTERS = [
     (1, 1.0, 0.0),

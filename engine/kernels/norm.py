@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from engine.kernels import cpu
-from engine.kernels.activations import Activations, Format
 from engine.kernels.launch import launch, runs_triton
+from engine.kernels.operands import Activations, Format
 from engine.kernels.quantize import empty_activations, group_of, host_outputs, outputs, row_tile, write_row
 
 

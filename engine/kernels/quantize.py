@@ -24,7 +24,9 @@ import triton
 import triton.language as tl
 
 from engine.kernels import cpu
-from engine.kernels.activations import (
+from engine.kernels.launch import Tile, launch, runs_triton
+from engine.kernels.matmul.group_sums import sum_groups
+from engine.kernels.operands import (
     SUM_SIZE,
     Activations,
     Format,
@@ -34,8 +36,6 @@ from engine.kernels.activations import (
     SparseInt8Activations,
     SparseInt8Format,
 )
-from engine.kernels.group_sums import sum_groups
-from engine.kernels.launch import Tile, launch, runs_triton
 
 LOW_STEPS = 254
 """Steps of the low term in one step of the high term: the remainder is at most half a step, 127 low ones."""

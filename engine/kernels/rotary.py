@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels import cpu
-from engine.kernels.kv_layer import FP8_MAX, INT4_GROUP, INT4_LARGEST, KVLayer
+from engine.kernels.attention.kv_layer import FP8_MAX, INT4_GROUP, INT4_LARGEST, KVLayer
 from engine.kernels.launch import launch, select_tile, target_of
 from engine.kernels.norm import reference as norm_reference
 

@@ -6,7 +6,7 @@ Row by row, and each row by itself alone:
 2. filters, each of which keeps the tokens whose logit reaches a threshold, equal ones alike:
    top_k: the k-th largest logit; min_p: the largest + temperature * log(min_p); top_p: the smallest logit of
    the smallest nucleus (Holtzman et al. 2020) of what the other two have left;
-3. the draw: the largest of logit / temperature + Gumbel noise (`engine.sampling.noise`), the lowest token id
+3. the draw: the largest of logit / temperature + Gumbel noise (`engine.kernels.noise`), the lowest token id
    among equals; at temperature 0 the largest logit, likewise.
 
 On a GPU a filtered draw reads the logits about twice. The first pass takes the largest logit of every 32.
@@ -29,7 +29,7 @@ import triton.language as tl
 
 from engine.kernels import cpu
 from engine.kernels.launch import Tile, launch, select_tile, target_of
-from engine.sampling.noise import gumbel_noise
+from engine.kernels.noise import gumbel_noise
 
 GROUP_SIZE = 32
 """Logits that share a maximum: a cache line of 128 bytes."""
@@ -71,7 +71,7 @@ class DrawParameters:
     """How to draw, for each row; all [R].
 
     Attributes:
-        key_low, key_high: int32, from `engine.sampling.random.draw_key`.
+        key_low, key_high: int32, from `engine.core.random.draw_key`.
         temperature: float32; 0 is greedy, and filters do not matter then.
         top_k: int32; 0 keeps all.
         top_p, min_p: float32; 1 and 0 keep all.
@@ -473,7 +473,7 @@ def _mix32(bits):
 
 @triton.jit
 def _uniform(token_ids, key_low, key_high):
-    """As `engine.sampling.noise.uniform_noise`, to the bit."""
+    """As `engine.kernels.noise.uniform_noise`, to the bit."""
     low = key_low.to(tl.uint32, bitcast=True)
     high = key_high.to(tl.uint32, bitcast=True)
     bits = _mix32(_mix32(token_ids.to(tl.uint32) ^ low) + high)

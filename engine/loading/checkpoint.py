@@ -10,7 +10,7 @@ from engine.errors import CheckpointError
 from engine.loading.safetensors import DirectoryCheckpoint
 from engine.parallel.shares import WHOLE, Part
 from engine.quant.weight import Weight
-from engine.specification import SchemeWords, parse_scheme
+from engine.quant_spec import SchemeWords, parse_scheme
 
 
 class Checkpoint(Protocol):
@@ -75,7 +75,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return DirectoryCheckpoint(path)
     if path.suffix == ".gguf":
         # Directories load without the gguf package.
-        from engine.loading.gguf import GGUFCheckpoint
+        from engine.loading.gguf.checkpoint import GGUFCheckpoint
 
         return GGUFCheckpoint(path)
     raise CheckpointError(f"{path}: neither a model directory nor a .gguf file")

@@ -1,1 +1,1 @@
-"""Decoder-only models: their configuration and the one decoder that all families share."""
+"""The transformer: configuration, layers, how ranks share them, and the decoder of all families."""

@@ -11,19 +11,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.kernels.kv_layer import KVCache, KVLayer
+from engine.kernels.attention.kv_layer import KVCache, KVLayer
 from engine.kernels.norm import add
-from engine.layers.attention import Attention, AttentionInputs
-from engine.layers.cuts import ColumnCut
-from engine.layers.linear import Embedding, Linear, ReadWeight
-from engine.layers.mlp import MLP
-from engine.layers.norm import RMSNorm
+from engine.models.attention import Attention, AttentionInputs
 from engine.models.config import ModelConfig
+from engine.models.cuts import ColumnCut
+from engine.models.linear import Embedding, Linear, ReadWeight
+from engine.models.mlp import MLP
+from engine.models.norm import RMSNorm
 from engine.parallel.group import TensorGroup
 from engine.parallel.pipeline import Pipeline
 from engine.quant.plan import QuantizationPlan
 from engine.quant.scheme import Matmul
-from engine.specification import EMBEDDING, LM_HEAD
+from engine.quant_spec import EMBEDDING, LM_HEAD
 
 
 class DecoderLayer(nn.Module):

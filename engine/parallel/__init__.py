@@ -1,1 +1,1 @@
-"""Tensor parallelism: how layers are cut over ranks, what ranks say to each other, and how they are started."""
+"""What the ranks of an engine exchange within a step."""

@@ -32,7 +32,7 @@ LOOK = timedelta(seconds=1)
 """How often a rank that waits for the backend asks whether it still should."""
 
 PATIENCE = timedelta(days=1)
-"""How long an exchange waits; who does not come is found, and ended, by others (`engine.parallel.ranks`)."""
+"""How long an exchange waits; who does not come is found, and ended, by others (`engine.executor.ranks.ranks`)."""
 
 
 @dataclass(slots=True)

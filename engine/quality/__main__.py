@@ -30,7 +30,7 @@ from engine.quality.making import Job, checkpoint_directory, make_checkpoint, re
 from engine.quality.measure import DECODE_TOKENS, NUM_PARALLEL, STEP_TOKENS, Measurement, Task, measure
 from engine.quality.report import Result, check_plotting, format_table, summarize, write_report
 from engine.quality.variant import Variant, parse_variant, parse_variants
-from engine.tokenizer import load_tokenizer
+from engine.tokenizer.tokenizer import load_tokenizer
 
 PROMPT_TOKENS = 64
 PREFILL_TOKENS = 512

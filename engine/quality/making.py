@@ -13,14 +13,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.calibration import CalibrationText, default_text
+from engine.compression.calibration import CalibrationText, default_text
+from engine.compression.quantize import quantize_checkpoint
+from engine.compression.recipe import Recipe
 from engine.errors import ConfigError
 from engine.loading.checkpoint import open_checkpoint
-from engine.loading.model import checkpoint_key
 from engine.loading.resolve import resolve_model
-from engine.quantize import quantize_checkpoint
-from engine.recipe import Recipe
-from engine.tokenizer import load_tokenizer
+from engine.loading.weights import checkpoint_key
+from engine.tokenizer.tokenizer import load_tokenizer
 
 NUM_WINDOWS = 64
 WINDOW_LENGTH = 512

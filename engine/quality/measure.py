@@ -18,10 +18,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.batch import Batch, BatchRow, Draw
 from engine.config import EngineConfig
-from engine.core import EngineCore
+from engine.core.batch import Batch, BatchRow, Draw
+from engine.core.engine_core import EngineCore
+from engine.core.request import Request
+from engine.core.sampling_params import SamplingParams
 from engine.errors import ConfigError, EngineError
+from engine.executor.runner import ModelRunner
 from engine.loading.resolve import resolve_model
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
@@ -29,10 +32,7 @@ from engine.parallel.group import TensorGroup
 from engine.parallel.pipeline import Pipeline
 from engine.quality.metrics import Scores, Window, make_windows
 from engine.quant.plan import QuantizationPlan
-from engine.request import Request
-from engine.runner import ModelRunner
-from engine.sampling.params import SamplingParams
-from engine.specification import parse_specification
+from engine.quant_spec import parse_specification
 
 NUM_PARALLEL = 16
 """Windows that are scored at a time, cache permitting."""

@@ -1,7 +1,7 @@
 """Variants: the choices of compression that are compared, by the words that name them.
 
-    SPECIFICATION                       what `--quant` takes (`engine.specification`), rounded while it is loaded
-    SPECIFICATION:ALGORITHM[:seed=N]    a checkpoint that `engine.quantize` makes first (`engine.recipe`):
+    SPECIFICATION                       what `--quant` takes (`engine.quant_spec`), rounded while it is loaded
+    SPECIFICATION:ALGORITHM[:seed=N]    a checkpoint that `engine.compression` makes first:
                                         int4:g128:gptq, int8:token:smoothquant, int4:hadamard+gptq
     DIRECTORY or dir=PATH               a checkpoint that is there
 
@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from engine.compression.recipe import ALGORITHMS, Recipe
 from engine.config import CacheType, EngineConfig
 from engine.errors import ConfigError
 from engine.quality.making import is_calibrated
-from engine.recipe import ALGORITHMS, Recipe
-from engine.specification import Kind, Specification, parse_specification
+from engine.quant_spec import Kind, Specification, parse_specification
 
 Options = dict[str, Any]
 """Options of EngineConfig by name."""

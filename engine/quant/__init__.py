@@ -1,1 +1,1 @@
-"""Quantization: schemes (how a weight is stored and multiplied) and the algorithms that find the numbers."""
+"""Schemes: how a weight is stored and multiplied."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kernels.codebook_matmul import CodebookMatmul
-from engine.kernels.host_matmul import codebook_grid
 from engine.kernels.launch import runs_triton
+from engine.kernels.matmul.codebook import CodebookMatmul
+from engine.kernels.matmul.cpu_int8 import codebook_grid
 from engine.kernels.nibbles import pack_nibbles
 from engine.quant.codebook import SIZE, cluster_rows
 from engine.quant.host import host_product

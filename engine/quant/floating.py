@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels import cpu
-from engine.kernels.activations import Activations, Format
 from engine.kernels.embedding import lookup
-from engine.kernels.host_matmul import HostFloatMatmul
 from engine.kernels.launch import runs_triton
-from engine.kernels.weight_only_matmul import WeightOnlyMatmul
+from engine.kernels.matmul.cpu_int8 import HostFloatMatmul
+from engine.kernels.matmul.weight_only import WeightOnlyMatmul
+from engine.kernels.operands import Activations, Format
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import Weight, to_float
 

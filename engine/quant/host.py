@@ -40,11 +40,11 @@ import math
 
 import torch
 
-from engine.kernels.activations import GroupSize, Int8Format, SparseInt8Format
-from engine.kernels.host_grouped_matmul import HostGroupedMatmul
-from engine.kernels.host_matmul import HostInt8Matmul, HostWeight
+from engine.kernels.matmul.cpu_grouped import HostGroupedMatmul
+from engine.kernels.matmul.cpu_int8 import HostInt8Matmul, HostWeight
+from engine.kernels.operands import GroupSize, Int8Format, SparseInt8Format
 from engine.quant.scheme import Matmul
-from engine.specification import ActivationTerms
+from engine.quant_spec import ActivationTerms
 
 HOST_ACTIVATIONS = SparseInt8Format(spread=1.2)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kernels.host_matmul import GROUP_SIZE, int4_grid
-from engine.kernels.int4_matmul import Int4Matmul
 from engine.kernels.launch import runs_triton
+from engine.kernels.matmul.cpu_int8 import GROUP_SIZE, int4_grid
+from engine.kernels.matmul.int4 import Int4Matmul
 from engine.kernels.nibbles import pack_nibbles
 from engine.quant.host import host_product
 from engine.quant.scheme import Matmul, Tensors

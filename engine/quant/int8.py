@@ -2,7 +2,7 @@
 
     w[n, k] ≈ weight[n, k] * scale[n]                     scale[n] = max_k |w[n, k]| / 127
 
-How activations are quantized is a choice (`engine.specification`); its price is in `engine.quant.host`:
+How activations are quantized is a choice (`engine.quant_spec`); its price is in `engine.quant.host`:
 
                 on a GPU                                    on a CPU
     default     two int8 terms, one scale a token           one term, and a second where it does not hold an element
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kernels.activations import Int8Format
-from engine.kernels.int8_matmul import MAX_IN_FEATURES, Int8Matmul
 from engine.kernels.launch import runs_triton
+from engine.kernels.matmul.int8 import MAX_IN_FEATURES, Int8Matmul
+from engine.kernels.operands import Int8Format
 from engine.quant.host import GROUP_SIZE, host_product
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import GridWeight, Weight, to_float
-from engine.specification import ActivationTerms
+from engine.quant_spec import ActivationTerms
 
 DEVICE_FORMATS: dict[ActivationTerms, Int8Format] = {
     "default": Int8Format(2),

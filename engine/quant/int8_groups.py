@@ -15,14 +15,14 @@ from typing import Literal
 import torch
 
 from engine.errors import ConfigError
-from engine.kernels.activations import GroupSize, Int8Format
-from engine.kernels.host_grouped_matmul import GROUP_SIZES
-from engine.kernels.int8_matmul import Int8Matmul
 from engine.kernels.launch import runs_triton
+from engine.kernels.matmul.cpu_grouped import GROUP_SIZES
+from engine.kernels.matmul.int8 import Int8Matmul
+from engine.kernels.operands import GroupSize, Int8Format
 from engine.quant.host import GROUP_SIZE, host_grouped_product
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import GridWeight, Weight, to_float
-from engine.specification import ActivationTerms
+from engine.quant_spec import ActivationTerms
 
 KEPT_PRECISION = 2**-10
 """Relative. A scale that fp16 holds so well is rounded and its codes are kept: at a code of 127 that is an eighth of

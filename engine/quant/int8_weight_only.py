@@ -2,7 +2,7 @@
 
     w[n, k] ≈ weight[n, k] * scale[n], or scale[n, k // group_size]         stored as by `Int8` and `Int8Groups`
 
-On a GPU activations are multiplied as they are (`engine.kernels.weight_only_matmul`).
+On a GPU activations are multiplied as they are (`engine.kernels.matmul.weight_only`).
 
 On a CPU they are not: its products are of integers, and a token's activations become integers of 15 bits, multiplied
 as two int8 terms, which is what `Int8` and `Int8Groups` call "two-terms":
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.kernels.launch import runs_triton
-from engine.kernels.weight_only_matmul import WeightOnlyMatmul
+from engine.kernels.matmul.weight_only import WeightOnlyMatmul
 from engine.quant.host import host_grouped_product, host_product
 from engine.quant.int8 import Int8
 from engine.quant.int8_groups import Int8Groups, kernel_group_size, repeat_groups

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kernels.codebook_matmul import SCALE_SIZE, CodebookMatmul
-from engine.kernels.host_matmul import codebook_grid
 from engine.kernels.launch import runs_triton
+from engine.kernels.matmul.codebook import SCALE_SIZE, CodebookMatmul
+from engine.kernels.matmul.cpu_int8 import codebook_grid
 from engine.kernels.nibbles import pack_nibbles
 from engine.quant.codebook import nf4_values, round_to_nf4
 from engine.quant.host import host_product

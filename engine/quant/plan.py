@@ -17,7 +17,7 @@ from engine.quant.int8_table import Int8Table
 from engine.quant.int8_weight_only import Int8WeightOnly
 from engine.quant.nf4 import NF4
 from engine.quant.scheme import Scheme, TableScheme
-from engine.specification import EMBEDDING, SchemeWords, Specification
+from engine.quant_spec import EMBEDDING, SchemeWords, Specification
 
 
 @dataclass(frozen=True, slots=True)

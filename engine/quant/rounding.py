@@ -3,7 +3,7 @@
     symmetric    scale = max(|low|, |high|) / (2^(bits - 1) - 1)      code = round(w / scale) + offset
     asymmetric   scale = (high - low) / (2^bits - 1)                  code = round(w / scale) - round(low / scale)
 
-The range [low, high] is the group's minimum and maximum, or a narrower one (`engine.quant.clipping`): what lies
+The range [low, high] is the group's minimum and maximum, or a narrower one (`engine.compression.clipping`): what lies
 outside gets the outermost code. Finding the grid and rounding to it are separate functions, so that an algorithm
 which changes the values between the two (GPTQ) uses the same arithmetic.
 

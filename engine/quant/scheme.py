@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from engine.kernels.activations import Activations, Format
+from engine.kernels.operands import Activations, Format
 from engine.quant.weight import Weight
 
 Tensors = dict[str, torch.Tensor]

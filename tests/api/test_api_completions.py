@@ -6,7 +6,8 @@ import asyncio
 
 import openai
 import pytest
-from conftest import API_KEY, ServerProcess
+
+from tests.api.conftest import API_KEY, ServerProcess
 
 PROMPT = "The capital of France is"
 

@@ -8,8 +8,9 @@ import time
 
 import httpx
 import pytest
-from conftest import API_KEY, ServerProcess
-from test_api_service import metrics
+
+from tests.api.conftest import API_KEY, ServerProcess
+from tests.api.test_api_service import metrics
 
 LONG = {"model": "llama", "prompt": "Once upon a time", "max_tokens": 5000, "ignore_eos": True}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import httpx
 import openai
 import pytest
-from conftest import ServerProcess
 
 from api.body import MAX_BODY_BYTES
+from tests.api.conftest import ServerProcess
 
 COMPLETION = {"model": "llama", "prompt": "hello", "max_tokens": 1}
 CHAT = {"model": "llama", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from engine import LLM, SamplingParams
-from tests.prompts import PROMPTS
+from tests.helpers.prompts import PROMPTS
 
 OPTIONS: list[dict[str, Any]] = [
     {"temperature": 0},

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import httpx
 import pytest
-from scripted import ScriptedEngine, serving
 
 from api import serve
+from engine.core.outputs import CompletionOutput
+from engine.core.sampling_params import SamplingParams
 from engine.errors import ConfigError, EngineDeadError, RequestError
-from engine.outputs import CompletionOutput
-from engine.sampling.params import SamplingParams
+from tests.helpers.scripted import ScriptedEngine, serving
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import STOP_SECONDS, ServerProcess, free_port, start_server
+
+from tests.api.conftest import STOP_SECONDS, ServerProcess, free_port, start_server
 
 STREAM = {"prompt": "Once upon a time", "max_tokens": 5000, "ignore_eos": True, "stream": True}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from api.logprobs import CompletionLogprobsFormatter, chat_logprobs
-from engine.outputs import CompletionOutput, Logprob
+from engine.core.outputs import CompletionOutput, Logprob
 
 END = 0
 TOKENS = {1: b"a", 2: b"\xe2\x82", 3: b"\xac", 4: b"b", END: b"<end>"}

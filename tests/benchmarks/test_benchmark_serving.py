@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from completions_server import CompletionsServer, Fault, running_server
 
 from benchmarks.client import CompletionsClient, Exchange, read_exchange
 from benchmarks.metrics import RequestRecord
 from benchmarks.scenarios import PlannedRequest
 from benchmarks.serving import main
+from tests.helpers.completions_server import CompletionsServer, Fault, running_server
 
 
 @pytest.fixture

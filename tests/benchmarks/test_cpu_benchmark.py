@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from completions_server import CompletionsServer, running_server
 
 from benchmarks.client import ServerError
 from benchmarks.cpu import (
@@ -31,7 +30,8 @@ from benchmarks.servers import (
     running_engine,
 )
 from engine.loading.resolve import resolve_model
-from engine.tokenizer import Tokenizer, load_tokenizer
+from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from tests.helpers.completions_server import CompletionsServer, running_server
 
 
 @pytest.fixture(scope="module")

@@ -156,7 +156,7 @@ def test_sections_have_steps_of_different_names() -> None:
 
 
 def test_every_family_is_checked() -> None:
-    from tests.tiny import TINY_CONFIGS
+    from tests.helpers.tiny import TINY_CONFIGS
 
     assert {name for names in registry.FAMILIES for name in names} == set(TINY_CONFIGS)
 

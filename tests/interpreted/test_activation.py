@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from engine.kernels import quantize
 from engine.kernels.activation import gelu_mul, gelu_reference, silu_mul, silu_reference
-from engine.kernels.activations import Activations, GroupSums, Int8Activations, Int8Format, SumsFormat
 from engine.kernels.launch import Tile
+from engine.kernels.operands import Activations, GroupSums, Int8Activations, Int8Format, SumsFormat
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BODIES = {"silu": (silu_mul, silu_reference), "gelu": (gelu_mul, gelu_reference)}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels.activations import GroupSums
-from engine.kernels.codebook_matmul import CodebookMatmul, codebook_matmul, dequantize
 from engine.kernels.launch import Tile
+from engine.kernels.matmul.codebook import CodebookMatmul, codebook_matmul, dequantize
 from engine.kernels.nibbles import pack_nibbles
+from engine.kernels.operands import GroupSums
 from engine.quant.codebook import nf4_values
 from engine.quant.codebook4 import Codebook4
 from engine.quant.nf4 import NF4

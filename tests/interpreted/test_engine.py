@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from engine.core import EngineCore
-from engine.cuda_graphs import graph_sizes
-from engine.device_executor import DeviceExecutor
+from engine.core.engine_core import EngineCore
+from engine.core.request import Request
 from engine.errors import ConfigError
-from engine.request import Request
-from engine.runner import ModelRunner
-from tests.paged import make_runner, make_sequences, run_chunks
-from tests.test_overlap import make_core, make_requests, run
-from tests.test_quantized_models import dequantized, relative_error
-from tests.tiny import TINY_CONFIGS, load_reference, reference_logits, write_checkpoint
+from engine.executor.cuda_graphs import graph_sizes
+from engine.executor.runner import ModelRunner
+from engine.executor.triton_executor import DeviceExecutor
+from tests.executor.test_overlap import make_core, make_requests, run
+from tests.helpers.paged import make_runner, make_sequences, run_chunks
+from tests.helpers.tiny import TINY_CONFIGS, load_reference, reference_logits, write_checkpoint
+from tests.models.test_quantized_models import dequantized, relative_error
 
 CHUNKS = [[26, 1], [7, 12, 1], [2, 1]]
 """Prompts in one chunk and in two, decodes beside them; longer than Gemma's window."""
@@ -76,7 +76,7 @@ def test_quantized_logits_are_those_of_the_dequantized_weights(
         assert relative_error(reference_logits(original, sequence)[list(computed)], expected) > 8e-3
 
 
-# Triton's interpreter rounds an fp8 to half where a carry goes into the exponent; tests/test_models.py has 0.15.
+# Triton's interpreter rounds an fp8 to half where a carry goes into the exponent; test_models.py has 0.15.
 @pytest.mark.parametrize(("cache_type", "bound"), [("int8", 0.03), ("int4", 0.4), ("fp8_e4m3", 0.3)])
 def test_a_quantized_cache_costs_little(checkpoints: dict[str, Path], cache_type: str, bound: float) -> None:
     exact, rounded = (

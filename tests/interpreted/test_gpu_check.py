@@ -16,8 +16,8 @@ from benchmarks.gpu.paged import Heads
 from benchmarks.gpu.steps import Result, Step
 from benchmarks.gpu.worker import run_step
 from engine.kernels import launch
-from engine.kernels.activations import Int8Activations, Int8Format
-from tests.tiny import TINY_CONFIGS, write_checkpoint
+from engine.kernels.operands import Int8Activations, Int8Format
+from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 CPU = torch.device("cpu")
 FP16 = torch.float16

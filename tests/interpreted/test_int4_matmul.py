@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels.activations import GroupSums
-from engine.kernels.group_sums import group_sums
-from engine.kernels.group_sums import reference as reference_sums
-from engine.kernels.int4_matmul import Int4Matmul, dequantize, int4_large, int4_segments, pack
 from engine.kernels.launch import Tile
-from engine.kernels.segments import new_counters
+from engine.kernels.matmul.group_sums import group_sums
+from engine.kernels.matmul.group_sums import reference as reference_sums
+from engine.kernels.matmul.int4 import Int4Matmul, dequantize, int4_large, int4_segments, pack
+from engine.kernels.matmul.segments import new_counters
+from engine.kernels.operands import GroupSums
 
 SHAPES = [(1, 16, 128), (3, 40, 96), (17, 33, 300)]
 """(M, N, K): with tails of every size."""

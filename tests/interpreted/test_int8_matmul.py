@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from engine.kernels import launch
-from engine.kernels.activations import Int8Format
-from engine.kernels.int8_matmul import MAX_IN_FEATURES, Int8Matmul, int8_matmul, reference, split_of
 from engine.kernels.launch import Tile
+from engine.kernels.matmul.int8 import MAX_IN_FEATURES, Int8Matmul, int8_matmul, reference, split_of
+from engine.kernels.operands import Int8Format
 from engine.kernels.quantize import quantize_per_token
 
 FORMATS = [Int8Format(terms, group_size) for terms in (1, 2) for group_size in (None, 32, 64, 128)]

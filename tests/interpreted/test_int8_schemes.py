@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
-from engine.kernels.activations import GroupSize, Int8Format
-from engine.kernels.int8_matmul import reference
+from engine.kernels.matmul.int8 import reference
+from engine.kernels.operands import GroupSize, Int8Format
 from engine.kernels.quantize import quantize_per_token
 from engine.quant.int8 import Int8
 from engine.quant.int8_groups import Int8Groups

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels import quantize
-from engine.kernels.activations import GroupSums, Int8Activations, Int8Format, SumsFormat
 from engine.kernels.norm import reference, rms_norm
+from engine.kernels.operands import GroupSums, Int8Activations, Int8Format, SumsFormat
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDED = DTYPES[:2]

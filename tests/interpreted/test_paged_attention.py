@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kernels.kv_layer import INT4, KVCache, KVLayer
-from engine.kernels.launch import INTERPRETER
-from engine.kernels.paged_attention import (
+from engine.kernels.attention.kv_layer import INT4, KVCache, KVLayer
+from engine.kernels.attention.paged import (
     SEGMENT,
     Form,
     FormName,
@@ -25,6 +24,7 @@ from engine.kernels.paged_attention import (
     reference,
     scratch_capacity,
 )
+from engine.kernels.launch import INTERPRETER
 
 CAPACITY = 512
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels.activations import Int8Format
+from engine.kernels.operands import Int8Format
 from engine.kernels.quantize import quantize_per_token, reference
 
 FORMATS = [Int8Format(terms, group_size) for terms in (1, 2) for group_size in (None, 32, 64, 128)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels.kv_layer import INT4, KVCache, KVLayer
+from engine.kernels.attention.kv_layer import INT4, KVCache, KVLayer
 from engine.kernels.rotary import reference, rotate_and_write
 
 CACHE_DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, INT4]

@@ -10,11 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.core.random import draw_key
 from engine.kernels import sample
 from engine.kernels.launch import Tile, launch
+from engine.kernels.noise import gumbel_noise, uniform_noise
 from engine.kernels.sample import Adjustments, DrawParameters
-from engine.sampling.noise import gumbel_noise, uniform_noise
-from engine.sampling.random import draw_key
 
 SMALL_ROW_TILE = Tile({"BLOCK": 1024}, num_warps=4, num_stages=1)
 FILTERS = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels.activations import GroupSums
 from engine.kernels.launch import Tile
-from engine.kernels.segments import new_counters
-from engine.kernels.weight_only_matmul import GroupSize, WeightOnlyMatmul, dequantize, weight_only_matmul
+from engine.kernels.matmul.segments import new_counters
+from engine.kernels.matmul.weight_only import GroupSize, WeightOnlyMatmul, dequantize, weight_only_matmul
+from engine.kernels.operands import GroupSums
 
 GROUPS: list[GroupSize] = [None, 32, 64, 128]
 SHAPES = [(1, 16, 128), (3, 40, 100), (17, 33, 1300)]

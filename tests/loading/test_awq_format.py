@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.quant.weight import GridWeight
-from tests.quantized_directory import (
+from tests.helpers.quantized_directory import (
     MODULE,
     assert_refused,
     expected_weight,

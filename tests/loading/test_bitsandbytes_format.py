@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.quant.weight import CodebookWeight, GridWeight, to_float
-from tests.quantized_directory import MODULE, assert_refused, read_module, write_directory
+from tests.helpers.quantized_directory import MODULE, assert_refused, read_module, write_directory
 
 EIGHT_BITS = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
 FOUR_BITS = {

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from engine import LLM, SamplingParams
-from engine.batch import Batch, BatchRow
 from engine.config import EngineConfig
+from engine.core.batch import Batch, BatchRow
 from engine.errors import CheckpointError
+from engine.executor.runner import ModelRunner
 from engine.loading.dummy import DummyCheckpoint
-from engine.runner import ModelRunner
-from tests.paged import DRAW
-from tests.tiny import TINY_CONFIGS
+from tests.helpers.paged import DRAW
+from tests.helpers.tiny import TINY_CONFIGS
 
 QUANTS = ["none", "int8", "int4:g128"]
 

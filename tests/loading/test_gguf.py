@@ -17,7 +17,17 @@ from gguf.quants import dequantize, quantize
 from engine.errors import CheckpointError
 from engine.loading.checkpoint import Checkpoint, open_checkpoint
 from engine.quant.weight import GridWeight, to_float
-from tests.gguf_file import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, VOCAB, Float, Tensor, write_gguf
+from tests.helpers.gguf_file import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    VOCAB,
+    Float,
+    Tensor,
+    write_gguf,
+)
 
 Write = Callable[..., Path]
 

@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as Type
 from engine.loading.checkpoint import open_checkpoint
 from engine.quant.int4 import Int4
 from engine.quant.weight import GridWeight, Weight, to_float
-from tests.gguf_file import write_gguf
+from tests.helpers.gguf_file import write_gguf
 
 ROWS, BLOCKS = 5, 3
 

@@ -18,8 +18,8 @@ from engine.parallel.group import TensorGroup
 from engine.parallel.pipeline import Pipeline
 from engine.quant.plan import QuantizationPlan
 from engine.quant.weight import GridWeight, to_float
-from engine.specification import parse_specification
-from tests.quantized_directory import (
+from engine.quant_spec import parse_specification
+from tests.helpers.quantized_directory import (
     MODULE,
     assert_refused,
     expected_weight,
@@ -31,7 +31,7 @@ from tests.quantized_directory import (
     transpose,
     write_directory,
 )
-from tests.tiny import TINY_CONFIGS, write_checkpoint
+from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 ROWS, COLUMNS = 24, 64
 

@@ -18,21 +18,21 @@ from safetensors.torch import save_file
 
 from engine.errors import CheckpointError
 from engine.loading.checkpoint import Checkpoint, open_checkpoint
-from engine.loading.model import read_checked
 from engine.loading.parts import take_part
 from engine.loading.resolve import resolve_model
-from engine.loading.shapes import tensor_shape
+from engine.loading.weights import read_checked
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from engine.models.shapes import tensor_shape
 from engine.parallel.group import TensorGroup
 from engine.parallel.pipeline import Pipeline
 from engine.parallel.shares import WHOLE, Part, Share
 from engine.quant.plan import QuantizationPlan
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
-from engine.specification import parse_specification
-from tests.gguf_file import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, write_gguf
-from tests.quantized_directory import write_directory
-from tests.tiny import TINY_CONFIGS, write_checkpoint
+from engine.quant_spec import parse_specification
+from tests.helpers.gguf_file import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, write_gguf
+from tests.helpers.quantized_directory import write_directory
+from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 SECOND_HALF = slice(VOCAB // 2, VOCAB)
 

@@ -13,8 +13,8 @@ from engine.errors import CheckpointError
 from engine.loading.formats import stored_scheme
 from engine.loading.safetensors import DirectoryCheckpoint
 from engine.quant.weight import GridWeight
-from engine.specification import parse_scheme
-from tests.quantized_directory import write_directory
+from engine.quant_spec import parse_scheme
+from tests.helpers.quantized_directory import write_directory
 
 DOWN, UP, QUERY = (
     "model.layers.1.mlp.down_proj",

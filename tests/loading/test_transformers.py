@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM, PreTrainedModel
 
-from engine.calibration import CalibrationText
+from engine.compression.calibration import CalibrationText
+from engine.compression.quantize import quantize_checkpoint
+from engine.compression.recipe import Recipe
 from engine.loading.checkpoint import open_checkpoint
 from engine.quant.weight import GridWeight, Weight, to_float
-from engine.quantize import quantize_checkpoint
-from engine.recipe import Recipe
-from tests.tiny import TINY_CONFIGS, write_checkpoint
+from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 Weights = dict[str, Weight]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels import codebook_matmul, cpu
-from engine.kernels.host_matmul import HostInt8Matmul, codebook_grid
+from engine.kernels import cpu
+from engine.kernels.matmul import codebook as codebook_matmul
+from engine.kernels.matmul.cpu_int8 import HostInt8Matmul, codebook_grid
 from engine.kernels.quantize import sparse_reference
 from engine.quant.codebook import cluster_rows, nf4_values, round_to_nf4
 from engine.quant.codebook4 import Codebook4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kernels import int4_matmul
+from engine.kernels.matmul import int4 as int4_matmul
 from engine.quant.int4 import Int4
 from engine.quant.int8 import Int8
 from engine.quant.rounding import (

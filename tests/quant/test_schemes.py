@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from engine.kernels import int4_matmul
-from engine.kernels.host_matmul import int4_grid, reference
-from engine.kernels.int8_matmul import MAX_IN_FEATURES
+from engine.kernels.matmul import int4 as int4_matmul
+from engine.kernels.matmul.cpu_int8 import int4_grid, reference
+from engine.kernels.matmul.int8 import MAX_IN_FEATURES
 from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.quantize import sparse_reference
 from engine.quant.codebook4 import Codebook4
@@ -27,7 +27,7 @@ from engine.quant.int8_weight_only import Int8WeightOnly
 from engine.quant.nf4 import NF4
 from engine.quant.scheme import Storage, Tensors
 from engine.quant.weight import GridWeight
-from engine.specification import ActivationTerms
+from engine.quant_spec import ActivationTerms
 
 INT8: list[Int8 | Int8Groups | Int8WeightOnly] = [
     *(Int8(activations) for activations in get_args(ActivationTerms)),

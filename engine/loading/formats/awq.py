@@ -23,7 +23,7 @@ from engine.loading.formats.stored import (
     unpack_words,
 )
 from engine.quant.weight import Weight
-from engine.specification import ENDS
+from engine.quant_spec import ENDS
 
 _BITS = 4
 

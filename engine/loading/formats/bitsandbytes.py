@@ -21,7 +21,7 @@ import torch
 from engine.kernels.nibbles import unpack_nibbles
 from engine.loading.formats.stored import FLOATS, Settings, StoredModule, is_left_out
 from engine.quant.weight import CodebookWeight, GridWeight, Weight, to_float
-from engine.specification import EMBEDDING, LM_HEAD
+from engine.quant_spec import EMBEDDING, LM_HEAD
 
 _NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 _FP4_STATE = "weight.quant_state.bitsandbytes__fp4"

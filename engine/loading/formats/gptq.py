@@ -31,7 +31,7 @@ from engine.loading.formats.stored import (
     unpack_words,
 )
 from engine.quant.weight import Weight
-from engine.specification import EMBEDDING, LM_HEAD
+from engine.quant_spec import EMBEDDING, LM_HEAD
 
 _BITS = (4, 8)
 

@@ -14,7 +14,7 @@ For a weight [N, K] in groups of g along K, the last one perhaps shorter (K even
     none         weight    [N, K] float
 
 config.json: "quantization_config": {"quant_method": "llm-engine", "specification": "int4:g128,lm_head=none,..."}; the
-specification is that of `engine.specification` and says which of these each module is.
+specification is that of `engine.quant_spec` and says which of these each module is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from engine.kernels.nibbles import pack_nibbles, unpack_nibbles
 from engine.loading.formats.stored import Settings, StoredModule
 from engine.quant.codebook import SIZE, nf4_values
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
-from engine.specification import EMBEDDING, Specification, parse_specification
+from engine.quant_spec import EMBEDDING, Specification, parse_specification
 
 QUANT_METHOD = "llm-engine"
 TABLE_GROUP_SIZE = 32

@@ -1,0 +1,1 @@
+"""Makes smaller checkpoints, offline: recipes of scaling and rounding steps, calibrated layer by layer."""

@@ -1,0 +1,284 @@
+"""Makes quantized checkpoints, layer by layer: what `python -m engine.quant` runs.
+
+Weights are memory-mapped and one layer's floats are in memory at a time. Each layer is calibrated on what the
+quantized layers before it give, read back from the file as it was written: a run that was interrupted goes on to the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from engine.compression.calibration import CalibratedLayer, Calibration, CalibrationText
+from engine.compression.layer_quantizer import ROLES, quantize_layer, quantize_weight
+from engine.compression.recipe import Recipe
+from engine.compression.rotated import RotatedCheckpoint
+from engine.compression.writing import (
+    compressed_tensors,
+    compressed_tensors_config,
+    is_expressible,
+    write_directory,
+    write_shard,
+)
+from engine.errors import ConfigError
+from engine.loading.checkpoint import Checkpoint
+from engine.loading.formats import QUANTIZATION_KEYS, WeightFormat, weight_format
+from engine.loading.formats.own import TABLE_GROUP_SIZE, own_config, own_parts
+from engine.loading.formats.stored import StoredModule
+from engine.loading.weights import checkpoint_key
+from engine.models.config import ModelConfig
+from engine.quant.weight import GridWeight, Weight, to_float
+from engine.quant_spec import EMBEDDING, LM_HEAD, SchemeWords
+
+RECORD = "quantization.json"
+_REST = "model-rest.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the modules are written.
+
+    Attributes:
+        quantization: `quantization_config` of config.json; None where all are floats.
+        is_published: compressed-tensors, else our own.
+    """
+
+    recipe: Recipe
+    quantization: dict[str, Any] | None
+    is_published: bool
+
+    @staticmethod
+    def choose(recipe: Recipe, config: ModelConfig) -> Layout:
+        """The published one where it can express every module."""
+        schemes = {module: recipe.specification.of(module) for module in config.module_names}
+        if all(words.kind == "none" for words in schemes.values()):
+            return Layout(recipe, None, is_published=True)
+        is_published = schemes[EMBEDDING].kind == "none" and all(
+            is_expressible(words, _in_features(module, config), recipe.has_float_minimums)
+            for module, words in schemes.items()
+        )
+        quantization = (
+            compressed_tensors_config(schemes, recipe.is_symmetric)
+            if is_published
+            else own_config(recipe.specification)
+        )
+        return Layout(recipe, quantization, is_published)
+
+    def __str__(self) -> str:
+        if self.quantization is None:
+            return "floats"
+        if self.is_published:
+            return "compressed-tensors (vLLM and transformers load it)"
+        return "this engine's own layout"
+
+    def tensors(self, module: str, weight: Weight) -> dict[str, torch.Tensor]:
+        """What is stored of a module, by tensor name."""
+        if isinstance(weight, torch.Tensor):
+            parts = {"weight": weight}
+        elif self.is_published:
+            assert isinstance(weight, GridWeight)
+            words = self.recipe.specification.of(module)
+            parts = compressed_tensors(weight, words, self.recipe.is_symmetric)
+        else:
+            parts = own_parts(weight)
+        return {f"{module}.{part}": tensor for part, tensor in parts.items()}
+
+    def format(self, directory: Path) -> WeightFormat | None:
+        """What reads it."""
+        return weight_format(directory, {"quantization_config": self.quantization})
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    text: CalibrationText,
+    directory: Path,
+    report: Callable[[str], None],
+) -> None:
+    """Writes a quantized checkpoint into a directory; goes on with what an interrupted run left there.
+
+    Raises:
+        ConfigError: The directory holds something else, the checkpoint is quantized already, or the recipe is not for
+            such a model.
+    """
+    if any(checkpoint.config.get(key) for key in QUANTIZATION_KEYS):
+        raise ConfigError(f"{checkpoint.path}: is quantized already; start from the float checkpoint")
+    config = _model_config(checkpoint)
+    recipe.check_model(config)
+    record: dict[str, object] = {
+        "source": str(checkpoint.path),
+        "source_key": checkpoint_key(checkpoint),
+        "recipe": recipe.description,
+        "calibration": {"windows": list(text.token_ids.shape), "digest": text.digest},
+    }
+    if recipe.rotates:
+        checkpoint = RotatedCheckpoint(checkpoint, config)
+        config = _model_config(checkpoint)
+    layout = Layout.choose(recipe, config)
+    errors = _open_directory(directory, record)
+    known = {layer for layer in range(config.num_layers) if (directory / _shard(layer)).exists()}
+    if known:
+        report(f"going on after {len(known)} layers that are there")
+    shards: dict[str, list[str]] = {}
+    calibration = Calibration(checkpoint, config, text.token_ids)
+    progress = tqdm(calibration.layers(known), total=config.num_layers, desc="Quantizing", unit="layer")
+    for layer in progress:
+        path = directory / _shard(layer.index)
+        if layer.index not in known:
+            tensors, new_errors = _quantize_layer(layer, layout, checkpoint)
+            write_shard(tensors, path)
+            errors |= new_errors
+            _write_record(directory, record, errors)
+        shards[path.name] = _load_shard(layer, path, layout.format(directory))
+        progress.set_postfix_str(f"{_mean_error(errors, layer.index):.1f} dB")
+    rest, new_errors = _quantize_rest(checkpoint, config, calibration, layout)
+    write_shard(rest, directory / _REST)
+    shards[_REST] = list(rest)
+    errors |= new_errors
+    _write_record(directory, record, errors)
+    has_head = any(name.startswith(f"{LM_HEAD}.") for name in rest)
+    changes: dict[str, Any] = {"tie_word_embeddings": not has_head}
+    if layout.quantization is not None:
+        changes["quantization_config"] = layout.quantization
+    write_directory(directory, checkpoint, changes, shards)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    report(
+        f"{directory}: {layout}; output signal to noise {_mean_error(errors):.1f} dB on average; "
+        f"peak {peak:.0f} MiB"
+    )
+
+
+def _model_config(checkpoint: Checkpoint) -> ModelConfig:
+    ties = checkpoint.config.get("tie_word_embeddings") or "lm_head.weight" not in checkpoint.names()
+    return ModelConfig.from_dict({**checkpoint.config, "tie_word_embeddings": ties})
+
+
+def _in_features(module: str, config: ModelConfig) -> int:
+    if module.endswith("down_proj"):
+        return config.intermediate_size
+    return config.num_heads * config.head_dim if module.endswith("o_proj") else config.hidden_size
+
+
+def _shard(layer: int) -> str:
+    return f"model-layer-{layer:05d}.safetensors"
+
+
+def _quantize_layer(
+    layer: CalibratedLayer, layout: Layout, checkpoint: Checkpoint
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """All tensors of a layer, quantized modules' parts and the rest as floats, and the modules' errors."""
+    quantized = quantize_layer(layer, layout.recipe)
+    tensors: dict[str, torch.Tensor] = {}
+    for module, weight in quantized.weights.items():
+        tensors |= layout.tensors(module, weight)
+    for name in checkpoint.names():
+        if (
+            name.startswith(f"model.layers.{layer.index}.")
+            and name.removesuffix(".weight") not in quantized.weights
+        ):
+            new = quantized.floats.get(name)
+            tensors[name] = to_float(checkpoint.tensor(name)) if new is None else new
+    return tensors, quantized.errors
+
+
+def _quantize_rest(
+    checkpoint: Checkpoint, config: ModelConfig, calibration: Calibration, layout: Layout
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """All tensors that are in no layer, and the errors of head and embedding if they are quantized.
+
+    A head that is tied to the embedding becomes one of its own if it is to be quantized by itself.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    errors: dict[str, float] = {}
+    for name in sorted(checkpoint.names()):
+        is_end = name in (f"{LM_HEAD}.weight", f"{EMBEDDING}.weight")
+        if not (is_end or name.startswith("model.layers.")):
+            tensors[name] = to_float(checkpoint.tensor(name)).to(torch.float16)
+    for module in (EMBEDDING, LM_HEAD):
+        words = layout.recipe.specification.of(module)
+        is_tied = module == LM_HEAD and config.ties_embeddings
+        if words.kind == "none":
+            if not is_tied:
+                tensors[f"{module}.weight"] = to_float(checkpoint.tensor(f"{module}.weight")).half()
+            continue
+        if module == LM_HEAD:
+            moment = calibration.head_statistics().second_moment
+        else:
+            # A table is not multiplied: all of its columns matter alike.
+            moment = torch.eye(config.hidden_size, dtype=torch.float64)
+            words = SchemeWords("int8", TABLE_GROUP_SIZE)
+        weight = to_float(checkpoint.tensor(f"{EMBEDDING if is_tied else module}.weight")).float()
+        new, errors[module] = quantize_weight(weight, moment, words, layout.recipe)
+        tensors |= layout.tensors(module, new)
+    return tensors, errors
+
+
+@dataclass(frozen=True, slots=True)
+class _ShardSource:
+    """One file's tensors; see `engine.loading.formats.stored.TensorSource`."""
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def locate(self, name: str) -> tuple[Path, str]:
+        return self.path, name
+
+
+def _load_shard(layer: CalibratedLayer, path: Path, format: WeightFormat | None) -> list[str]:
+    """Puts what is written in the place of the layer's floats; the names in the file."""
+    with safe_open(path, framework="pt") as file:
+        source = _ShardSource(path, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    for role in ROLES:
+        for name, weight in layer.weights(role).items():
+            module = StoredModule(source, name)
+            is_quantized = format is not None and any(module.has(part) for part in format.parts)
+            weight.copy_(to_float(format.read(module) if format and is_quantized else module.read("weight")))
+        for name, bias in layer.biases(role).items():
+            bias.copy_(source.read(f"{name}.bias"))
+    for norm in layer.norms.values():
+        norm.weight = source.read(f"{norm.source}.weight").float() + norm.offset
+    return list(source.tensors)
+
+
+def _open_directory(directory: Path, record: dict[str, object]) -> dict[str, float]:
+    """Makes the directory, or checks that it holds the beginning of the same; the errors noted there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / RECORD
+    if not file.exists():
+        if any(directory.iterdir()):
+            raise ConfigError(f"out: {directory} is not empty, and not of an interrupted run; give another")
+        _write_record(directory, record, {})
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    errors: dict[str, float] = found.pop("signal_to_noise_db")
+    if found != json.loads(json.dumps(record)):
+        raise ConfigError(f"out: {directory} is of another model, recipe or calibration; give another")
+    return errors
+
+
+def _write_record(directory: Path, record: dict[str, object], errors: dict[str, float]) -> None:
+    text = json.dumps(record | {"signal_to_noise_db": errors}, indent=2)
+    (directory / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def _mean_error(errors: dict[str, float], layer: int | None = None) -> float:
+    """The mean over a layer's modules, or over all; infinite where nothing is quantized."""
+    prefix = "" if layer is None else f"model.layers.{layer}."
+    values = [error for module, error in errors.items() if module.startswith(prefix)]
+    return sum(values) / len(values) if values else math.inf

@@ -1,0 +1,1 @@
+"""What is asked, planned and stepped: requests, cache blocks, the scheduler, the step loop. No torch."""

@@ -1,0 +1,67 @@
+"""Batch: the plan of one step, in plain Python values, as the scheduler hands it to the runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.core.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How the next token of a sequence is drawn.
+
+    What depends on the tokens before it is filled in by `Scheduler.draws`: when the forward pass is launched,
+    the last of them may not be known yet.
+
+    Attributes:
+        seed, index, position: The draw is a function of these three and the token's logits alone.
+        stop_token_ids: Tokens that may not be drawn yet (min_tokens); empty otherwise.
+        prompt_token_ids, output_token_ids: The sequence so far, where penalties need it; empty otherwise.
+    """
+
+    params: SamplingParams
+    seed: int
+    index: int
+    position: int
+    stop_token_ids: tuple[int, ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
+    output_token_ids: tuple[int, ...] = ()
+
+
+PENDING = -1
+"""Stands for a token that the step before has drawn and nobody has read yet: the runner has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """The part of one sequence that runs in a step.
+
+    Attributes:
+        token_ids: The chunk: one token when decoding, perhaps PENDING.
+        start: Position of the first of them.
+        num_stored_tokens: Positions below this are in the cache already and are not written again.
+        block_table: Ids of the sequence's blocks, enough for every position of the chunk.
+        draw: How to draw the next token; None while the prompt goes on in a later step.
+        slot: The sequence's place among the running ones, 0 … max_num_seqs - 1, its own while it runs.
+        admission: Unique for each time that a sequence starts to run; its block table only grows meanwhile.
+    """
+
+    token_ids: list[int]
+    start: int
+    num_stored_tokens: int
+    block_table: list[int]
+    draw: Draw | None
+    slot: int = 0
+    admission: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: the rows run together, and what is computed of one does not depend on the others."""
+
+    rows: list[BatchRow]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)

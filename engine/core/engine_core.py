@@ -1,0 +1,222 @@
+"""EngineCore: the step loop, schedule → execute → sample → update. Runs in the caller's process.
+
+With overlap the next step is planned and its forward pass launched before the tokens of the last one are read:
+
+    device   forward n │ sample n │ forward n+1          │ sample n+1 │ …
+    host     … plan and launch n+1 │ read n, update │ launch sample n+1 │ plan and launch n+2 …
+
+Sampling is launched after the update, so that penalties and grammars see every token before theirs.
+
+With pipeline stages as many steps are in flight, of different sequences; see `engine.core.scheduler`.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import deque
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.config import EngineConfig, SchedulerConfig
+from engine.core.batch import Batch, Draw
+from engine.core.executor import Drawn, Executor, Sampled
+from engine.core.kv_cache import BlockPool, KVCacheManager
+from engine.core.request import EngineOutput, Request, RowFailure, SampledToken
+from engine.core.sampling_params import SamplingParams
+from engine.core.scheduler import Scheduler
+from engine.core.stats import EngineInfo, EngineStats
+from engine.errors import CheckpointError, EngineDeadError
+from engine.executor.runner import ModelRunner
+from engine.loading.checkpoint import Checkpoint
+from engine.loading.dummy import open_model
+
+if TYPE_CHECKING:
+    from engine.executor.ranks.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""The keys of generation_config.json that are sampling parameters here too."""
+
+
+FATAL = (torch.AcceleratorError, EngineDeadError)
+"""The device or a rank is lost, not a row."""
+
+
+class EngineCore:
+    """Scheduler, cache and model of one engine.
+
+    Args:
+        path: A directory or .gguf file, as `resolve_model` returns it.
+        eos_token_ids: Tokens that end a sequence.
+    """
+
+    def __init__(self, config: EngineConfig, path: Path, eos_token_ids: Collection[int]) -> None:
+        checkpoint = open_model(path, config.load_format)
+        self._ranks: Ranks | None = None
+        if config.num_ranks == 1:
+            self.runner = ModelRunner(config, checkpoint)
+            self._steps: Executor = self.runner
+        else:
+            # One rank needs no messages, nor the packages that carry them.
+            from engine.executor.ranks.ranks import launch
+
+            self.runner, self._steps, self._ranks = launch(config, checkpoint, path)
+            # At the latest with the program.
+            weakref.finalize(self, self._ranks.close)
+        try:
+            self._prepare(config, checkpoint, eos_token_ids)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, config: EngineConfig, checkpoint: Checkpoint, eos_token_ids: Collection[int]) -> None:
+        plan = self.runner.plan
+        self.scheduler = Scheduler(
+            SchedulerConfig.resolve(config, plan.max_model_len, self.runner.device.type),
+            KVCacheManager(BlockPool(plan.num_blocks + 1), plan.block_size),
+            eos_token_ids,
+            self.runner.cache_salt,
+            config.enable_prefix_caching,
+        )
+        self.overlap = self.runner.is_asynchronous if config.overlap is None else config.overlap
+        self._num_stages = config.pipeline_parallel_size
+        self._in_flight: deque[Sampled] = deque()
+        self.info = EngineInfo(
+            max_model_len=plan.max_model_len,
+            vocab_size=self.runner.model_config.vocab_size,
+            default_params=_default_params(checkpoint.generation_config),
+            memory_plan=str(plan),
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._in_flight)
+
+    @property
+    def stats(self) -> EngineStats:
+        return replace(self.scheduler.stats, num_kernel_compilations=self.runner.compilations.count)
+
+    def check(self) -> None:
+        """
+        Raises:
+            RankFailedError: The engine has lost a rank.
+        """
+        if self._ranks is not None:
+            self._ranks.check()
+
+    def close(self) -> None:
+        """Ends the engine's other processes."""
+        if self._ranks is not None:
+            self._ranks.close()
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request that `validate_request` has passed."""
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one sample of it; its blocks are free for the next step."""
+        self.scheduler.abort(request_id, index)
+
+    def step(self) -> list[EngineOutput]:
+        """Plans and launches a step and takes in a finished one; call while there is work."""
+        if self._num_stages > 1:
+            return self._step_in_stages()
+        batch = self.scheduler.schedule()
+        assert batch.rows or self._in_flight, "the scheduler has work but planned none of it"
+        logits = self._execute(batch) if batch.rows else None
+        outputs = self._collect()
+        if batch.rows:
+            self._in_flight.append(self._sample(batch, logits))
+        return outputs if self.overlap else outputs + self._collect()
+
+    def _step_in_stages(self) -> list[EngineOutput]:
+        """Fills the stages with steps, and takes in the oldest."""
+        while len(self._in_flight) < self._num_stages:
+            batch = self.scheduler.schedule()
+            if not batch.rows:
+                break
+            self._in_flight.append(self._sample(batch, self._execute(batch)))
+        assert self._in_flight, "the scheduler has work but planned none of it"
+        return self._collect()
+
+    def _collect(self) -> list[EngineOutput]:
+        """Waits for the oldest step in flight, if there is one, and takes in what it drew."""
+        return self.scheduler.update(self._in_flight.popleft().read()) if self._in_flight else []
+
+    def _execute(self, batch: Batch) -> torch.Tensor | None:
+        """The batch's logits; None if a row spoils it."""
+        try:
+            return self._steps.execute(batch)
+        except FATAL:
+            raise
+        except Exception as error:
+            _log_failure(batch, error)
+            return None
+
+    def _sample(self, batch: Batch, logits: torch.Tensor | None) -> Sampled:
+        draws = self.scheduler.draws()
+        try:
+            if logits is not None:
+                return self._steps.sample(logits, batch, draws)
+        except FATAL:
+            raise
+        except Exception as error:
+            _log_failure(batch, error)
+        return Drawn(self._isolate(batch, draws))
+
+    def _isolate(self, batch: Batch, draws: list[Draw | None]) -> list[SampledToken | RowFailure | None]:
+        """Runs each row by itself, to find the one that spoils the step.
+
+        Rows do not read each other's blocks before `update`, and writing a key twice writes the same. The tokens that
+        were pending are known by now, and the runner may have drawn others since.
+        """
+        results: list[SampledToken | RowFailure | None] = []
+        for row, draw in zip(self.scheduler.resolve(batch).rows, draws, strict=True):
+            alone = Batch([row])
+            try:
+                results += self._steps.sample(self._steps.execute(alone), alone, [draw]).read()
+            except FATAL:
+                raise
+            except Exception as error:
+                results.append(RowFailure(f"{type(error).__name__}: {error}"))
+        return results
+
+
+def _log_failure(batch: Batch, error: Exception) -> None:
+    logger.warning(
+        "a step of %d rows failed, each now runs by itself: %s: %s",
+        len(batch.rows),
+        type(error).__name__,
+        error,
+    )
+
+
+def _default_params(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """The sampling parameters among generation_config.json's keys, of the types that SamplingParams has.
+
+    Raises:
+        CheckpointError: A value that no request could have either.
+    """
+    given = {
+        key: generation_config[key] for key in SAMPLING_DEFAULTS if generation_config.get(key) is not None
+    }
+    try:
+        numbers: dict[str, Any] = {key: _number(key, value) for key, value in given.items()}
+        params = SamplingParams(**numbers)
+    except ValueError as error:
+        raise CheckpointError(f"generation_config.json: {error}") from error
+    return {key: getattr(params, key) for key in given}
+
+
+def _number(key: str, value: Any) -> int | float:
+    """The value as the type of the sampling parameter; files write 50.0 for 50."""
+    kind = int if key == "top_k" else float
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+        raise ValueError(f"{key} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
+    return kind(value)

@@ -1,0 +1,355 @@
+"""Scheduler: which tokens of which sequences run in the next step.
+
+One number rules it: each sequence's `num_computed_tokens` chases its `num_tokens`. A step has a budget of
+tokens. Running sequences come first, those that decode before those that prefill; then waiting ones, unless
+somebody was preempted in this step. Where blocks run out, the last in order is preempted: its blocks are
+released and it is computed again when there is room.
+
+The next step may be planned before the tokens of the one in flight are known: planning needs their number, not
+their values. A sequence whose pending token turns out to end it has then one token too many in flight, which
+`update` drops. Where steps pass through several stages, as many are in flight, each with its share of the sequences;
+one whose token is pending waits for it then.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from itertools import count
+
+from engine.config import SchedulerConfig
+from engine.core.batch import PENDING, Batch, BatchRow, Draw
+from engine.core.kv_cache import KVCacheManager
+from engine.core.outputs import FinishReason
+from engine.core.request import EngineOutput, Request, RowFailure, SampledToken, Sequence, SequenceStatus
+from engine.core.stats import EngineStats
+
+WATERMARK = 0.01
+"""Share of the blocks that admission leaves free, so that a newcomer is not preempted at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """One row of a step in flight: it computes `sequence`'s tokens start … end - 1."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    draw: Draw | None
+
+
+class Scheduler:
+    """Holds every live sequence and plans steps over them.
+
+    Args:
+        eos_token_ids: Tokens that end a sequence unless it ignores them.
+        cache_salt: Start of every hash chain: what a cached block depends on besides its tokens.
+        enable_prefix_caching: Without it only the samples of one request share blocks.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv_cache: KVCacheManager,
+        eos_token_ids: Collection[int],
+        cache_salt: bytes,
+        enable_prefix_caching: bool,
+    ) -> None:
+        self.config = config
+        self.kv_cache = kv_cache
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.cache_salt = cache_salt
+        self.enable_prefix_caching = enable_prefix_caching
+        self.requests: dict[str, list[Sequence]] = {}
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.num_steps = 0
+        self.num_scheduled_tokens = 0
+        self._waiting: list[tuple[int, int, Sequence]] = []
+        self._in_flight: deque[list[PlannedRow]] = deque()
+        self._free_slots = list(reversed(range(config.max_num_seqs)))
+        self._arrivals = count()
+        self._admissions = count()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters and gauges as of now."""
+        pool = self.kv_cache.pool
+        return EngineStats(
+            num_requests_running=len(self.running),
+            num_requests_waiting=len(self._waiting),
+            kv_cache_usage_perc=1.0 - pool.num_free / pool.num_blocks,
+            prefix_cache_queries=self.kv_cache.num_queried_tokens,
+            prefix_cache_hits=self.kv_cache.num_hit_tokens,
+            num_preemptions=self.num_preemptions,
+            num_steps=self.num_steps,
+            num_scheduled_tokens=self.num_scheduled_tokens,
+        )
+
+    def add(self, request: Request) -> None:
+        """Queues the samples of a request; all but the first wait for the first one's blocks."""
+        salt = self.cache_salt
+        if not self.enable_prefix_caching:
+            salt += f"{request.request_id}/{next(self._arrivals)}".encode()
+        leader = None
+        sequences = []
+        for index in range(request.params.n):
+            if request.resumed(index) is None:
+                continue
+            sequence = Sequence(request, index, next(self._arrivals), salt, leader)
+            leader = leader or sequence
+            sequences.append(sequence)
+            self._enqueue(sequence)
+        self.requests[request.request_id] = sequences
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one sample of it, and frees its blocks; what has just ended itself is ignored."""
+        for sequence in self.requests.get(request_id, []):
+            if index is None or sequence.index == index:
+                self._finish(sequence)
+
+    def schedule(self) -> Batch:
+        """Plans the next step, perhaps while one is in flight.
+
+        With work and nothing in flight there is always something to run: the first in order fits alone.
+        """
+        plan: dict[Sequence, int] = {}
+        budget = self.config.max_num_batched_tokens
+        num_preemptions = self.num_preemptions
+        max_rows = -(-(len(self.running) + len(self._waiting)) // self.config.num_stages)
+        for sequence in sorted(self.running, key=lambda s: (s.num_remaining_tokens > 1, *s.order)):
+            if sequence.status is not SequenceStatus.RUNNING or budget == 0 or self._is_through(sequence):
+                continue
+            if len(plan) == max_rows or (self.config.num_stages > 1 and sequence.num_pending_tokens):
+                continue
+            num_tokens = self._chunk(sequence.num_remaining_tokens, budget)
+            budget += self._make_room(sequence, sequence.num_computed_tokens + num_tokens, plan)
+            if sequence.status is SequenceStatus.RUNNING:
+                plan[sequence] = num_tokens
+                budget -= num_tokens
+        if num_preemptions == self.num_preemptions:
+            self._admit(plan, budget, max_rows)
+        rows = [self._row(sequence, num_tokens) for sequence, num_tokens in plan.items()]
+        if rows:
+            self._in_flight.append(
+                [
+                    PlannedRow(sequence, row.start, row.start + len(row.token_ids), row.draw)
+                    for sequence, row in zip(plan, rows, strict=True)
+                ]
+            )
+        return Batch(rows)
+
+    def draws(self) -> list[Draw | None]:
+        """The draws of the step planned last, one a row, now that all tokens before them are known."""
+        return [None if row.draw is None else self._complete(row) for row in self._in_flight[-1]]
+
+    def resolve(self, batch: Batch) -> Batch:
+        """The step planned last, `batch`, with the tokens that were pending then."""
+        rows = []
+        for row, planned in zip(batch.rows, self._in_flight[-1], strict=True):
+            known = planned.sequence.token_ids[planned.start : planned.end]
+            # A sequence that failed meanwhile has no token there, and what is computed of it is dropped.
+            rows.append(replace(row, token_ids=known) if len(known) == len(row.token_ids) else row)
+        return Batch(rows)
+
+    def update(self, results: list[SampledToken | RowFailure | None]) -> list[EngineOutput]:
+        """Takes in what the oldest step in flight computed: one entry a row, None where nothing was drawn."""
+        outputs = []
+        for row, result in zip(self._in_flight.popleft(), results, strict=True):
+            sequence = row.sequence
+            if sequence.status is SequenceStatus.FINISHED:
+                continue  # it ended while this step was in flight
+            if isinstance(result, RowFailure):
+                outputs.append(self._fail(sequence, result.message))
+                continue
+            if sequence.status is SequenceStatus.RUNNING:
+                self.kv_cache.register(sequence, row.start, row.end)
+            self.num_scheduled_tokens += row.end - row.start
+            if result is not None:
+                sequence.num_pending_tokens -= 1
+                outputs.append(self._append(sequence, result))
+        self.num_steps += 1
+        return outputs
+
+    def _chunk(self, num_remaining: int, budget: int) -> int:
+        """Tokens of one sequence that fit: a long prompt takes a bounded share of a step that others want too."""
+        if num_remaining > 1 and len(self.running) + len(self._waiting) > 1:
+            budget = min(budget, self.config.long_prefill_token_threshold)
+        return min(num_remaining, budget)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, plan: dict[Sequence, int]) -> int:
+        """Extends the sequence's block table, preempting from the end of the order until that succeeds.
+
+        A sequence that is itself the last is preempted like any other. Returns the tokens that preempted
+        sequences had in the plan.
+        """
+        num_returned = 0
+        while not self.kv_cache.extend(sequence, num_tokens):
+            victim = max(self.running, key=lambda s: s.order)
+            self._preempt(victim)
+            num_returned += plan.pop(victim, 0)
+            if victim is sequence:
+                break
+        return num_returned
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        sequence.status = SequenceStatus.WAITING
+        self._enqueue(sequence)
+        self.num_preemptions += 1
+
+    def _admit(self, plan: dict[Sequence, int], budget: int, max_rows: int) -> None:
+        """Starts waiting sequences in order, as long as the budget lasts and their whole prompts have room."""
+        held_back = []
+        while (
+            self._waiting
+            and budget > 0
+            and len(plan) < max_rows
+            and len(self.running) < self.config.max_num_seqs
+        ):
+            sequence = self._waiting[0][-1]
+            if sequence.num_pending_tokens or (sequence.leader and self._is_prefilling(sequence.leader)):
+                held_back.append(heapq.heappop(self._waiting))
+                continue
+            prefix = self.kv_cache.find_prefix(sequence)
+            if self._is_being_computed(sequence, len(prefix)):
+                held_back.append(heapq.heappop(self._waiting))
+                continue
+            if not self._has_room(sequence, prefix):
+                break
+            heapq.heappop(self._waiting)
+            self.kv_cache.adopt_prefix(sequence, prefix)
+            if sequence.num_cached_tokens is None:
+                sequence.num_cached_tokens = sequence.num_computed_tokens
+            sequence.status = SequenceStatus.RUNNING
+            sequence.slot, sequence.admission = self._free_slots.pop(), next(self._admissions)
+            self.running.append(sequence)
+            num_tokens = self._chunk(sequence.num_remaining_tokens, budget)
+            self.kv_cache.extend(sequence, sequence.num_computed_tokens + num_tokens)
+            plan[sequence] = num_tokens
+            budget -= num_tokens
+        for entry in held_back:
+            heapq.heappush(self._waiting, entry)
+
+    def _is_being_computed(self, sequence: Sequence, index: int) -> bool:
+        """Whether a running sequence will soon have full block `index` of this one's prompt: worth waiting for."""
+        wanted = sequence.block_hashes[index : index + 1]
+        return bool(wanted) and any(wanted == s.block_hashes[index : index + 1] for s in self.running)
+
+    def _is_prefilling(self, sequence: Sequence) -> bool:
+        """Whether its first token is still to come; until then its prompt's blocks cannot be found."""
+        return sequence.status is not SequenceStatus.FINISHED and sequence.num_output_tokens == 0
+
+    def _has_room(self, sequence: Sequence, prefix: list[int]) -> bool:
+        pool = self.kv_cache.pool
+        num_needed = self.kv_cache.num_missing_blocks(sequence, sequence.num_tokens) - len(prefix)
+        num_needed += sum(pool.is_free(block_id) for block_id in prefix)
+        watermark = int(WATERMARK * pool.num_blocks) if self.running else 0
+        return num_needed + watermark <= pool.num_free
+
+    def _row(self, sequence: Sequence, num_tokens: int) -> BatchRow:
+        start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
+        is_last = num_tokens == sequence.num_remaining_tokens
+        token_ids = sequence.token_ids[start:end]
+        token_ids += [PENDING] * (num_tokens - len(token_ids))
+        sequence.num_computed_tokens = end
+        sequence.num_pending_tokens += is_last
+        request = sequence.request
+        return BatchRow(
+            token_ids=token_ids,
+            start=start,
+            num_stored_tokens=sequence.num_stored_tokens,
+            block_table=sequence.block_ids,
+            draw=Draw(request.params, request.seed, sequence.index, position=end) if is_last else None,
+            slot=sequence.slot,
+            admission=sequence.admission,
+        )
+
+    def _complete(self, row: PlannedRow) -> Draw:
+        """The row's draw with what depends on the tokens before it."""
+        assert row.draw is not None
+        sequence, params = row.sequence, row.draw.params
+        if sequence.num_output_tokens < params.min_tokens:
+            banned = (*self.eos_token_ids, *params.stop_token_ids)
+        elif params.has_penalties:
+            banned = ()
+        else:
+            return row.draw
+        history = sequence.token_ids if params.has_penalties else []
+        return replace(
+            row.draw,
+            stop_token_ids=banned,
+            prompt_token_ids=tuple(history[: sequence.num_prompt_tokens]),
+            output_token_ids=tuple(history[sequence.num_prompt_tokens :]),
+        )
+
+    def _is_through(self, sequence: Sequence) -> bool:
+        """Whether the pending token is the last that the sequence may have."""
+        return sequence.num_output_tokens + sequence.num_pending_tokens >= self._max_output_tokens(sequence)
+
+    def _max_output_tokens(self, sequence: Sequence) -> int:
+        limit = self.config.max_model_len - sequence.num_prompt_tokens
+        max_tokens = sequence.request.params.max_tokens
+        return limit if max_tokens is None else min(limit, max_tokens)
+
+    def _append(self, sequence: Sequence, sample: SampledToken) -> EngineOutput:
+        sequence.token_ids.append(sample.token_id)
+        finish_reason, stop_token_id = self._finish_reason(sequence, sample.token_id)
+        if finish_reason is not None:
+            self._finish(sequence)
+        return EngineOutput(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            tokens=[sample],
+            finish_reason=finish_reason,
+            stop_token_id=stop_token_id,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+        )
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
+        params = sequence.request.params
+        if sequence.num_output_tokens >= params.min_tokens:
+            if token_id in self.eos_token_ids and not params.ignore_eos:
+                return "stop", None
+            if token_id in params.stop_token_ids:
+                return "stop", token_id
+        is_through = sequence.num_output_tokens >= self._max_output_tokens(sequence)
+        return ("length", None) if is_through else (None, None)
+
+    def _fail(self, sequence: Sequence, message: str) -> EngineOutput:
+        self.abort(sequence.request.request_id)
+        return EngineOutput(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            finish_reason="error",
+            error=message,
+        )
+
+    def _finish(self, sequence: Sequence) -> None:
+        if sequence.status is SequenceStatus.RUNNING:
+            self._stop(sequence)
+        elif sequence.status is SequenceStatus.WAITING:
+            self._waiting = [entry for entry in self._waiting if entry[-1] is not sequence]
+            heapq.heapify(self._waiting)
+        sequence.status = SequenceStatus.FINISHED
+        request_id = sequence.request.request_id
+        siblings = self.requests.get(request_id, [])
+        if all(sibling.status is SequenceStatus.FINISHED for sibling in siblings):
+            self.requests.pop(request_id, None)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Takes back what a running sequence holds. A step in flight may still write to its blocks: whoever gets
+        them next runs after that step.
+        """
+        self.kv_cache.free(sequence)
+        self.running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, (*sequence.order, sequence))

@@ -1,0 +1,1 @@
+"""A loaded model runs steps: the runner and its executors, their memory, and the ranks' processes."""

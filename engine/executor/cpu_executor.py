@@ -1,0 +1,116 @@
+"""ProgramExecutor: runs a step on the CPU as one call of the C kernels.
+
+The model's forward pass is recorded once, over buffers for the largest step. A step writes its inputs where the
+program reads them, runs it, and finds the logits where they always are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from engine.config import SchedulerConfig
+from engine.core.batch import Batch, Draw
+from engine.core.executor import Drawn, Sampled
+from engine.executor.step_buffers import BlockTables, flatten
+from engine.executor.torch_executor import read_drawn
+from engine.kernels import cpu
+from engine.kernels.attention.in_c import SEGMENT, HostPlan, gather, group_segments
+from engine.kernels.attention.kv_layer import KVCache
+from engine.models.attention import PagedInputs
+from engine.models.config import RopeConfig
+from engine.models.decoder import Decoder
+from engine.models.rope import RotaryTable
+from engine.models.sharding import share_of_config
+
+
+class ProgramExecutor:
+    """Owns the program and its buffers.
+
+    Args:
+        rotary: By rope, the table for every position that a sequence can reach.
+
+    Attributes:
+        program: One step of the model.
+        seconds: [calls of the program] float64, to which each step adds their durations; None: not measured.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        rotary: dict[RopeConfig, RotaryTable],
+        limits: SchedulerConfig,
+    ) -> None:
+        self.seconds: torch.Tensor | None = None
+        self._block_size = cache.block_size
+        num_tokens, num_rows = limits.max_num_batched_tokens, limits.max_num_seqs
+        self._tables = BlockTables(num_rows, -(-limits.max_model_len // cache.block_size))
+        self._last_tokens = np.zeros(num_rows, np.int32)
+        self._num_tokens, self._num_rows, self._num_draws = (
+            torch.zeros(1, dtype=torch.int64) for _ in range(3)
+        )
+
+        def words(size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.int32)
+
+        self._token_ids, self._positions, self._slots = (words(num_tokens) for _ in range(3))
+        self._starts, self._table_rows, self._partial_starts = (words(num_rows) for _ in range(3))
+        self._query_starts, self._last_rows = words(num_rows + 1), words(num_rows)
+        config = share_of_config(model.config, model.group.share)
+        num_segments = num_rows * -(-limits.max_model_len // SEGMENT)
+        plan = HostPlan.make(
+            num_sequences=self._num_rows,
+            query_starts=self._query_starts,
+            starts=self._starts,
+            table_rows=self._table_rows,
+            block_tables=torch.from_numpy(self._tables.values),
+            partial_starts=self._partial_starts,
+            max_segments=num_segments,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+        )
+        inputs = PagedInputs(
+            self._positions, self._slots, dict.fromkeys(config.sliding_windows, plan), rotary, is_pinned=True
+        )
+        self.program = cpu.Program(torch.get_num_threads())
+        with torch.inference_mode():
+            with self.program.recording(self._num_tokens):
+                group_segments(plan, cache.block_size)
+                hidden = model(self._token_ids, cache, inputs)
+            self._logits = torch.empty(0, 0)
+            if model.pipeline.is_last:
+                with self.program.recording(self._num_draws):
+                    self._logits = model.logits(gather(hidden, self._last_rows))
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> torch.Tensor:
+        """Logits [rows that draw, vocabulary] float32, valid until the next step; none but on the last stage."""
+        num_draws = self._write(batch)
+        self.program.run(self.seconds)
+        return self._logits[:num_draws]
+
+    def _write(self, batch: Batch) -> int:
+        """Writes the step's inputs; how many rows draw."""
+        rows = batch.rows
+        self._tables.update(rows)
+        tokens = flatten(rows, self._tables.values, self._block_size)
+        count, num_tokens = len(rows), len(tokens.token_ids)
+        drawn = self._last_tokens[np.maximum(-1 - tokens.token_ids, 0)]
+        self._token_ids.numpy()[:num_tokens] = np.where(tokens.token_ids < 0, drawn, tokens.token_ids)
+        self._positions.numpy()[:num_tokens] = tokens.positions
+        self._slots.numpy()[:num_tokens] = tokens.slots
+        self._query_starts.numpy()[1 : count + 1] = tokens.ends
+        self._starts.numpy()[:count] = tokens.starts
+        self._table_rows.numpy()[:count] = tokens.row_slots
+        segments = tokens.starts // SEGMENT + 1
+        self._partial_starts.numpy()[:count] = np.cumsum(segments) - segments
+        last_rows = [end - 1 for row, end in zip(rows, tokens.ends, strict=True) if row.draw is not None]
+        self._last_rows.numpy()[: len(last_rows)] = last_rows
+        self._num_tokens[0], self._num_rows[0], self._num_draws[0] = num_tokens, count, len(last_rows)
+        return len(last_rows)
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
+        """Draws a token for each row that has a draw."""
+        return Drawn(read_drawn(logits, batch, draws, self._last_tokens))

@@ -1,0 +1,116 @@
+"""What the ranks of an engine say to each other besides tensors: msgpack over zmq."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from engine.core.batch import Batch, Draw
+from engine.core.request import SampledToken
+
+State = Literal["idle", "exchanging", "running"]
+"""What a rank is at."""
+
+
+class RankStart(msgspec.Struct, tag=True, kw_only=True):
+    """The first message to a rank: what it is to be.
+
+    Attributes:
+        options: The fields of EngineConfig.
+        path: Directory or file of the model.
+        store: A file where the ranks' groups meet.
+    """
+
+    options: dict[str, Any]
+    path: str
+    rank: int
+    store: str
+
+
+class Execute(msgspec.Struct, tag=True):
+    """Run the model over a batch."""
+
+    step: int
+    batch: Batch
+
+
+class Sample(msgspec.Struct, tag=True):
+    """Draw the tokens of the batch that was executed last."""
+
+    step: int
+    draws: list[Draw | None]
+
+
+ToRank = RankStart | Execute | Sample
+
+
+class RankHere(msgspec.Struct, tag=True):
+    """A rank is about to join the groups."""
+
+    rank: int
+
+
+class RankSays(msgspec.Struct, tag=True):
+    """What a rank has measured of itself, for the log of rank 0.
+
+    Attributes:
+        line: It names the rank.
+    """
+
+    rank: int
+    line: str
+
+
+class RankReady(msgspec.Struct, tag=True):
+    """A rank has loaded its share."""
+
+    rank: int
+
+
+class RankFailed(msgspec.Struct, tag=True):
+    """A rank cannot start, or cannot go on.
+
+    Attributes:
+        kind: Name of the exception's class.
+        message: What, where, and what to do.
+    """
+
+    rank: int
+    step: int
+    kind: str
+    message: str
+
+
+class Beat(msgspec.Struct, tag=True):
+    """A rank lives.
+
+    Attributes:
+        state: "idle" without an order, "exchanging" where it waits for other ranks, else "running".
+        place: What it is in: "sampler.py:80 in sample".
+    """
+
+    rank: int
+    state: State
+    place: str
+
+
+class Done(msgspec.Struct, tag=True):
+    """A rank is through with a step.
+
+    Attributes:
+        digest: Of the batch and, on the last stage, the tokens; the same on all ranks of a stage.
+        drawn: The tokens, or in words why there is none, of the rank that tells rank 0 what the last stage drew.
+    """
+
+    rank: int
+    step: int
+    digest: bytes
+    drawn: list[SampledToken | str | None] | None = None
+
+
+FromRank = RankHere | RankSays | RankReady | RankFailed | Beat | Done
+
+to_rank_decoder = msgspec.msgpack.Decoder(ToRank)
+from_rank_decoder = msgspec.msgpack.Decoder(FromRank)
+encode = msgspec.msgpack.encode

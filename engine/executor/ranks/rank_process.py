@@ -1,0 +1,144 @@
+"""A rank's process: `python -m engine.executor.ranks.rank_process ORDERS REPORTS`, which only rank 0 starts.
+
+It runs the same steps over its share of the model as rank 0 does, in the same order. Lives as long as its parent: the
+parent holds the other end of standard input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import zmq
+
+from engine.config import EngineConfig
+from engine.core.batch import Batch
+from engine.core.request import RowFailure
+from engine.errors import EngineError
+from engine.executor.ranks.agreement import digest_of, is_exchange
+from engine.executor.ranks.launching import Link
+from engine.executor.ranks.limits import BEAT_SECONDS
+from engine.executor.ranks.messages import (
+    Beat,
+    Done,
+    Execute,
+    RankFailed,
+    RankHere,
+    RankReady,
+    RankSays,
+    RankStart,
+    Sample,
+    State,
+    encode,
+    to_rank_decoder,
+)
+from engine.executor.runner import ModelRunner
+from engine.loading.dummy import open_model
+from engine.process import follow_parent, whereabouts
+
+
+def main(orders: str, reports: str) -> int:
+    """Follows rank 0. Returns the exit status of a failure."""
+    follow_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    follow(Link(orders), Link(reports))
+    return 1
+
+
+def follow(orders_link: Link, reports: Link) -> None:
+    """Loads the rank's share and does what rank 0 says.
+
+    Where it cannot, it says so and waits to be ended: those that exchange with it would fail if it went, and might be
+    heard first.
+    """
+    with zmq.Context() as context, context.socket(zmq.PULL) as orders, context.socket(zmq.PUSH) as answers:
+        orders_link.connect(orders)
+        reports.connect(answers)
+        start = to_rank_decoder.decode(orders.recv())
+        assert isinstance(start, RankStart)
+        follower = Follower(start.rank)
+        beating = (context, reports, follower, threading.get_ident())
+        threading.Thread(target=_beat, args=beating, daemon=True).start()
+        try:
+            config = EngineConfig(**start.options)
+            answers.send(encode(RankHere(start.rank)))
+
+            def say(line: str) -> None:
+                answers.send(encode(RankSays(start.rank, line)))
+
+            checkpoint = open_model(Path(start.path), config.load_format)
+            runner = ModelRunner(config, checkpoint, start.rank, start.store, say=say)
+            answers.send(encode(RankReady(start.rank)))
+            while True:
+                follower.is_busy = False
+                order = orders.recv()
+                follower.is_busy = True
+                report = follower.follow(runner, order)
+                if report is not None:
+                    answers.send(encode(report))
+        except Exception as error:
+            if not isinstance(error, EngineError) and not is_exchange(_places(error)):
+                traceback.print_exc()
+            kind, message = type(error).__name__, str(error)
+            answers.send(encode(RankFailed(start.rank, follower.step, kind, message)))
+            threading.Event().wait()
+
+
+class Follower:
+    """Does what rank 0 says.
+
+    Attributes:
+        step: The step that was begun last.
+        is_busy: Whether it does something that it was told, or waits for that.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.step, self.is_busy = rank, 0, True
+        self._executed: tuple[bytes, Batch, torch.Tensor]
+
+    def follow(self, runner: ModelRunner, order: bytes) -> Done | None:
+        """Runs an order; the report on it, if it ends a step."""
+        message = to_rank_decoder.decode(order)
+        match message:
+            case Execute(step, batch):
+                self.step = step
+                self._executed = order, batch, runner.execute(batch)
+            case Sample(step, draws):
+                executed, batch, logits = self._executed
+                if not runner.place.pipeline.is_last:
+                    return Done(self.rank, step, digest_of(executed, []))
+                drawn = runner.sample(logits, batch, draws).read()
+                done = Done(self.rank, step, digest_of(executed, drawn))
+                if runner.place.tells_what_was_drawn:
+                    done.drawn = [row.message if isinstance(row, RowFailure) else row for row in drawn]
+                return done
+        return None
+
+
+def _places(error: Exception) -> list[str]:
+    """What it came through, as in `whereabouts`."""
+    return [f"{Path(frame.filename).name}:" for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def _beat(context: zmq.Context[zmq.Socket[bytes]], reports: Link, follower: Follower, thread_id: int) -> None:
+    # At its end the process closes the context under this thread.
+    with contextlib.suppress(zmq.ZMQError), context.socket(zmq.PUSH) as socket:
+        reports.connect(socket)
+        while True:
+            places = whereabouts(thread_id)
+            state: State = "exchanging" if is_exchange(places) else "running"
+            socket.send(encode(Beat(follower.rank, state if follower.is_busy else "idle", places[0])))
+            time.sleep(BEAT_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

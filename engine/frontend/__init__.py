@@ -1,0 +1,1 @@
+"""From text to requests and back, on both sides of the process border."""

@@ -1,0 +1,408 @@
+"""AsyncEngine: EngineCore in a child process, and streams of its outputs for asyncio code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import secrets
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from itertools import count
+from typing import Any, Literal, Protocol, TypeVar
+
+import zmq
+import zmq.asyncio
+
+import engine.errors
+from engine.config import EngineConfig
+from engine.core.outputs import RequestOutput
+from engine.core.random import derive_seed
+from engine.core.request import EngineOutput, Request
+from engine.core.sampling_params import SamplingParams
+from engine.core.stats import EngineStats
+from engine.core.validation import validate_request
+from engine.errors import EngineDeadError, EngineError, EngineStartError
+from engine.executor.ranks.limits import BEAT_SECONDS, Limits
+from engine.frontend.messages import (
+    Abort,
+    Add,
+    Died,
+    FromEngine,
+    Outputs,
+    Ready,
+    Start,
+    StartFailed,
+    beat_decoder,
+    encode,
+    from_engine_decoder,
+)
+from engine.frontend.output_processor import OutputProcessor
+from engine.loading.resolve import resolve_model
+from engine.process import RunningClock, exit_cause
+from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+Result = TypeVar("Result")
+
+SHUTDOWN_SECONDS = 5.0
+
+OPENMP_SPINS = "20000"
+"""How often torch's threads look for work before they sleep, tens of microseconds. By default they spin for
+milliseconds, and take the core from whoever they wait for when the machine has something else to do."""
+
+
+class ServedEngine(Protocol):
+    """What the API asks of an engine, wherever that is; see `AsyncEngine`."""
+
+    @property
+    def status(self) -> Literal["starting", "ready", "dead"]: ...
+
+    @property
+    def error(self) -> str | None: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def default_params(self) -> dict[str, Any]: ...
+
+    def generate(
+        self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
+    ) -> AsyncGenerator[RequestOutput]: ...
+
+
+class AsyncEngine:
+    """Sends requests to an engine process and hands out what comes back.
+
+    The process is rank 0, and starts the other ranks; one that ends or falls silent is the end of all of them.
+
+    Args:
+        limits: How long it may be silent.
+        command: What starts the process; two addresses are added.
+
+    Attributes:
+        status: "starting" until the model is loaded, "dead" once the process has ended.
+        error: Why it is dead.
+        stats: As of the engine's last step.
+        tokenizer, max_model_len, vocab_size, default_params: Valid once ready.
+    """
+
+    tokenizer: Tokenizer
+    max_model_len: int
+    vocab_size: int
+    default_params: dict[str, Any]
+
+    def __init__(
+        self, config: EngineConfig, limits: Limits | None = None, command: Sequence[str] | None = None
+    ) -> None:
+        self.config = config
+        self._limits = Limits() if limits is None else limits
+        self._command = command or (sys.executable, "-m", "engine.frontend.engine_process")
+        self.status: Literal["starting", "ready", "dead"] = "starting"
+        self.error: str | None = None
+        self.stats = EngineStats()
+        self._queues: dict[str, asyncio.Queue[EngineOutput | None]] = {}
+        self._arrivals = count()
+        self._context: zmq.asyncio.Context | None = None
+        self._socket: zmq.asyncio.Socket | None = None
+        self._heard = asyncio.Event()
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._exited: asyncio.Task[int] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Loads the model in a child process.
+
+        Raises:
+            EngineError: Of the type the engine failed with; EngineStartError if it is none of ours.
+        """
+        try:
+            path = await _in_daemon_thread(lambda: resolve_model(self.config.model))
+            self.tokenizer = await _in_daemon_thread(
+                lambda: load_tokenizer(path, self.config.load_format == "dummy")
+            )
+            await self._spawn()
+            start = Start(
+                options=dataclasses.asdict(self.config),
+                path=str(path),
+                eos_token_ids=list(self.tokenizer.eos_token_ids),
+            )
+            await self._send(start)
+            message = await self._receive()
+            if isinstance(message, Ready):
+                # Both sockets have their other ends then.
+                await self._heard.wait()
+                if self.error is not None:
+                    raise EngineDeadError(self.error)
+            self._remove_directory()
+        except BaseException as error:
+            self._die(f"the engine did not start: {error}")
+            await self.shutdown()
+            raise
+        if isinstance(message, StartFailed):
+            self._die(f"the engine did not start: {message.kind}: {message.message}")
+            await self.shutdown()
+            raise _start_error(message)
+        assert isinstance(message, Ready)
+        info = message.info
+        self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
+        self.default_params = info.default_params
+        self.status = "ready"
+        self._tasks.append(asyncio.create_task(self._receive_outputs()))
+
+    async def shutdown(self) -> None:
+        """Ends the engine process and everything that waits for it. May be called at any time, and twice."""
+        self._die("the engine was shut down")
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._process is not None:
+            await _end(self._process)
+            self._process = None
+        if self._context is not None:
+            self._context.destroy(linger=0)
+            self._context = None
+        self._remove_directory()
+
+    async def generate(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        request_id: str,
+        priority: int = 0,
+        resumed_token_ids: Sequence[list[int] | None] = (),
+    ) -> AsyncGenerator[RequestOutput]:
+        """Streams what a request adds, step by step; closing the generator aborts the request.
+
+        Args:
+            prompt: Text or token ids.
+            request_id: Unique among the open requests.
+            priority: Smaller is served earlier.
+            resumed_token_ids: As in `Request`, for a request that another engine has begun; `params` hold its seed.
+
+        Raises:
+            RequestError: The request cannot be served as asked.
+            EngineDeadError: The engine has ended; names the cause.
+        """
+        self._check_ready()
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        validate_request(token_ids, params, self.max_model_len, self.vocab_size)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            seed=self._seed(params),
+            priority=priority,
+            resumed_token_ids=list(resumed_token_ids),
+        )
+        processor = OutputProcessor(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
+        assert request_id not in self._queues, f"request id {request_id!r} is in use"
+        queue = self._queues[request_id] = asyncio.Queue()
+        finished = False
+        try:
+            await self._send(Add(request))
+            while not finished:
+                output = await queue.get()
+                if output is None:
+                    raise EngineDeadError(self.error)
+                addition = processor.process(output)
+                for index in processor.stopped_samples:
+                    await self._abort(request_id, index)
+                processor.stopped_samples.clear()
+                if addition is not None:
+                    finished = addition.finished
+                    yield addition
+        finally:
+            del self._queues[request_id]
+            if not finished and self.status == "ready":
+                await self._abort(request_id)
+
+    async def _abort(self, request_id: str, index: int | None = None) -> None:
+        # An engine that has just ended has nothing left to abort.
+        with contextlib.suppress(EngineDeadError):
+            await self._send(Abort(request_id, index))
+
+    def _seed(self, params: SamplingParams) -> int:
+        if params.seed is not None:
+            return params.seed
+        if self.config.seed is not None:
+            return derive_seed(self.config.seed, next(self._arrivals))
+        return secrets.randbits(63)
+
+    def _check_ready(self) -> None:
+        if self.status == "starting":
+            raise EngineDeadError("the engine is still loading the model")
+        if self.status == "dead":
+            raise EngineDeadError(self.error)
+
+    async def _spawn(self) -> None:
+        # In a directory that only this user can enter, and gone from there once both ends hold the socket.
+        self._directory = tempfile.TemporaryDirectory(prefix="llm-engine-")
+        address = f"ipc://{self._directory.name}/engine"
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+        beats = self._context.socket(zmq.PULL)
+        beats.bind(f"{address}-beats")
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            address,
+            f"{address}-beats",
+            stdin=asyncio.subprocess.PIPE,
+            # Signals to this process's group are this process's to handle.
+            start_new_session=True,
+            env={"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ},
+        )
+        self._exited = asyncio.create_task(self._process.wait())
+        self._tasks.append(asyncio.create_task(self._watch(self._process, beats)))
+
+    async def _send(self, message: Start | Add | Abort) -> None:
+        """Sends, unless the process has ended: a pair socket waits for a peer, and would wait forever.
+
+        Raises:
+            EngineDeadError: The process has ended.
+        """
+        assert self._socket is not None
+        assert self._exited is not None
+        sending = asyncio.ensure_future(self._socket.send(encode(message)))
+        await asyncio.wait((sending, self._exited), return_when=asyncio.FIRST_COMPLETED)
+        if not sending.done():
+            sending.cancel()
+            raise self._exit_error()
+
+    async def _receive(self) -> FromEngine:
+        """The next message of the engine.
+
+        Raises:
+            EngineDeadError: The process ended instead of sending one.
+        """
+        assert self._socket is not None
+        assert self._exited is not None
+        message = asyncio.ensure_future(self._socket.recv())
+        try:
+            await asyncio.wait((message, self._exited), return_when=asyncio.FIRST_COMPLETED)
+            if not message.done():
+                # What the process sent with its last breath may still be on its way.
+                await asyncio.wait((message,), timeout=0.2)
+            if message.done():
+                return from_engine_decoder.decode(message.result())
+            raise self._exit_error()
+        finally:
+            message.cancel()
+
+    def _exit_error(self) -> EngineDeadError:
+        assert self._exited is not None
+        # It may have been ended for something that is known already.
+        return EngineDeadError(self.error or f"rank 0 {exit_cause(self._exited.result())} {self._when()}")
+
+    def _when(self) -> str:
+        return f"after step {self.stats.num_steps}" if self.status == "ready" else "while it started"
+
+    async def _watch(self, process: asyncio.subprocess.Process, beats: zmq.asyncio.Socket) -> None:
+        """Ends the process once it is silent or has failed."""
+        clock, heard = RunningClock(2 * BEAT_SECONDS), 0.0
+        while self.status != "dead":
+            has_beat = await beats.poll(int(1000 * BEAT_SECONDS))
+            now = clock.tick()
+            limit = self._limits.silence if self.status == "ready" else self._limits.start
+            if has_beat:
+                heard = now
+                self._heard.set()
+                message = beat_decoder.decode(await beats.recv())
+                if isinstance(message, Died):
+                    self._die(message.reason)
+            elif now - heard > limit:
+                self._die(f"rank 0 has been silent for {limit:g} s {self._when()}")
+                process.kill()
+        self._heard.set()
+        await _end(process)
+
+    async def _receive_outputs(self) -> None:
+        while True:
+            try:
+                message = await self._receive()
+            except Exception as error:
+                # Whatever it is, nobody else would tell those who wait.
+                self._die(
+                    str(error) if isinstance(error, EngineDeadError) else f"{type(error).__name__}: {error}"
+                )
+                return
+            match message:
+                case Outputs(outputs, stats):
+                    self.stats = stats
+                    for output in outputs:
+                        queue = self._queues.get(output.request_id)
+                        if queue is not None:
+                            queue.put_nowait(output)
+                case Died(reason):
+                    self._die(reason)
+                    return
+
+    def _remove_directory(self) -> None:
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None
+
+    def _die(self, reason: str) -> None:
+        if self.status == "dead":
+            return
+        self.status, self.error = "dead", reason
+        for queue in self._queues.values():
+            queue.put_nowait(None)
+
+
+async def _in_daemon_thread(function: Callable[[], Result]) -> Result:
+    """Like asyncio.to_thread, but a program that ends does not wait for it: a download may take hours."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def settle(error: BaseException | None, result: Result | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        error, result = None, None
+        try:
+            result = function()
+        except BaseException as caught:
+            error = caught
+        # The loop may have been closed in the meantime: then nobody waits.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, error, result)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await future
+
+
+def _start_error(message: StartFailed) -> EngineError:
+    kind = getattr(engine.errors, message.kind, None)
+    if isinstance(kind, type) and issubclass(kind, EngineError):
+        return kind(message.message)
+    return EngineStartError(f"{message.kind}: {message.message}")
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Closes the process's standard input, its sign to go, and insists if it does not."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        await asyncio.wait_for(process.wait(), SHUTDOWN_SECONDS)
+    except TimeoutError:
+        process.kill()
+        await process.wait()

@@ -1,0 +1,183 @@
+"""The engine process: `python -m engine.frontend.engine_process ADDRESS BEATS`, which only AsyncEngine starts.
+
+It is rank 0. Lives as long as its parent: the parent holds the other end of standard input, and its end is the signal
+to go. A thread of its own tells the parent each second that the process lives, ends it where the engine has failed
+while nobody steps it, and where a step takes too long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from engine.config import EngineConfig
+from engine.errors import EngineError
+from engine.executor.ranks.limits import BEAT_SECONDS, Limits
+from engine.frontend.messages import (
+    Abort,
+    Add,
+    Alive,
+    Died,
+    Outputs,
+    Ready,
+    Start,
+    StartFailed,
+    encode,
+    to_engine_decoder,
+)
+from engine.process import RunningClock, follow_parent, whereabouts
+
+FLUSH_MILLISECONDS = 1000
+"""For the last words of a process to leave it."""
+
+
+def main(address: str, beats: str, limits: Limits | None = None) -> int:
+    """Connects to the parent, loads the model, and steps until told to stop. Returns the exit status of a failure."""
+    follow_parent()
+    # A service manager may signal every process it knows; the parent decides what that means.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    progress = Progress(Limits() if limits is None else limits)
+    threading.Thread(target=_beat, args=(beats, progress), daemon=True).start()
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.set_hwm(0)
+        socket.connect(address)
+        try:
+            core = _load(to_engine_decoder.decode(socket.recv()), address)
+        except Exception as error:
+            if not isinstance(error, EngineError):
+                traceback.print_exc()
+            socket.send(encode(StartFailed(type(error).__name__, str(error))))
+            return 1
+        progress.watch(core)
+        socket.send(encode(Ready(core.info)))
+        try:
+            _run(core, socket, progress)
+        except EngineError as error:
+            socket.send(encode(Died(str(error))))
+        except Exception as error:
+            traceback.print_exc()
+            step, kind = core.scheduler.num_steps, type(error).__name__
+            socket.send(encode(Died(f"rank 0 failed at step {step}: {kind}: {error}")))
+        core.close()
+        return 1
+
+
+class Progress:
+    """What the main thread is at, as another one sees it."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._main = limits, threading.get_ident()
+        self._clock = RunningClock(2 * BEAT_SECONDS)
+        self._core: Any = None
+        self._num_steps, self._is_stepping = 0, False
+        self._planned: deque[int] = deque()
+        # The step that was seen last, and when.
+        self._seen = 0, 0.0
+
+    def watch(self, core: Any) -> None:
+        """From now on its ranks and its steps."""
+        # A call finishes a step that was planned so many calls ago at most.
+        self._planned = deque([0], 1 + core.runner.config.pipeline_parallel_size)
+        self._core = core
+
+    def step(self) -> Any:
+        """Has the engine make a step."""
+        self._planned.append(self._core.scheduler.num_scheduled_tokens)
+        self._num_steps += 1
+        self._is_stepping = True
+        outputs = self._core.step()
+        self._is_stepping = False
+        return outputs
+
+    def close(self) -> None:
+        """Ends the engine's other processes, if they have been started."""
+        if self._core is not None:
+            self._core.close()
+
+    def trouble(self) -> str | None:
+        """Why the engine cannot go on; asked each second."""
+        now, core = self._clock.tick(), self._core
+        if core is None:
+            return None
+        try:
+            core.check()
+        except EngineError as error:
+            return str(error)
+        number, since = self._seen
+        if not self._is_stepping or number != self._num_steps:
+            self._seen = self._num_steps, now
+            return None
+        num_tokens = core.scheduler.num_scheduled_tokens - self._planned[0]
+        # Where other ranks are late, those who watch them say so a little earlier, and can name them.
+        seconds = self._limits.of_step(num_tokens, core.runner.model.num_bytes) + self._limits.silence
+        if now - since <= seconds:
+            return None
+        return (
+            f"rank 0 has not finished step {core.scheduler.num_steps} of {num_tokens} tokens "
+            f"within {seconds:.3g} s; now at {whereabouts(self._main)[0]}"
+        )
+
+
+def _beat(address: str, progress: Progress) -> None:
+    """Says that the process lives, and ends it where the main thread cannot."""
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.setsockopt(zmq.LINGER, FLUSH_MILLISECONDS)
+        socket.connect(address)
+        trouble = None
+        while trouble is None:
+            # A parent that does not listen, being stopped, needs no more of them.
+            with contextlib.suppress(zmq.Again):
+                socket.send(encode(Alive()), zmq.NOBLOCK)
+            time.sleep(BEAT_SECONDS)
+            trouble = progress.trouble()
+        with contextlib.suppress(zmq.Again):
+            socket.send(encode(Died(trouble)), zmq.NOBLOCK)
+    progress.close()
+    os._exit(1)
+
+
+def _load(message: object, address: str) -> Any:
+    assert isinstance(message, Start)
+    from engine.core.engine_core import EngineCore
+
+    # What is left of a start that is cut off lies where the parent takes it away.
+    tempfile.tempdir = str(Path(address.removeprefix("ipc://")).parent)
+    try:
+        return EngineCore(EngineConfig(**message.options), Path(message.path), message.eos_token_ids)
+    finally:
+        tempfile.tempdir = None
+
+
+def _run(core: Any, socket: zmq.Socket[bytes], progress: Progress) -> None:
+    """Takes in messages between steps; waits for one, without spinning, when there is nothing to do."""
+    while True:
+        while not core.has_work or socket.poll(0):
+            match to_engine_decoder.decode(socket.recv()):
+                case Add(request):
+                    core.add_request(request)
+                case Abort(request_id, index):
+                    core.abort(request_id, index)
+                    if not core.has_work:
+                        socket.send(encode(Outputs([], core.stats)))
+        outputs = progress.step()
+        socket.send(encode(Outputs(outputs, core.stats)))
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1], sys.argv[2])
+    sys.stderr.flush()
+    # What is left of the model and its groups takes seconds to go in order, and may wait for ranks that are no more.
+    os._exit(status)

@@ -1,0 +1,1 @@
+"""Attention over the paged cache: bodies in torch, C and Triton, and the cache they read."""

@@ -1,0 +1,1 @@
+"""Products of quantized weights with activations, for GPUs and CPUs."""

@@ -1,0 +1,336 @@
+"""Products on a CPU: int8 activations × int8 weights or weights of four bits, and float × float.
+
+    x[m, k] = (128 * high[m, k] + low[m, k]) * s[m]                               see `engine.kernels.quantize`
+    y[m, n] = (float(Σ_k high * w) * 128 + float(Σ_k low * w)) * s[m] * scale[n] + bias[n]       w[n, k] int8
+
+Both sums are int32 and exact; a weight of four bits is an int8 one that is stored in fewer bits (`Int4Grid`,
+`CodebookGrid`). So y is equal to the bit for every number of tokens, tile, instruction set and body. A float product
+adds up in the order of K.
+
+The C bodies read weights in panels of 16 output features; see kernels/cpu/matmul.c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from engine.kernels import cpu
+from engine.kernels.matmul.codebook import SCALE_SIZE
+from engine.kernels.matmul.int8 import MAX_IN_FEATURES
+from engine.kernels.nibbles import unpack_nibbles
+from engine.kernels.operands import Activations, Format, SparseInt8Activations, SparseInt8Format
+from engine.kernels.quantize import HIGH_STEPS, quantize_sparse, sparse_reference
+
+PANEL = 16
+"""Output features that lie together."""
+
+ALIGNMENT = 64
+"""Input features are padded to a multiple of this."""
+
+GROUP_SIZE = 32
+"""Input features of an int4 weight that share a factor and an offset."""
+
+GROUP_BYTES = 2 * 2 * PANEL + GROUP_SIZE * PANEL // 2
+"""Of such a group in a panel."""
+
+FRACTION = 256
+"""Steps of an int4 weight's factor and offset, and of a codebook's values, in one int8 code."""
+
+BLOCK_BYTES = SCALE_SIZE * PANEL // 2
+"""Of a codebook's codes for as many input features as share a scale, in a panel."""
+
+LINE = 64
+"""What starts in memory at a multiple of this many bytes is read fastest."""
+
+ROWS_AT_A_TIME = 1024
+"""Of a codebook's weight that torch's operators expand for a product, so that no copy is held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Grid:
+    """Four bits a weight, and what makes int8 codes of them: w = (code * factor + offset) // 256.
+
+    Attributes:
+        nibbles: [N, ceil(K / 2)] uint8: codes of 0 … 15, those of even k in the low halves.
+        factor, offset: [N, ceil(K / 32)] int32; modulo 2**16 when stored.
+    """
+
+    nibbles: torch.Tensor
+    factor: torch.Tensor
+    offset: torch.Tensor
+
+    def expand(self) -> torch.Tensor:
+        """The int8 weight, [N, K] with K even."""
+        codes = unpack_nibbles(self.nibbles)
+        factor, offset = (
+            x.repeat_interleave(GROUP_SIZE, dim=1)[:, : codes.shape[1]] for x in (self.factor, self.offset)
+        )
+        return ((codes * factor + offset) >> 8).to(torch.int8)
+
+
+def int4_grid(
+    nibbles: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
+) -> tuple[Int4Grid, torch.Tensor]:
+    """The int8 grid of a row that holds an int4 weight best, and the codes on it.
+
+    Args:
+        nibbles: [N, ceil(K / 2)] uint8, as in `Int4Grid`.
+        scale, minimum: [N, ceil(K / 32)] float: the weight is codes * scale + minimum.
+
+    Returns:
+        The grid, and the rows' scales [N] float32.
+    """
+    scale, minimum = scale.float(), minimum.float()
+    # The largest that any code can stand for, so that no code leaves the grid.
+    largest = torch.maximum(minimum.abs(), (15 * scale + minimum).abs()).amax(dim=1)
+    row_scale = torch.where(largest > 0, largest / 127, 1.0)
+    factor, offset = ((x * (FRACTION / row_scale)[:, None]).round_().int() for x in (scale, minimum))
+    # Half a step more: the quotient is rounded down.
+    return Int4Grid(nibbles, factor, offset.add_(FRACTION // 2)), row_scale
+
+
+@dataclass(frozen=True, slots=True)
+class CodebookGrid:
+    """Four bits a weight, and the int8 codes that they stand for.
+
+    w[n, k] = values[n, c]                                                              without factors
+    w[n, k] = ((values[c] * factor[n, k // 64] + 2**14 >> 15) + 128) >> 8               with factors
+
+    Attributes:
+        nibbles: [N, ceil(K / 2)] uint8: c, those of even k in the low halves.
+        values: [N, 16] int8; with factors [16] int16 in 256ths of a code, at most 127 * 256.
+        factor: [N, ceil(K / 64)] int16, in steps of 2**-15, or None.
+    """
+
+    nibbles: torch.Tensor
+    values: torch.Tensor
+    factor: torch.Tensor | None
+
+    def expand(self, start: int = 0, end: int | None = None) -> torch.Tensor:
+        """Rows of the int8 weight, [end - start, K] with K even."""
+        codes = unpack_nibbles(self.nibbles[start:end]).long()
+        if self.factor is None:
+            return self.values[start:end].gather(1, codes)
+        products = self.factor[start:end, :, None].int() * self.values.int()
+        tables = (((products + (1 << 14)) >> 15) + FRACTION // 2) >> 8
+        blocks = F.pad(codes, (0, -codes.shape[1] % SCALE_SIZE)).view(*tables.shape[:2], SCALE_SIZE)
+        return tables.to(torch.int8).gather(2, blocks).flatten(1)[:, : codes.shape[1]]
+
+
+HostWeight = torch.Tensor | Int4Grid | CodebookGrid
+"""What `HostInt8Matmul` multiplies with; a tensor is [N, K] int8."""
+
+
+def codebook_grid(
+    nibbles: torch.Tensor, codebook: torch.Tensor, scale: torch.Tensor | None
+) -> tuple[CodebookGrid, torch.Tensor]:
+    """The int8 grid of a row that holds a codebook's weight best, and the codes on it.
+
+    Args:
+        nibbles: [N, ceil(K / 2)] uint8, as in `CodebookGrid`.
+        codebook: [N, 16] float; with scales [1, 16].
+        scale: [N, ceil(K / 64)] float: the weight is codebook * scale; None: it is the codebook.
+
+    Returns:
+        The grid, and the rows' scales [N] float32.
+    """
+    # The largest that any code can stand for, so that no code leaves the grid.
+    codebook = codebook.float()
+    largest = codebook.abs().amax(dim=1)
+    if scale is not None:
+        largest_factor = scale.float().abs().amax(dim=1)
+        steps = codebook[0] / torch.where(largest > 0, largest, 1.0) * (127 * FRACTION)
+        ratio = scale.float() / torch.where(largest_factor > 0, largest_factor, 1.0)[:, None]
+        factor = (ratio * 2**15).round_().clamp_(max=2**15 - 1).to(torch.int16)
+        grid = CodebookGrid(nibbles, steps.round_().to(torch.int16), factor)
+        largest = largest * largest_factor
+    row_scale = torch.where(largest > 0, largest / 127, 1.0)
+    if scale is None:
+        values = (codebook / row_scale[:, None]).round_().to(torch.int8)
+        grid = CodebookGrid(nibbles, values, None)
+    return grid, row_scale
+
+
+def pack_int8(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K] int8 → panels [N / 16, K / 4, 16, 4] uint8, padded with zero weights, each plus 128."""
+    rows, columns = weight.shape
+    packed = torch.empty(
+        -(-rows // PANEL), -(-columns // ALIGNMENT) * ALIGNMENT // 4, PANEL, 4, dtype=torch.uint8
+    )
+    cpu.run("pack_int8", len(packed), weight.contiguous(), rows, columns, packed)
+    return packed
+
+
+def pack_int4(grid: Int4Grid) -> torch.Tensor:
+    """Panels of nibbles, [N / 16, groups, 320] uint8; kernels/cpu/pack.c says how."""
+    rows, num_bytes = grid.nibbles.shape
+    num_groups = -(-2 * num_bytes // ALIGNMENT) * (ALIGNMENT // GROUP_SIZE)
+    packed = torch.empty(-(-rows // PANEL), num_groups, GROUP_BYTES, dtype=torch.uint8)
+    cpu.run(
+        "pack_int4",
+        len(packed),
+        grid.nibbles.contiguous(),
+        rows,
+        num_bytes,
+        grid.factor,
+        grid.offset,
+        grid.factor.shape[1],
+        packed,
+    )
+    return packed
+
+
+def pack_codebook(grid: CodebookGrid) -> torch.Tensor:
+    """Panels of tables and nibbles, [N / 16, bytes] uint8; kernels/cpu/pack.c says how."""
+    rows, num_bytes = grid.nibbles.shape
+    num_blocks = -(-2 * num_bytes // SCALE_SIZE)
+    header = 16 * PANEL if grid.factor is None else LINE + -(-2 * PANEL * num_blocks // LINE) * LINE
+    packed = torch.empty(-(-rows // PANEL), header + num_blocks * BLOCK_BYTES, dtype=torch.uint8)
+    cpu.run(
+        "pack_codebook",
+        len(packed),
+        grid.nibbles.contiguous(),
+        rows,
+        num_bytes,
+        grid.values.contiguous(),
+        grid.factor,
+        packed.shape[1],
+        packed,
+    )
+    return packed
+
+
+def _pack(weight: HostWeight) -> tuple[torch.Tensor, int]:
+    """The panels, and what they are for kernels/cpu/matmul.c."""
+    match weight:
+        case Int4Grid():
+            return pack_int4(weight), 1
+        case CodebookGrid():
+            return pack_codebook(weight), 2 if weight.factor is None else 3
+    return pack_int8(weight), 0
+
+
+def pad_rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """[N] → [N padded to panels] float32."""
+    return None if x is None else F.pad(x.float(), (0, -x.shape[0] % PANEL))
+
+
+class HostInt8Matmul:
+    """The product with one weight.
+
+    Args:
+        weight: [N, K] int8, or the grid of a weight of four bits; K at most `MAX_IN_FEATURES`.
+        scale: [N] float32.
+        bias: [N] float32.
+        format: How the activations are quantized.
+
+    Attributes:
+        format: That which the product takes ready-made; None where torch's operators compute.
+    """
+
+    def __init__(
+        self,
+        weight: HostWeight,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        format: SparseInt8Format,
+    ) -> None:
+        if isinstance(weight, torch.Tensor):
+            self.out_features, in_features = weight.shape
+        else:
+            self.out_features, in_features = weight.nibbles.shape[0], 2 * weight.nibbles.shape[1]
+        if in_features > MAX_IN_FEATURES:
+            raise ValueError(f"int8 sums of {in_features} products can overflow; at most {MAX_IN_FEATURES}")
+        self._format = format
+        self.format: Format = None
+        self.scale, self.bias = scale, bias
+        self.weight: torch.Tensor | CodebookGrid
+        if cpu.library() is None:
+            self.weight = weight.expand() if isinstance(weight, Int4Grid) else weight
+            return
+        self.format = format
+        self.weight, self._kind = _pack(weight)
+        self.scale, self.bias = F.pad(scale, (0, -scale.shape[0] % PANEL)), pad_rows(bias)
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        """[M, K] floats, or the format's codes → [M, N] of their dtype."""
+        if self.format is None:
+            assert isinstance(x, torch.Tensor)
+            return self._multiply_in_torch(x)
+        if isinstance(x, torch.Tensor):
+            x = quantize_sparse(x, self._format)
+        assert isinstance(x, SparseInt8Activations)
+        assert isinstance(self.weight, torch.Tensor)
+        y = cpu.empty("int8_matmul", x.num_tokens, self.out_features)
+        cpu.run(
+            "int8_matmul",
+            x.num_tokens,
+            *x.arguments(),
+            self.weight,
+            self._kind,
+            self.scale,
+            self.bias,
+            self.out_features,
+            y,
+        )
+        return y
+
+    def _multiply_in_torch(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.weight, torch.Tensor):
+            return reference(x, self._format, self.weight, self.scale, self.bias)
+        parts = []
+        for start in range(0, self.out_features, ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            bias = None if self.bias is None else self.bias[rows]
+            codes = self.weight.expand(rows.start, rows.stop)
+            parts.append(reference(x, self._format, codes, self.scale[rows], bias))
+        return torch.cat(parts, dim=1)
+
+
+def reference(
+    x: torch.Tensor,
+    format: SparseInt8Format,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`HostInt8Matmul` with torch's operators: x [M, K] float, weight [N, K] int8."""
+    num_tokens = x.shape[0]
+    terms, token_scale = sparse_reference(x, format)
+    # torch's product is wrong for K = 1; an int4 weight has an even K.
+    transposed = F.pad(weight, (0, -weight.shape[1] % 2)).t()
+    high, low = F.pad(terms, (0, len(transposed) - x.shape[1])).to(torch.int8)
+    if num_tokens == 1:
+        sums = torch.stack([torch._int_mm(term, transposed) for term in (high, low)])
+    else:
+        sums = torch._int_mm(torch.cat((high, low)), transposed).unflatten(0, (2, num_tokens))
+    # Each operator rounds once: one that fuses a product and a sum may round differently in its tails.
+    value = sums[0].float().mul_(HIGH_STEPS).add_(sums[1]).mul_(token_scale).mul_(scale)
+    return (value if bias is None else value.add_(bias)).to(x.dtype)
+
+
+class HostFloatMatmul:
+    """float32 × float32: each output is one chain of fused products along K.
+
+    Args:
+        weight: [N, K] float32.
+        bias: [N] float32.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        padded = F.pad(weight, (0, 0, 0, -self.out_features % PANEL))
+        self.weight = padded.view(-1, PANEL, self.in_features).transpose(1, 2).contiguous()
+        self.bias = pad_rows(bias)
+        self.format: Format = None
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        """[M, K] → [M, N]."""
+        assert isinstance(x, torch.Tensor)
+        x = x.contiguous()
+        y = cpu.empty("float_matmul", x.shape[0], self.out_features)
+        cpu.run("float_matmul", x.shape[0], x, self.in_features, self.weight, self.bias, self.out_features, y)
+        return y

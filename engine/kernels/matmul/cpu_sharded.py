@@ -1,0 +1,99 @@
+"""Products on a CPU whose input features are shared by ranks: int8 activations × int8 weights, summed as integers.
+
+    s[m]          made of the largest |x[m, k]| of each 32 features of the whole token; see `engine.kernels.quantize`
+    low[m, n]     Σ over ranks of Σ_k low[m, k] * w[n, k], and high[m, n] likewise
+    y[m, n]       (float(high[m, n]) * 128 + float(low[m, n])) * s[m] * scale[n] + bias[n]
+
+Maxima and sums of integers do not depend on their order, and what is rounded is rounded once, after the sum: so y is
+`HostInt8Matmul`'s to the bit, whatever the number of ranks. What they exchange between these steps their caller does;
+each of them adds up and finishes a share of the outputs.
+
+The C bodies are in kernels/cpu/sharded_matmul.c.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from engine.kernels import cpu
+from engine.kernels.matmul.cpu_int8 import PANEL, pack_int8
+from engine.kernels.operands import SparseInt8Activations, SparseInt8Format
+from engine.kernels.quantize import SPREAD_BLOCK, empty_sparse
+
+
+def num_terms(format: SparseInt8Format) -> int:
+    """How many sums a product has."""
+    return 1 if math.isinf(format.spread) else 2
+
+
+def block_maxima(x: torch.Tensor) -> torch.Tensor:
+    """The largest size of each 32 of x [M, K] float32, [M, K / 32]; infinity where one is not finite."""
+    num_tokens, in_features = x.shape
+    maxima = cpu.empty("block_maxima", num_tokens, in_features // SPREAD_BLOCK)
+    cpu.run("block_maxima", num_tokens, x, x.stride(0), in_features, maxima)
+    return maxima
+
+
+def quantize_part(x: torch.Tensor, maxima: torch.Tensor, format: SparseInt8Format) -> SparseInt8Activations:
+    """x [M, part of K] float32 → its columns of what the whole tokens are quantized to.
+
+    Args:
+        maxima: [M, K / 32], of the whole tokens.
+    """
+    num_tokens, in_features = x.shape
+    y = empty_sparse("quantize_part", num_tokens, in_features)
+    spread = format.spread / 127
+    words = (x, x.stride(0), in_features, spread, *y.arguments(), maxima, maxima.shape[1])
+    cpu.run("quantize_part", num_tokens, *words)
+    return y
+
+
+class ShardedInt8Matmul:
+    """A rank's part of the product with one weight.
+
+    Args:
+        weight: [N, part of K] int8.
+        scale: [N] float32.
+        bias: [N] float32.
+        outputs: Those that this rank finishes, one of `num_shares` shares of the same size.
+        terms: Of the activations.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        outputs: slice,
+        num_shares: int,
+        terms: int,
+    ) -> None:
+        self.num_shares, self.terms, self.out_features = num_shares, terms, outputs.stop - outputs.start
+        # Each share begins with a panel of its own.
+        shares = F.pad(weight.unflatten(0, (num_shares, -1)), (0, 0, 0, -self.out_features % PANEL))
+        self.weight = pack_int8(shares.flatten(0, 1))
+        self.scale, self.bias = (
+            scale[outputs].contiguous(),
+            None if bias is None else bias[outputs].contiguous(),
+        )
+
+    def sums(self, x: SparseInt8Activations) -> torch.Tensor:
+        """[M, part of K] → sums over it, int32 of the shape [M, shares * terms * N of a share].
+
+        They lie as [shares, M, terms, N of a share], M the number of rows that there are.
+        """
+        width = self.num_shares * self.terms * self.out_features
+        sums = cpu.empty("sum_products", x.num_tokens, width, dtype=torch.int32)
+        words = (*x.arguments(), self.weight, self.num_shares, self.out_features, self.terms, sums)
+        cpu.run("sum_products", x.num_tokens, *words)
+        return sums
+
+    def finish(self, sums: torch.Tensor, x: SparseInt8Activations) -> torch.Tensor:
+        """The ranks' sums of this rank's outputs, lying as [ranks, M, terms, N of a share] → [M, N of a share]."""
+        y = cpu.empty("finish_sums", x.num_tokens, self.out_features)
+        words = (sums, self.num_shares, self.out_features, self.terms, x.tokens, self.scale, self.bias, y)
+        cpu.run("finish_sums", x.num_tokens, *words)
+        return y

@@ -1,1 +1,0 @@
-"""The blocks that models are written with."""

@@ -1,0 +1,223 @@
+"""Cuts: which part of a linear layer a rank holds, and what the ranks exchange around its product.
+
+    column      W's rows are shared: each rank has some of the outputs. Those of attention's heads and of the MLP's
+                inner features stay where they are, for the row-parallel layer behind them.
+    row         that layer, whose inputs are shared. Either inputs are gathered and W's rows are shared again, and the
+                outputs gathered too: the same bits as on one rank, for any scheme. Or W's columns are shared, and the
+                products summed: the same bits if the sums are of integers, others if they are of floats.
+    vocabulary  W's rows, the last rank's being fewer where they do not divide.
+
+`row_cut` says which; `engine.parallel.costs`, what it costs.
+
+Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (arXiv:1909.08053).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from engine.kernels.matmul.cpu_sharded import ShardedInt8Matmul, block_maxima, num_terms, quantize_part
+from engine.kernels.matmul.int8 import MAX_IN_FEATURES
+from engine.kernels.operands import Activations, Format, SparseInt8Format
+from engine.kernels.quantize import SPREAD_BLOCK
+from engine.parallel.costs import gathered_bytes, integer_sum_bytes
+from engine.parallel.group import TensorGroup
+from engine.quant.host import token_format
+from engine.quant.int8 import Int8
+from engine.quant.scheme import Matmul, Scheme, Tensors
+from engine.quant.weight import Weight
+
+
+class Cut(Protocol):
+    """A rank's part of a layer that computes x Wᵀ + b."""
+
+    def rows(self, out_features: int) -> slice:
+        """Of one of the matrices that W stacks."""
+        ...
+
+    def columns(self, in_features: int) -> slice:
+        """Of W."""
+        ...
+
+    def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
+        """The stored tensors for the rank's part of W, or of a matrix that it stacks; all ranks call it together."""
+        ...
+
+    def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
+        """The product as its callers see it, exchanges included."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnCut:
+    """Outputs are shared.
+
+    Attributes:
+        head_dim: Outputs come in heads of so many, of which ranks may have the same; None: they do not.
+    """
+
+    group: TensorGroup
+    head_dim: int | None = None
+
+    def rows(self, out_features: int) -> slice:
+        if self.head_dim is None:
+            return self.group.share.of(out_features)
+        return self.group.share.of_heads(out_features // self.head_dim, self.head_dim)
+
+    def columns(self, in_features: int) -> slice:
+        return slice(0, in_features)
+
+    def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
+        return scheme.quantize(weight)
+
+    def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
+        return scheme.bind(tensors, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredCut:
+    """Inputs are gathered, outputs are shared and gathered.
+
+    Attributes:
+        in_features, out_features: Of the whole layer.
+    """
+
+    group: TensorGroup
+    in_features: int
+    out_features: int
+
+    def rows(self, out_features: int) -> slice:
+        return self.group.share.of(out_features)
+
+    def columns(self, in_features: int) -> slice:
+        return slice(0, in_features)
+
+    def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
+        return scheme.quantize(weight)
+
+    def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
+        return _GatheredMatmul(self, scheme.bind(tensors, bias))
+
+
+@dataclass(slots=True)
+class _GatheredMatmul:
+    cut: GatheredCut
+    matmul: Matmul
+    format: Format = None
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor)
+        group = self.cut.group
+        y = self.matmul(group.gather(x, self.cut.in_features))
+        return group.gather(y, self.cut.out_features)
+
+
+@dataclass(frozen=True, slots=True)
+class SummedCut:
+    """Inputs are shared, and the products, floats, are summed: the bits depend on the number of ranks."""
+
+    group: TensorGroup
+
+    def rows(self, out_features: int) -> slice:
+        return slice(0, out_features)
+
+    def columns(self, in_features: int) -> slice:
+        return self.group.share.of(in_features)
+
+    def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
+        return scheme.quantize(weight)
+
+    def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
+        # One rank adds the bias.
+        return _SummedMatmul(self.group, scheme.bind(tensors, None if self.group.share.rank else bias))
+
+
+class _SummedMatmul:
+    def __init__(self, group: TensorGroup, matmul: Matmul) -> None:
+        self._group, self._matmul, self.format = group, matmul, matmul.format
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        return self._group.sum_(self._matmul(x))
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerSumCut:
+    """Inputs are shared, and products of int8 activations × int8 weights are summed as integers: the bits of one
+    rank, as W's scales are those of whole rows, and the activations' those of whole tokens.
+
+    Attributes:
+        in_features, out_features: Of the whole layer.
+        format: Of the activations.
+    """
+
+    group: TensorGroup
+    in_features: int
+    out_features: int
+    format: SparseInt8Format
+
+    @staticmethod
+    def of(group: TensorGroup, in_features: int, out_features: int, scheme: Scheme) -> IntegerSumCut | None:
+        """That of a layer, if there can be one."""
+        if not group.has_integer_sums or not isinstance(scheme, Int8) or scheme.activations == "groups":
+            return None
+        # A rank's part of a grid of blocks of 32 is told from one of whole rows by having two blocks or more.
+        blocks = in_features // SPREAD_BLOCK // group.size
+        if blocks * SPREAD_BLOCK * group.size != in_features or blocks < 2 or out_features % group.size:
+            return None
+        if in_features > MAX_IN_FEATURES:
+            return None
+        return IntegerSumCut(group, in_features, out_features, token_format(scheme.activations))
+
+    def rows(self, out_features: int) -> slice:
+        return slice(0, out_features)
+
+    def columns(self, in_features: int) -> slice:
+        return self.group.share.of(in_features)
+
+    def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
+        assert isinstance(scheme, Int8)
+        return scheme.quantize_part(weight, self.group.largest)
+
+    def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
+        outputs, size = self.group.share.of(self.out_features), self.group.size
+        terms = num_terms(self.format)
+        product = ShardedInt8Matmul(tensors["weight"], tensors["scale"], bias, outputs, size, terms)
+        return _IntegerSumMatmul(self, product)
+
+
+@dataclass(slots=True)
+class _IntegerSumMatmul:
+    cut: IntegerSumCut
+    product: ShardedInt8Matmul
+    format: Format = None
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor)
+        cut, group = self.cut, self.cut.group
+        maxima = group.gather(block_maxima(x), cut.in_features // SPREAD_BLOCK)
+        codes = quantize_part(x, maxima, cut.format)
+        sums = group.scatter(self.product.sums(codes))
+        return group.gather(self.product.finish(sums, codes), cut.out_features)
+
+
+def row_cut(group: TensorGroup, in_features: int, out_features: int, scheme: Scheme) -> Cut:
+    """That of a layer behind a column-parallel one.
+
+    Of the two forms with the bits of one rank, the one which sends fewer bytes: sums of integers where the scheme has
+    them and the layer narrows (K > 2.06 N with two terms), else gathering.
+
+    Args:
+        in_features, out_features: K and N of the whole layer.
+    """
+    if group.size == 1 or not group.is_exact:
+        return SummedCut(group)
+    sums = IntegerSumCut.of(group, in_features, out_features, scheme)
+    if sums is not None:
+        terms = num_terms(sums.format)
+        shape = (in_features, out_features, group.size)
+        if integer_sum_bytes(*shape, terms) < gathered_bytes(*shape):
+            return sums
+    return GatheredCut(group, in_features, out_features)

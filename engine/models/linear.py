@@ -1,0 +1,131 @@
+"""Linear layers and the embedding: modules that hold what their scheme stores.
+
+A layer is built on the meta device, so that a whole model can be planned without memory; `load` quantizes the
+checkpoint's weights into it, and `bind` prepares the product once the tensors are where they stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from engine.kernels.operands import Activations
+from engine.models.cuts import Cut
+from engine.parallel.group import TensorGroup
+from engine.parallel.shares import Part
+from engine.quant.scheme import Matmul, Scheme, TableScheme, Tensors
+from engine.quant.weight import Weight
+
+ReadWeight = Callable[[str, Part], Weight]
+"""Reads a part of a tensor of the checkpoint by its Hugging Face name."""
+
+
+class StoredLayer(nn.Module):
+    """A module whose buffers are the tensors of a scheme."""
+
+    def _store(self, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def _stored(self) -> Tensors:
+        return dict(self.named_buffers(recurse=False))
+
+
+class Linear(StoredLayer):
+    """y = x Wᵀ + b, where W may stack several matrices of the checkpoint that share their input.
+
+    Args:
+        sources: Names of the checkpoint's modules, e.g. q_proj, k_proj and v_proj of a layer.
+        in_features: Of the whole layer, as `sizes`: which part of it is held here, the cut says.
+        sizes: Output features of each source.
+
+    Attributes:
+        in_features, out_features, sizes: Of what is held here.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        in_features: int,
+        sizes: Sequence[int],
+        scheme: Scheme,
+        has_bias: bool,
+        cut: Cut,
+    ) -> None:
+        super().__init__()
+        self.sources, self.scheme, self.has_bias, self.cut = tuple(sources), scheme, has_bias, cut
+        columns, rows = cut.columns(in_features), [cut.rows(size) for size in sizes]
+        self.parts = [Part(part, columns) for part in rows]
+        self.sizes = tuple(part.stop - part.start for part in rows)
+        self.in_features, self.out_features = columns.stop - columns.start, sum(self.sizes)
+        self._store(scheme.storage(self.out_features, self.in_features))
+        if has_bias:
+            self.register_buffer("bias", torch.empty(self.out_features, dtype=torch.float32, device="meta"))
+        self.matmul: Matmul
+
+    def load(self, read: ReadWeight) -> None:
+        read_parts = list(zip(self.sources, self.parts, strict=True))
+        weights = (read(f"{source}.weight", part) for source, part in read_parts)
+        parts = [self.cut.quantize(self.scheme, weight) for weight in weights]
+        self._store({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        if self.has_bias:
+            biases = [read(f"{source}.bias", Part(part.rows)) for source, part in read_parts]
+            assert all(isinstance(bias, torch.Tensor) for bias in biases)
+            self.bias = torch.cat([bias.float() for bias in biases if isinstance(bias, torch.Tensor)])
+
+    def randomize(self, device: torch.device) -> None:
+        """Random weights, for measurements (`--load-format dummy`)."""
+        self._store(self.scheme.random(self.out_features, self.in_features, device))
+        if self.has_bias:
+            self.bias = torch.zeros(self.out_features, device=device)
+
+    def bind(self) -> None:
+        tensors = self._stored()
+        bias = tensors.pop("bias", None)
+        self.matmul = self.cut.bind(self.scheme, tensors, bias)
+        # The product holds what it needs, perhaps in an order of its own.
+        self._buffers.clear()
+
+    def forward(self, x: Activations) -> torch.Tensor:
+        """[M, in_features] → [M, out_features], the outputs of a row-parallel layer all of them."""
+        return self.matmul(x)
+
+
+class Embedding(StoredLayer):
+    """Rows of a table by token id, in the activations' dtype, times a factor; the vocabulary is shared by ranks."""
+
+    def __init__(
+        self,
+        source: str,
+        num_embeddings: int,
+        features: int,
+        scheme: TableScheme,
+        dtype: torch.dtype,
+        factor: float,
+        group: TensorGroup,
+    ) -> None:
+        super().__init__()
+        self.source, self.scheme, self.dtype, self.factor, self.group = source, scheme, dtype, factor, group
+        self.rows = group.share.of(num_embeddings)
+        self.shape = (self.rows.stop - self.rows.start, features)
+        self._store(scheme.storage(*self.shape))
+        self.tensors: Tensors
+
+    def load(self, read: ReadWeight) -> None:
+        self._store(self.scheme.quantize(read(f"{self.source}.weight", Part(self.rows))))
+
+    def randomize(self, device: torch.device) -> None:
+        self._store(self.scheme.random(*self.shape, device))
+
+    def bind(self) -> None:
+        self.tensors = self._stored()
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[T] int64 or int32 → [T, features]."""
+        if self.group.size == 1:
+            return self.scheme.lookup(self.tensors, token_ids, self.dtype, self.factor)
+        local, is_elsewhere = self.group.localize(token_ids, self.rows)
+        x = self.scheme.lookup(self.tensors, local, self.dtype, self.factor)
+        return self.group.sum_of_one(x, is_elsewhere)

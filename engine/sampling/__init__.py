@@ -1,1 +1,0 @@
-"""Choosing the next token: parameters, the sampler and its counter-based random draw."""

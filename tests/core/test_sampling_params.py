@@ -1,0 +1,54 @@
+"""Every refusal of SamplingParams names its field and its limit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+
+from engine.core.sampling_params import SamplingParams
+from engine.errors import RequestError
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [
+        ("n", 0, "between 1 and 128"),
+        ("max_tokens", 0, "at least 1"),
+        ("min_tokens", -1, "at least 0"),
+        ("temperature", -0.1, "between 0.0 and 2.0"),
+        ("temperature", math.nan, "between 0.0 and 2.0"),
+        ("top_k", -2, "at least 0"),
+        ("top_p", 0.0, "greater than 0"),
+        ("top_p", math.nan, "greater than 0"),
+        ("min_p", 1.5, "between 0.0 and 1.0"),
+        ("repetition_penalty", 0.0, "greater than 0"),
+        ("presence_penalty", 2.5, "between -2.0 and 2.0"),
+        ("frequency_penalty", -2.5, "between -2.0 and 2.0"),
+        ("seed", 2**63, "between"),
+        ("logprobs", 21, "between 0 and 20"),
+        ("stop", ("",), "non-empty"),
+        ("stop", tuple("abcdefghijklmnopq"), "at most 16"),
+        ("logit_bias", {3: 101.0}, "between -100 and 100"),
+        ("min_tokens", 17, "max_tokens"),
+    ],
+)
+def test_out_of_range(field: str, value: Any, limit: str) -> None:
+    with pytest.raises(RequestError, match=limit) as raised:
+        SamplingParams(**{field: value})
+    assert raised.value.field == field
+    assert field in str(raised.value)
+
+
+def test_spellings_are_brought_to_one_form() -> None:
+    assert SamplingParams(stop="\n").stop == ("\n",)  # type: ignore[arg-type]
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+    assert SamplingParams(stop=None).stop == ()  # type: ignore[arg-type]
+    assert SamplingParams(top_k=-1).top_k == 0
+
+
+def test_it_travels() -> None:
+    params = SamplingParams(stop=("x",), logit_bias={5: -1.0}, seed=-3, logprobs=2)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params

@@ -1,0 +1,463 @@
+"""Ranks that die, hang, disagree or cannot start: who is named, how soon, and what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from engine import EngineConfig, SamplingParams
+from engine.core.batch import Batch, BatchRow, Draw
+from engine.core.engine_core import EngineCore
+from engine.core.request import Request
+from engine.errors import ConfigError, EngineDeadError, EngineError, RankFailedError
+from engine.executor.ranks.launching import ProcessLauncher
+from engine.executor.ranks.limits import Limits
+from engine.executor.ranks.ranks import launch
+from engine.frontend.async_engine import AsyncEngine
+from engine.loading.checkpoint import open_checkpoint
+from engine.loading.resolve import resolve_model
+from engine.process import RunningClock
+from tests.api.conftest import start_server
+from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
+
+DETECTION_SECONDS = 10.0
+
+OPTIONS: dict[str, Any] = {
+    "model": "llama",
+    "quant": "int8",
+    "device": "cpu",
+    "num_threads": 3,
+    "max_num_batched_tokens": 48,
+    "kv_cache_memory": "1MiB",
+    "seed": 1,
+}
+"""Small steps and a small cache, of 268 tokens on three ranks: prompts come in chunks, sequences are preempted."""
+
+PREFIX = list(range(1000, 1050))
+"""Three blocks that prompts have in common."""
+
+PROMPTS = [PREFIX + [2000 + index] * (5 + 9 * index) for index in range(7)]
+GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True)
+
+
+def requests() -> list[Request]:
+    """Some greedy and some drawn, with the log-probabilities of what was likely."""
+    kinds: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 1.0, "top_p": 0.9}]
+    return [
+        Request(
+            request_id=str(index),
+            prompt_token_ids=prompt,
+            params=SamplingParams(max_tokens=30, logprobs=3, ignore_eos=True, **kinds[index % 2]),
+            seed=index,
+        )
+        for index, prompt in enumerate(PROMPTS)
+    ]
+
+
+def generate(core: EngineCore, aborted: dict[str, int]) -> dict[str, list[Any]]:
+    """What each request draws, in company; some are aborted after so many tokens."""
+    drawn: dict[str, list[Any]] = defaultdict(list)
+    for request in requests():
+        core.add_request(request)
+    while core.has_work:
+        for output in core.step():
+            name = output.request_id
+            drawn[name] += [(token.token_id, token.logprob, token.top_logprobs) for token in output.tokens]
+            if name in aborted and len(drawn[name]) >= aborted[name]:
+                core.abort(name)
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    """What one rank draws, greedily, for each prompt by itself."""
+    core = EngineCore(EngineConfig(**{**OPTIONS, "kv_cache_memory": "8MiB"}), resolve_model("llama"), ())
+    results = []
+    for index, prompt in enumerate(PROMPTS[:3]):
+        core.add_request(Request(request_id=str(index), prompt_token_ids=prompt, params=GREEDY, seed=0))
+        tokens: list[int] = []
+        while core.has_work:
+            tokens += [token.token_id for output in core.step() for token in output.tokens]
+        results.append(tokens)
+    return results
+
+
+def test_chunks_cached_prefixes_preemptions_and_aborts_do_not_change_what_is_drawn() -> None:
+    path = resolve_model("llama")
+    config = EngineConfig(**{**OPTIONS, "kv_cache_memory": "8MiB"})
+    alone = generate(EngineCore(config, path, ()), {})
+    core = EngineCore(EngineConfig(**OPTIONS, tensor_parallel_size=3), path, ())
+    try:
+        together = generate(core, {"2": 4, "5": 9})
+        again = generate(core, {"1": 6})
+        stats = core.stats
+    finally:
+        core.close()
+    assert stats.num_preemptions > 0
+    assert stats.prefix_cache_hits > 0
+    for drawn, aborted in ((together, {"2", "5"}), (again, {"1"})):
+        for name, tokens in alone.items():
+            assert drawn[name] == (tokens[: len(drawn[name])] if name in aborted else tokens)
+            assert drawn[name]
+    with pytest.raises(EngineDeadError, match="closed"):
+        generate(core, {})
+
+
+@dataclass
+class Processes:
+    """The processes of an engine that one was started for, rank 0 first, and what they have of the machine."""
+
+    ranks: list[psutil.Process]
+    shared_memory: set[str]
+
+    @classmethod
+    def of(cls, parent: psutil.Process) -> Processes:
+        first = max(parent.children(), key=lambda child: child.create_time())
+        ranks = [first, *sorted(first.children(), key=lambda child: child.pid)]
+        files = {file.path for rank in ranks for file in rank.memory_maps()}
+        return cls(ranks, {path for path in files if path.startswith("/dev/shm/")})
+
+    def check_gone(self) -> None:
+        _, left = psutil.wait_procs(self.ranks, timeout=5)
+        assert not left
+        assert not [path for path in self.shared_memory if Path(path).exists()]
+
+
+@asynccontextmanager
+async def started(**options: Any) -> AsyncIterator[AsyncEngine]:
+    engine = AsyncEngine(**options)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.shutdown()
+
+
+async def collect(engine: AsyncEngine, prompt: list[int], params: SamplingParams, name: str) -> list[int]:
+    token_ids: list[int] = []
+    async for output in engine.generate(prompt, params, name):
+        for sample in output.outputs:
+            token_ids += sample.token_ids
+    return token_ids
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, 300))
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where temporary files go; none is left. Its path is short, since that of a socket must be."""
+    with tempfile.TemporaryDirectory() as directory:
+        monkeypatch.setenv("TMPDIR", directory)
+        monkeypatch.setattr("tempfile.tempdir", None)
+        yield Path(directory)
+        assert list(Path(directory).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "blows",
+    [
+        [(1, signal.SIGKILL), (2, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)],
+        pytest.param([(0, signal.SIGSTOP), (2, signal.SIGSTOP)], marks=pytest.mark.slow),
+    ],
+    ids=["killed and stopped", "stopped"],
+)
+def test_a_rank_that_is_struck_under_load_ends_the_engine_and_the_next_one_starts(
+    blows: list[tuple[int, signal.Signals]], expected: list[list[int]], temporary: Path
+) -> None:
+    async def check() -> None:
+        for rank, number in blows:
+            async with started(config=EngineConfig(**OPTIONS, tensor_parallel_size=3)) as engine:
+                alike = [collect(engine, prompt, GREEDY, f"{i}") for i, prompt in enumerate(PROMPTS[:3])]
+                assert await asyncio.gather(*alike) == expected
+                assert list(temporary.iterdir()) == []
+                await strike(engine, rank, number)
+
+    async def strike(engine: AsyncEngine, rank: int, number: signal.Signals) -> None:
+        processes = Processes.of(psutil.Process())
+        assert len(processes.ranks) == 3
+        before = engine.stats.num_preemptions
+        streams = [asyncio.create_task(collect(engine, p, LONG, f"{i}")) for i, p in enumerate(PROMPTS)]
+        await until(lambda: engine.stats.num_requests_running > 3)
+        streams.pop().cancel()
+        await until(lambda: engine.stats.num_preemptions > before and engine.stats.prefix_cache_hits > 0)
+        if rank == 0 and number == signal.SIGKILL:
+            # Those that cannot see that rank 0 has gone go, too.
+            processes.ranks[2].send_signal(signal.SIGSTOP)
+        streams.pop().cancel()
+        began = time.monotonic()
+        processes.ranks[rank].send_signal(number)
+        results = await asyncio.gather(*streams, return_exceptions=True)
+        seconds = time.monotonic() - began
+        print(f"rank {rank}, {number.name}: {seconds:.2f} s: {engine.error}")
+        assert seconds < DETECTION_SECONDS
+        cause = "was killed by SIGKILL" if number == signal.SIGKILL else "has been silent for 5 s"
+        assert engine.status == "dead"
+        assert engine.error is not None
+        assert engine.error.startswith(f"rank {rank} {cause} ")
+        assert engine.error.split()[-2] == "step"
+        assert all(isinstance(error, EngineDeadError) for error in results)
+        assert {str(error) for error in results} == {engine.error}
+        await asyncio.to_thread(processes.check_gone)
+
+    run(check())
+
+
+def test_clients_are_told_which_rank_has_died_and_the_server_stays(tmp_path: Path, temporary: Path) -> None:
+    options = ("--tensor-parallel-size", "3", "--kv-cache-memory", "1MiB", "--max-model-len", "200")
+    body = {"prompt": PROMPTS[0], "max_tokens": 120, "ignore_eos": True, "stream": True}
+    with start_server(tmp_path, *options) as server:
+        server.wait_until_ready()
+        processes = Processes.of(psutil.Process(server.process.pid))
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            began = time.monotonic()
+            processes.ranks[2].kill()
+            *_, error, done = lines
+        health = httpx.get(f"{server.url}/health")
+        assert time.monotonic() - began < DETECTION_SECONDS
+        message = json.loads(error.removeprefix("data: "))["error"]
+        assert message["message"].startswith("rank 2 was killed by SIGKILL at step ")
+        assert message["code"] == "engine_dead"
+        assert done == "data: [DONE]"
+        assert health.status_code == 503
+        assert health.json()["error"]["message"] == message["message"]
+        processes.check_gone()
+        assert server.process.poll() is None
+        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 503
+
+
+def test_rank_0_is_missed_when_it_hangs_but_not_by_one_who_was_held_up_itself(
+    tmp_path: Path, temporary: Path
+) -> None:
+    """For an engine of one rank, too."""
+    script = tmp_path / "stuck.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, sys, time
+        from engine import core, engine_process
+        from engine.executor.ranks.limits import Limits
+
+        step = core.EngineCore.step
+
+        def stuck(self):
+            while self.scheduler.num_steps > 20:
+                time.sleep(0.01)
+            return step(self)
+
+        core.EngineCore.step = stuck
+        limits = Limits(step=0.5, silence=0.5, bytes_per_second=2**34)
+        os._exit(engine_process.main(sys.argv[1], sys.argv[2], limits))
+        """)
+    )
+    config = EngineConfig(model="llama", quant="int8", kv_cache_memory="8MiB")
+
+    async def check() -> None:
+        limits = Limits(silence=2.5)
+        async with started(config=config, limits=limits) as engine:
+            processes = Processes.of(psutil.Process())
+            time.sleep(4)
+            assert len(await collect(engine, PROMPTS[0], GREEDY, "0")) == GREEDY.max_tokens
+            began = time.monotonic()
+            processes.ranks[0].send_signal(signal.SIGSTOP)
+            with pytest.raises(EngineDeadError, match=r"rank 0 has been silent for 2\.5 s after step \d+"):
+                await collect(engine, PROMPTS[0], LONG, "1")
+            assert time.monotonic() - began < 6
+            await asyncio.to_thread(processes.check_gone)
+        async with started(config=config, command=(sys.executable, str(script))) as engine:
+            processes = Processes.of(psutil.Process())
+            pattern = (
+                r"rank 0 has not finished step 21 of .* tokens within 1.* s; now at stuck\.py:\d+ in stuck"
+            )
+            with pytest.raises(EngineDeadError, match=pattern):
+                await collect(engine, PROMPTS[0], LONG, "2")
+            await asyncio.to_thread(processes.check_gone)
+
+    run(check())
+
+
+def test_a_clock_does_not_count_what_its_thread_missed() -> None:
+    clock = RunningClock(longest=0.05)
+    time.sleep(0.5)
+    before = time.monotonic()
+    assert clock.tick() == pytest.approx(0.05)
+    for _ in range(5):
+        time.sleep(0.01)
+        clock.tick()
+    assert 0.1 <= clock.seconds <= 0.05 + time.monotonic() - before
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    config = deepcopy(TINY_CONFIGS["smollm2"])
+    config.intermediate_size = 96  # is shared by three, too
+    write_checkpoint(path, config)
+    return path
+
+
+def launcher(directory: Path, patch: str) -> ProcessLauncher:
+    """Ranks that are not quite what they should be."""
+    script = directory / "rank.py"
+    lines = (
+        "import os, sys, time",
+        "from engine.errors import ConfigError",
+        "from engine.parallel import rank_process, ranks",
+        "from engine.executor.runner import ModelRunner",
+        textwrap.dedent(patch),
+        "sys.exit(rank_process.main(*sys.argv[1:]))",
+    )
+    script.write_text("\n".join(lines))
+    return ProcessLauncher((sys.executable, str(script)))
+
+
+def run_steps(
+    tiny: Path, directory: Path, patch: str, num_steps: int = 0, limits: Limits | None = None
+) -> None:
+    """Runs three ranks; leaves none of them."""
+    config = EngineConfig(
+        model=str(tiny),
+        dtype="float32",
+        device="cpu",
+        kv_cache_memory="4MiB",
+        num_threads=1,
+        tensor_parallel_size=3,
+    )
+    others = set(psutil.Process().children())
+    ranks = None
+    try:
+        _, steps, ranks = launch(config, open_checkpoint(tiny), tiny, limits, launcher(directory, patch))
+        assert ranks is not None
+        draw = Draw(params=SamplingParams(temperature=0), seed=0, index=0, position=0)
+        for position in range(num_steps):
+            batch = Batch([BatchRow([5], position, 0, [1, 2], draw)])
+            steps.sample(steps.execute(batch), batch, [draw]).read()
+        # What the ranks say of the last step is on its way.
+        time.sleep(1)
+        ranks.check()
+    finally:
+        if ranks is not None:
+            ranks.close()
+            ranks.close()
+        assert set(psutil.Process().children()) <= others
+
+
+SAMPLE = """
+count, sample = 0, ModelRunner.sample
+
+def strange(self, logits, batch, draws):
+    global count
+    count += 1
+    if self.place.rank == {rank}:
+        {act}
+    return sample(self, logits, batch, draws)
+
+ModelRunner.sample = strange
+"""
+"""What one rank does in each step."""
+
+
+def test_a_rank_that_disagrees_is_named_with_the_step(tiny: Path, tmp_path: Path, temporary: Path) -> None:
+    patch = SAMPLE.format(rank=2, act="logits = logits.roll(int(count == 4), dims=-1)")
+    with pytest.raises(RankFailedError, match=r"^rank 2 disagrees with the others on what came of step 4$"):
+        run_steps(tiny, tmp_path, patch, 6)
+
+
+def test_a_rank_that_lives_but_stays_in_a_step_is_found_and_a_slow_step_is_not(
+    tiny: Path, tmp_path: Path, temporary: Path
+) -> None:
+    act = "time.sleep(1.5 if count == 3 else 0)\n        while count == 5: pass"
+    began = time.monotonic()
+    pattern = r"^rank 1 has not finished step 5 of 1 tokens within 3 s; now at rank\.py:\d+ in strange$"
+    with pytest.raises(RankFailedError, match=pattern):
+        run_steps(tiny, tmp_path, SAMPLE.format(rank=1, act=act), 8, Limits(step=3.0, silence=30.0))
+    assert time.monotonic() - began > 4.5
+
+
+def test_what_a_rank_fails_with_in_a_step_is_told(tiny: Path, tmp_path: Path, temporary: Path) -> None:
+    patch = SAMPLE.format(rank=1, act="if count == 2: raise MemoryError('3 GiB')")
+    with pytest.raises(RankFailedError, match=r"^rank 1 failed at step 2: MemoryError: 3 GiB$"):
+        run_steps(tiny, tmp_path, patch, 4)
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "message"),
+    [
+        ("raise ConfigError('no such option here')", ConfigError, "^rank 2: no such option here$"),
+        (
+            "raise MemoryError('3 GiB')",
+            RankFailedError,
+            "^rank 2 failed while it started: MemoryError: 3 GiB$",
+        ),
+        ("os._exit(7)", RankFailedError, "^rank 2 exited with status 7 while it started$"),
+    ],
+)
+def test_a_rank_that_cannot_start_says_why(
+    act: str, error: type[EngineError], message: str, tiny: Path, tmp_path: Path, temporary: Path
+) -> None:
+    """While the others wait for it where they meet."""
+    patch = f"""
+    start = ModelRunner.__init__
+
+    def strange(self, config, checkpoint, rank, *others, **options):
+        if rank == 2:
+            {act}
+        start(self, config, checkpoint, rank, *others, **options)
+
+    ModelRunner.__init__ = strange
+    """
+    began = time.monotonic()
+    with pytest.raises(error, match=message):
+        run_steps(tiny, tmp_path, patch)
+    assert time.monotonic() - began < Limits().start
+
+
+def test_a_program_that_is_interrupted_or_ends_without_closing_leaves_nothing(temporary: Path) -> None:
+    program = f"""
+    import signal, sys, psutil
+    from engine import LLM, SamplingParams
+    # Who starts tests in the background of a shell has them ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    llm = LLM(**{ {**OPTIONS, "tensor_parallel_size": 3}!r})
+    print(*[child.pid for child in psutil.Process().children()], flush=True)
+    try:
+        llm.generate([{PREFIX}] * 4, SamplingParams(max_tokens=150, temperature=0, ignore_eos=True), use_tqdm=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        ranks = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+        assert len(ranks) == 2
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    _, left = psutil.wait_procs(ranks, timeout=5)
+    assert not left

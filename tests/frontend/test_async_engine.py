@@ -1,0 +1,226 @@
+"""The engine in its own process: streams, aborts, deaths and what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from engine import EngineConfig, SamplingParams
+from engine.errors import CheckpointError, ConfigError, EngineDeadError, ModelNotFoundError, RequestError
+from engine.frontend.async_engine import AsyncEngine
+
+CONFIG = EngineConfig(model="llama", quant="int8", kv_cache_memory="64MiB")
+LONG = SamplingParams(max_tokens=2000, temperature=0, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+
+
+@asynccontextmanager
+async def started(config: EngineConfig = CONFIG) -> AsyncIterator[AsyncEngine]:
+    others = set(psutil.Process().children())
+    engine = AsyncEngine(config)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.shutdown()
+        assert set(psutil.Process().children()) <= others
+
+
+def engine_process() -> psutil.Process:
+    """The newest child: other tests' servers may run beside it."""
+    return max(psutil.Process().children(), key=lambda child: child.create_time())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, 300))
+
+
+async def collect(engine: AsyncEngine, prompt: str, params: SamplingParams, request_id: str) -> list[int]:
+    token_ids = []
+    async for output in engine.generate(prompt, params, request_id):
+        for sample in output.outputs:
+            token_ids += sample.token_ids
+    return token_ids
+
+
+def test_streams_aborts_and_idleness() -> None:
+    async def check() -> None:
+        async with started() as engine:
+            alone = await collect(engine, "The capital of France is", SHORT, "alone")
+            many = await asyncio.gather(
+                *(collect(engine, "The capital of France is", SHORT, f"many {i}") for i in range(5))
+            )
+            assert [alone] * 5 == many
+            assert len(alone) == 6
+
+            # Leaving a stream early frees its blocks.
+            stream = engine.generate("Once upon a time", LONG, "left early")
+            await anext(stream)
+            assert engine.stats.num_requests_running == 1
+            await stream.aclose()
+            await until(lambda: engine.stats.num_requests_running == 0)
+            assert engine.stats.kv_cache_usage_perc == 0.0
+
+            # So does cancelling the task that reads it.
+            task = asyncio.create_task(collect(engine, "Once upon a time", LONG, "cancelled"))
+            await until(lambda: engine.stats.num_requests_running == 1)
+            task.cancel()
+            await until(lambda: engine.stats.num_requests_running == 0)
+
+            # Idle means idle.
+            child = engine_process()
+            before, steps = child.cpu_times(), engine.stats.num_steps
+            await asyncio.sleep(2)
+            after = child.cpu_times()
+            assert (after.user + after.system) - (before.user + before.system) < 0.2
+            assert engine.stats.num_steps == steps
+
+            with pytest.raises(RequestError) as raised:
+                await collect(engine, "x" * 60000, SHORT, "too long")
+            assert raised.value.field == "prompt"
+
+    run(check())
+
+
+def test_a_killed_engine_ends_its_streams_with_the_cause() -> None:
+    async def check() -> None:
+        async with started() as engine:
+            streams = [asyncio.create_task(collect(engine, "Once", LONG, f"{i}")) for i in range(3)]
+            await until(lambda: engine.stats.num_requests_running == 3)
+            child = engine_process()
+            os.kill(child.pid, signal.SIGKILL)
+            results = await asyncio.gather(*streams, return_exceptions=True)
+            assert all(isinstance(result, EngineDeadError) for result in results)
+            assert "SIGKILL" in str(results[0])
+            assert engine.status == "dead"
+            assert "SIGKILL" in (engine.error or "")
+            with pytest.raises(EngineDeadError, match="SIGKILL"):
+                await collect(engine, "Once", SHORT, "after")
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kv_cache_memory": "900GiB"}, ConfigError, "do not fit"),
+        ({"max_model_len": 9999}, ConfigError, "8192"),
+        ({"model": "/nowhere/at/all"}, ModelNotFoundError, "nowhere"),
+    ],
+)
+def test_a_failed_start_keeps_its_type_and_message(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    async def check() -> None:
+        others = set(psutil.Process().children())
+        engine = AsyncEngine(EngineConfig(**{"model": "llama", **options}))
+        with pytest.raises(error, match=message):
+            await engine.start()
+        assert engine.status == "dead"
+        assert set(psutil.Process().children()) <= others
+
+    run(check())
+
+
+def test_a_process_that_cannot_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends before it could connect."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+
+    async def check() -> None:
+        with pytest.raises(EngineDeadError, match="exited with status 1"):
+            await AsyncEngine(CONFIG).start()
+
+    run(check())
+
+
+def test_a_request_right_after_the_engines_death_fails() -> None:
+    async def check() -> None:
+        async with started() as engine:
+            engine_process().kill()
+            for i in range(3):
+                with pytest.raises(EngineDeadError, match="SIGKILL"):
+                    await collect(engine, "Once", LONG, f"{i}")
+
+    run(check())
+
+
+def test_a_download_does_not_keep_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    timer = threading.Timer(60, released.set)
+    timer.start()
+    monkeypatch.setattr("engine.frontend.async_engine.resolve_model", lambda model: released.wait())
+
+    async def check() -> None:
+        engine = AsyncEngine(CONFIG)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.start(), 0.1)
+        assert engine.status == "dead"
+
+    asyncio.run(check())
+    assert not released.is_set()
+    timer.cancel()
+    released.set()
+
+
+def test_a_damaged_model_is_reported_from_either_process(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF" + bytes(100))
+
+    async def check() -> None:
+        engine = AsyncEngine(EngineConfig(model=str(damaged)))
+        with pytest.raises(CheckpointError, match="damaged"):
+            await engine.start()
+
+    run(check())
+
+
+def test_the_engine_goes_with_its_parent(tmp_path: Path) -> None:
+    """The parent is killed without a chance to clean up; its child ends by itself."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        textwrap.dedent("""
+        import asyncio, psutil, sys
+        from engine import EngineConfig
+        from engine.frontend.async_engine import AsyncEngine
+
+        async def main():
+            engine = AsyncEngine(EngineConfig(model="llama", quant="int8", kv_cache_memory="64MiB"))
+            await engine.start()
+            print(psutil.Process().children()[0].pid, flush=True)
+            await asyncio.sleep(600)
+
+        asyncio.run(main())
+        """)
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert list(tmp_path.iterdir()) == [script]

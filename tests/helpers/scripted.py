@@ -1,0 +1,78 @@
+"""An engine that follows a script, for failures whose moment a real engine does not let a test choose."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Literal, cast
+
+import httpx
+import uvicorn
+
+from api.app import create_app
+from api.server import Server
+from engine.core.outputs import CompletionOutput, RequestOutput
+from engine.core.sampling_params import SamplingParams
+from engine.core.stats import EngineStats
+
+Script = Callable[[list[int], SamplingParams], AsyncGenerator[CompletionOutput, None]]
+
+
+class BytesTokenizer:
+    """Tokens are bytes."""
+
+    special_token_ids: frozenset[int] = frozenset()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: list[dict[str, Any]], **template_arguments: Any) -> list[int]:
+        return self.encode("".join(message["content"] for message in messages))
+
+
+class ScriptedEngine:
+    """Yields what `script` yields, and counts how requests open and close."""
+
+    def __init__(self, script: Script, status: Literal["starting", "ready", "dead"] = "ready") -> None:
+        self.script = script
+        self.status = status
+        self.error: str | None = None
+        self.tokenizer = BytesTokenizer()
+        self.max_model_len = 100
+        self.default_params: dict[str, Any] = {}
+        self.stats = EngineStats()
+        self.num_opened = 0
+        self.num_closed = 0
+        self.closed = asyncio.Event()
+
+    async def generate(
+        self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0
+    ) -> AsyncGenerator[RequestOutput, None]:
+        self.num_opened += 1
+        try:
+            yield RequestOutput(request_id, None, prompt, [])
+            async for sample in self.script(prompt, params):
+                error = "the sampler failed" if sample.finish_reason == "error" else None
+                yield RequestOutput(request_id, None, prompt, [sample], error=error)
+        finally:
+            self.num_closed += 1
+            if self.num_closed == self.num_opened:
+                self.closed.set()
+
+
+@asynccontextmanager
+async def serving(engine: ScriptedEngine) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server that runs in this event loop in front of `engine`."""
+    app = create_app(cast(Any, engine), served_model_names=["scripted"])
+    server = Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None))
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        await task

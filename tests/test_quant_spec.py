@@ -1,0 +1,106 @@
+"""Specifications: what modules get, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.errors import ConfigError
+from engine.quant_spec import SchemeWords, Specification, parse_scheme, parse_specification
+
+DOWN = "model.layers.{}.mlp.down_proj"
+QKV = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+
+
+def test_the_last_pattern_that_matches_decides() -> None:
+    specification = parse_specification("int4:g64,lm_head=int8,*.down_proj=int8:g32,model.layers.0.*=none")
+    assert specification.of(DOWN.format(0)) == SchemeWords("none")
+    assert specification.of(DOWN.format(1)) == SchemeWords("int8", 32)
+    assert specification.of("model.layers.10.mlp.up_proj") == SchemeWords("int4", 64)
+    assert parse_specification(str(specification)) == specification
+
+
+@pytest.mark.parametrize(
+    ("text", "head", "table"),
+    [
+        ("none", "none", "none"),
+        ("int8:token", "int8:token", "int8"),
+        ("int8:g32", "int8:g32", "int8"),
+        ("int4:g0", "int8", "int8"),
+        ("codebook4,lm_head=nf4", "nf4", "int8"),
+        ("int8,*=none", "none", "none"),
+        ("none,*.down_proj=int4", "none", "none"),
+    ],
+)
+def test_head_and_table_keep_eight_bits_unless_they_are_named(text: str, head: str, table: str) -> None:
+    specification = parse_specification(text)
+    assert str(specification.of("lm_head")) == head
+    assert str(specification.of("model.embed_tokens")) == table
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("int4", "int4:g32"),
+        ("int4:g256", "int4:g256"),
+        ("int8:two-terms:g64", "int8:g64:two-terms"),
+        ("int8:weight-only", "int8:weight-only"),
+        ("int8:g128:weight-only", "int8:g128:weight-only"),
+    ],
+)
+def test_a_scheme_is_written_in_one_way(text: str, canonical: str) -> None:
+    assert str(parse_scheme(text)) == canonical
+    assert parse_scheme(canonical) == parse_scheme(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("int3", "must be one of none, int8, int4, nf4, codebook4, got 'int3'"),
+        ("", "got ''"),
+        ("int4:g48", "'g48' in 'int4:g48' is not known; after int4 there may be g32, g64, g128, g0"),
+        ("int8:g0", "after int8 there may be g32"),
+        ("nf4:g64", "after nf4 there may be nothing"),
+        ("int4:token", "'token' in"),
+        ("int8:token:weight-only", "two words for one thing"),
+        ("int4:g32:g64", "two words for one thing"),
+        ("int4,lm_head", "'lm_head' in 'int4,lm_head' is not of the form pattern=scheme"),
+        ("int4,=int8", "pattern=scheme"),
+        ("int4,a=int5", "got 'int5'"),
+    ],
+)
+def test_what_is_not_understood_is_refused_with_what_would_be(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_specification(text)
+
+
+def test_modules_of_one_product_need_one_scheme() -> None:
+    assert parse_specification("int4").of_product(QKV) == SchemeWords("int4", 32)
+    with pytest.raises(
+        ConfigError, match=r"q_proj int8, .*k_proj int4:g32, .*v_proj int4:g32: .*self_attn\.\*"
+    ):
+        parse_specification("int4,*.q_proj=int8").of_product(QKV)
+
+
+def test_a_pattern_that_names_no_module_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no module matches '\*\.w1'; there are lm_head, model.layers.0"):
+        parse_specification("int4,*.w1=int8").check([*QKV, "lm_head"])
+    with pytest.raises(ConfigError, match=r"model\.embed_tokens cannot be int4:g32; a table is none or int8"):
+        parse_specification("none,*=int4").check(QKV)
+
+
+def test_exactness_is_a_property_of_all_products() -> None:
+    exact = {
+        text: parse_specification(text).is_exact for text in ("int8", "int8:g32:token", "int8,lm_head=none")
+    }
+    assert exact == {"int8": True, "int8:g32:token": True, "int8,lm_head=none": False}
+    assert not parse_specification("int8:weight-only").is_exact
+    assert parse_specification("none,lm_head=nf4").is_quantized
+    assert not parse_specification("none").is_quantized
+
+
+def test_what_a_checkpoint_stores_is_covered_by_exceptions_from_what_is_most_common() -> None:
+    modules = ["model.embed_tokens", *QKV, DOWN.format(0), DOWN.format(1), "lm_head"]
+    stored = dict.fromkeys(QKV, SchemeWords("int4", 64)) | {DOWN.format(0): SchemeWords("int8")}
+    covering = Specification.covering(stored, modules)
+    assert str(covering) == f"int4:g64,{DOWN.format(0)}=int8,{DOWN.format(1)}=none"
+    assert str(covering.of("lm_head")) == "int8"
