@@ -12,12 +12,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.bodies import Model, ModelList
 from api.body import json_response
 from api.chat import create_chat_completion
 from api.completions import create_completion
 from api.errors import ApiError, add_error_handlers, error_response
 from api.metrics import Metrics
-from api.responses import Model, ModelList
 from api.service import Service
 
 if TYPE_CHECKING:

@@ -12,13 +12,7 @@ from dataclasses import dataclass
 from fastapi import Request, Response
 from msgspec import UNSET
 
-from api.body import json_response, read_body
-from api.errors import ApiError
-from api.generation import PromptOutputs, UsageCounter, collect, generate
-from api.logprobs import chat_logprobs
-from api.messages import encode_messages
-from api.protocol import ChatCompletionRequest, decode_request
-from api.responses import (
+from api.bodies import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -26,6 +20,12 @@ from api.responses import (
     ChatDelta,
     ChatMessage,
 )
+from api.body import json_response, read_body
+from api.errors import ApiError
+from api.generation import PromptOutputs, UsageCounter, collect, generate
+from api.logprobs import chat_logprobs
+from api.messages import encode_messages
+from api.protocol import ChatCompletionRequest, decode_request
 from api.sampling import sampling_params
 from api.service import Service
 from api.streaming import event, event_stream, until_disconnect

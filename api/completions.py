@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
 
+from api.bodies import Completion, CompletionChoice, Usage
 from api.body import json_response, read_body
 from api.errors import ApiError, not_supported
 from api.generation import PromptOutputs, UsageCounter, collect, generate
 from api.logprobs import CompletionLogprobsFormatter
 from api.protocol import CompletionRequest, decode_request
-from api.responses import Completion, CompletionChoice, Usage
 from api.sampling import sampling_params
 from api.service import Service
 from api.streaming import event, event_stream, until_disconnect

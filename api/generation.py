@@ -8,9 +8,9 @@ from contextlib import aclosing
 
 from msgspec import UNSET, UnsetType
 
+from api.bodies import PromptTokensDetails, Usage
 from api.errors import ApiError
 from api.protocol import StreamOptions
-from api.responses import PromptTokensDetails, Usage
 from api.service import Service
 from engine.core.outputs import CompletionOutput, RequestOutput
 from engine.core.sampling_params import SamplingParams

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 
-from api.responses import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TokenLogprob
+from api.bodies import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TokenLogprob
 from engine.core.outputs import CompletionOutput, Logprob
 
 # JSON has no infinity; OpenAI writes this for a token that cannot be drawn.

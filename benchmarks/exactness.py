@@ -25,13 +25,13 @@ from benchmarks.serving import positive_int
 from engine.config import EngineConfig
 from engine.core.batch import Batch, BatchRow
 from engine.errors import EngineError
-from engine.executor.cpu_executor import ProgramExecutor
+from engine.executor.cpu_executor import CpuExecutor
 from engine.executor.runner import ModelRunner
 from engine.executor.warmup import GREEDY, dummy_batch
 from engine.kernels.operands import SparseInt8Format
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
-from engine.quant import host
+from engine.quant import cpu_formats
 from engine.tokenizer.tokenizer import load_tokenizer
 
 ONE_TERM = SparseInt8Format(spread=math.inf)
@@ -108,12 +108,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         path = resolve_model(options.model)
         runners = [ModelRunner(config, open_checkpoint(path))]
-        with patch.object(host, "HOST_ACTIVATIONS", ONE_TERM):
+        with patch.object(cpu_formats, "CPU_ACTIVATIONS", ONE_TERM):
             runners.append(ModelRunner(config, open_checkpoint(path)))
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not isinstance(runners[0].executor, ProgramExecutor):
+    if not isinstance(runners[0].executor, CpuExecutor):
         print("error: the C kernels are not there; only they are exact", file=sys.stderr)
         return 2
     text = " ".join(random.Random(0).choices(WORDS, k=1200))

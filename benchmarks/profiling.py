@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.offline import generate_seconds
 from benchmarks.report import format_table
 from engine import LLM
-from engine.executor.cpu_executor import ProgramExecutor
+from engine.executor.cpu_executor import CpuExecutor
 
 _SHOWN_OPERATORS = 12
 
@@ -54,13 +54,13 @@ def _profile_phase(
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     plain_seconds = generate_seconds(llm, plain_prompts, tokens)
     executor = llm.core.runner.executor
-    if isinstance(executor, ProgramExecutor):
+    if isinstance(executor, CpuExecutor):
         executor.seconds = torch.zeros(len(executor.program.names), dtype=torch.float64)
     with profile(activities=activities) as profiler:
         start = time.perf_counter()
         generate_seconds(llm, prompts, tokens)
         profiled_seconds = time.perf_counter() - start
-    operators = _program_operators(executor) if isinstance(executor, ProgramExecutor) else []
+    operators = _program_operators(executor) if isinstance(executor, CpuExecutor) else []
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         if microseconds > 0:
@@ -76,7 +76,7 @@ def _profile_phase(
     )
 
 
-def _program_operators(executor: ProgramExecutor) -> list[Operator]:
+def _program_operators(executor: CpuExecutor) -> list[Operator]:
     """The C kernels by their names; ends the measurement."""
     assert executor.seconds is not None
     totals: dict[str, float] = defaultdict(float)

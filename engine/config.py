@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from engine.errors import ConfigError
-from engine.quant_spec import Specification, parse_specification
+from engine.quant_spec import QuantSpec, parse_quant_spec
 
 DataType = Literal["auto", "float32", "bfloat16", "float16"]
 CacheType = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "fp8_e4m3"]
@@ -120,7 +120,7 @@ class EngineConfig:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}"
                 )
-        _ = self.specification  # parses it
+        _ = self.quant_spec  # parses it
         if self.symmetric_memory and self.tensor_parallel_size == 1:
             raise ConfigError("symmetric_memory: is between ranks; give it a --tensor-parallel-size, too")
         for name in (
@@ -150,18 +150,18 @@ class EngineConfig:
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
-    def pins_attention(self) -> bool:
+    def batch_invariant_attention(self) -> bool:
         """Whether attention has one form for chunks and decodes: what follows it in the exact path must be exact."""
-        return self.deterministic or self.specification.is_exact
+        return self.deterministic or self.quant_spec.is_exact
 
     @property
-    def specification(self) -> Specification:
+    def quant_spec(self) -> QuantSpec:
         """What `quant` says; floats as long as it is "auto".
 
         Raises:
             ConfigError: It is not one.
         """
-        return parse_specification("none" if self.quant == "auto" else self.quant)
+        return parse_quant_spec("none" if self.quant == "auto" else self.quant)
 
     @property
     def captures_graphs(self) -> bool:

@@ -27,13 +27,13 @@ from engine.loading.formats import stored_scheme
 from engine.loading.resolve import resolve_configuration
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
-from engine.models.sharding import check_columns, check_shares, share_of_config
+from engine.models.sharding import check_columns, check_shards, shard_of_config
 from engine.parallel.group import TensorGroup, sums_integers
 from engine.parallel.pipeline import Pipeline
-from engine.parallel.shares import Share
+from engine.parallel.shards import Shard
 from engine.parallel.symmetric import check_device
 from engine.quant.plan import QuantizationPlan
-from engine.quant_spec import Specification, parse_scheme
+from engine.quant_spec import QuantSpec, parse_scheme_spec
 
 LENGTHS = (1024, 4096, 8192, 32768, 131072)
 """Contexts whose concurrency is shown, besides the longest."""
@@ -102,9 +102,9 @@ def plan_engine(config: EngineConfig, settings: dict[str, Any], gpu_memory: int 
     """
     model_config = ModelConfig.from_dict(settings)
     config = _resolve_quantization(config, model_config, settings)
-    check_shares(model_config, config.tensor_parallel_size)
+    check_shards(model_config, config.tensor_parallel_size)
     if not config.exact_reduce:
-        check_columns(model_config, config.specification, config.tensor_parallel_size)
+        check_columns(model_config, config.quant_spec, config.tensor_parallel_size)
     if gpu_memory is None:
         device = resolve_device(config)
         # Whether ranks of a cluster share a machine is found out by themselves.
@@ -117,18 +117,19 @@ def plan_engine(config: EngineConfig, settings: dict[str, Any], gpu_memory: int 
     on_cpu = device.type == "cpu"
     dtype = resolve_dtype(config, settings, on_cpu)
     cache_dtype = resolve_cache_dtype(config, dtype, None if on_cpu else TARGETS[ASSUMED_ARCH])
-    quantization = QuantizationPlan(config.specification, dtype, config.deterministic)
+    quantization = QuantizationPlan(config.quant_spec, dtype, config.deterministic)
 
     plans = []
     for rank in range(config.num_ranks):
-        stage, share = divmod(rank, config.tensor_parallel_size)
+        stage, index = divmod(rank, config.tensor_parallel_size)
         # Whether it is so on all ranks is found out by themselves.
         has_integer_sums = config.tensor_parallel_size > 1 and sums_integers(device)
-        share_of_layers = Share(share, config.tensor_parallel_size)
-        group = TensorGroup(share_of_layers, None, config.exact_reduce, has_integer_sums)
+        group = TensorGroup(
+            Shard(index, config.tensor_parallel_size), None, config.exact_reduce, has_integer_sums
+        )
         pipeline = Pipeline(stage, config.pipeline_parallel_size)
         model = Decoder(model_config, quantization, dtype, group, pipeline)
-        shard = replace(share_of_config(model_config, group.share), num_layers=len(model.layers))
+        shard = replace(shard_of_config(model_config, group.shard), num_layers=len(model.layers))
         copies = table_copies(model, device)
         plan = plan_memory(config, shard, model.num_bytes, cache_dtype, device, available, copies=copies)
         limits = SchedulerConfig.resolve(config, plan.max_model_len, device.type)
@@ -145,11 +146,11 @@ def _resolve_quantization(config: EngineConfig, model: ModelConfig, settings: di
     """The options with what "auto" means for the model: here as its config.json says, and not its files."""
     modules = model.module_names
     if config.quant != "auto":
-        config.specification.check(modules)
+        config.quant_spec.check(modules)
         return config
     found = {module: text for module in modules if (text := stored_scheme(settings, module)) is not None}
-    stored = {module: parse_scheme(text) for module, text in found.items() if text != "none"}
-    return replace(config, quant=str(Specification.covering(stored, modules)) if stored else "none")
+    stored = {module: parse_scheme_spec(text) for module, text in found.items() if text != "none"}
+    return replace(config, quant=str(QuantSpec.covering(stored, modules)) if stored else "none")
 
 
 def _differs(plan: MemoryPlan, other: MemoryPlan | None) -> bool:

@@ -48,7 +48,7 @@ _GROUP_STEP = 32
 
 
 @dataclass(frozen=True, slots=True)
-class SchemeWords:
+class SchemeSpec:
     """What is said of one module.
 
     Attributes:
@@ -73,7 +73,7 @@ class SchemeWords:
 
 
 @dataclass(frozen=True, slots=True)
-class Specification:
+class QuantSpec:
     """A scheme for every module.
 
     Attributes:
@@ -81,21 +81,21 @@ class Specification:
         rules: Pairs of a pattern (as `fnmatch` has it) and what modules whose names match get; the last one counts.
     """
 
-    default: SchemeWords
-    rules: tuple[tuple[str, SchemeWords], ...] = ()
+    default: SchemeSpec
+    rules: tuple[tuple[str, SchemeSpec], ...] = ()
 
-    def of(self, module: str) -> SchemeWords:
+    def of(self, module: str) -> SchemeSpec:
         """What a module gets, "model.layers.0.mlp.down_proj" for one."""
         for pattern, words in reversed(self.rules):
             if fnmatchcase(module, pattern):
                 return words
         if module == LM_HEAD and self.default.kind not in ("none", "int8"):
-            return SchemeWords("int8")
+            return SchemeSpec("int8")
         if module == EMBEDDING and self.default.kind != "none":
-            return SchemeWords("int8")
+            return SchemeSpec("int8")
         return self.default
 
-    def of_product(self, modules: Sequence[str]) -> SchemeWords:
+    def of_product(self, modules: Sequence[str]) -> SchemeSpec:
         """What modules get that share one product, like q_proj, k_proj and v_proj of a layer.
 
         Raises:
@@ -111,17 +111,15 @@ class Specification:
         return found[modules[0]]
 
     @staticmethod
-    def covering(schemes: Mapping[str, SchemeWords], modules: Iterable[str]) -> Specification:
+    def covering(schemes: Mapping[str, SchemeSpec], modules: Iterable[str]) -> QuantSpec:
         """One that gives modules what they have in `schemes`, and keeps as floats those which are not in it.
 
         Head and embedding, if they are not in it, are left to the default.
         """
         default = Counter(schemes.values()).most_common(1)[0][0]
-        floats = SchemeWords("none")
+        floats = SchemeSpec("none")
         found = {name: schemes.get(name, floats) for name in modules if name in schemes or name not in ENDS}
-        return Specification(
-            default, tuple((name, words) for name, words in found.items() if words != default)
-        )
+        return QuantSpec(default, tuple((name, words) for name, words in found.items() if words != default))
 
     def check(self, modules: Iterable[str]) -> None:
         """
@@ -148,14 +146,14 @@ class Specification:
         """Whether all products are of int8 weights and int8 activations, which have exact sums on every device."""
         return all(words.kind == "int8" and not words.is_weight_only for words in self._all())
 
-    def _all(self) -> list[SchemeWords]:
+    def _all(self) -> list[SchemeSpec]:
         return [self.default] + [words for _, words in self.rules]
 
     def __str__(self) -> str:
         return ",".join([str(self.default)] + [f"{pattern}={words}" for pattern, words in self.rules])
 
 
-def parse_specification(text: str) -> Specification:
+def parse_quant_spec(text: str) -> QuantSpec:
     """
     Raises:
         ConfigError: The text is no specification; names what was not understood and what would be.
@@ -166,15 +164,15 @@ def parse_specification(text: str) -> Specification:
         pattern, separator, scheme = rule.partition("=")
         if not (pattern and separator):
             raise ConfigError(f"quant: {rule!r} in {text!r} is not of the form pattern=scheme")
-        rules.append((pattern, parse_scheme(scheme)))
-    return Specification(parse_scheme(first), tuple(rules))
+        rules.append((pattern, parse_scheme_spec(scheme)))
+    return QuantSpec(parse_scheme_spec(first), tuple(rules))
 
 
-def parse_scheme(text: str) -> SchemeWords:
+def parse_scheme_spec(text: str) -> SchemeSpec:
     """A scheme with its words, "int4:g64".
 
     Raises:
-        ConfigError: As `parse_specification`.
+        ConfigError: As `parse_quant_spec`.
     """
     first, *words = text.split(":")
     kind = next((kind for kind in get_args(Kind) if kind == first), None)
@@ -192,7 +190,7 @@ def parse_scheme(text: str) -> SchemeWords:
             raise ConfigError(f"quant: {word!r} in {text!r} is not known; after {kind} there may be {known}")
     if len(groups) > 1 or len(terms) > 1:
         raise ConfigError(f"quant: {text!r} has two words for one thing; keep one of them")
-    return SchemeWords(
+    return SchemeSpec(
         kind,
         groups[0] if groups else _GROUP_STEP if kind == "int4" else 0,
         next((term for term in get_args(ActivationTerms) if term in terms), "default"),

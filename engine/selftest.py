@@ -36,7 +36,7 @@ from engine.core.executor import Executor, Sampled
 from engine.core.request import Request
 from engine.core.sampling_params import SamplingParams
 from engine.errors import EngineError
-from engine.executor.cpu_executor import ProgramExecutor
+from engine.executor.cpu_executor import CpuExecutor
 from engine.executor.runner import ModelRunner
 from engine.kernels import cpu
 from engine.kernels.attention.in_c import SEGMENT
@@ -498,10 +498,10 @@ def promise(config: EngineConfig, runner: ModelRunner, executor: Executor) -> tu
         kernels = (
             f"Triton's kernels on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'a CPU'}"
         )
-        if config.pins_attention:
+        if config.batch_invariant_attention:
             return True, kernels
         return False, f"{kernels}: only --quant int8 and --deterministic fix the form of float products"
-    if isinstance(executor, ProgramExecutor):
+    if isinstance(executor, CpuExecutor):
         return True, cpu.describe()
     if cpu.library() is None:
         return False, cpu.describe()
@@ -534,7 +534,7 @@ def check_invariants(config: EngineConfig, num_requests: int, arguments: Sequenc
     if not is_promised:
         print("\nno promise is made for this configuration")
         return True
-    if isinstance(trial.alone.executor, ProgramExecutor):
+    if isinstance(trial.alone.executor, CpuExecutor):
         is_equal &= _compare_elsewhere(trial, arguments)
     print(f"\n{'PASS' if is_equal and not missing else 'FAIL'}")
     return is_equal and not missing

@@ -440,8 +440,10 @@ def call_int4(shape: Shape, num_tokens: int) -> None:
         for out_features, in_features in shape.products[1:]:
             codes = empty(out_features, in_features // 2, dtype=torch.uint8)
             scale = empty(out_features, -(-in_features // group_size), dtype=torch.float16)
-            for pinned in (False, True):
-                Int4Matmul(codes, scale, scale, group_size, None, pinned)(empty(num_tokens, in_features))
+            for batch_invariant in (False, True):
+                Int4Matmul(codes, scale, scale, group_size, None, batch_invariant)(
+                    empty(num_tokens, in_features)
+                )
 
 
 def call_codebook(shape: Shape, num_tokens: int) -> None:
@@ -516,9 +518,9 @@ def call_attention(operation: str, arch: str, shape: Shape, num_tokens: int) -> 
             )
             layer = cache_layer(shape.kv_heads, head_dim, dtype)
             arguments = (queries, layer, plan, 0.1, shape.sliding_window)
-            paged_attention(*arguments, soft_cap=0.0, pinned=name == "pinned")
+            paged_attention(*arguments, soft_cap=0.0, batch_invariant=name == "batch_invariant")
             if dtype == dtypes[0] and head_dim == int(block):
-                paged_attention(*arguments, soft_cap=30.0, pinned=name == "pinned")
+                paged_attention(*arguments, soft_cap=30.0, batch_invariant=name == "batch_invariant")
 
 
 OPERATIONS: dict[str, Operation] = {

@@ -157,7 +157,7 @@ def test_a_quantized_models_own_grid_is_planned(tmp_path: Path) -> None:
     found = plan(tmp_path, LLAMA_8B | {"quantization_config": method}, 24 * GIB)
     asked = plan(tmp_path, LLAMA_8B, 24 * GIB, quant="int4:g128")
     assert found.ranks[0].weights == asked.ranks[0].weights
-    assert found.config.specification.of("model.layers.3.mlp.up_proj").storage == "int4:g128"
+    assert found.config.quant_spec.of("model.layers.3.mlp.up_proj").storage == "int4:g128"
 
 
 @pytest.mark.parametrize("is_exact", [True, pytest.param(False, marks=pytest.mark.slow)])

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 
 from engine.errors import ConfigError
-from engine.quant_spec import SchemeWords, Specification, parse_scheme, parse_specification
+from engine.quant_spec import QuantSpec, SchemeSpec, parse_quant_spec, parse_scheme_spec
 
 DOWN = "model.layers.{}.mlp.down_proj"
 QKV = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 
 
 def test_the_last_pattern_that_matches_decides() -> None:
-    specification = parse_specification("int4:g64,lm_head=int8,*.down_proj=int8:g32,model.layers.0.*=none")
-    assert specification.of(DOWN.format(0)) == SchemeWords("none")
-    assert specification.of(DOWN.format(1)) == SchemeWords("int8", 32)
-    assert specification.of("model.layers.10.mlp.up_proj") == SchemeWords("int4", 64)
-    assert parse_specification(str(specification)) == specification
+    quant_spec = parse_quant_spec("int4:g64,lm_head=int8,*.down_proj=int8:g32,model.layers.0.*=none")
+    assert quant_spec.of(DOWN.format(0)) == SchemeSpec("none")
+    assert quant_spec.of(DOWN.format(1)) == SchemeSpec("int8", 32)
+    assert quant_spec.of("model.layers.10.mlp.up_proj") == SchemeSpec("int4", 64)
+    assert parse_quant_spec(str(quant_spec)) == quant_spec
 
 
 @pytest.mark.parametrize(
@@ -32,9 +32,9 @@ def test_the_last_pattern_that_matches_decides() -> None:
     ],
 )
 def test_head_and_table_keep_eight_bits_unless_they_are_named(text: str, head: str, table: str) -> None:
-    specification = parse_specification(text)
-    assert str(specification.of("lm_head")) == head
-    assert str(specification.of("model.embed_tokens")) == table
+    quant_spec = parse_quant_spec(text)
+    assert str(quant_spec.of("lm_head")) == head
+    assert str(quant_spec.of("model.embed_tokens")) == table
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_head_and_table_keep_eight_bits_unless_they_are_named(text: str, head: s
     ],
 )
 def test_a_scheme_is_written_in_one_way(text: str, canonical: str) -> None:
-    assert str(parse_scheme(text)) == canonical
-    assert parse_scheme(canonical) == parse_scheme(text)
+    assert str(parse_scheme_spec(text)) == canonical
+    assert parse_scheme_spec(canonical) == parse_scheme_spec(text)
 
 
 @pytest.mark.parametrize(
@@ -70,37 +70,37 @@ def test_a_scheme_is_written_in_one_way(text: str, canonical: str) -> None:
 )
 def test_what_is_not_understood_is_refused_with_what_would_be(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse_specification(text)
+        parse_quant_spec(text)
 
 
 def test_modules_of_one_product_need_one_scheme() -> None:
-    assert parse_specification("int4").of_product(QKV) == SchemeWords("int4", 32)
+    assert parse_quant_spec("int4").of_product(QKV) == SchemeSpec("int4", 32)
     with pytest.raises(
         ConfigError, match=r"q_proj int8, .*k_proj int4:g32, .*v_proj int4:g32: .*self_attn\.\*"
     ):
-        parse_specification("int4,*.q_proj=int8").of_product(QKV)
+        parse_quant_spec("int4,*.q_proj=int8").of_product(QKV)
 
 
 def test_a_pattern_that_names_no_module_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no module matches '\*\.w1'; there are lm_head, model.layers.0"):
-        parse_specification("int4,*.w1=int8").check([*QKV, "lm_head"])
+        parse_quant_spec("int4,*.w1=int8").check([*QKV, "lm_head"])
     with pytest.raises(ConfigError, match=r"model\.embed_tokens cannot be int4:g32; a table is none or int8"):
-        parse_specification("none,*=int4").check(QKV)
+        parse_quant_spec("none,*=int4").check(QKV)
 
 
 def test_exactness_is_a_property_of_all_products() -> None:
     exact = {
-        text: parse_specification(text).is_exact for text in ("int8", "int8:g32:token", "int8,lm_head=none")
+        text: parse_quant_spec(text).is_exact for text in ("int8", "int8:g32:token", "int8,lm_head=none")
     }
     assert exact == {"int8": True, "int8:g32:token": True, "int8,lm_head=none": False}
-    assert not parse_specification("int8:weight-only").is_exact
-    assert parse_specification("none,lm_head=nf4").is_quantized
-    assert not parse_specification("none").is_quantized
+    assert not parse_quant_spec("int8:weight-only").is_exact
+    assert parse_quant_spec("none,lm_head=nf4").is_quantized
+    assert not parse_quant_spec("none").is_quantized
 
 
 def test_what_a_checkpoint_stores_is_covered_by_exceptions_from_what_is_most_common() -> None:
     modules = ["model.embed_tokens", *QKV, DOWN.format(0), DOWN.format(1), "lm_head"]
-    stored = dict.fromkeys(QKV, SchemeWords("int4", 64)) | {DOWN.format(0): SchemeWords("int8")}
-    covering = Specification.covering(stored, modules)
+    stored = dict.fromkeys(QKV, SchemeSpec("int4", 64)) | {DOWN.format(0): SchemeSpec("int8")}
+    covering = QuantSpec.covering(stored, modules)
     assert str(covering) == f"int4:g64,{DOWN.format(0)}=int8,{DOWN.format(1)}=none"
     assert str(covering.of("lm_head")) == "int8"

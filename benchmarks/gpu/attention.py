@@ -23,7 +23,7 @@ class Variant:
     heads: Heads
     window: int | None = None
     soft_cap: float = 0.0
-    pinned: bool = False
+    batch_invariant: bool = False
 
     def __str__(self) -> str:
         heads = self.heads
@@ -32,37 +32,37 @@ class Variant:
         text += f" kv {kinds[heads.cache_dtype]}"
         text += f" window {self.window}" if self.window else ""
         text += f" cap {self.soft_cap:g}" if self.soft_cap else ""
-        return text + (" pinned" if self.pinned else "")
+        return text + (" batch-invariant" if self.batch_invariant else "")
 
 
 LLAMA = Heads(32, 8, 128, BF16, BF16)
 
 VARIANTS = [
     Variant(LLAMA),
-    Variant(LLAMA, pinned=True),
+    Variant(LLAMA, batch_invariant=True),
     *(
-        Variant(replace(LLAMA, cache_dtype=kind), pinned=pinned)
+        Variant(replace(LLAMA, cache_dtype=kind), batch_invariant=batch_invariant)
         for kind in (INT8, FP8)
-        for pinned in (False, True)
+        for batch_invariant in (False, True)
     ),
     Variant(Heads(32, 8, 128, FP16, FP16)),
-    Variant(Heads(32, 8, 128, FP16, INT8), pinned=True),
+    Variant(Heads(32, 8, 128, FP16, INT8), batch_invariant=True),
     Variant(Heads(32, 8, 128, FP16, FP8), window=700),
     Variant(LLAMA, window=1024, soft_cap=30.0),
-    Variant(LLAMA, window=1024, pinned=True),
+    Variant(LLAMA, window=1024, batch_invariant=True),
     Variant(Heads(9, 3, 64, BF16, BF16), soft_cap=5.0),
-    Variant(Heads(9, 3, 64, BF16, INT8), pinned=True),
+    Variant(Heads(9, 3, 64, BF16, INT8), batch_invariant=True),
     Variant(Heads(8, 8, 80, BF16, BF16), window=1),
     Variant(Heads(8, 1, 96, FP16, FP16)),
     Variant(Heads(4, 1, 256, BF16, BF16), window=512),
-    Variant(Heads(4, 1, 256, BF16, FP8), pinned=True),
+    Variant(Heads(4, 1, 256, BF16, FP8), batch_invariant=True),
     Variant(Heads(6, 2, 64, torch.float32, torch.float32)),
 ]
 
 
 def _reference(variant: Variant, lengths: list[tuple[int, int]], device: torch.device) -> Values:
     sequences = make_sequences(lengths, variant.heads, device)
-    output = attend(sequences, variant.window, variant.soft_cap, variant.pinned)
+    output = attend(sequences, variant.window, variant.soft_cap, variant.batch_invariant)
     expected = expect(sequences, variant.window, variant.soft_cap)
     # Weights that sum to 1, of values within 4, are rounded to the queries' type, as is the output; and some
     # thousand float32 sums on the way, those of the scores under an exponential.
@@ -74,13 +74,13 @@ def _alone(
     sequences: Sequences, index: int, variant: Variant, first: int = 0, last: int | None = None
 ) -> torch.Tensor:
     part = sequences.pick(index, first, last)
-    return attend(part, variant.window, variant.soft_cap, variant.pinned)
+    return attend(part, variant.window, variant.soft_cap, variant.batch_invariant)
 
 
 def _rows(variant: Variant, lengths: list[tuple[int, int]], device: torch.device) -> Values:
     """Each sequence alone and in the batch, where a long one alone is split and in a batch perhaps not."""
     sequences = make_sequences(lengths, variant.heads, device)
-    together = attend(sequences, variant.window, variant.soft_cap, variant.pinned)
+    together = attend(sequences, variant.window, variant.soft_cap, variant.batch_invariant)
     row = 0
     for index, (start, count) in enumerate(lengths):
         if count:
@@ -93,7 +93,7 @@ def _rows(variant: Variant, lengths: list[tuple[int, int]], device: torch.device
 def _chunks(variant: Variant, length: tuple[int, int], device: torch.device) -> Values:
     """A prompt whole, in chunks and token by token."""
     sequences = make_sequences([length], variant.heads, device)
-    whole = attend(sequences, variant.window, variant.soft_cap, pinned=True)
+    whole = attend(sequences, variant.window, variant.soft_cap, batch_invariant=True)
     count = length[1]
     for first, last in [
         (0, 1),
@@ -123,5 +123,5 @@ def attention_steps(
     return steps + [
         Step("attention rows", f"{variant} chunks", partial(_chunks, variant, lengths[-1], device))
         for variant in variants
-        if variant.pinned
+        if variant.batch_invariant
     ]

@@ -35,16 +35,16 @@ def _batch(
     return batches, num_bytes
 
 
-def _paged(batches: Sequence[Sequences], pinned: bool) -> Callable[[], Sequence[Call]]:
+def _paged(batches: Sequence[Sequences], batch_invariant: bool) -> Callable[[], Sequence[Call]]:
     def make() -> Sequence[Call]:
         return [
             partial(
                 paged_attention,
                 batch.queries,
                 batch.layer,
-                make_plan(batch, None, pinned),
+                make_plan(batch, None, batch_invariant),
                 batch.heads.scale,
-                pinned=pinned,
+                batch_invariant=batch_invariant,
             )
             for batch in batches
         ]
@@ -112,7 +112,7 @@ def decode_cases(
         batches, num_bytes = _batch([(context - 1, 1)] * count, heads, device)
         if cache_dtype == torch.int8:
             num_bytes += 2 * count * context * heads.num_kv_heads * 4
-        calls = {"ours": _paged(batches, False), "pinned": _paged(batches, True)}
+        calls = {"ours": _paged(batches, False), "batch_invariant": _paged(batches, True)}
         if has_others:
             calls |= _sdpa_calls(count, context, 1, len(batches), device)
         operations = 4 * count * context * heads.num_heads * heads.head_dim
@@ -128,7 +128,7 @@ def prefill_cases(counts: Sequence[int], context: int, device: torch.device) -> 
         batches, num_bytes = _batch([(0, context)] * count, LLAMA, device)
         calls = {
             "ours": _paged(batches, False),
-            "pinned": _paged(batches, True),
+            "batch_invariant": _paged(batches, True),
             **_sdpa_calls(count, context, context, len(batches), device),
         }
         operations = 2 * count * context * (context + 1) * LLAMA.num_heads * LLAMA.head_dim

@@ -20,7 +20,7 @@ def record_cases(target: Target, makers: list[CaseMaker]) -> set[Launch]:
     with recording(target) as launches:
         for make in makers:
             for case in make(torch.device("meta")):
-                for name in ("ours", "pinned"):
+                for name in ("ours", "batch_invariant"):
                     if name in case.calls:
                         case.calls[name]()[0]()
     return launches

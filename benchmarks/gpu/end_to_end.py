@@ -20,7 +20,7 @@ from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
 from engine.core.request import Request
 from engine.core.sampling_params import SamplingParams
-from engine.executor.triton_executor import DeviceExecutor
+from engine.executor.triton_executor import TritonExecutor
 from engine.models.config import ModelConfig
 
 LLAMA_CONFIG: dict[str, Any] = {
@@ -229,7 +229,7 @@ def kernel_seconds(bench: Bench, count: int, num_steps: int = 16) -> float:
 def replay_seconds(bench: Bench, count: int) -> float:
     """Seconds that the forward pass of a decode step takes as a CUDA graph, gaps between kernels included."""
     executor = bench.core.runner.executor
-    if not isinstance(executor, DeviceExecutor) or executor.graphs is None:
+    if not isinstance(executor, TritonExecutor) or executor.graphs is None:
         raise Skipped("no CUDA graphs")
     start, end = events()
     executor.graphs.replay(count)
@@ -264,7 +264,7 @@ def _switched(bench: Callable[[], Bench], count: int) -> Values:
     """The same decode without overlap, and without CUDA graphs either."""
     core = bench().core
     executor = core.runner.executor
-    assert isinstance(executor, DeviceExecutor)
+    assert isinstance(executor, TritonExecutor)
     overlap, graphs = core.overlap, executor.graphs
     try:
         core.overlap = False

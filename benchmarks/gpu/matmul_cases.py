@@ -72,7 +72,7 @@ def int4_cases(
     copies = num_copies(weight_bytes, device)
     parts = [int4_weight(shape, 128, device) for _ in range(copies)]
     ours = [Int4Matmul(*part, 128) for part in parts]
-    pinned = [Int4Matmul(*part, 128, None, True) for part in parts]
+    batch_invariant = [Int4Matmul(*part, 128, None, True) for part in parts]
     floats = _float_weights(shape, device)
     cases = []
     for count in counts:
@@ -83,7 +83,7 @@ def int4_cases(
             "cuBLAS": products(_linear, floats, x),
         }
         if count > 128:
-            calls["pinned"] = products(_apply, pinned, sums)
+            calls["batch_invariant"] = products(_apply, batch_invariant, sums)
         if has_tinygemm:
             calls["tinygemm"] = partial(_tinygemm_calls, shape, x, copies)
         size = weight_bytes + count * (2 * columns + columns // 8 + 2 * rows)

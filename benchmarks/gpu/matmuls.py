@@ -107,7 +107,9 @@ def _int4(
     # Codes and minimums are summed apart.
     magnitude = dequantize_int4(codes, scale, minimum.abs(), group, columns)
     packed, counters = pack(*parts, group), new_counters(rows, device)
-    chosen = {pinned: Int4Matmul(*parts, group, bias, pinned) for pinned in (False, True)}
+    chosen = {
+        batch_invariant: Int4Matmul(*parts, group, bias, batch_invariant) for batch_invariant in (False, True)
+    }
     errors = []
     for count in counts:
         x = tokens(count, columns, dtype, device)
@@ -116,7 +118,7 @@ def _int4(
         # Each weight is rounded to x's type.
         large = int4_large(x, packed, bias)
         errors.append(check_product(large, x, weight, bias, magnitude, rounding(dtype)))
-        equal(chosen[True](x), segments, f"the pinned form of {count} tokens")
+        equal(chosen[True](x), segments, f"the batch-invariant form of {count} tokens")
         y = chosen[False](x)
         assert torch.equal(y, segments) or torch.equal(y, large), (
             f"{count} tokens: the result of neither form"
@@ -135,10 +137,10 @@ def _int8(format: Int8Format, dtype: torch.dtype, counts: Sequence[int], sizes: 
         for count in counts:
             x = tokens(count, columns, dtype, sizes.device)
             terms = quantize_per_token(x, format)
-            on_host = Int8Activations(
+            on_cpu = Int8Activations(
                 terms.high.cpu(), None if terms.low is None else terms.low.cpu(), terms.scale.cpu(), dtype
             )
-            expected = int8_reference(on_host, weight.cpu(), scale.cpu(), bias.cpu(), format.group_size)
+            expected = int8_reference(on_cpu, weight.cpu(), scale.cpu(), bias.cpu(), format.group_size)
             equal(matmul(terms), expected, f"{count} tokens")
             equal(matmul(x), expected, f"{count} tokens, as floats")
     return {}
@@ -219,7 +221,7 @@ def _int4_rows(group: int, form: str, dtype: torch.dtype, sizes: Sizes) -> Value
                 f"tile {dict(tile.sizes)}",
             )
         return {}
-    check_rows(Int4Matmul(*parts, group, None, pinned=True), x, sizes.batches)
+    check_rows(Int4Matmul(*parts, group, None, batch_invariant=True), x, sizes.batches)
     few = group_sums(x[: sizes.batches[len(sizes.batches) // 2]])
     expected = int4_segments(few, packed, None, counters)
     for tile in tiles(_target(sizes), "int4_matmul.segments"):
@@ -250,7 +252,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def int4_steps(dtype: torch.dtype, sizes: Sizes) -> list[Step]:
-    """Both forms and the pinned one, in groups of 32, 64 and 128."""
+    """Both forms and the batch-invariant one, in groups of 32, 64 and 128."""
     rows = [
         Step("int4 rows", f"{form} g128 {_name(dtype)}", partial(_int4_rows, 128, form, dtype, sizes))
         for form in ("segments", "large")

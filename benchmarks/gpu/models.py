@@ -74,7 +74,7 @@ def stack(logits: Logits) -> torch.Tensor:
 
 
 @cache
-def _host_logits(name: str, quant: str) -> torch.Tensor:
+def _cpu_logits(name: str, quant: str) -> torch.Tensor:
     runner = make_runner(checkpoint(name), "cpu", "float32", quant=quant)
     return stack(run_chunks(runner, make_sequences(runner.model_config.vocab_size, CHUNKS), CHUNKS))
 
@@ -101,7 +101,7 @@ def _family(name: str, dtype: str, quant: str, device: str, **options: Any) -> V
         tolerance *= 4  # three bits behind the point
     elif quant == "int4":
         tolerance *= 1.5  # the CPU's product takes bf16 activations itself
-    return compare(actual, _host_logits(name, quant), tolerance)
+    return compare(actual, _cpu_logits(name, quant), tolerance)
 
 
 FULL_GRAPHS = [[9] + [1] * 20, [9] + [1] * 20, [30] + [1] * 20, [1] * 21, *([[4] + [1] * 8] * 4)]

@@ -109,7 +109,7 @@ def make_sequences(lengths: Sequence[tuple[int, int]], heads: Heads, device: tor
     return Sequences(lengths, heads, queries, layer, tables)
 
 
-def make_plan(sequences: Sequences, window: int | None = None, pinned: bool = False) -> PagedPlan:
+def make_plan(sequences: Sequences, window: int | None = None, batch_invariant: bool = False) -> PagedPlan:
     """The plan of a launch, as the engine makes it."""
     heads, device = sequences.heads, sequences.queries.device
     starts, counts = (np.array(column) for column in zip(*sequences.lengths, strict=True))
@@ -127,8 +127,8 @@ def make_plan(sequences: Sequences, window: int | None = None, pinned: bool = Fa
         count = torch.tensor([len(items)], dtype=torch.int32)
         return WorkList(torch.from_numpy(items).to(device), count.to(device))
 
-    if pinned:
-        decode, prefill = work("pinned", counts), None
+    if batch_invariant:
+        decode, prefill = work("batch_invariant", counts), None
     else:
         is_decode = counts <= _largest_decode(sequences)
         decode = work("decode", np.where(is_decode, counts, 0))
@@ -153,12 +153,14 @@ def _largest_decode(sequences: Sequences) -> int:
 
 
 def attend(
-    sequences: Sequences, window: int | None = None, soft_cap: float = 0.0, pinned: bool = False
+    sequences: Sequences, window: int | None = None, soft_cap: float = 0.0, batch_invariant: bool = False
 ) -> torch.Tensor:
     """Paged attention of the batch, [T, heads * head_dim]."""
-    plan = make_plan(sequences, window, pinned)
+    plan = make_plan(sequences, window, batch_invariant)
     scale = sequences.heads.scale
-    output = paged_attention(sequences.queries, sequences.layer, plan, scale, window, soft_cap, pinned)
+    output = paged_attention(
+        sequences.queries, sequences.layer, plan, scale, window, soft_cap, batch_invariant
+    )
     assert not plan.scratch.counters.any(), "counters are not zero after the launch"
     return output
 

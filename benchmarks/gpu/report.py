@@ -223,9 +223,12 @@ def _lines(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> list[lis
         line("% ceil", partial(_percent, limits=limits)),
         *(line(f"x {SHORT.get(name, name)}", partial(_ratio, name=name)) for name in present),
     ]
-    if any("pinned" in row for row in rows):
+    if any("batch_invariant" in row for row in rows):
         lines.append(
-            line("pinned us", lambda row: _three_digits(row["pinned"] * 1e6) if "pinned" in row else "-")
+            line(
+                "batch_invariant us",
+                lambda row: _three_digits(row["batch_invariant"] * 1e6) if "batch_invariant" in row else "-",
+            )
         )
     return lines
 

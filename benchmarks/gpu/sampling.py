@@ -43,7 +43,7 @@ def draw_parameters(
     )
 
 
-def _on_host(how: DrawParameters) -> DrawParameters:
+def _on_cpu(how: DrawParameters) -> DrawParameters:
     return DrawParameters(*(getattr(how, name).cpu() for name in DrawParameters.__slots__))
 
 
@@ -73,7 +73,7 @@ def _filters(kind: str, vocab_size: int, device: torch.device) -> Values:
     logits = _logits(kind, 2 * len(FILTERS), vocab_size, device)
     how = draw_parameters(len(logits), device, 0.8, FILTERS)
     measured = sample.find_thresholds(logits, how)
-    expected = sample.reference_thresholds(logits.cpu(), _on_host(how)).to(device)
+    expected = sample.reference_thresholds(logits.cpu(), _on_cpu(how)).to(device)
     kept, wanted = ((logits >= bound[:, None]).sum(dim=1) for bound in (measured, expected))
     is_exact = how.top_p >= 1.0
     assert torch.equal(kept[is_exact], wanted[is_exact]), f"kept {kept.tolist()}, not {wanted.tolist()}"
@@ -88,7 +88,7 @@ def _draw(kind: str, num_rows: int, vocab_size: int, device: torch.device) -> Va
     logits = _logits(kind, num_rows, vocab_size, device)
     for temperature in (0.0, 0.7, 1.5):
         how = draw_parameters(len(logits), device, temperature, [(0, 1.0, 0.0), (40, 1.0, 0.0)])
-        drawn, host, rows = sample.draw(logits, how, filters=True).cpu(), _on_host(how), logits.cpu()
+        drawn, host, rows = sample.draw(logits, how, filters=True).cpu(), _on_cpu(how), logits.cpu()
         expected = sample.reference(rows, host)
         if temperature == 0.0:
             equal(drawn, expected, "greedy tokens")

@@ -30,7 +30,7 @@ from engine.parallel.group import TensorGroup
 from engine.quant.floating import FloatMatmul
 from engine.quant.plan import QuantizationPlan
 from engine.quant.weight import to_float
-from engine.quant_spec import parse_specification
+from engine.quant_spec import parse_quant_spec
 from engine.tokenizer.tokenizer import Tokenizer
 
 BATCH_TOKENS = 4096
@@ -101,7 +101,7 @@ class CalibratedLayer:
 
     def __init__(self, index: int, config: ModelConfig, checkpoint: Checkpoint) -> None:
         self.index = index
-        floats = QuantizationPlan(parse_specification("none"), torch.float32)
+        floats = QuantizationPlan(parse_quant_spec("none"), torch.float32)
         self.module = DecoderLayer(index, config, floats, torch.float32, TensorGroup())
         for module in self.module.modules():
             if isinstance(module, (Linear, RMSNorm)):

@@ -23,7 +23,7 @@ from engine.compression.smoothquant import (
 from engine.quant.codebook import cluster_rows, round_to_nf4
 from engine.quant.rounding import Ranges, fit_grid, full_ranges, round_to_nearest
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
-from engine.quant_spec import SchemeWords
+from engine.quant_spec import SchemeSpec
 
 SHRINKAGE = 2.0
 """What is added to the diagonal of GPTQ's second moment, of itself: as though inputs were that much less correlated.
@@ -63,7 +63,7 @@ def quantize_layer(layer: CalibratedLayer, recipe: Recipe) -> QuantizedLayer:
     weights: dict[str, Weight] = {}
     errors: dict[str, float] = {}
     for role in ROLES:
-        words = recipe.specification.of_product(layer.linears[role].sources)
+        words = recipe.quant_spec.of_product(layer.linears[role].sources)
         moment = layer.statistics[role].second_moment
         for module, weight in layer.weights(role).items():
             if words.kind == "none":
@@ -74,7 +74,7 @@ def quantize_layer(layer: CalibratedLayer, recipe: Recipe) -> QuantizedLayer:
 
 
 def quantize_weight(
-    weight: torch.Tensor, moment: torch.Tensor, words: SchemeWords, recipe: Recipe
+    weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, recipe: Recipe
 ) -> tuple[GridWeight | CodebookWeight, float]:
     """A weight [N, K] as its scheme stores it, and its output's signal to noise in dB.
 
@@ -92,7 +92,7 @@ def quantize_weight(
     return _stack(parts), decibels
 
 
-def round_directly(weight: torch.Tensor, words: SchemeWords, rounding: str, is_symmetric: bool) -> GridWeight:
+def round_directly(weight: torch.Tensor, words: SchemeSpec, rounding: str, is_symmetric: bool) -> GridWeight:
     """int4 or int8 to nearest, within each group's range or a narrower one.
 
     Args:
@@ -128,7 +128,7 @@ def fold_scales(layer: CalibratedLayer, recipe: Recipe) -> dict[str, torch.Tenso
     """
     floats: dict[str, torch.Tensor] = {}
     for role in ("down", "qkv", "gate_up"):
-        words = recipe.specification.of_product(layer.linears[role].sources)
+        words = recipe.quant_spec.of_product(layer.linears[role].sources)
         weights, statistics = list(layer.weights(role).values()), layer.statistics[role]
         if recipe.scaling == "smoothquant" and words.kind in ("none", "int8"):
             scale = smoothing_scale(statistics.peaks, weights)
@@ -150,7 +150,7 @@ def fold_scales(layer: CalibratedLayer, recipe: Recipe) -> dict[str, torch.Tenso
 
 
 def _search_scale(
-    weights: Sequence[torch.Tensor], statistics: InputStatistics, words: SchemeWords, recipe: Recipe
+    weights: Sequence[torch.Tensor], statistics: InputStatistics, words: SchemeSpec, recipe: Recipe
 ) -> torch.Tensor:
     return search_scale(
         weights,
@@ -180,7 +180,7 @@ def _divided(statistics: InputStatistics, scale: torch.Tensor) -> InputStatistic
 
 
 def _round(
-    weight: torch.Tensor, moment: torch.Tensor, words: SchemeWords, recipe: Recipe
+    weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, recipe: Recipe
 ) -> GridWeight | CodebookWeight:
     """A step is for some kinds of schemes; in a mixed specification others are rounded to nearest."""
     match words.kind:
@@ -194,7 +194,7 @@ def _round(
     return _round_int4(weight, moment, words, recipe)
 
 
-def _round_int4(weight: torch.Tensor, moment: torch.Tensor, words: SchemeWords, recipe: Recipe) -> GridWeight:
+def _round_int4(weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, recipe: Recipe) -> GridWeight:
     group_size = words.group_size or weight.shape[1]
     shrunk = moment + SHRINKAGE * torch.diag(moment.diagonal())
     match recipe.rounding:

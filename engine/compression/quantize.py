@@ -38,7 +38,7 @@ from engine.loading.formats.stored import StoredModule
 from engine.loading.weights import checkpoint_key
 from engine.models.config import ModelConfig
 from engine.quant.weight import GridWeight, Weight, to_float
-from engine.quant_spec import EMBEDDING, LM_HEAD, SchemeWords
+from engine.quant_spec import EMBEDDING, LM_HEAD, SchemeSpec
 
 RECORD = "quantization.json"
 _REST = "model-rest.safetensors"
@@ -60,7 +60,7 @@ class Layout:
     @staticmethod
     def choose(recipe: Recipe, config: ModelConfig) -> Layout:
         """The published one where it can express every module."""
-        schemes = {module: recipe.specification.of(module) for module in config.module_names}
+        schemes = {module: recipe.quant_spec.of(module) for module in config.module_names}
         if all(words.kind == "none" for words in schemes.values()):
             return Layout(recipe, None, is_published=True)
         is_published = schemes[EMBEDDING].kind == "none" and all(
@@ -70,7 +70,7 @@ class Layout:
         quantization = (
             compressed_tensors_config(schemes, recipe.is_symmetric)
             if is_published
-            else own_config(recipe.specification)
+            else own_config(recipe.quant_spec)
         )
         return Layout(recipe, quantization, is_published)
 
@@ -87,7 +87,7 @@ class Layout:
             parts = {"weight": weight}
         elif self.is_published:
             assert isinstance(weight, GridWeight)
-            words = self.recipe.specification.of(module)
+            words = self.recipe.quant_spec.of(module)
             parts = compressed_tensors(weight, words, self.recipe.is_symmetric)
         else:
             parts = own_parts(weight)
@@ -205,7 +205,7 @@ def _quantize_rest(
         if not (is_end or name.startswith("model.layers.")):
             tensors[name] = to_float(checkpoint.tensor(name)).to(torch.float16)
     for module in (EMBEDDING, LM_HEAD):
-        words = layout.recipe.specification.of(module)
+        words = layout.recipe.quant_spec.of(module)
         is_tied = module == LM_HEAD and config.ties_embeddings
         if words.kind == "none":
             if not is_tied:
@@ -216,7 +216,7 @@ def _quantize_rest(
         else:
             # A table is not multiplied: all of its columns matter alike.
             moment = torch.eye(config.hidden_size, dtype=torch.float64)
-            words = SchemeWords("int8", TABLE_GROUP_SIZE)
+            words = SchemeSpec("int8", TABLE_GROUP_SIZE)
         weight = to_float(checkpoint.tensor(f"{EMBEDDING if is_tied else module}.weight")).float()
         new, errors[module] = quantize_weight(weight, moment, words, layout.recipe)
         tensors |= layout.tensors(module, new)

@@ -15,7 +15,7 @@ from typing import get_args
 
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig
-from engine.quant_spec import EMBEDDING, LM_HEAD, Kind, SchemeWords, Specification, parse_specification
+from engine.quant_spec import EMBEDDING, LM_HEAD, Kind, QuantSpec, SchemeSpec, parse_quant_spec
 
 STAGES: tuple[tuple[str, ...], ...] = (
     ("hadamard",),
@@ -54,7 +54,7 @@ class Recipe:
         steps: Of the algorithm, a rounding among them.
     """
 
-    specification: Specification
+    quant_spec: QuantSpec
     is_symmetric: bool
     steps: tuple[str, ...]
 
@@ -72,11 +72,11 @@ class Recipe:
         Raises:
             ConfigError: Words that are not known or do not fit together; says which would.
         """
-        specification = parse_specification(_with_group(scheme, group_size))
-        floats = SchemeWords("none")
+        quant_spec = parse_quant_spec(_with_group(scheme, group_size))
+        floats = SchemeSpec("none")
         ends = tuple((end, floats) for end in (LM_HEAD, EMBEDDING))
-        specification = Specification(specification.default, ends + specification.rules)
-        recipe = Recipe(specification, is_symmetric, _parse_steps(algorithm))
+        quant_spec = QuantSpec(quant_spec.default, ends + quant_spec.rules)
+        recipe = Recipe(quant_spec, is_symmetric, _parse_steps(algorithm))
         recipe._check()
         return recipe
 
@@ -111,7 +111,7 @@ class Recipe:
     def description(self) -> dict[str, object]:
         """For the record."""
         return {
-            "scheme": str(self.specification),
+            "scheme": str(self.quant_spec),
             "symmetric": self.is_symmetric,
             "algorithm": self.algorithm,
         }
@@ -122,11 +122,11 @@ class Recipe:
             ConfigError: A pattern names nothing in this model, matrices of one product differ, or the model cannot
                 be rotated.
         """
-        self.specification.check(config.module_names)
+        self.quant_spec.check(config.module_names)
         for layer in range(config.num_layers):
             prefix = f"model.layers.{layer}"
-            self.specification.of_product([f"{prefix}.self_attn.{name}_proj" for name in "qkv"])
-            self.specification.of_product([f"{prefix}.mlp.{name}_proj" for name in ("gate", "up")])
+            self.quant_spec.of_product([f"{prefix}.self_attn.{name}_proj" for name in "qkv"])
+            self.quant_spec.of_product([f"{prefix}.mlp.{name}_proj" for name in ("gate", "up")])
         if self.rotates and config.has_post_norms:
             raise ConfigError(
                 f"algorithm: hadamard: {config.family} has norms behind attention and MLP, which do not commute with "
@@ -134,12 +134,12 @@ class Recipe:
             )
 
     def _check(self) -> None:
-        rules = self.specification.rules
+        rules = self.quant_spec.rules
         # Rules that give the ends to nothing are there always.
-        layers = [self.specification.default] + [
+        layers = [self.quant_spec.default] + [
             words for pattern, words in rules if pattern not in (LM_HEAD, EMBEDDING)
         ]
-        said = [self.specification.default] + [words for _, words in rules[2:]]
+        said = [self.quant_spec.default] + [words for _, words in rules[2:]]
         kinds, in_layers = {words.kind for words in said}, {words.kind for words in layers}
         for words in said:
             if words.activations != "default":

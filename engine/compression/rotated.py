@@ -12,9 +12,9 @@ import torch
 
 from engine.compression.hadamard import make_rotation, rotate_ends, rotate_layer
 from engine.loading.checkpoint import Checkpoint
-from engine.loading.parts import check_shape, take_part
+from engine.loading.slices import check_shape, take_slices
 from engine.models.config import ModelConfig
-from engine.parallel.shares import WHOLE, Part
+from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight, to_float
 
 ROTATION_SEED = 0
@@ -63,10 +63,10 @@ class RotatedCheckpoint:
     def num_bytes_read(self) -> int:
         return self._checkpoint.num_bytes_read
 
-    def tensor(self, name: str, part: Part = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
+    def tensor(self, name: str, part: Slices = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
         weight = self._whole(name)
         check_shape(self.path, name, weight.shape, shape)
-        return take_part(weight, part, name)
+        return take_slices(weight, part, name)
 
     def _whole(self, name: str) -> Weight:
         if name in (_EMBEDDING, _NORM, _HEAD):

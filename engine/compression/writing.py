@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from engine.kernels.nibbles import pack_nibbles
 from engine.loading.checkpoint import Checkpoint
 from engine.quant.weight import GridWeight
-from engine.quant_spec import EMBEDDING, LM_HEAD, SchemeWords
+from engine.quant_spec import EMBEDDING, LM_HEAD, SchemeSpec
 from engine.tokenizer.files import read_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*")
@@ -34,7 +34,7 @@ def pack_words(codes: torch.Tensor, bits: int = 4) -> torch.Tensor:
     return words.flatten().view(torch.int32).view(codes.shape[0], -1)
 
 
-def is_expressible(words: SchemeWords, in_features: int, has_float_minimums: bool) -> bool:
+def is_expressible(words: SchemeSpec, in_features: int, has_float_minimums: bool) -> bool:
     """Whether compressed-tensors holds a weight of this scheme: whole rows, or groups that fill them.
 
     Args:
@@ -47,7 +47,7 @@ def is_expressible(words: SchemeWords, in_features: int, has_float_minimums: boo
     return words.group_size == 0 or in_features % words.group_size == 0
 
 
-def compressed_tensors(weight: GridWeight, words: SchemeWords, is_symmetric: bool) -> dict[str, torch.Tensor]:
+def compressed_tensors(weight: GridWeight, words: SchemeSpec, is_symmetric: bool) -> dict[str, torch.Tensor]:
     """The parts of a module: "int-quantized" for int8 rows with int8 activations, else "pack-quantized".
 
     Args:
@@ -68,18 +68,18 @@ def compressed_tensors(weight: GridWeight, words: SchemeWords, is_symmetric: boo
     return parts
 
 
-def compressed_tensors_config(schemes: Mapping[str, SchemeWords], is_symmetric: bool) -> dict[str, Any]:
+def compressed_tensors_config(schemes: Mapping[str, SchemeSpec], is_symmetric: bool) -> dict[str, Any]:
     """`quantization_config` of config.json.
 
     Args:
         schemes: Of all modules, the vocabulary projection among them; not all "none".
         is_symmetric: Of int4.
     """
-    modules: dict[SchemeWords, list[str]] = defaultdict(list)
+    modules: dict[SchemeSpec, list[str]] = defaultdict(list)
     for module, words in schemes.items():
         if module != EMBEDDING:
             modules[words].append(module)
-    ignored = modules.pop(SchemeWords("none"), [])
+    ignored = modules.pop(SchemeSpec("none"), [])
     if len(modules) == 1 and ignored == [LM_HEAD]:
         # As llm-compressor writes it where layers are all alike.
         targets, ignore = [["Linear"]], ignored
@@ -104,15 +104,15 @@ def compressed_tensors_config(schemes: Mapping[str, SchemeWords], is_symmetric: 
     }
 
 
-def _is_packed(words: SchemeWords) -> bool:
+def _is_packed(words: SchemeSpec) -> bool:
     return words.kind == "int4" or words.group_size != 0 or words.is_weight_only
 
 
-def _layout(words: SchemeWords) -> str:
+def _layout(words: SchemeSpec) -> str:
     return "pack-quantized" if _is_packed(words) else "int-quantized"
 
 
-def _arguments(words: SchemeWords, is_symmetric: bool) -> dict[str, Any]:
+def _arguments(words: SchemeSpec, is_symmetric: bool) -> dict[str, Any]:
     """What a config group says of weights and activations; int8 ones have a scale a token."""
     weights = {
         "num_bits": 4 if words.kind == "int4" else 8,

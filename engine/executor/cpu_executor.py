@@ -1,4 +1,4 @@
-"""ProgramExecutor: runs a step on the CPU as one call of the C kernels.
+"""CpuExecutor: runs a step on the CPU as one call of the C kernels.
 
 The model's forward pass is recorded once, over buffers for the largest step. A step writes its inputs where the
 program reads them, runs it, and finds the logits where they always are.
@@ -15,16 +15,16 @@ from engine.core.executor import Drawn, Sampled
 from engine.executor.step_buffers import BlockTables, flatten
 from engine.executor.torch_executor import read_drawn
 from engine.kernels import cpu
-from engine.kernels.attention.in_c import SEGMENT, HostPlan, gather, group_segments
+from engine.kernels.attention.in_c import SEGMENT, CpuPlan, gather, group_segments
 from engine.kernels.attention.kv_layer import KVCache
 from engine.models.attention import PagedInputs
 from engine.models.config import RopeConfig
 from engine.models.decoder import Decoder
 from engine.models.rope import RotaryTable
-from engine.models.sharding import share_of_config
+from engine.models.sharding import shard_of_config
 
 
-class ProgramExecutor:
+class CpuExecutor:
     """Owns the program and its buffers.
 
     Args:
@@ -57,9 +57,9 @@ class ProgramExecutor:
         self._token_ids, self._positions, self._slots = (words(num_tokens) for _ in range(3))
         self._starts, self._table_rows, self._partial_starts = (words(num_rows) for _ in range(3))
         self._query_starts, self._last_rows = words(num_rows + 1), words(num_rows)
-        config = share_of_config(model.config, model.group.share)
+        config = shard_of_config(model.config, model.group.shard)
         num_segments = num_rows * -(-limits.max_model_len // SEGMENT)
-        plan = HostPlan.make(
+        plan = CpuPlan.make(
             num_sequences=self._num_rows,
             query_starts=self._query_starts,
             starts=self._starts,
@@ -71,7 +71,11 @@ class ProgramExecutor:
             head_dim=config.head_dim,
         )
         inputs = PagedInputs(
-            self._positions, self._slots, dict.fromkeys(config.sliding_windows, plan), rotary, is_pinned=True
+            self._positions,
+            self._slots,
+            dict.fromkeys(config.sliding_windows, plan),
+            rotary,
+            batch_invariant=True,
         )
         self.program = cpu.Program(torch.get_num_threads())
         with torch.inference_mode():

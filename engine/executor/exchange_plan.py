@@ -10,8 +10,8 @@ import torch
 from engine.config import SchedulerConfig, format_bytes
 from engine.kernels.matmul.cpu_sharded import num_terms
 from engine.kernels.quantize import SPREAD_BLOCK
-from engine.models.cuts import Cut, GatheredCut, IntegerSumCut, SummedCut
 from engine.models.decoder import Decoder, DecoderLayer
+from engine.models.splits import RowParallelGather, RowParallelIntegerSum, RowParallelSum, Split
 from engine.parallel.exchanges import Exchange, counted, gathered, sent, step_bytes, summed
 from engine.parallel.symmetric import MAX_BYTES
 
@@ -64,8 +64,8 @@ def plan_exchanges(
         rank: Among all, stage by stage.
         is_symmetric: Whether small sums of floats go through symmetric memory.
     """
-    share, pipeline = model.group.share, model.pipeline
-    if share.size * pipeline.size == 1:
+    shard, pipeline = model.group.shard, model.pipeline
+    if shard.size * pipeline.size == 1:
         return None
     layers = pipeline.layers(model.config.num_layers)
     stage = f", layers {layers.start} to {layers.stop - 1}" if pipeline.size > 1 else ""
@@ -74,7 +74,7 @@ def plan_exchanges(
     if is_symmetric:
         carrier += f", and float sums of up to {format_bytes(MAX_BYTES)} over symmetric memory"
     return ExchangePlan(
-        rank=f"rank {rank} of {share.size * pipeline.size}{stage}",
+        rank=f"rank {rank} of {shard.size * pipeline.size}{stage}",
         exchanges=tuple(counted(_exchanges(model))),
         carrier=carrier,
         has_run=is_cpu,
@@ -90,32 +90,35 @@ def _exchanges(model: Decoder) -> Iterator[Exchange]:
             yield summed("embedding", config.hidden_size, itemsize)
         for layer in model.layers:
             assert isinstance(layer, DecoderLayer)
-            yield from _row_exchanges("attention", layer.attention.output.cut, config.hidden_size, itemsize)
-            yield from _row_exchanges("MLP", layer.mlp.down.cut, config.hidden_size, itemsize)
+            yield from _row_exchanges("attention", layer.attention.output.split, config.hidden_size, itemsize)
+            yield from _row_exchanges("MLP", layer.mlp.down.split, config.hidden_size, itemsize)
         if model.pipeline.is_last:
             yield gathered("logits", config.vocab_size, size, itemsize, of="draw")
     if not model.pipeline.is_last:
         yield sent("hidden states to the next stage", config.hidden_size, itemsize)
 
 
-def _row_exchanges(name: str, cut: Cut, out_features: int, itemsize: int) -> list[Exchange]:
-    match cut:
-        case GatheredCut():
-            size = cut.group.size
+def _row_exchanges(name: str, split: Split, out_features: int, itemsize: int) -> list[Exchange]:
+    match split:
+        case RowParallelGather():
+            size = split.group.size
             return [
-                gathered(f"inputs of the {name}'s output", cut.in_features, size, itemsize),
-                gathered(f"output of the {name}", cut.out_features, size, itemsize),
+                gathered(f"inputs of the {name}'s output", split.in_features, size, itemsize),
+                gathered(f"output of the {name}", split.out_features, size, itemsize),
             ]
-        case IntegerSumCut():
-            size = cut.group.size
-            sums = num_terms(cut.format) * cut.out_features
+        case RowParallelIntegerSum():
+            size = split.group.size
+            sums = num_terms(split.format) * split.out_features
             return [
                 gathered(
-                    f"largest inputs of the {name}'s output", cut.in_features // SPREAD_BLOCK, size, itemsize
+                    f"largest inputs of the {name}'s output",
+                    split.in_features // SPREAD_BLOCK,
+                    size,
+                    itemsize,
                 ),
                 summed(f"integers of the {name}'s output", sums, torch.int32.itemsize),
-                gathered(f"output of the {name}", cut.out_features, size, itemsize),
+                gathered(f"output of the {name}", split.out_features, size, itemsize),
             ]
-        case SummedCut():
+        case RowParallelSum():
             return [summed(f"output of the {name}", out_features, itemsize)]
-    raise TypeError(f"{type(cut).__name__}: its exchanges are not planned")
+    raise TypeError(f"{type(split).__name__}: its exchanges are not planned")

@@ -128,7 +128,7 @@ def plan_memory(
             f"{model.head_dim}; use int8"
         )
     scheduler = SchedulerConfig.resolve(config, requested, device.type)
-    estimate = _host_activation_bytes if device.type == "cpu" else _device_activation_bytes
+    estimate = _cpu_activation_bytes if device.type == "cpu" else _device_activation_bytes
     activations = estimate(model, scheduler) if measured_activations is None else measured_activations
     if measured_activations is None and config.tensor_parallel_size > 1 and config.exact_reduce:
         activations += _gathered_bytes(config, model, scheduler)
@@ -185,7 +185,7 @@ def table_copies(model: Decoder, device: torch.device) -> int:
     return sum(buffer.nbytes for buffer in model.embedding.buffers())
 
 
-def _host_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
+def _cpu_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
     """What a step on a CPU works in: floats, the int8 codes of what is multiplied, and the logits with a copy."""
     attended = model.num_heads * model.head_dim
     projected = attended + 2 * model.num_kv_heads * model.head_dim

@@ -38,7 +38,7 @@ def resolve_dtype(config: EngineConfig, model: dict[str, Any], on_cpu: bool) -> 
     Raises:
         ConfigError: On a CPU, quantized products take and return float32.
     """
-    if on_cpu and config.specification.is_quantized and config.dtype not in ("auto", "float32"):
+    if on_cpu and config.quant_spec.is_quantized and config.dtype not in ("auto", "float32"):
         raise ConfigError(
             f"dtype: {config.dtype} is for --quant none on a CPU; {config.quant} computes in float32, use auto"
         )
@@ -69,12 +69,12 @@ def resolve_cache_dtype(config: EngineConfig, dtype: torch.dtype, target: Target
         raise ConfigError(
             f"kv_cache_dtype: fp8_e4m3 needs an sm_89 or newer, this is {target.arch}; use int8, which is as small"
         )
-    if config.kv_cache_dtype == "auto" and target is None and config.specification.is_quantized:
+    if config.kv_cache_dtype == "auto" and target is None and config.quant_spec.is_quantized:
         return torch.int8  # the least to read, and attention in integer products; its price is in the README
     return CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
 
 
-def describe_host(dtype: torch.dtype) -> str:
+def describe_cpu(dtype: torch.dtype) -> str:
     """What computes on a CPU, and whether a token depends on its chunk there, in one line."""
     if dtype == torch.float32:
         return cpu.describe()

@@ -14,13 +14,13 @@ from engine.config import EngineConfig, SchedulerConfig
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Executor, Sampled
 from engine.errors import ConfigError
-from engine.executor.cpu_executor import ProgramExecutor
+from engine.executor.cpu_executor import CpuExecutor
 from engine.executor.exchange_plan import plan_exchanges
 from engine.executor.memory import MemoryPlan, available_bytes, plan_memory, table_copies
-from engine.executor.options import describe_host, resolve_cache_dtype, resolve_device, resolve_dtype
+from engine.executor.options import describe_cpu, resolve_cache_dtype, resolve_device, resolve_dtype
 from engine.executor.step_meter import StepMeter, private_bytes
-from engine.executor.torch_executor import HostExecutor
-from engine.executor.triton_executor import DeviceExecutor
+from engine.executor.torch_executor import TorchExecutor
+from engine.executor.triton_executor import TritonExecutor
 from engine.executor.warmup import GREEDY, dummy_batch, largest_batch, warm_up
 from engine.kernels import cpu
 from engine.kernels.attention.kv_layer import KVCache
@@ -30,12 +30,12 @@ from engine.loading.weights import checkpoint_key, load_weights
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.rope import RotaryTable
-from engine.models.sharding import check_columns, check_shares, share_of_config
-from engine.parallel.place import Place, take_place
+from engine.models.sharding import check_columns, check_shards, shard_of_config
+from engine.parallel.place import RankPlace, take_place
 from engine.parallel.rendezvous import meet
 from engine.parallel.symmetric import check_device
 from engine.quant.plan import QuantizationPlan
-from engine.quant_spec import Specification
+from engine.quant_spec import QuantSpec
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class ModelRunner:
         checkpoint: Checkpoint,
         rank: int = 0,
         store: str | None = None,
-        attend: Callable[[Callable[[], Place]], Place] = lambda wait: wait(),
+        attend: Callable[[Callable[[], RankPlace]], RankPlace] = lambda wait: wait(),
         say: Callable[[str], None] = logger.info,
     ) -> None:
         base_bytes = private_bytes()
@@ -69,9 +69,9 @@ class ModelRunner:
         self.model_config = ModelConfig.from_dict({**checkpoint.config, "tie_word_embeddings": ties})
         self.config = config = _resolve_quantization(config, self.model_config, checkpoint)
         self.device = resolve_device(config)
-        check_shares(self.model_config, config.tensor_parallel_size)
+        check_shards(self.model_config, config.tensor_parallel_size)
         if not config.exact_reduce:
-            check_columns(self.model_config, config.specification, config.tensor_parallel_size)
+            check_columns(self.model_config, config.quant_spec, config.tensor_parallel_size)
         if config.symmetric_memory:
             check_device(self.device)
         if self.device.type == "cuda" and config.num_ranks > 1:
@@ -90,7 +90,7 @@ class ModelRunner:
         )
         layers = self.place.pipeline.layers(self.model_config.num_layers)
         self.shard_config = replace(
-            share_of_config(self.model_config, self.place.group.share), num_layers=len(layers)
+            shard_of_config(self.model_config, self.place.group.shard), num_layers=len(layers)
         )
         self.is_asynchronous = self.device.type == "cuda"
         if self.device.type == "cpu":
@@ -101,11 +101,11 @@ class ModelRunner:
         self.cache_dtype = resolve_cache_dtype(config, self.dtype, target)
         runs_program = target is None and self.dtype == torch.float32 and cpu.library() is not None
         if target is None:
-            bodies = describe_host(self.dtype)
+            bodies = describe_cpu(self.dtype)
             if config.deterministic and not runs_program:
                 raise ConfigError(f"deterministic: on {bodies}")
             logger.info("on %d threads, %s", torch.get_num_threads(), bodies)
-        quantization = QuantizationPlan(config.specification, self.dtype, config.deterministic)
+        quantization = QuantizationPlan(config.quant_spec, self.dtype, config.deterministic)
         self.model = Decoder(
             self.model_config, quantization, self.dtype, self.place.group, self.place.pipeline
         )
@@ -128,9 +128,9 @@ class ModelRunner:
         if target is None:
             self.cache = self._allocate_cache(self.plan.num_blocks + 1)
             self.executor: Executor = (
-                ProgramExecutor(self.model, self.cache, self.rotary, self._limits)
+                CpuExecutor(self.model, self.cache, self.rotary, self._limits)
                 if runs_program
-                else HostExecutor(self.model, self.cache, self.rotary, self._limits.max_num_seqs)
+                else TorchExecutor(self.model, self.cache, self.rotary, self._limits.max_num_seqs)
             )
         else:
             self.executor = self._make_device_executor(target)
@@ -179,16 +179,16 @@ class ModelRunner:
             ),
         )
 
-    def _make_device_executor(self, target: Target) -> DeviceExecutor:
+    def _make_device_executor(self, target: Target) -> TritonExecutor:
         """The executor, its kernels compiled and its graphs captured; fixes the plan and allocates the cache."""
         # At first over a cache of two blocks, since the largest step tells how many there can be.
-        executor = DeviceExecutor(
+        executor = TritonExecutor(
             self.model,
             self._allocate_cache(2),
             self.rotary,
             self._limits,
             self.plan.num_blocks * self.config.block_size,
-            self.config.pins_attention,
+            self.config.batch_invariant_attention,
         )
         if self.device.type == "cuda":
             warm_up(executor, target)
@@ -226,10 +226,10 @@ def _resolve_quantization(config: EngineConfig, model: ModelConfig, checkpoint: 
     modules = model.module_names
     stored = {} if config.load_format == "dummy" else stored_schemes(checkpoint, modules)
     if config.quant == "auto":
-        return replace(config, quant=str(Specification.covering(stored, modules)) if stored else "none")
-    config.specification.check(modules)
+        return replace(config, quant=str(QuantSpec.covering(stored, modules)) if stored else "none")
+    config.quant_spec.check(modules)
     for module, words in stored.items():
-        wanted = config.specification.of(module)
+        wanted = config.quant_spec.of(module)
         if wanted.kind != "none" and wanted.storage != words.storage:
             raise ConfigError(
                 f"quant: {module} in {checkpoint.path} is {words.storage} already, and cannot become "
@@ -238,7 +238,7 @@ def _resolve_quantization(config: EngineConfig, model: ModelConfig, checkpoint: 
     return config
 
 
-def _measure_activations(executor: DeviceExecutor) -> int:
+def _measure_activations(executor: TritonExecutor) -> int:
     """Bytes that the largest step takes beyond what is there before it."""
     batch = largest_batch(executor.limits)
     torch.cuda.synchronize()

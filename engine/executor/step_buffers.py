@@ -20,10 +20,10 @@ from engine.config import SchedulerConfig
 from engine.core.batch import Batch, BatchRow, Draw
 from engine.core.kv_cache import NULL_BLOCK
 from engine.executor.sampler import parameters_of
-from engine.kernels.attention.paged import ITEM_WORDS, Form, PagedPlan, Scratch, WorkList, plan_items
+from engine.kernels.attention.paged import ITEM_WORDS, AttentionForm, PagedPlan, Scratch, WorkList, plan_items
 from engine.kernels.sample import DrawParameters
 
-Words = np.ndarray[tuple[int], np.dtype[np.int32]]
+Int32Array = np.ndarray[tuple[int], np.dtype[np.int32]]
 Table = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 
 ALIGNMENT = 4
@@ -63,19 +63,19 @@ class AttentionForms:
     """How attention's work is cut.
 
     Attributes:
-        decode, prefill: The forms for sequences with few and with many queries; the same one if they are pinned.
+        decode, prefill: The forms for sequences with few and with many queries; the same one if batch invariant.
         group: Query heads that share a key head.
         capacity: Rows of the scratch.
     """
 
-    decode: Form
-    prefill: Form
+    decode: AttentionForm
+    prefill: AttentionForm
     group: int
     capacity: int
     scratch: Scratch
 
     @property
-    def is_pinned(self) -> bool:
+    def batch_invariant(self) -> bool:
         return self.decode is self.prefill
 
     def max_items(self, num_tokens: int, num_rows: int) -> int:
@@ -131,12 +131,12 @@ class FlatTokens:
         row_slots: Each row's place in the running batch.
     """
 
-    token_ids: Words
-    positions: Words
-    slots: Words
-    starts: Words
-    ends: Words
-    row_slots: Words
+    token_ids: Int32Array
+    positions: Int32Array
+    slots: Int32Array
+    starts: Int32Array
+    ends: Int32Array
+    row_slots: Int32Array
 
 
 def flatten(
@@ -210,9 +210,9 @@ class StepBuffers:
         max_items = attention.max_items(num_tokens, num_rows)
         lists = dict.fromkeys(self._list_names(("decode", "prefill")), max_items)
         size = self._layout(num_tokens, num_rows, self.tables.numel(), lists).end
-        pinned = device.type == "cuda"
-        self._host = [torch.empty(size, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
-        self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else None  # type: ignore[no-untyped-call]
+        is_pinned = device.type == "cuda"
+        self._host = [torch.empty(size, dtype=torch.int32, pin_memory=is_pinned) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)] if is_pinned else None  # type: ignore[no-untyped-call]
         self._device = torch.empty(size, dtype=torch.int32, device=device)
         self._padded: dict[int, tuple[Layout, StepInputs]] = {}
 
@@ -244,7 +244,7 @@ class StepBuffers:
             # Done long ago, unless steps without a draw, which nobody waits for, have run ahead.
             self._copied.reverse()
             self._copied[-1].synchronize()
-        words: Words = host.numpy()
+        words: Int32Array = host.numpy()
         self._write_tokens(words, layout, tokens)
         self._write_draws(words, layout, rows, tokens.ends)
         words[layout.parts["update_indices"]][: len(blocks)] = indices
@@ -268,12 +268,12 @@ class StepBuffers:
         """Lets the rows' block tables be sent again: a step failed, and what it brought may not have arrived."""
         self._host_tables.forget(rows)
 
-    def _work_lists(self, lengths: Words, starts: Words) -> dict[str, Table]:
+    def _work_lists(self, lengths: Int32Array, starts: Int32Array) -> dict[str, Table]:
         """Attention's items by kind and window; a kind without any is left out."""
         forms = self.attention
         is_decode = lengths <= forms.decode.block_q
         kinds = {"decode": np.where(is_decode, lengths, 0), "prefill": np.where(is_decode, 0, lengths)}
-        if forms.is_pinned:
+        if forms.batch_invariant:
             kinds = {"decode": lengths}
         return {
             self._list_name(kind, index): plan_items(
@@ -284,7 +284,7 @@ class StepBuffers:
             if (kept := kinds.get(kind)) is not None and kept.any()
         }
 
-    def _write_tokens(self, words: Words, layout: Layout, tokens: FlatTokens) -> None:
+    def _write_tokens(self, words: Int32Array, layout: Layout, tokens: FlatTokens) -> None:
         count, num_tokens = len(tokens.starts), len(tokens.token_ids)
         for name in ("token_ids", "positions", "slots"):
             part = words[layout.parts[name]]
@@ -298,7 +298,9 @@ class StepBuffers:
             words[layout.parts[name]][:count] = values
             words[layout.parts[name]][count:] = padding
 
-    def _write_draws(self, words: Words, layout: Layout, rows: Sequence[BatchRow], ends: Words) -> None:
+    def _write_draws(
+        self, words: Int32Array, layout: Layout, rows: Sequence[BatchRow], ends: Int32Array
+    ) -> None:
         drawing = [index for index, row in enumerate(rows) if row.draw is not None]
         count = len(drawing)
         words[layout.parts["last_rows"]][:count] = ends[drawing] - 1

@@ -1,4 +1,4 @@
-"""HostExecutor: runs a step on the CPU with torch's operators, where there are no C kernels for it."""
+"""TorchExecutor: runs a step on the CPU with torch's operators, where there are no C kernels for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.core.batch import PENDING, Batch, Draw
 from engine.core.executor import Drawn, Sampled
 from engine.core.request import RowFailure, SampledToken
 from engine.executor.sampler import sample
-from engine.executor.step_buffers import Words
+from engine.executor.step_buffers import Int32Array
 from engine.kernels.attention.in_torch import plan_attention, slot_mapping
 from engine.kernels.attention.kv_layer import KVCache
 from engine.models.attention import TorchInputs
@@ -18,7 +18,7 @@ from engine.models.decoder import Decoder
 from engine.models.rope import RotaryTable
 
 
-class HostExecutor:
+class TorchExecutor:
     """Turns batches into tensors, runs the model over them and draws the tokens.
 
     Args:
@@ -69,7 +69,7 @@ class HostExecutor:
 
 
 def read_drawn(
-    logits: torch.Tensor, batch: Batch, draws: list[Draw | None], last_tokens: Words
+    logits: torch.Tensor, batch: Batch, draws: list[Draw | None], last_tokens: Int32Array
 ) -> list[SampledToken | RowFailure | None]:
     """Draws on the CPU, and notes the tokens in `last_tokens` ([slots] int32)."""
     wanted = [draw for draw in draws if draw is not None]

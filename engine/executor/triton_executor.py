@@ -1,4 +1,4 @@
-"""DeviceExecutor: runs steps on a GPU, or wherever Triton's kernels run, without waiting for them.
+"""TritonExecutor: runs steps on a GPU, or wherever Triton's kernels run, without waiting for them.
 
 one copy of a step's inputs ─► block tables ─► forward pass (a CUDA graph for decodes) ─► logits
 adjustments, if any ─► draw ─► last tokens, which the next step reads on the device ─► copy to the host
@@ -30,13 +30,13 @@ from engine.models.decoder import Decoder
 from engine.models.rope import RotaryTable
 
 
-class DeviceExecutor:
+class TritonExecutor:
     """Owns what steps work with on the device besides weights and cache.
 
     Args:
         rotary: By rope, the table for every position that a sequence can reach.
         num_slots: Tokens that the cache will hold: buffers are made for so many.
-        pinned: Attention in one form for chunks and decodes, so that a token does not depend on its chunk.
+        batch_invariant: Attention in one form for chunks and decodes, so that a token does not depend on its chunk.
 
     Attributes:
         cache: May be replaced until `capture_graphs`.
@@ -50,7 +50,7 @@ class DeviceExecutor:
         rotary: dict[RopeConfig, RotaryTable],
         limits: SchedulerConfig,
         num_slots: int,
-        pinned: bool,
+        batch_invariant: bool,
     ) -> None:
         self.model, self.cache, self.rotary, self.limits = model, cache, rotary, limits
         self.device = cache.data.device
@@ -61,7 +61,7 @@ class DeviceExecutor:
             limits,
             cache.block_size,
             sorted(set(config.sliding_windows), key=lambda window: window or limits.max_model_len),
-            _attention_forms(model, cache, limits, num_slots, pinned),
+            _attention_forms(model, cache, limits, num_slots, batch_invariant),
             self.device,
         )
         self._inputs: StepInputs
@@ -122,7 +122,7 @@ class DeviceExecutor:
 
     def _hidden(self, inputs: StepInputs) -> torch.Tensor:
         attention = PagedInputs(
-            inputs.positions, inputs.slots, inputs.plans, self.rotary, self.buffers.attention.is_pinned
+            inputs.positions, inputs.slots, inputs.plans, self.rotary, self.buffers.attention.batch_invariant
         )
         return self.model(resolve_tokens(inputs.token_ids, self.last_tokens), self.cache, attention)
 
@@ -222,7 +222,7 @@ def _to_host(x: torch.Tensor) -> torch.Tensor:
 
 
 def _attention_forms(
-    model: Decoder, cache: KVCache, limits: SchedulerConfig, num_slots: int, pinned: bool
+    model: Decoder, cache: KVCache, limits: SchedulerConfig, num_slots: int, batch_invariant: bool
 ) -> AttentionForms:
     config, data = model.config, cache.data
     target = target_of(data)
@@ -231,8 +231,8 @@ def _attention_forms(
     capacity = scratch_capacity(num_slots, limits.max_num_seqs, limits.max_model_len, group)
     shape = (model.dtype, data.dtype, config.num_heads, config.num_kv_heads, config.head_dim)
     try:
-        decode = form(target, "pinned" if pinned else "decode", *shape)
-        prefill = decode if pinned else form(target, "prefill", *shape)
+        decode = form(target, "batch_invariant" if batch_invariant else "decode", *shape)
+        prefill = decode if batch_invariant else form(target, "prefill", *shape)
     except ValueError as error:
         raise ConfigError(f"model: {error} fit an attention kernel; use --device cpu") from error
     return AttentionForms(

@@ -16,7 +16,7 @@ from engine.core.batch import Batch, BatchRow, Draw
 from engine.core.kv_cache import NULL_BLOCK
 from engine.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.executor.options import resolve_cache_dtype, resolve_dtype
-from engine.executor.triton_executor import DeviceExecutor
+from engine.executor.triton_executor import TritonExecutor
 from engine.kernels.attention.kv_layer import KVCache
 from engine.kernels.launch import TARGETS, Launch, Target, recording, token_classes
 from engine.loading.dummy import DummyCheckpoint
@@ -76,7 +76,7 @@ def _prompt_lengths(num_tokens: int, limits: SchedulerConfig) -> list[int]:
     return [min(longest, num_tokens - row * longest) for row in range(num_rows)]
 
 
-def warm_up(executor: DeviceExecutor, target: Target) -> None:
+def warm_up(executor: TritonExecutor, target: Target) -> None:
     """Runs the batches; kernels that Triton's cache on disk has are loaded, the others compiled."""
     batches = list(warm_up_batches(executor.limits, target))
     for batch in tqdm(batches, desc="Compiling kernels", unit="step", leave=False):
@@ -85,7 +85,7 @@ def warm_up(executor: DeviceExecutor, target: Target) -> None:
             sampled.read()
 
 
-def make_meta_executor(config: EngineConfig, target: Target) -> DeviceExecutor:
+def make_meta_executor(config: EngineConfig, target: Target) -> TritonExecutor:
     """An executor of the configured model without data, for use under `recording`.
 
     Raises:
@@ -102,7 +102,7 @@ def make_meta_executor(config: EngineConfig, target: Target) -> DeviceExecutor:
     limits = SchedulerConfig.resolve(config, context, "cuda")
     model = Decoder(
         model_config,
-        QuantizationPlan(config.specification, dtype, config.deterministic),
+        QuantizationPlan(config.quant_spec, dtype, config.deterministic),
         dtype,
         TensorGroup(),
         Pipeline(),
@@ -120,7 +120,7 @@ def make_meta_executor(config: EngineConfig, target: Target) -> DeviceExecutor:
     rotary = {
         rope: RotaryTable(rope, model_config.head_dim, context, device) for rope in set(model_config.ropes)
     }
-    return DeviceExecutor(model, cache, rotary, limits, NUM_META_SLOTS, config.pins_attention)
+    return TritonExecutor(model, cache, rotary, limits, NUM_META_SLOTS, config.batch_invariant_attention)
 
 
 def record_launches(config: EngineConfig, arch: str) -> set[Launch]:

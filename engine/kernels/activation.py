@@ -10,7 +10,7 @@ import triton.language as tl
 from engine.kernels import cpu
 from engine.kernels.launch import Tile, launch, select_tile, target_of
 from engine.kernels.operands import Activations, Format, Int8Format
-from engine.kernels.quantize import empty_activations, group_of, host_outputs, outputs, row_tile, write_row
+from engine.kernels.quantize import cpu_outputs, empty_activations, group_of, outputs, row_tile, write_row
 
 
 def silu_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def _gated(gate_up: torch.Tensor, activation: str, format: Format, tile: Tile | 
     is_gelu = activation == "gelu_tanh"
     if target is None and cpu.serves(gate_up):
         assert gate_up.is_contiguous()
-        product, outputs_of_c = host_outputs("gated", num_tokens, size, format)
+        product, outputs_of_c = cpu_outputs("gated", num_tokens, size, format)
         cpu.run("gated", num_tokens, gate_up, size, int(is_gelu), *outputs_of_c)
         return product
     if target is None:

@@ -11,7 +11,7 @@ import triton.language as tl
 from engine.kernels import cpu
 from engine.kernels.launch import launch, runs_triton
 from engine.kernels.operands import Activations, Format
-from engine.kernels.quantize import empty_activations, group_of, host_outputs, outputs, row_tile, write_row
+from engine.kernels.quantize import cpu_outputs, empty_activations, group_of, outputs, row_tile, write_row
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -50,7 +50,7 @@ def rms_norm(
     assert delta is None or delta.is_contiguous()
     size = weight.shape[0]
     num_rows = x.numel() // size
-    y, outputs_of_c = host_outputs("rms_norm", num_rows, size, format)
+    y, outputs_of_c = cpu_outputs("rms_norm", num_rows, size, format)
     cpu.run("rms_norm", num_rows, x, delta, weight, epsilon, size, *outputs_of_c)
     return y.view(x.shape) if isinstance(y, torch.Tensor) else y
 

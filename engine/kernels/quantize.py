@@ -105,7 +105,7 @@ def empty_sparse(owner: str, num_tokens: int, in_features: int) -> SparseInt8Act
     )
 
 
-def host_outputs(
+def cpu_outputs(
     owner: str, num_tokens: int, in_features: int, format: Format
 ) -> tuple[Activations, list[cpu.Argument]]:
     """What the C body `owner` writes, and the six words that say so: floats, spread, codes."""

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from engine.errors import CheckpointError
 from engine.loading.safetensors import DirectoryCheckpoint
-from engine.parallel.shares import WHOLE, Part
+from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight
-from engine.quant_spec import SchemeWords, parse_scheme
+from engine.quant_spec import SchemeSpec, parse_scheme_spec
 
 
 class Checkpoint(Protocol):
@@ -35,7 +35,7 @@ class Checkpoint(Protocol):
         """Bytes of tensors that were read so far, as they are stored."""
         ...
 
-    def tensor(self, name: str, part: Part = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
+    def tensor(self, name: str, part: Slices = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
         """Read one tensor: as stored if float, on its grid if the file's own grid is kept (GGUF Q4_1, Q8_0,
         and what `engine.loading.formats` says).
 
@@ -53,7 +53,7 @@ class Checkpoint(Protocol):
         ...
 
 
-def stored_schemes(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, SchemeWords]:
+def stored_schemes(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, SchemeSpec]:
     """How the quantized ones of some modules are stored; empty for a checkpoint of floats.
 
     GGUF files are such: their blocks are a way to store a model of floats, whatever `--quant` makes of it.
@@ -61,7 +61,7 @@ def stored_schemes(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, 
     if not isinstance(checkpoint, DirectoryCheckpoint):
         return {}
     found = {module: checkpoint.stored_scheme(module) for module in modules}
-    schemes = {module: parse_scheme(text) for module, text in found.items() if text is not None}
+    schemes = {module: parse_scheme_spec(text) for module, text in found.items() if text is not None}
     return {module: words for module, words in schemes.items() if words.kind != "none"}
 
 

@@ -10,7 +10,7 @@ from engine.errors import CheckpointError
 from engine.loading.checkpoint import Checkpoint, open_checkpoint
 from engine.loading.json_file import read_json
 from engine.loading.safetensors import text_config
-from engine.parallel.shares import WHOLE, Part
+from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight
 
 
@@ -33,7 +33,7 @@ class DummyCheckpoint:
     def num_bytes_read(self) -> int:
         return 0
 
-    def tensor(self, name: str, part: Part = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
+    def tensor(self, name: str, part: Slices = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
         raise CheckpointError(f"{self.path}: {name} was not loaded (load_format is dummy)")
 
 

@@ -16,8 +16,8 @@ from engine.errors import CheckpointError
 from engine.loading.formats import weight_format
 from engine.loading.formats.stored import FLOATS, StoredModule
 from engine.loading.json_file import read_json
-from engine.loading.parts import check_shape, take_part
-from engine.parallel.shares import WHOLE, Part
+from engine.loading.slices import check_shape, take_slices
+from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class DirectoryCheckpoint:
     def num_bytes_read(self) -> int:
         return self._stored.num_bytes_read
 
-    def tensor(self, name: str, part: Part = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
+    def tensor(self, name: str, part: Slices = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
         module = name.removesuffix(".weight")
         if self._format is not None and module != name:
             stored_part = self._quantized_part(StoredModule(self._stored, module))
@@ -96,7 +96,9 @@ class DirectoryCheckpoint:
             return self._stored.read(name, part)
         return StoredModule(_Parts(self._stored, part), module).read("weight", FLOATS)
 
-    def _quantized(self, module: str, stored_part: str, part: Part, shape: tuple[int, ...] | None) -> Weight:
+    def _quantized(
+        self, module: str, stored_part: str, part: Slices, shape: tuple[int, ...] | None
+    ) -> Weight:
         """A part of a quantized module's weight.
 
         Args:
@@ -107,11 +109,11 @@ class DirectoryCheckpoint:
         if not self._format.has_rows or part.rows is None:
             weight = self._format.read(StoredModule(self._stored, module))
             check_shape(self.path, name, weight.shape, shape)
-            return take_part(weight, part, name)
+            return take_slices(weight, part, name)
         num_rows = self._stored.shape(f"{module}.{stored_part}")[0]
-        weight = self._format.read(StoredModule(_Parts(self._stored, Part(part.rows)), module))
+        weight = self._format.read(StoredModule(_Parts(self._stored, Slices(part.rows)), module))
         check_shape(self.path, name, (num_rows, weight.shape[1]), shape)
-        return take_part(weight, Part(None, part.columns), name)
+        return take_slices(weight, Slices(None, part.columns), name)
 
     def stored_scheme(self, module: str) -> str | None:
         """The specification of the scheme that keeps a module as it is stored, "int4:g128" for one.
@@ -186,7 +188,7 @@ class StoredTensors:
         stored = self._open(name)
         return tuple(stored.shape if isinstance(stored, torch.Tensor) else stored.get_shape())
 
-    def read(self, name: str, part: Part = WHOLE) -> torch.Tensor:
+    def read(self, name: str, part: Slices = WHOLE) -> torch.Tensor:
         """See `engine.loading.formats.stored.TensorSource`; of a part only the part is read."""
         stored = self._open(name)
         index: tuple[slice, ...] = (slice(None) if part.rows is None else part.rows,)
@@ -217,7 +219,7 @@ class _Parts:
     """The same part of each of a directory's tensors; see `engine.loading.formats.stored.TensorSource`."""
 
     stored: StoredTensors
-    part: Part
+    part: Slices
 
     def __contains__(self, name: str) -> bool:
         return name in self.stored

@@ -20,7 +20,7 @@ from engine.loading.checkpoint import Checkpoint
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.shapes import tensor_shape
-from engine.parallel.shares import WHOLE, Part
+from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight
 
 CACHE_FORMAT = 1
@@ -39,7 +39,7 @@ def checkpoint_key(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def read_checked(checkpoint: Checkpoint, config: ModelConfig, name: str, part: Part = WHOLE) -> Weight:
+def read_checked(checkpoint: Checkpoint, config: ModelConfig, name: str, part: Slices = WHOLE) -> Weight:
     """A tensor of the checkpoint, or a part of it; the whole has the shape that the model needs.
 
     Raises:
@@ -72,7 +72,7 @@ def load_weights(
         )
         with names:
 
-            def read(tensor_name: str, part: Part) -> Weight:
+            def read(tensor_name: str, part: Slices) -> Weight:
                 names.update()
                 return read_checked(checkpoint, model.config, tensor_name, part)
 

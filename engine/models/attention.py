@@ -10,17 +10,17 @@ from torch import nn
 from engine.kernels import rotary
 from engine.kernels.attention import in_torch as attention
 from engine.kernels.attention import paged as paged_attention
-from engine.kernels.attention.in_c import HostPlan
+from engine.kernels.attention.in_c import CpuPlan
 from engine.kernels.attention.in_torch import RowPlan
 from engine.kernels.attention.kv_layer import KVLayer
 from engine.kernels.attention.paged import PagedPlan
 from engine.kernels.operands import Activations, num_tokens
 from engine.models.config import ModelConfig, RopeConfig
-from engine.models.cuts import ColumnCut, row_cut
 from engine.models.linear import Linear
 from engine.models.norm import RMSNorm
 from engine.models.rope import RotaryTable
-from engine.models.sharding import share_of_config
+from engine.models.sharding import shard_of_config
+from engine.models.splits import ColumnParallel, row_parallel
 from engine.parallel.group import TensorGroup
 from engine.quant.plan import QuantizationPlan
 
@@ -48,14 +48,14 @@ class PagedInputs:
         positions, slots: [T] int32, of each token, and where its key and value go in the cache.
         plans: By sliding window (None: none), which keys each sequence reads.
         rotary: By rope.
-        is_pinned: Whether chunks and decodes are computed in one form.
+        batch_invariant: Whether chunks and decodes are computed in one form.
     """
 
     positions: torch.Tensor
     slots: torch.Tensor
-    plans: dict[int | None, PagedPlan] | dict[int | None, HostPlan]
+    plans: dict[int | None, PagedPlan] | dict[int | None, CpuPlan]
     rotary: dict[RopeConfig, RotaryTable]
-    is_pinned: bool
+    batch_invariant: bool
 
 
 AttentionInputs = TorchInputs | PagedInputs
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         group: TensorGroup,
     ) -> None:
         super().__init__()
-        mine = share_of_config(config, group.share)
+        mine = shard_of_config(config, group.shard)
         self.num_heads, self.num_kv_heads = mine.num_heads, mine.num_kv_heads
         self.head_dim, self.scale = config.head_dim, config.attention_scale
         self.window, self.rope = config.sliding_windows[layer], config.ropes[layer]
@@ -86,7 +86,7 @@ class Attention(nn.Module):
             [query_size, key_size, key_size],
             quantization.scheme(qkv),
             config.has_qkv_bias,
-            ColumnCut(group, self.head_dim),
+            ColumnParallel(group, self.head_dim),
         )
         output_scheme = quantization.scheme(output)
         self.output = Linear(
@@ -95,7 +95,7 @@ class Attention(nn.Module):
             [config.hidden_size],
             output_scheme,
             config.has_output_bias,
-            row_cut(group, query_size, config.hidden_size, output_scheme),
+            row_parallel(group, query_size, config.hidden_size, output_scheme),
         )
         self.query_norm = self.key_norm = None
         if config.has_query_key_norm:
@@ -135,5 +135,10 @@ class Attention(nn.Module):
             0.0 if self.query_norm is None else self.query_norm.epsilon,
         )
         return paged_attention.paged_attention(
-            queries, cache, inputs.plans[self.window], self.scale, self.window, pinned=inputs.is_pinned
+            queries,
+            cache,
+            inputs.plans[self.window],
+            self.scale,
+            self.window,
+            batch_invariant=inputs.batch_invariant,
         )

@@ -15,10 +15,10 @@ from engine.kernels.attention.kv_layer import KVCache, KVLayer
 from engine.kernels.norm import add
 from engine.models.attention import Attention, AttentionInputs
 from engine.models.config import ModelConfig
-from engine.models.cuts import ColumnCut
 from engine.models.linear import Embedding, Linear, ReadWeight
 from engine.models.mlp import MLP
 from engine.models.norm import RMSNorm
+from engine.models.splits import ColumnParallel
 from engine.parallel.group import TensorGroup
 from engine.parallel.pipeline import Pipeline
 from engine.quant.plan import QuantizationPlan
@@ -129,7 +129,7 @@ class Decoder(nn.Module):
                 [config.vocab_size],
                 self.lm_head_scheme,
                 has_bias=False,
-                cut=ColumnCut(group),
+                split=ColumnParallel(group),
             )
         self.head_matmul: Matmul
 

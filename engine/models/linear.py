@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from engine.kernels.operands import Activations
-from engine.models.cuts import Cut
+from engine.models.splits import Split
 from engine.parallel.group import TensorGroup
-from engine.parallel.shares import Part
+from engine.parallel.shards import Slices
 from engine.quant.scheme import Matmul, Scheme, TableScheme, Tensors
 from engine.quant.weight import Weight
 
-ReadWeight = Callable[[str, Part], Weight]
+ReadWeight = Callable[[str, Slices], Weight]
 """Reads a part of a tensor of the checkpoint by its Hugging Face name."""
 
 
@@ -52,12 +52,12 @@ class Linear(StoredLayer):
         sizes: Sequence[int],
         scheme: Scheme,
         has_bias: bool,
-        cut: Cut,
+        split: Split,
     ) -> None:
         super().__init__()
-        self.sources, self.scheme, self.has_bias, self.cut = tuple(sources), scheme, has_bias, cut
-        columns, rows = cut.columns(in_features), [cut.rows(size) for size in sizes]
-        self.parts = [Part(part, columns) for part in rows]
+        self.sources, self.scheme, self.has_bias, self.split = tuple(sources), scheme, has_bias, split
+        columns, rows = split.columns(in_features), [split.rows(size) for size in sizes]
+        self.parts = [Slices(part, columns) for part in rows]
         self.sizes = tuple(part.stop - part.start for part in rows)
         self.in_features, self.out_features = columns.stop - columns.start, sum(self.sizes)
         self._store(scheme.storage(self.out_features, self.in_features))
@@ -68,10 +68,10 @@ class Linear(StoredLayer):
     def load(self, read: ReadWeight) -> None:
         read_parts = list(zip(self.sources, self.parts, strict=True))
         weights = (read(f"{source}.weight", part) for source, part in read_parts)
-        parts = [self.cut.quantize(self.scheme, weight) for weight in weights]
+        parts = [self.split.quantize(self.scheme, weight) for weight in weights]
         self._store({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         if self.has_bias:
-            biases = [read(f"{source}.bias", Part(part.rows)) for source, part in read_parts]
+            biases = [read(f"{source}.bias", Slices(part.rows)) for source, part in read_parts]
             assert all(isinstance(bias, torch.Tensor) for bias in biases)
             self.bias = torch.cat([bias.float() for bias in biases if isinstance(bias, torch.Tensor)])
 
@@ -84,7 +84,7 @@ class Linear(StoredLayer):
     def bind(self) -> None:
         tensors = self._stored()
         bias = tensors.pop("bias", None)
-        self.matmul = self.cut.bind(self.scheme, tensors, bias)
+        self.matmul = self.split.bind(self.scheme, tensors, bias)
         # The product holds what it needs, perhaps in an order of its own.
         self._buffers.clear()
 
@@ -108,13 +108,13 @@ class Embedding(StoredLayer):
     ) -> None:
         super().__init__()
         self.source, self.scheme, self.dtype, self.factor, self.group = source, scheme, dtype, factor, group
-        self.rows = group.share.of(num_embeddings)
+        self.rows = group.shard.of(num_embeddings)
         self.shape = (self.rows.stop - self.rows.start, features)
         self._store(scheme.storage(*self.shape))
         self.tensors: Tensors
 
     def load(self, read: ReadWeight) -> None:
-        self._store(self.scheme.quantize(read(f"{self.source}.weight", Part(self.rows))))
+        self._store(self.scheme.quantize(read(f"{self.source}.weight", Slices(self.rows))))
 
     def randomize(self, device: torch.device) -> None:
         self._store(self.scheme.random(*self.shape, device))

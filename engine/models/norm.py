@@ -7,7 +7,7 @@ import torch
 from engine.kernels.norm import rms_norm
 from engine.kernels.operands import Activations, Format
 from engine.models.linear import ReadWeight, StoredLayer
-from engine.parallel.shares import WHOLE
+from engine.parallel.shards import WHOLE
 
 
 class RMSNorm(StoredLayer):

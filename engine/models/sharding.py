@@ -7,14 +7,14 @@ from dataclasses import replace
 from engine.errors import ConfigError
 from engine.kernels.matmul.codebook import SCALE_SIZE
 from engine.models.config import ModelConfig
-from engine.parallel.shares import Share
-from engine.quant_spec import Specification
+from engine.parallel.shards import Shard
+from engine.quant_spec import QuantSpec
 
 
-def share_of_config(config: ModelConfig, share: Share) -> ModelConfig:
+def shard_of_config(config: ModelConfig, shard: Shard) -> ModelConfig:
     """The model as one rank sees it between its column-parallel and its row-parallel layers."""
-    heads, kv_heads = share.of_heads(config.num_heads), share.of_heads(config.num_kv_heads)
-    inner = share.of(config.intermediate_size)
+    heads, kv_heads = shard.of_heads(config.num_heads), shard.of_heads(config.num_kv_heads)
+    inner = shard.of(config.intermediate_size)
     return replace(
         config,
         num_heads=heads.stop - heads.start,
@@ -23,7 +23,7 @@ def share_of_config(config: ModelConfig, share: Share) -> ModelConfig:
     )
 
 
-def check_shares(config: ModelConfig, size: int) -> None:
+def check_shards(config: ModelConfig, size: int) -> None:
     """
     Raises:
         ConfigError: The model cannot be cut into so many shares; names what does not divide and what would work.
@@ -37,25 +37,23 @@ def check_shares(config: ModelConfig, size: int) -> None:
         )
 
 
-def check_columns(config: ModelConfig, specification: Specification, size: int) -> None:
+def check_columns(config: ModelConfig, quant_spec: QuantSpec, size: int) -> None:
     """Whether ranks can share the columns of the weights that they would have to without `--exact-reduce`.
 
     Raises:
         ConfigError: They would cut groups that share a scale; names them and what would work.
     """
-    found = _cut_groups(config, specification, size)
+    found = _cut_groups(config, quant_spec, size)
     if found:
         sizes = range(1, config.num_heads + 1)
-        working = [
-            str(n) for n in sizes if not (_obstacles(config, n) or _cut_groups(config, specification, n))
-        ]
+        working = [str(n) for n in sizes if not (_obstacles(config, n) or _cut_groups(config, quant_spec, n))]
         raise ConfigError(
             f"exact_reduce: without it, {size} ranks cut {' and '.join(found)}, which share a scale; leave "
             f"--no-exact-reduce out, or take a --tensor-parallel-size of {' or '.join(working)}"
         )
 
 
-def _cut_groups(config: ModelConfig, specification: Specification, size: int) -> list[str]:
+def _cut_groups(config: ModelConfig, quant_spec: QuantSpec, size: int) -> list[str]:
     if size == 1:
         return []
     widths = {
@@ -65,7 +63,7 @@ def _cut_groups(config: ModelConfig, specification: Specification, size: int) ->
     found: dict[str, None] = {}
     for layer in range(config.num_layers):
         for name, width in widths.items():
-            words = specification.of(f"model.layers.{layer}.{name}")
+            words = quant_spec.of(f"model.layers.{layer}.{name}")
             group = SCALE_SIZE if words.kind == "nf4" else words.group_size
             if group and width % (size * group):
                 found[f"the {width} input features of {name} within groups of {group}"] = None

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.parallel.shares import Share
+from engine.parallel.shards import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def gathered(
     name: str, width: int, size: int, itemsize: int, of: Literal["token", "draw"] = "token"
 ) -> Exchange:
     """Of shares of `width` numbers, padded to the largest."""
-    return Exchange(name, "gather", of, Share(0, size).largest(width) * itemsize)
+    return Exchange(name, "gather", of, Shard(0, size).largest(width) * itemsize)
 
 
 def summed(name: str, width: int, itemsize: int) -> Exchange:

@@ -21,8 +21,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from engine.kernels import cpu
 from engine.parallel.rendezvous import gloo
+from engine.parallel.shards import Shard
 from engine.parallel.shared_places import PLACE_BYTES, SharedPlaces
-from engine.parallel.shares import Share
 from engine.parallel.symmetric import OneShotSum
 
 Backend = Any
@@ -40,9 +40,9 @@ class TensorGroup:
     """A rank's place among the ranks that share its layers.
 
     Attributes:
-        share: Of each layer.
+        shard: Of each layer.
         backend: torch's end of it; None for a single rank, and on the meta device.
-        is_exact: Whether the ranks compute what one would, to the bit (`--exact-reduce`).
+        rank_invariant: Whether the ranks compute what one would, to the bit (`--exact-reduce`).
         has_integer_sums: Whether products can be summed over ranks as integers, which C's kernels do.
         places: Through which ranks on CPUs of one machine exchange, past the backend.
         one_shot: What sums small floats, if they go past the backend.
@@ -51,9 +51,9 @@ class TensorGroup:
         seconds: What exchanges took, waiting for the slowest rank included.
     """
 
-    share: Share = field(default_factory=Share)
+    shard: Shard = field(default_factory=Shard)
     backend: Backend | None = None
-    is_exact: bool = True
+    rank_invariant: bool = True
     has_integer_sums: bool = False
     places: SharedPlaces | None = None
     one_shot: OneShotSum | None = None
@@ -63,14 +63,14 @@ class TensorGroup:
 
     @property
     def size(self) -> int:
-        return self.share.size
+        return self.shard.size
 
     def gather(self, x: torch.Tensor, width: int) -> torch.Tensor:
         """Columns [M, share of width] of each rank side by side, [M, width] on all of them."""
         if self.size == 1:
             return x
         whole = _empty_like(x, "gather_columns", width)
-        largest, parts = self.share.largest(width), None
+        largest, parts = self.shard.largest(width), None
         if not self._has_places(largest * x.itemsize):
             parts = _empty_like(x, "gather_parts", self.size * largest)
 
@@ -132,9 +132,9 @@ class TensorGroup:
         return x
 
     def _gather(self, x: torch.Tensor, parts: torch.Tensor | None, whole: torch.Tensor) -> None:
-        width = self.share.largest(whole.shape[1])
+        width = self.shard.largest(whole.shape[1])
         mine = torch.nn.functional.pad(x, (0, width - x.shape[1])) if x.shape[1] < width else x.contiguous()
-        columns = [Share(rank, self.size).of(whole.shape[1]) for rank in range(self.size)]
+        columns = [Shard(rank, self.size).of(whole.shape[1]) for rank in range(self.size)]
         with self._counting("gather", mine):
             if parts is None:
                 for rows, pieces in self._exchange(mine):
@@ -172,7 +172,7 @@ class TensorGroup:
             mine, theirs = x.view(shape).transpose(0, 1), parts.view(shape).transpose(0, 1)
             for rows, pieces in self._exchange(mine):
                 for rank, piece in enumerate(pieces):
-                    theirs[rows, rank] = piece[:, self.share.rank]
+                    theirs[rows, rank] = piece[:, self.shard.rank]
 
     def _has_places(self, row_bytes: int) -> bool:
         """Whether such rows go through shared memory."""
@@ -210,21 +210,21 @@ class TensorGroup:
         self.num_bytes[kind] += x.nbytes
 
 
-def join(store: Store, share: Share, name: str, device: torch.device) -> Backend:
+def join(store: Store, shard: Shard, name: str, device: torch.device) -> Backend:
     """A rank's end of a group; waits until all its ranks are there.
 
     Without torch's global process group, which a program that embeds the engine may need for itself.
 
     Args:
         store: Where the ranks find each other.
-        share: The rank's place in the group.
+        shard: The rank's place in the group.
         name: Of this group, among others that share the store.
     """
     store = PrefixStore(name, store)
     if device.type == "cuda":
         options = torch.distributed.ProcessGroupNCCL.Options()
-        return torch.distributed.ProcessGroupNCCL(store, share.rank, share.size, options)
-    return gloo(store, share.rank, share.size, PATIENCE)
+        return torch.distributed.ProcessGroupNCCL(store, shard.rank, shard.size, options)
+    return gloo(store, shard.rank, shard.size, PATIENCE)
 
 
 def sums_integers(device: torch.device) -> bool:

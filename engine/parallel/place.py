@@ -13,14 +13,14 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from engine.parallel.group import Backend, TensorGroup, join, sums_integers
 from engine.parallel.pipeline import Pipeline
+from engine.parallel.shards import Shard
 from engine.parallel.shared_places import share_places
-from engine.parallel.shares import Share
 from engine.parallel.symmetric import OneShotSum, check_reach
 from engine.process import machine_name
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankPlace:
     """
     Attributes:
         rank, size: Among all ranks.
@@ -42,17 +42,17 @@ class Place:
         """For what is kept of this rank's share of the weights; empty for a single rank."""
         if self.size == 1:
             return ""
-        share, exact = self.group.share, "-exact" if self.group.is_exact else ""
-        if self.group.is_exact and self.group.has_integer_sums:
+        shard, exact = self.group.shard, "-exact" if self.group.rank_invariant else ""
+        if self.group.rank_invariant and self.group.has_integer_sums:
             exact = "-exact-integers"  # some layers are cut otherwise
         return (
-            f"-share-{share.rank}-of-{share.size}{exact}-stage-{self.pipeline.stage}-of-{self.pipeline.size}"
+            f"-share-{shard.rank}-of-{shard.size}{exact}-stage-{self.pipeline.stage}-of-{self.pipeline.size}"
         )
 
     @property
     def tells_what_was_drawn(self) -> bool:
         """Whether it tells rank 0, on the first of several stages, what the last one drew."""
-        return self.pipeline.size > 1 and self.pipeline.is_last and self.group.share.rank == 0
+        return self.pipeline.size > 1 and self.pipeline.is_last and self.group.shard.rank == 0
 
     def smallest(self, number: int, device: torch.device) -> int:
         """The smallest of all ranks' numbers."""
@@ -71,45 +71,45 @@ def take_place(
     tensor_size: int,
     pipeline_size: int,
     device: torch.device,
-    is_exact: bool,
+    rank_invariant: bool,
     is_symmetric: bool = False,
-) -> Place:
+) -> RankPlace:
     """A rank's place; waits until those that it exchanges with are there.
 
     Args:
         store: Where the ranks find each other; None for a single rank.
-        is_exact: As in `TensorGroup`.
+        rank_invariant: As in `TensorGroup`.
         is_symmetric: Whether small sums of floats go through symmetric memory.
 
     Raises:
         ConfigError: They cannot.
     """
     if store is None:
-        return Place()
+        return RankPlace()
     size = tensor_size * pipeline_size
-    stage, share = divmod(rank, tensor_size)
-    group = TensorGroup(Share(share, tensor_size), None, is_exact)
+    stage, shard = divmod(rank, tensor_size)
+    group = TensorGroup(Shard(shard, tensor_size), None, rank_invariant)
     pipeline = Pipeline(stage, pipeline_size)
     machines = _machines(store, rank, size)
     if tensor_size > 1:
-        group.backend = join(store, group.share, f"stage-{stage}", device)
+        group.backend = join(store, group.shard, f"stage-{stage}", device)
         # Ranks on several machines may not have the same; their layers must be cut alike.
         group.has_integer_sums = group.all_of(sums_integers(device), device)
         is_local = len(set(machines[stage * tensor_size :][:tensor_size])) == 1
         if device.type == "cpu" and is_local:
             places = PrefixStore(f"places-{stage}", store)
-            group.places = share_places(places, group.share, lambda is_so: group.all_of(is_so, device))
+            group.places = share_places(places, group.shard, lambda is_so: group.all_of(is_so, device))
     if pipeline_size > 1:
-        pipeline.backend = join(store, Share(stage, pipeline_size), f"share-{share}", device)
+        pipeline.backend = join(store, Shard(stage, pipeline_size), f"share-{shard}", device)
     if tensor_size > 1 and pipeline_size > 1:
-        everyone = join(store, Share(rank, size), "everyone", device)
+        everyone = join(store, Shard(rank, size), "everyone", device)
     else:
         everyone = group.backend or pipeline.backend
     num_local = machines.count(machines[rank])
     if is_symmetric:
         check_reach(device, num_local, size)
-        group.one_shot = OneShotSum(PrefixStore(f"symmetric-{stage}", store), group.share, device)
-    return Place(rank, size, group, pipeline, everyone, num_local)
+        group.one_shot = OneShotSum(PrefixStore(f"symmetric-{stage}", store), group.shard, device)
+    return RankPlace(rank, size, group, pipeline, everyone, num_local)
 
 
 def _machines(store: Store, rank: int, size: int) -> list[str]:

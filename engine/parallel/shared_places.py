@@ -15,7 +15,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from engine.kernels import cpu
-from engine.parallel.shares import Share
+from engine.parallel.shards import Shard
 
 PLACE_BYTES = 2**20
 """What a rank hands over at a time."""
@@ -33,8 +33,8 @@ class SharedPlaces:
         memory: That all have mapped.
     """
 
-    def __init__(self, memory: mmap.mmap, share: Share) -> None:
-        self._share, self._turn = share, 0
+    def __init__(self, memory: mmap.mmap, shard: Shard) -> None:
+        self._share, self._turn = shard, 0
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         loaded = cpu.library()
         assert loaded is not None
@@ -76,16 +76,16 @@ class SharedPlaces:
         return self._memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
-def share_places(store: Store, share: Share, all_of: Callable[[bool], bool]) -> SharedPlaces | None:
+def share_places(store: Store, shard: Shard, all_of: Callable[[bool], bool]) -> SharedPlaces | None:
     """The places of a group of ranks on one machine; None where one of them cannot map the memory.
 
     Args:
         store: Where they find each other.
         all_of: Whether something is so on all of them.
     """
-    num_bytes = SharedPlaces.num_bytes(share.size)
+    num_bytes = SharedPlaces.num_bytes(shard.size)
     handle = None
-    if share.rank == 0:
+    if shard.rank == 0:
         handle = _anonymous_file(num_bytes)
         store.set("memory", "" if handle is None else f"/proc/{os.getpid()}/fd/{handle}")
     try:
@@ -100,7 +100,7 @@ def share_places(store: Store, share: Share, all_of: Callable[[bool], bool]) -> 
         if handle is not None:
             os.close(handle)
     assert memory is not None
-    return SharedPlaces(memory, share)
+    return SharedPlaces(memory, shard)
 
 
 def _anonymous_file(num_bytes: int) -> int | None:

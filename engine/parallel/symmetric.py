@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import _SymmetricMemory
 from torch.distributed.distributed_c10d import Store
 
 from engine.errors import ConfigError
-from engine.parallel.shares import Share
+from engine.parallel.shards import Shard
 
 MAX_BYTES = 512 * 1024
 """Of a sum. Not measured: vLLM's custom all-reduce leaves its one-shot kernel here with 4 GPUs, at half with 8."""
@@ -28,13 +28,13 @@ class OneShotSum:
 
     Args:
         store: Where the ranks find each other.
-        share: The rank's place among them.
+        shard: The rank's place among them.
     """
 
-    def __init__(self, store: Store, share: Share, device: torch.device) -> None:
+    def __init__(self, store: Store, shard: Shard, device: torch.device) -> None:
         # torch keeps groups by name for the process, which may have had another engine.
         self._name = str(uuid.uuid4())
-        _SymmetricMemory.set_group_info(self._name, share.rank, share.size, store)
+        _SymmetricMemory.set_group_info(self._name, shard.rank, shard.size, store)
         self._buffer = _SymmetricMemory.empty_strided_p2p((MAX_BYTES,), (1,), torch.uint8, device, self._name)
         # Is kept: the others' mappings live as long as it does.
         self._memory = _SymmetricMemory.rendezvous(self._buffer, self._name)

@@ -53,7 +53,7 @@ class Job:
 
 def is_calibrated(recipe: Recipe) -> bool:
     """Whether what it finds depends on a text."""
-    schemes = [recipe.specification.default, *(words for _, words in recipe.specification.rules)]
+    schemes = [recipe.quant_spec.default, *(words for _, words in recipe.quant_spec.rules)]
     # k-means weighs columns by their inputs.
     has_clusters = any(words.kind == "codebook4" for words in schemes)
     return has_clusters or not set(recipe.steps) <= set(_WITHOUT_CALIBRATION)
@@ -81,7 +81,7 @@ def read_calibration(file: Path | None, scored: str) -> str:
 def checkpoint_directory(parent: Path, model: Path, recipe: Recipe, calibration: str, seed: int) -> Path:
     """Where a checkpoint goes: readable words, and a digest of what goes into it."""
     content = f"{checkpoint_key(open_checkpoint(model))}\n{recipe.description}\n{seed}\n{calibration}"
-    words = re.sub(r"[^\w.*]+", "-", f"{recipe.specification.default}-{recipe.algorithm}")
+    words = re.sub(r"[^\w.*]+", "-", f"{recipe.quant_spec.default}-{recipe.algorithm}")
     return parent / f"{words}-{seed}-{hashlib.blake2b(content.encode(), digest_size=6).hexdigest()}"
 
 

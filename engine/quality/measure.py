@@ -32,7 +32,7 @@ from engine.parallel.group import TensorGroup
 from engine.parallel.pipeline import Pipeline
 from engine.quality.metrics import Scores, Window, make_windows
 from engine.quant.plan import QuantizationPlan
-from engine.quant_spec import parse_specification
+from engine.quant_spec import parse_quant_spec
 
 NUM_PARALLEL = 16
 """Windows that are scored at a time, cache permitting."""
@@ -131,7 +131,7 @@ def measure(task: Task) -> Measurement:
 
 def count_weights(config: ModelConfig) -> int:
     """Numbers that the model has learned: matrices, embeddings, norms and biases; a tied head counts once."""
-    plan = QuantizationPlan(parse_specification("none"), torch.float32)
+    plan = QuantizationPlan(parse_quant_spec("none"), torch.float32)
     return Decoder(config, plan, torch.float32, TensorGroup(), Pipeline()).num_bytes // torch.float32.itemsize
 
 

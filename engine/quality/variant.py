@@ -20,7 +20,7 @@ from engine.compression.recipe import ALGORITHMS, Recipe
 from engine.config import CacheType, EngineConfig
 from engine.errors import ConfigError
 from engine.quality.making import is_calibrated
-from engine.quant_spec import Kind, Specification, parse_specification
+from engine.quant_spec import Kind, QuantSpec, parse_quant_spec
 
 Options = dict[str, Any]
 """Options of EngineConfig by name."""
@@ -96,7 +96,7 @@ def parse_variant(text: str) -> Variant:
         raise ConfigError(f"variant {text!r}: {error}") from error
 
 
-def _assemble(text: str, directory: str | None, specification: str, named: dict[str, str]) -> Variant:
+def _assemble(text: str, directory: str | None, quant_spec: str, named: dict[str, str]) -> Variant:
     """The variant of these parts.
 
     Args:
@@ -109,18 +109,18 @@ def _assemble(text: str, directory: str | None, specification: str, named: dict[
             raise ConfigError(f"kv must be one of {', '.join(get_args(CacheType))}, got {named['kv']!r}")
         options["kv_cache_dtype"] = named["kv"]
     if directory is not None:
-        if specification.removeprefix(DIRECTORY) != directory:
+        if quant_spec.removeprefix(DIRECTORY) != directory:
             raise ConfigError("after a directory there may be kv=TYPE only")
         return Variant(text, options | {"model": directory})
-    given = parse_specification(specification)
+    given = parse_quant_spec(quant_spec)
     # Said again where the checkpoint is served: activations are no part of what is stored.
-    options["quant"] = specification
+    options["quant"] = quant_spec
     if "algorithm" not in named:
         if "seed" in named:
             known = ", ".join(ALGORITHMS)
             raise ConfigError(f"seed={named['seed']} is of a calibration: name an algorithm, {known}")
         return Variant(text, options)
-    stored = Specification(
+    stored = QuantSpec(
         replace(given.default, activations="default"),
         tuple((pattern, replace(words, activations="default")) for pattern, words in given.rules),
     )

@@ -20,7 +20,7 @@ from engine.kernels.matmul.codebook import CodebookMatmul
 from engine.kernels.matmul.cpu_int8 import codebook_grid
 from engine.kernels.nibbles import pack_nibbles
 from engine.quant.codebook import SIZE, cluster_rows
-from engine.quant.host import host_product
+from engine.quant.cpu_formats import cpu_product
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import CodebookWeight, Weight, to_float
 
@@ -55,7 +55,7 @@ class Codebook4:
         if runs_triton(codes):
             return CodebookMatmul(codes, codebook, None, bias)
         grid, row_scale = codebook_grid(codes, codebook, None)
-        return host_product(grid, row_scale, bias)
+        return cpu_product(grid, row_scale, bias)
 
 
 def _is_own(weight: CodebookWeight) -> bool:

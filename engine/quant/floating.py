@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from engine.kernels import cpu
 from engine.kernels.embedding import lookup
 from engine.kernels.launch import runs_triton
-from engine.kernels.matmul.cpu_int8 import HostFloatMatmul
+from engine.kernels.matmul.cpu_int8 import CpuFloatMatmul
 from engine.kernels.matmul.weight_only import WeightOnlyMatmul
 from engine.kernels.operands import Activations, Format
 from engine.quant.scheme import Matmul, Tensors
@@ -36,11 +36,11 @@ class Float:
     """Weights as `dtype`, multiplied by torch.
 
     Attributes:
-        pinned: One form of the product for any number of tokens (`--deterministic`): our own, on a GPU.
+        batch_invariant: One form of the product for any number of tokens (`--deterministic`): our own, on a GPU.
     """
 
     dtype: torch.dtype
-    pinned: bool = False
+    batch_invariant: bool = False
 
     @property
     def name(self) -> str:
@@ -58,10 +58,10 @@ class Float:
 
     def bind(self, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         weight = tensors["weight"]
-        if self.pinned and runs_triton(weight):
+        if self.batch_invariant and runs_triton(weight):
             return WeightOnlyMatmul(weight, None, None, bias)
         if cpu.serves(weight):
-            return HostFloatMatmul(weight, bias)
+            return CpuFloatMatmul(weight, bias)
         return FloatMatmul(weight, None if bias is None else bias.to(weight.dtype))
 
     def lookup(

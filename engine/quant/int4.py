@@ -17,7 +17,7 @@ from engine.kernels.launch import runs_triton
 from engine.kernels.matmul.cpu_int8 import GROUP_SIZE, int4_grid
 from engine.kernels.matmul.int4 import Int4Matmul
 from engine.kernels.nibbles import pack_nibbles
-from engine.quant.host import host_product
+from engine.quant.cpu_formats import cpu_product
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import GridWeight, Weight, to_float
 
@@ -31,11 +31,11 @@ class Int4:
 
     Attributes:
         group_size: A multiple of 32; 0 is the whole row.
-        pinned: One form of the product for any number of tokens (`--deterministic`).
+        batch_invariant: One form of the product for any number of tokens (`--deterministic`).
     """
 
     group_size: int = 32
-    pinned: bool = False
+    batch_invariant: bool = False
 
     @property
     def name(self) -> str:
@@ -76,10 +76,10 @@ class Int4:
         if runs_triton(codes):
             size = next(size for size in DEVICE_GROUP_SIZES if self.group_size % size == 0)
             scale, minimum = (self._repeat(x, codes, size) for x in (scale, minimum))
-            return Int4Matmul(codes, scale, minimum, size, bias, self.pinned)
+            return Int4Matmul(codes, scale, minimum, size, bias, self.batch_invariant)
         scale, minimum = (self._repeat(x, codes, GROUP_SIZE) for x in (scale, minimum))
         grid, row_scale = int4_grid(codes, scale, minimum)
-        return host_product(grid, row_scale, bias)
+        return cpu_product(grid, row_scale, bias)
 
     def _repeat(self, x: torch.Tensor, codes: torch.Tensor, size: int) -> torch.Tensor:
         """A number a group [N, groups] as one for each `size` elements."""

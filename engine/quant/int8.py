@@ -2,7 +2,7 @@
 
     w[n, k] ≈ weight[n, k] * scale[n]                     scale[n] = max_k |w[n, k]| / 127
 
-How activations are quantized is a choice (`engine.quant_spec`); its price is in `engine.quant.host`:
+How activations are quantized is a choice (`engine.quant_spec`); its price is in `engine.quant.cpu_formats`:
 
                 on a GPU                                    on a CPU
     default     two int8 terms, one scale a token           one term, and a second where it does not hold an element
@@ -23,7 +23,7 @@ import torch
 from engine.kernels.launch import runs_triton
 from engine.kernels.matmul.int8 import MAX_IN_FEATURES, Int8Matmul
 from engine.kernels.operands import Int8Format
-from engine.quant.host import GROUP_SIZE, host_product
+from engine.quant.cpu_formats import GROUP_SIZE, cpu_product
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import GridWeight, Weight, to_float
 from engine.quant_spec import ActivationTerms
@@ -85,4 +85,4 @@ class Int8:
         weight, scale = tensors["weight"], tensors["scale"]
         if runs_triton(weight):
             return Int8Matmul(weight, scale, bias, DEVICE_FORMATS[self.activations])
-        return host_product(weight, scale, bias, self.activations)
+        return cpu_product(weight, scale, bias, self.activations)

@@ -19,7 +19,7 @@ from engine.kernels.launch import runs_triton
 from engine.kernels.matmul.cpu_grouped import GROUP_SIZES
 from engine.kernels.matmul.int8 import Int8Matmul
 from engine.kernels.operands import GroupSize, Int8Format
-from engine.quant.host import GROUP_SIZE, host_grouped_product
+from engine.quant.cpu_formats import GROUP_SIZE, cpu_grouped_product
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import GridWeight, Weight, to_float
 from engine.quant_spec import ActivationTerms
@@ -95,7 +95,7 @@ class Int8Groups:
         size = GROUP_SIZE if self.activations == "groups" else kernel_group_size(self.group_size)
         scale = repeat_groups(tensors["scale"], self.group_size, size, weight.shape[1])
         if not runs_triton(weight):
-            return host_grouped_product(weight, scale, size, bias, self.activations)
+            return cpu_grouped_product(weight, scale, size, bias, self.activations)
         if self.activations == "token":
             groups = f"int8:g{self.group_size}"
             raise ConfigError(

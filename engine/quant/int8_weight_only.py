@@ -21,7 +21,7 @@ import torch
 
 from engine.kernels.launch import runs_triton
 from engine.kernels.matmul.weight_only import WeightOnlyMatmul
-from engine.quant.host import host_grouped_product, host_product
+from engine.quant.cpu_formats import cpu_grouped_product, cpu_product
 from engine.quant.int8 import Int8
 from engine.quant.int8_groups import Int8Groups, kernel_group_size, repeat_groups
 from engine.quant.scheme import Matmul, Tensors
@@ -67,9 +67,9 @@ class Int8WeightOnly:
         if self.group_size is None:
             if runs_triton(weight):
                 return WeightOnlyMatmul(weight, scale, None, bias)
-            return host_product(weight, scale, bias, "two-terms")
+            return cpu_product(weight, scale, bias, "two-terms")
         size = kernel_group_size(self.group_size)
         scale = repeat_groups(scale, self.group_size, size, weight.shape[1])
         if runs_triton(weight):
             return WeightOnlyMatmul(weight, scale.float(), size, bias)
-        return host_grouped_product(weight, scale, size, bias, "two-terms")
+        return cpu_grouped_product(weight, scale, size, bias, "two-terms")

@@ -20,7 +20,7 @@ from engine.kernels.matmul.codebook import SCALE_SIZE, CodebookMatmul
 from engine.kernels.matmul.cpu_int8 import codebook_grid
 from engine.kernels.nibbles import pack_nibbles
 from engine.quant.codebook import nf4_values, round_to_nf4
-from engine.quant.host import host_product
+from engine.quant.cpu_formats import cpu_product
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import CodebookWeight, Weight, to_float
 
@@ -63,7 +63,7 @@ class NF4:
         if runs_triton(codes):
             return CodebookMatmul(codes, table, scale, bias)
         grid, row_scale = codebook_grid(codes, table, scale)
-        return host_product(grid, row_scale, bias)
+        return cpu_product(grid, row_scale, bias)
 
 
 def _is_own(weight: CodebookWeight) -> bool:

@@ -17,7 +17,7 @@ from engine.quant.int8_table import Int8Table
 from engine.quant.int8_weight_only import Int8WeightOnly
 from engine.quant.nf4 import NF4
 from engine.quant.scheme import Scheme, TableScheme
-from engine.quant_spec import EMBEDDING, SchemeWords, Specification
+from engine.quant_spec import EMBEDDING, QuantSpec, SchemeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,12 @@ class QuantizationPlan:
 
     Attributes:
         dtype: Of weights that are floats.
-        is_pinned: Float products in one form for any number of tokens (`--deterministic`).
+        batch_invariant: Float products in one form for any number of tokens (`--deterministic`).
     """
 
-    specification: Specification
+    quant_spec: QuantSpec
     dtype: torch.dtype
-    is_pinned: bool = False
+    batch_invariant: bool = False
 
     def scheme(self, modules: Sequence[str]) -> Scheme:
         """That of modules which share one product.
@@ -39,23 +39,23 @@ class QuantizationPlan:
         Raises:
             ConfigError: They do not agree.
         """
-        return self._scheme(self.specification.of_product(modules))
+        return self._scheme(self.quant_spec.of_product(modules))
 
     @property
     def table(self) -> TableScheme:
         """That of the embedding."""
-        is_float = self.specification.of(EMBEDDING).kind == "none"
-        return Float(self.dtype, self.is_pinned) if is_float else Int8Table()
+        is_float = self.quant_spec.of(EMBEDDING).kind == "none"
+        return Float(self.dtype, self.batch_invariant) if is_float else Int8Table()
 
     @property
     def name(self) -> str:
         """Short, for file names: the specification if it is one word for all, else its digest."""
-        text = str(self.specification)
-        if self.specification.rules:
+        text = str(self.quant_spec)
+        if self.quant_spec.rules:
             text = "mixed-" + hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         return text.replace(":", "-")
 
-    def _scheme(self, words: SchemeWords) -> Scheme:
+    def _scheme(self, words: SchemeSpec) -> Scheme:
         match words.kind:
             case "int8" if words.is_weight_only:
                 return Int8WeightOnly(words.group_size or None)
@@ -64,9 +64,9 @@ class QuantizationPlan:
             case "int8":
                 return Int8(words.activations)
             case "int4":
-                return Int4(words.group_size, self.is_pinned)
+                return Int4(words.group_size, self.batch_invariant)
             case "nf4":
                 return NF4()
             case "codebook4":
                 return Codebook4()
-        return Float(self.dtype, self.is_pinned)
+        return Float(self.dtype, self.batch_invariant)

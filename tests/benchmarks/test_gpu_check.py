@@ -213,7 +213,7 @@ def test_cases_run_and_what_a_machine_lacks_is_left_out(monkeypatch: pytest.Monk
     assert values["rows"][1]["operations"] == 2 * 17 * 64 * 128
     values = measure(kernels.int4_cases((64, 128), (1, 130), cpu, has_tinygemm=True), fake_timer)
     assert set(values["left out"]) == {"tinygemm"}
-    assert "pinned" in values["rows"][1]
+    assert "batch_invariant" in values["rows"][1]
     assert measure(kernels.weight_only_cases((64, 128), True, (1,), cpu), fake_timer)["left out"] == {}
     assert kernels.ceiling("copy", cpu, fake_timer, 64)["unit"] == "GB/s"
     assert kernels.ceiling("int8", cpu, fake_timer, 64) == {"value": 2 * 64**3 / 1e9, "unit": "TOP/s"}
@@ -359,7 +359,7 @@ def measured(seconds: float = 1e-4) -> list[Result]:
         rows = []
         for size in _case_sizes(group):
             row = {"size": size, "bytes": 34_000_000, "operations": 10**9, "unit": "bf16", "ours": seconds}
-            rows.append(row | dict.fromkeys((*_libraries(group), "pinned"), 3 * seconds))
+            rows.append(row | dict.fromkeys((*_libraries(group), "batch_invariant"), 3 * seconds))
         results.append(Result("kernels", group, name, "passed", values={"rows": rows, "left out": {}}))
     for quant in end_to_end.QUANTS:
         section = f"engine {quant}"

@@ -133,7 +133,7 @@ def test_what_is_written_is_what_was_found_and_is_served(
     assert isinstance(written.tensor(f"{TABLE}.weight"), torch.Tensor)
 
     runner = make_runner(tmp_path / "out")
-    assert str(runner.config.specification.of(DOWN)) == stored_scheme(written.config, DOWN)
+    assert str(runner.config.quant_spec.of(DOWN)) == stored_scheme(written.config, DOWN)
     served, plain = logits_of(runner), logits_of(make_runner(tmp_path / "out", "none"))
     # On one side only, weights are expanded to int8 codes, and activations, embeddings and the cache are int8.
     assert (served - plain).std() < 0.15 * plain.std()
@@ -216,7 +216,7 @@ def test_modules_have_schemes_of_their_own(
         # What the engine keeps of an embedding.
         assert (table.group_size, table.scale.dtype) == (32, torch.float16)
     runner = make_runner(tmp_path / "out")
-    assert {module: str(runner.config.specification.of(module)) for module in expected} == {
+    assert {module: str(runner.config.quant_spec.of(module)) for module in expected} == {
         # A float embedding, in a quantized model, is int8 where it is served.
         **expected,
         TABLE: "int8",

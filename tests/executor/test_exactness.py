@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from engine.config import EngineConfig
 from engine.core.request import Request
-from engine.executor.cpu_executor import ProgramExecutor
+from engine.executor.cpu_executor import CpuExecutor
 from engine.kernels import cpu
 from engine.selftest import PARAMS, Arrival, Comparison, RecordedCore, make_alone, make_arrivals
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
@@ -130,7 +130,7 @@ def test_logits_do_not_depend_on_how_they_were_computed(
         model=str(path), quant=quant, kv_cache_dtype=cache_type, device="cpu", num_threads=1
     )
     alone = make_alone(config, path, LONGEST)
-    assert isinstance(alone.executor, ProgramExecutor)
+    assert isinstance(alone.executor, CpuExecutor)
     comparison = Comparison()
 
     @settings(

@@ -12,7 +12,7 @@ from engine.config import EngineConfig
 from engine.core.batch import Batch, BatchRow, Draw
 from engine.core.sampling_params import SamplingParams
 from engine.errors import ConfigError
-from engine.executor.triton_executor import DeviceExecutor
+from engine.executor.triton_executor import TritonExecutor
 from engine.executor.warmup import make_meta_executor, record_launches, warm_up
 from engine.kernels.launch import TARGETS, Launch, recording
 from tests.helpers.tiny import TINY_CONFIGS
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def random_batch(source: random.Random, executor: DeviceExecutor) -> Batch:
+def random_batch(source: random.Random, executor: TritonExecutor) -> Batch:
     """Up to the limits: decodes alone, prompts alone, or both; some rows whose prompt goes on."""
     limits = executor.limits
     num_rows = source.choice([1, 2, 3, source.randint(1, limits.max_num_seqs)])
@@ -52,7 +52,7 @@ def random_batch(source: random.Random, executor: DeviceExecutor) -> Batch:
     return Batch(rows)
 
 
-def launches_of(executor: DeviceExecutor, batch: Batch, arch: str) -> set[Launch]:
+def launches_of(executor: TritonExecutor, batch: Batch, arch: str) -> set[Launch]:
     with recording(TARGETS[arch]) as launches:
         executor.sample(executor.execute(batch), batch, [row.draw for row in batch.rows])
     return launches

@@ -14,7 +14,7 @@ from engine.core.request import Request
 from engine.errors import ConfigError
 from engine.executor.cuda_graphs import graph_sizes
 from engine.executor.runner import ModelRunner
-from engine.executor.triton_executor import DeviceExecutor
+from engine.executor.triton_executor import TritonExecutor
 from tests.executor.test_overlap import make_core, make_requests, run
 from tests.helpers.paged import make_runner, make_sequences, run_chunks
 from tests.helpers.tiny import TINY_CONFIGS, load_reference, reference_logits, write_checkpoint
@@ -46,7 +46,7 @@ def logits_of(runner: ModelRunner, chunks: list[list[int]]) -> list[dict[int, to
 )
 def test_logits_equal_those_of_transformers(checkpoints: dict[str, Path], family: str) -> None:
     runner = make_runner(checkpoints[family])
-    assert isinstance(runner.executor, DeviceExecutor)
+    assert isinstance(runner.executor, TritonExecutor)
     reference = load_reference(checkpoints[family])
     for sequence, computed in zip(make_sequences(320, CHUNKS), logits_of(runner, CHUNKS), strict=True):
         expected = reference_logits(reference, sequence)
@@ -67,7 +67,7 @@ def test_quantized_logits_are_those_of_the_dequantized_weights(
 ) -> None:
     path = checkpoints["smollm2"]
     runner = make_runner(path, quant=quant, deterministic=deterministic)
-    reference, original = dequantized(path, quant, on_host=False), load_reference(path)
+    reference, original = dequantized(path, quant, on_cpu=False), load_reference(path)
     for sequence, computed in zip(make_sequences(320, CHUNKS), logits_of(runner, CHUNKS), strict=True):
         logits = torch.stack(list(computed.values()))
         expected = reference_logits(reference, sequence)[list(computed)]
@@ -101,7 +101,7 @@ def test_int8_logits_depend_neither_on_chunks_nor_on_company(checkpoints: dict[s
 class UncapturedGraphs:
     """The forward passes that CUDA graphs would replay, over the same padded inputs."""
 
-    def __init__(self, executor: DeviceExecutor) -> None:
+    def __init__(self, executor: TritonExecutor) -> None:
         self.executor = executor
         self.replayed: list[int] = []
 
@@ -116,7 +116,7 @@ class UncapturedGraphs:
 
 def device_core(path: Path, **options: Any) -> EngineCore:
     core = make_core(path, max_num_batched_tokens=96, **options)
-    assert isinstance(core.runner.executor, DeviceExecutor)
+    assert isinstance(core.runner.executor, TritonExecutor)
     return core
 
 

@@ -61,10 +61,14 @@ def test_row_operations() -> None:
     assert [(result.name, result.detail) for result in results if result.status != "passed"] == []
 
 
-@pytest.mark.parametrize("variant", [Variant(HEADS), Variant(Heads(4, 2, 16, FP16, torch.int8), pinned=True)])
+@pytest.mark.parametrize(
+    "variant", [Variant(HEADS), Variant(Heads(4, 2, 16, FP16, torch.int8), batch_invariant=True)]
+)
 def test_attention(variant: Variant) -> None:
     steps = attention_steps(CPU, [variant], LENGTHS)
-    assert [run_step("test", step).status for step in steps] == ["passed"] * (3 if variant.pinned else 2)
+    assert [run_step("test", step).status for step in steps] == ["passed"] * (
+        3 if variant.batch_invariant else 2
+    )
 
 
 def test_sampling() -> None:
@@ -137,12 +141,12 @@ def test_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "CHUNKS", [[5, 1, 1], [1, 6], [3]])
     with monkeypatch.context() as patch:
         patch.setattr(launch, "INTERPRETS", False)
-        models._host_logits("qwen2", "none")
+        models._cpu_logits("qwen2", "none")
     step = models.family_steps(["qwen2"], "cpu")[1]
     assert step.name == "qwen2 float32 none"
     result = run_step("test", step)
     assert (result.status, result.detail) == ("passed", "")
-    expected = models._host_logits("qwen2", "none")
+    expected = models._cpu_logits("qwen2", "none")
     with pytest.raises(AssertionError, match="logits are off"):
         models.compare(expected + torch.randn_like(expected) * 0.1, expected, 0.01)
     write_checkpoint(tmp_path / "other", TINY_CONFIGS["qwen2"], seed=1)

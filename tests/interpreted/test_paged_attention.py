@@ -13,7 +13,7 @@ import torch
 from engine.kernels.attention.kv_layer import INT4, KVCache, KVLayer
 from engine.kernels.attention.paged import (
     SEGMENT,
-    Form,
+    AttentionForm,
     FormName,
     PagedPlan,
     WorkList,
@@ -82,7 +82,7 @@ def make_sequences(lengths: list[tuple[int, int]], shape: Shape) -> Sequences:
     return Sequences(lengths, shape, queries, layer, tables)
 
 
-def form_of(shape: Shape, name: FormName) -> Form:
+def form_of(shape: Shape, name: FormName) -> AttentionForm:
     return form(
         INTERPRETER,
         name,
@@ -114,14 +114,14 @@ def attend(
     sequences: Sequences,
     window: int | None = None,
     soft_cap: float = 0.0,
-    pinned: bool = False,
+    batch_invariant: bool = False,
     capacity: int = CAPACITY,
 ) -> torch.Tensor:
     shape = sequences.shape
     query_lens = np.array([size for _, size in sequences.lengths])
     starts = np.array([start for start, _ in sequences.lengths])
-    if pinned:
-        lists = (None, make_list(query_lens, starts, window, shape, "pinned", capacity))
+    if batch_invariant:
+        lists = (None, make_list(query_lens, starts, window, shape, "batch_invariant", capacity))
     else:
         is_decode = query_lens <= form_of(shape, "decode").block_q
         lists = tuple(
@@ -136,7 +136,7 @@ def attend(
         *lists,
         make_scratch(capacity, shape.num_kv_heads, shape.head_dim, torch.device("cpu")),
     )
-    output = paged_attention(sequences.queries, sequences.layer, plan, 0.2, window, soft_cap, pinned)
+    output = paged_attention(sequences.queries, sequences.layer, plan, 0.2, window, soft_cap, batch_invariant)
     assert not plan.scratch.counters.any()
     return output
 
@@ -167,7 +167,7 @@ LENGTHS = [(5, 1), (11, 7), (0, 20), (0, 1), (600, 1), (0, 0), (505, 9)]
 
 
 @pytest.mark.parametrize(
-    ("shape", "window", "soft_cap", "pinned"),
+    ("shape", "window", "soft_cap", "batch_invariant"),
     [
         (Shape(2, 2, 64), None, 0.0, False),
         (Shape(3, 1, 80, block_size=1), 7, 0.0, False),
@@ -186,14 +186,16 @@ LENGTHS = [(5, 1), (11, 7), (0, 20), (0, 1), (600, 1), (0, 0), (505, 9)]
     ],
     ids=str,
 )
-def test_equals_the_reference(shape: Shape, window: int | None, soft_cap: float, pinned: bool) -> None:
+def test_equals_the_reference(
+    shape: Shape, window: int | None, soft_cap: float, batch_invariant: bool
+) -> None:
     sequences = make_sequences(LENGTHS, shape)
-    output = attend(sequences, window, soft_cap, pinned)
+    output = attend(sequences, window, soft_cap, batch_invariant)
     assert_close(output, expect(sequences, window, soft_cap), shape.dtype)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "window", "pinned"),
+    ("dtype", "window", "batch_invariant"),
     [
         # Outputs in float32 show what those in 16 bits would round away.
         (torch.float32, None, False),
@@ -202,22 +204,22 @@ def test_equals_the_reference(shape: Shape, window: int | None, soft_cap: float,
         (torch.float16, None, True),
     ],
 )
-def test_split_equals_unsplit(dtype: torch.dtype, window: int | None, pinned: bool) -> None:
+def test_split_equals_unsplit(dtype: torch.dtype, window: int | None, batch_invariant: bool) -> None:
     shape = Shape(4, 1, 16, dtype=dtype, cache_dtype=torch.float16)
     sequences = make_sequences([(1500, 1), (3, 1), (1100, 5), (530, 2)], shape)
-    chosen = form_of(shape, "pinned" if pinned else "decode")
+    chosen = form_of(shape, "batch_invariant" if batch_invariant else "decode")
     arguments = (np.array([1, 1, 0, 2]), np.array([1500, 3, 0, 530]), window, 4, chosen.block_q)
     assert (plan_items(*arguments, chosen.num_programs, CAPACITY)[:, 4] >= 0).any()
     assert (plan_items(*arguments, chosen.num_programs, 0)[:, 4] == -1).all()
-    split = attend(sequences, window, pinned=pinned)
-    unsplit = attend(sequences, window, pinned=pinned, capacity=0)
+    split = attend(sequences, window, batch_invariant=batch_invariant)
+    unsplit = attend(sequences, window, batch_invariant=batch_invariant, capacity=0)
     assert torch.equal(split, unsplit)
 
 
-@pytest.mark.parametrize("pinned", [False, True])
-def test_a_row_does_not_depend_on_the_batch(pinned: bool) -> None:
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_row_does_not_depend_on_the_batch(batch_invariant: bool) -> None:
     sequences = make_sequences([(37, 1), (0, 20), (520, 3)], Shape(3, 1, 16))
-    together = attend(sequences, pinned=pinned)
+    together = attend(sequences, batch_invariant=batch_invariant)
     rows = sequences.starts_of_queries()
     for i, (first, last) in enumerate(pairwise(rows)):
         alone = replace(
@@ -226,19 +228,19 @@ def test_a_row_does_not_depend_on_the_batch(pinned: bool) -> None:
             queries=sequences.queries[first:last],
             tables=sequences.tables[i : i + 1],
         )
-        assert torch.equal(attend(alone, pinned=pinned), together[first:last])
+        assert torch.equal(attend(alone, batch_invariant=batch_invariant), together[first:last])
 
 
 @pytest.mark.parametrize(("window", "cache_dtype"), [(None, torch.int8), (100, torch.float16), (None, INT4)])
-def test_chunks_equal_the_whole_when_pinned(window: int | None, cache_dtype: torch.dtype) -> None:
+def test_chunks_equal_the_whole_when_batch_invariant(window: int | None, cache_dtype: torch.dtype) -> None:
     shape = Shape(4, 2, 16, dtype=torch.float16, cache_dtype=cache_dtype)
     sequences = make_sequences([(470, 90)], shape)
-    whole = attend(sequences, window, pinned=True)
+    whole = attend(sequences, window, batch_invariant=True)
     for first, last in [(0, 1), (7, 39), (39, 40), (41, 44), (60, 90)]:
         chunk = replace(
             sequences, lengths=[(470 + first, last - first)], queries=sequences.queries[first:last]
         )
-        assert torch.equal(attend(chunk, window, pinned=True), whole[first:last])
+        assert torch.equal(attend(chunk, window, batch_invariant=True), whole[first:last])
 
 
 def test_the_plan_covers_every_query_and_segment_once() -> None:

@@ -15,12 +15,12 @@ from engine.kernels.norm import add, rms_norm
 from engine.kernels.operands import SparseInt8Activations, SparseInt8Format
 from engine.kernels.quantize import quantize_sparse, sparse_reference
 from engine.kernels.sample import DrawParameters, draw
-from engine.quant.host import HOST_ACTIVATIONS
+from engine.quant.cpu_formats import CPU_ACTIVATIONS
 
 SIZES = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 576, 1000]
 """Columns: whole vectors, blocks and lines, and parts of them."""
 
-FORMATS = [HOST_ACTIVATIONS, SparseInt8Format(1.0), SparseInt8Format(0.0), SparseInt8Format(math.inf)]
+FORMATS = [CPU_ACTIVATIONS, SparseInt8Format(1.0), SparseInt8Format(0.0), SparseInt8Format(math.inf)]
 
 
 @pytest.fixture(autouse=True)
@@ -131,8 +131,8 @@ def test_rms_norm(size: int, has_delta: bool) -> None:
         part = kept[first:last].clone()
         delta_of_part = None if delta is None else delta[first:last].contiguous()
         assert_same(floats(rms_norm(part, weight, 1e-5, delta=delta_of_part)), y[first:last])
-    codes = rms_norm(kept.clone(), weight, 1e-5, HOST_ACTIVATIONS, delta)
-    assert_same_codes(codes, quantize_sparse(y, HOST_ACTIVATIONS), size)
+    codes = rms_norm(kept.clone(), weight, 1e-5, CPU_ACTIVATIONS, delta)
+    assert_same_codes(codes, quantize_sparse(y, CPU_ACTIVATIONS), size)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -153,8 +153,8 @@ def test_gated(size: int, activation: str) -> None:
     assert not y[~finite].isfinite().any()
     for first, last in [(0, 1), (13, 14), (3, 9)]:
         assert_same(floats(apply(gate_up[first:last])), y[first:last])
-    codes = apply(gate_up, HOST_ACTIVATIONS)
-    assert_same_codes(codes, quantize_sparse(y, HOST_ACTIVATIONS), size)
+    codes = apply(gate_up, CPU_ACTIVATIONS)
+    assert_same_codes(codes, quantize_sparse(y, CPU_ACTIVATIONS), size)
 
 
 @pytest.mark.parametrize("factor", [1.0, 8.0, 25.3])

@@ -18,17 +18,17 @@ from engine.config import EngineConfig
 from engine.executor.runner import ModelRunner
 from engine.kernels import cpu, embedding, rotary
 from engine.kernels.activation import gelu_mul, silu_mul
-from engine.kernels.attention.in_c import HostPlan, group_segments, host_attention
+from engine.kernels.attention.in_c import CpuPlan, cpu_attention, group_segments
 from engine.kernels.attention.kv_layer import CACHE_TYPES, KVCache
-from engine.kernels.matmul.cpu_grouped import GROUP_SIZES, HostGroupedMatmul
-from engine.kernels.matmul.cpu_int8 import HostFloatMatmul, HostInt8Matmul, codebook_grid, int4_grid
+from engine.kernels.matmul.cpu_grouped import GROUP_SIZES, CpuGroupedMatmul
+from engine.kernels.matmul.cpu_int8 import CpuFloatMatmul, CpuInt8Matmul, codebook_grid, int4_grid
 from engine.kernels.matmul.cpu_sharded import ShardedInt8Matmul, block_maxima, quantize_part
 from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.norm import rms_norm
 from engine.kernels.operands import Int8Format, SparseInt8Activations, SparseInt8Format
 from engine.kernels.quantize import quantize_sparse
 from engine.loading.dummy import DummyCheckpoint
-from engine.quant.host import HOST_ACTIVATIONS
+from engine.quant.cpu_formats import CPU_ACTIVATIONS
 from tests.helpers.paged import make_sequences, run_chunks
 
 PLAIN = cpu.Level(("-march=x86-64",), frozenset())
@@ -92,28 +92,26 @@ def operations() -> Digests:
             codebook_grid(pack_nibbles(codes), torch.randn(1, 16), torch.randn(rows, -(-columns // 64))),
         ]
         products: list[Any] = [
-            *(HostInt8Matmul(*weight, bias, HOST_ACTIVATIONS) for weight in weights),
-            HostInt8Matmul(*weights[0], None, SparseInt8Format(0.0)),
-            HostFloatMatmul(torch.randn(rows, columns), bias),
+            *(CpuInt8Matmul(*weight, bias, CPU_ACTIVATIONS) for weight in weights),
+            CpuInt8Matmul(*weights[0], None, SparseInt8Format(0.0)),
+            CpuFloatMatmul(torch.randn(rows, columns), bias),
         ]
         for group_size in GROUP_SIZES:
             scale = torch.rand(rows, -(-columns // group_size)).half()
             products += [
-                HostGroupedMatmul(weights[0][0], scale, group_size, bias, format)
-                for format in (HOST_ACTIVATIONS, SparseInt8Format(0.0), Int8Format(1, group_size))
+                CpuGroupedMatmul(weights[0][0], scale, group_size, bias, format)
+                for format in (CPU_ACTIVATIONS, SparseInt8Format(0.0), Int8Format(1, group_size))
             ]
-        products.append(HostGroupedMatmul(*weights[0], 32, bias, Int8Format(1, 32)))
+        products.append(CpuGroupedMatmul(*weights[0], 32, bias, Int8Format(1, 32)))
         for kind, product in enumerate(products):
             parts = [product(x[:size]) for size in (1, 4, 5, 16, 35, 200)]
             digests[f"product {kind} {rows} {columns}"] = digest(*parts)
         digests[f"sums {rows} {columns}"] = shared_sums(weights[0][0], odd_tokens(200, columns))
     for size in (24, 33, 100, 576):
         x, weight, gates = odd_tokens(20, size), torch.randn(size), odd_tokens(20, 2 * size)
-        digests[f"quantize {size}"] = digest(codes_of(quantize_sparse(x, HOST_ACTIVATIONS)))
-        normed = [rms_norm(x.clone(), weight, 1e-5, format, x * 2) for format in (None, HOST_ACTIVATIONS)]
-        gated = [
-            apply(gates, format) for apply in (silu_mul, gelu_mul) for format in (None, HOST_ACTIVATIONS)
-        ]
+        digests[f"quantize {size}"] = digest(codes_of(quantize_sparse(x, CPU_ACTIVATIONS)))
+        normed = [rms_norm(x.clone(), weight, 1e-5, format, x * 2) for format in (None, CPU_ACTIVATIONS)]
+        gated = [apply(gates, format) for apply in (silu_mul, gelu_mul) for format in (None, CPU_ACTIVATIONS)]
         for name, results in (("norm", normed), ("gated", gated)):
             parts = [y if isinstance(y, torch.Tensor) else codes_of(y) for y in results]
             digests[f"{name} {size}"] = digest(*parts)
@@ -135,7 +133,7 @@ def shared_sums(weight: torch.Tensor, x: torch.Tensor) -> str:
     )
     for size in (1, 4, 5, 16, 35, 200):
         maxima = block_maxima(x[:size])
-        codes = quantize_part(x[:size], maxima.repeat(1, 3), HOST_ACTIVATIONS)
+        codes = quantize_part(x[:size], maxima.repeat(1, 3), CPU_ACTIVATIONS)
         sums = product.sums(codes)
         results += [maxima, codes_of(codes), sums, product.finish(sums, codes)]
     return digest(*results)
@@ -154,7 +152,7 @@ def attention(dtype: torch.dtype, head_dim: int, window: int | None) -> str:
         heads, words, angles.cos(), angles.sin(), layer, words, 2, weight, weight, 1e-6
     )
     starts = torch.tensor([0, 250, 251, 261, 339], dtype=torch.int32)
-    plan = HostPlan.make(
+    plan = CpuPlan.make(
         num_sequences=torch.tensor([5]),
         query_starts=torch.tensor([*starts.tolist(), length], dtype=torch.int32),
         starts=starts,
@@ -166,7 +164,7 @@ def attention(dtype: torch.dtype, head_dim: int, window: int | None) -> str:
         head_dim=head_dim,
     )
     group_segments(plan, layer.block_size)
-    output = host_attention(queries, layer, plan, head_dim**-0.5, window)
+    output = cpu_attention(queries, layer, plan, head_dim**-0.5, window)
     return digest(layer.data.view(torch.uint8), output)
 
 

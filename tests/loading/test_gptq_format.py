@@ -18,7 +18,7 @@ from engine.parallel.group import TensorGroup
 from engine.parallel.pipeline import Pipeline
 from engine.quant.plan import QuantizationPlan
 from engine.quant.weight import GridWeight, to_float
-from engine.quant_spec import parse_specification
+from engine.quant_spec import parse_quant_spec
 from tests.helpers.quantized_directory import (
     MODULE,
     assert_refused,
@@ -218,7 +218,7 @@ def test_a_model_is_that_of_its_rounded_weights(tmp_path: Path, family: str) -> 
     for checkpoint in checkpoints:
         model = Decoder(
             ModelConfig.from_dict(checkpoint.config),
-            QuantizationPlan(parse_specification("none"), torch.float32),
+            QuantizationPlan(parse_quant_spec("none"), torch.float32),
             torch.float32,
             TensorGroup(),
             Pipeline(),

@@ -13,7 +13,7 @@ from engine.errors import CheckpointError
 from engine.loading.formats import stored_scheme
 from engine.loading.safetensors import DirectoryCheckpoint
 from engine.quant.weight import GridWeight
-from engine.quant_spec import parse_scheme
+from engine.quant_spec import parse_scheme_spec
 from tests.helpers.quantized_directory import write_directory
 
 DOWN, UP, QUERY = (
@@ -133,7 +133,7 @@ def test_what_config_json_says(quantization: dict[str, Any], expected: dict[str,
     found = {module: stored_scheme(config, module) for module in expected}
     assert found == expected
     for text in expected.values():
-        assert str(parse_scheme(text)) == text
+        assert str(parse_scheme_spec(text)) == text
 
 
 def test_without_quantization() -> None:

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from engine.kernels.matmul.cpu_int8 import int4_grid
 from engine.kernels.operands import SparseInt8Format
 from engine.kernels.quantize import HIGH_STEPS
-from engine.quant import host
+from engine.quant import cpu_formats
 from engine.quant.plan import QuantizationPlan
 from engine.quant.scheme import Storage
-from engine.quant_spec import LM_HEAD, parse_specification
+from engine.quant_spec import LM_HEAD, parse_quant_spec
 from tests.helpers.paged import make_runner, make_sequences, run_chunks
 from tests.helpers.tiny import TINY_CONFIGS, load_reference, reference_logits, write_checkpoint
 
@@ -48,7 +48,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in ("ragged", "aligned")}
 
 
-def grid_values(scheme: Storage, weight: torch.Tensor, group_size: int, on_host: bool = True) -> torch.Tensor:
+def grid_values(scheme: Storage, weight: torch.Tensor, group_size: int, on_cpu: bool = True) -> torch.Tensor:
     """What a scheme's codes stand for, by the formulas of its documentation; an int4 weight is expanded on a CPU."""
     tensors = scheme.quantize(weight)
     columns = weight.shape[1]
@@ -64,7 +64,7 @@ def grid_values(scheme: Storage, weight: torch.Tensor, group_size: int, on_host:
     exact = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)[:, :columns].float() * scale + spread(
         tensors["minimum"]
     )
-    if not on_host:
+    if not on_cpu:
         return exact
     groups = [tensors[name].repeat_interleave(group_size // 32, dim=1) for name in ("scale", "minimum")]
     grid, row_scale = int4_grid(codes, *groups)
@@ -75,19 +75,19 @@ def grid_values(scheme: Storage, weight: torch.Tensor, group_size: int, on_host:
     return on_int8
 
 
-def dequantized(path: Path, quant: str, on_host: bool = True) -> PreTrainedModel:
+def dequantized(path: Path, quant: str, on_cpu: bool = True) -> PreTrainedModel:
     """The checkpoint with each weight at its place on the grid; head and table have grids of their own."""
     model = load_reference(path)
-    plan = QuantizationPlan(parse_specification(quant), torch.float32)
+    plan = QuantizationPlan(parse_quant_spec(quant), torch.float32)
     linear, head = plan.scheme(["model.layers.0.mlp.down_proj"]), plan.scheme([LM_HEAD])
-    group_size = plan.specification.default.group_size
+    group_size = plan.quant_spec.default.group_size
     embedding = model.get_input_embeddings().weight.detach()
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(grid_values(head, embedding, group_size))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "proj" in name:
-                parameter.copy_(grid_values(linear, parameter, group_size, on_host))
+                parameter.copy_(grid_values(linear, parameter, group_size, on_cpu))
         model.get_input_embeddings().weight.copy_(grid_values(plan.table, embedding, 32))
     return model
 
@@ -107,7 +107,7 @@ def test_logits_are_those_of_the_dequantized_weights(
 ) -> None:
     path = checkpoints[shape]
     # With activations as fine as the format goes; they would hide the weights' own rounding.
-    monkeypatch.setattr(host, "HOST_ACTIVATIONS", SparseInt8Format(spread=0.0))
+    monkeypatch.setattr(cpu_formats, "CPU_ACTIVATIONS", SparseInt8Format(spread=0.0))
     runner = make_runner(path, quant=quant, kv_cache_dtype="float32")
     sequences = make_sequences(runner.model_config.vocab_size)
     reference, original = dequantized(path, quant), load_reference(path)

@@ -17,7 +17,7 @@ from engine.models.shapes import tensor_shape
 from engine.parallel.group import TensorGroup
 from engine.parallel.pipeline import Pipeline
 from engine.quant.plan import QuantizationPlan
-from engine.quant_spec import parse_specification
+from engine.quant_spec import parse_quant_spec
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 
@@ -47,7 +47,7 @@ def test_another_shape_is_named_before_anything_is_cached(tmp_path: Path, name: 
     expected = list(tensors[name].shape)
     save_file({**tensors, name: tensors[name][:-2].clone()}, file)
     checkpoint = open_checkpoint(tmp_path)
-    quantization = QuantizationPlan(parse_specification("none"), torch.float32)
+    quantization = QuantizationPlan(parse_quant_spec("none"), torch.float32)
     model = Decoder(
         ModelConfig.from_dict(checkpoint.config), quantization, torch.float32, TensorGroup(), Pipeline()
     )

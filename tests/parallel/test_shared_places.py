@@ -13,8 +13,8 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from engine.kernels import cpu
 from engine.parallel.group import TensorGroup
+from engine.parallel.shards import Shard
 from engine.parallel.shared_places import PLACE_BYTES, SharedPlaces, share_places
-from engine.parallel.shares import Share
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="there are no C kernels here")
 
@@ -24,8 +24,8 @@ SIZE = 3
 def groups() -> list[TensorGroup]:
     """Those of ranks that are threads."""
     memory = mmap.mmap(-1, SharedPlaces.num_bytes(SIZE))
-    shares = [Share(rank, SIZE) for rank in range(SIZE)]
-    return [TensorGroup(share, places=SharedPlaces(memory, share)) for share in shares]
+    shares = [Shard(rank, SIZE) for rank in range(SIZE)]
+    return [TensorGroup(shard, places=SharedPlaces(memory, shard)) for shard in shares]
 
 
 def numbers(rank: int, turn: int, *shape: int) -> torch.Tensor:
@@ -38,12 +38,12 @@ def test_exchanges_of_all_sizes_by_ranks_that_come_late_in_turn() -> None:
     assert 300 * 2000 * 4 // SIZE > PLACE_BYTES // 2
 
     def work(group: TensorGroup) -> list[torch.Tensor]:
-        rank, found = group.share.rank, []
+        rank, found = group.shard.rank, []
         source = random.Random(rank)
         for turn, (rows, width) in enumerate(sizes):
             if source.random() < 0.2:
                 time.sleep(0.003 * source.random())
-            columns = group.share.of(width)
+            columns = group.shard.of(width)
             found.append(group.gather(numbers(0, turn, rows, width)[:, columns], width))
             found.append(group.sum_(numbers(rank, turn, rows, width)))
             found.append(group.scatter(numbers(rank, turn, rows, SIZE * width)))
@@ -88,6 +88,6 @@ def test_places_are_shared_by_all_ranks_or_by_none(last_maps: bool) -> None:
         return all(answers) and last_maps
 
     with ThreadPoolExecutor(SIZE) as pool:
-        places = list(pool.map(lambda rank: share_places(store, Share(rank, SIZE), all_of), range(SIZE)))
+        places = list(pool.map(lambda rank: share_places(store, Shard(rank, SIZE), all_of), range(SIZE)))
     assert answers == [True] * SIZE
     assert [place is not None for place in places] == [last_maps] * SIZE

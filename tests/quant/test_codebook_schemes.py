@@ -7,11 +7,11 @@ import torch
 
 from engine.kernels import cpu
 from engine.kernels.matmul import codebook as codebook_matmul
-from engine.kernels.matmul.cpu_int8 import HostInt8Matmul, codebook_grid
+from engine.kernels.matmul.cpu_int8 import CpuInt8Matmul, codebook_grid
 from engine.kernels.quantize import sparse_reference
 from engine.quant.codebook import cluster_rows, nf4_values, round_to_nf4
 from engine.quant.codebook4 import Codebook4
-from engine.quant.host import HOST_ACTIVATIONS
+from engine.quant.cpu_formats import CPU_ACTIVATIONS
 from engine.quant.nf4 import NF4
 from engine.quant.scheme import Scheme, Tensors
 from engine.quant.weight import CodebookWeight
@@ -102,7 +102,7 @@ def test_product_is_close_to_the_float_product(
     # Each weight is off by half a step of the row's int8 grid and a little, each activation by half of its.
     error = row_scale * (0.5 + 2 / 256)
     bound = x.double().abs().sum(dim=1, keepdim=True) * error
-    step = sparse_reference(x, HOST_ACTIVATIONS)[1].double()
+    step = sparse_reference(x, CPU_ACTIVATIONS)[1].double()
     bound += step / 2 * (weight.abs().sum(dim=1) + columns * error)
     assert torch.all((scheme.bind(stored, bias)(x).double() - expected).abs() <= bound * 1.01 + 1e-5)
 
@@ -125,7 +125,7 @@ def test_torch_s_operators_give_the_same_bits(scheme: Scheme, monkeypatch: pytes
     monkeypatch.setattr(cpu, "library", lambda: None)
     matmul = scheme.bind(stored, bias)
     assert torch.equal(matmul(x), expected)
-    assert isinstance(matmul, HostInt8Matmul)
+    assert isinstance(matmul, CpuInt8Matmul)
     assert not isinstance(matmul.weight, torch.Tensor)
     assert matmul.weight.nibbles.data_ptr() == stored["codes"].data_ptr()
 

@@ -17,8 +17,8 @@ from engine.kernels.matmul.int8 import MAX_IN_FEATURES
 from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.quantize import sparse_reference
 from engine.quant.codebook4 import Codebook4
+from engine.quant.cpu_formats import CPU_ACTIVATIONS
 from engine.quant.floating import Float
-from engine.quant.host import HOST_ACTIVATIONS
 from engine.quant.int4 import Int4
 from engine.quant.int8 import Int8
 from engine.quant.int8_groups import Int8Groups
@@ -163,7 +163,7 @@ def test_int8_rounds_to_half_a_step() -> None:
 
 def activation_step(x: torch.Tensor) -> torch.Tensor:
     """What an int8 product's activations are multiples of, [M, 1] float64."""
-    return sparse_reference(x, HOST_ACTIVATIONS)[1].double()
+    return sparse_reference(x, CPU_ACTIVATIONS)[1].double()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 17])
@@ -172,7 +172,7 @@ def test_int8_product_equals_its_reference_to_the_bit(num_tokens: int, rows: int
     stored = Int8().quantize(random(rows, columns))
     x, bias = random(num_tokens, columns, seed=1) * 3, random(rows, seed=2)
     product = Int8().bind(stored, bias)(x)
-    assert torch.equal(product, reference(x, HOST_ACTIVATIONS, stored["weight"], stored["scale"], bias))
+    assert torch.equal(product, reference(x, CPU_ACTIVATIONS, stored["weight"], stored["scale"], bias))
 
 
 def test_int8_product_is_close_to_the_float_product() -> None:

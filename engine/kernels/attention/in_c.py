@@ -19,7 +19,7 @@ MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True, slots=True)
-class HostPlan:
+class CpuPlan:
     """Which queries and keys attention reads.
 
     Attributes:
@@ -56,9 +56,9 @@ class HostPlan:
         max_segments: int,
         num_heads: int,
         head_dim: int,
-    ) -> HostPlan:
+    ) -> CpuPlan:
         """A plan with scratch for decodes over `max_segments` segments in all."""
-        return HostPlan(
+        return CpuPlan(
             num_sequences=num_sequences,
             query_starts=query_starts,
             starts=starts,
@@ -72,10 +72,10 @@ class HostPlan:
         )
 
 
-def group_segments(plan: HostPlan, block_size: int) -> None:
+def group_segments(plan: CpuPlan, block_size: int) -> None:
     """Finds the sequences that decode over the same blocks of a segment, which are then read once for all of them.
 
-    Once a step, before its first `host_attention`.
+    Once a step, before its first `cpu_attention`.
     """
     cpu.run(
         "group_segments",
@@ -92,8 +92,8 @@ def group_segments(plan: HostPlan, block_size: int) -> None:
     )
 
 
-def host_attention(
-    queries: torch.Tensor, layer: KVLayer, plan: HostPlan, scale: float, window: int | None
+def cpu_attention(
+    queries: torch.Tensor, layer: KVLayer, plan: CpuPlan, scale: float, window: int | None
 ) -> torch.Tensor:
     """Causal attention of each sequence's queries over its own keys, which are in the cache already.
 

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.attention.in_c import HostPlan, host_attention
+from engine.kernels.attention.in_c import CpuPlan, cpu_attention
 from engine.kernels.attention.kv_layer import INT4_GROUP, KVLayer
 from engine.kernels.launch import Target, Tile, launch, select_tile, target_of
 
@@ -246,11 +246,11 @@ def _paged_attention_kernel(
             tl.store(output + row_offsets, result.to(output.dtype.element_ty), mask=row_mask)
 
 
-FormName = Literal["decode", "prefill", "pinned", "float32"]
+FormName = Literal["decode", "prefill", "batch_invariant", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class AttentionForm:
     """One compiled kernel, and how its work is cut.
 
     A row's result is the same to the bit whatever is beside it, as long as one form computes it.
@@ -276,12 +276,12 @@ def form(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-) -> Form:
+) -> AttentionForm:
     """The form that serves a model's layers.
 
     Args:
-        name: "decode" for sequences with up to `block_q` queries, "prefill" for more, "pinned" for either with the
-            same bits. Queries in float32 have one form, whatever the name.
+        name: "decode" for sequences with up to `block_q` queries, "prefill" for more, "batch_invariant" for either
+            with the same bits. Queries in float32 have one form, whatever the name.
         dtype: The queries'.
 
     Raises:
@@ -307,7 +307,7 @@ def form(
     elif name != "decode" and (cache_dtype.itemsize == 1 or head_dim != block_d):
         most_keys = 32
     sizes = {key: size for key, size in tile.sizes.items() if key != "PROGRAMS"}
-    return Form(
+    return AttentionForm(
         tile=replace(tile, sizes=sizes),
         block_q=tile["BLOCK_M"] // group,
         num_programs=max(1, target.num_processors * tile["PROGRAMS"] // num_kv_heads),
@@ -467,11 +467,11 @@ def _balance(costs: Integers, num_programs: int) -> Integers:
 def paged_attention(
     queries: torch.Tensor,
     layer: KVLayer,
-    plan: PagedPlan | HostPlan,
+    plan: PagedPlan | CpuPlan,
     scale: float,
     window: int | None = None,
     soft_cap: float = 0.0,
-    pinned: bool = False,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Causal attention of each sequence's queries over its own keys, which are in the cache already.
 
@@ -480,7 +480,7 @@ def paged_attention(
         scale: Factor of the products before the softmax.
         window: Keys that a query sees, its own among them; None for all.
         soft_cap: Scores become soft_cap * tanh(scores / soft_cap); 0 leaves them.
-        pinned: Both lists run in the form "pinned", for which they must have been planned.
+        batch_invariant: Both lists run in the form "batch_invariant", for which they must have been planned.
 
     Returns:
         [T, heads * head_dim] of the queries' dtype. Rows of sequences without an item are not written.
@@ -488,9 +488,9 @@ def paged_attention(
     Raises:
         ValueError: More query heads share a key head than an item has rows.
     """
-    if isinstance(plan, HostPlan):
+    if isinstance(plan, CpuPlan):
         assert not soft_cap
-        return host_attention(queries, layer, plan, scale, window)
+        return cpu_attention(queries, layer, plan, scale, window)
     target = target_of(queries)
     assert target is not None
     _, num_heads, head_dim = queries.shape
@@ -502,7 +502,7 @@ def paged_attention(
             continue
         chosen = form(
             target,
-            "pinned" if pinned else name,
+            "batch_invariant" if batch_invariant else name,
             queries.dtype,
             layer.data.dtype,
             num_heads,

@@ -45,7 +45,7 @@ def quantize_groups(x: torch.Tensor, group_size: int) -> Int8Activations:
     return Int8Activations(codes, None, scale, x.dtype)
 
 
-class HostGroupedMatmul:
+class CpuGroupedMatmul:
     """The product with one weight.
 
     Args:
@@ -125,7 +125,7 @@ def reference(
     group_size: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`HostGroupedMatmul` with torch's operators: x [M, K] float, weight [N, K] int8."""
+    """`CpuGroupedMatmul` with torch's operators: x [M, K] float, weight [N, K] int8."""
     if isinstance(format, Int8Format):
         codes = quantize.reference(x, format)
         terms, group_scale = codes.high.float()[None], codes.scale

@@ -120,8 +120,8 @@ class CodebookGrid:
         return tables.to(torch.int8).gather(2, blocks).flatten(1)[:, : codes.shape[1]]
 
 
-HostWeight = torch.Tensor | Int4Grid | CodebookGrid
-"""What `HostInt8Matmul` multiplies with; a tensor is [N, K] int8."""
+CpuWeight = torch.Tensor | Int4Grid | CodebookGrid
+"""What `CpuInt8Matmul` multiplies with; a tensor is [N, K] int8."""
 
 
 def codebook_grid(
@@ -203,7 +203,7 @@ def pack_codebook(grid: CodebookGrid) -> torch.Tensor:
     return packed
 
 
-def _pack(weight: HostWeight) -> tuple[torch.Tensor, int]:
+def _pack(weight: CpuWeight) -> tuple[torch.Tensor, int]:
     """The panels, and what they are for kernels/cpu/matmul.c."""
     match weight:
         case Int4Grid():
@@ -218,7 +218,7 @@ def pad_rows(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else F.pad(x.float(), (0, -x.shape[0] % PANEL))
 
 
-class HostInt8Matmul:
+class CpuInt8Matmul:
     """The product with one weight.
 
     Args:
@@ -233,7 +233,7 @@ class HostInt8Matmul:
 
     def __init__(
         self,
-        weight: HostWeight,
+        weight: CpuWeight,
         scale: torch.Tensor,
         bias: torch.Tensor | None,
         format: SparseInt8Format,
@@ -297,7 +297,7 @@ def reference(
     scale: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`HostInt8Matmul` with torch's operators: x [M, K] float, weight [N, K] int8."""
+    """`CpuInt8Matmul` with torch's operators: x [M, K] float, weight [N, K] int8."""
     num_tokens = x.shape[0]
     terms, token_scale = sparse_reference(x, format)
     # torch's product is wrong for K = 1; an int4 weight has an even K.
@@ -312,7 +312,7 @@ def reference(
     return (value if bias is None else value.add_(bias)).to(x.dtype)
 
 
-class HostFloatMatmul:
+class CpuFloatMatmul:
     """float32 × float32: each output is one chain of fused products along K.
 
     Args:

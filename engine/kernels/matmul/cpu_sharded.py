@@ -5,7 +5,7 @@
     y[m, n]       (float(high[m, n]) * 128 + float(low[m, n])) * s[m] * scale[n] + bias[n]
 
 Maxima and sums of integers do not depend on their order, and what is rounded is rounded once, after the sum: so y is
-`HostInt8Matmul`'s to the bit, whatever the number of ranks. What they exchange between these steps their caller does;
+`CpuInt8Matmul`'s to the bit, whatever the number of ranks. What they exchange between these steps their caller does;
 each of them adds up and finishes a share of the outputs.
 
 The C bodies are in kernels/cpu/sharded_matmul.c.

@@ -8,7 +8,7 @@ their number does not change the order of addition. There are two forms:
   come with it (`GroupSums`).
   The codes are exact in x's type, so nothing is rounded before the float32 sums; see
   `engine.kernels.matmul.segments` for their order. For few tokens by default, for any
-  number of them where one form is pinned.
+  number of them where it must be batch invariant.
 - large: tiles of weights are dequantized to x's type, which costs less a product but rounds each weight.
 """
 
@@ -458,7 +458,7 @@ class Int4Matmul:
         scale, minimum: [N, groups] float16.
         group_size: 32, 64 or 128.
         bias: [N] float32, added to the float32 sums.
-        pinned: One form for any number of tokens, so that a token's bits do not depend on it.
+        batch_invariant: One form for any number of tokens, so that a token's bits do not depend on it.
 
     Attributes:
         format: What the product's activations are wanted as.
@@ -471,9 +471,9 @@ class Int4Matmul:
         minimum: torch.Tensor,
         group_size: int,
         bias: torch.Tensor | None = None,
-        pinned: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
-        self.group_size, self.bias, self.pinned = group_size, bias, pinned
+        self.group_size, self.bias, self.batch_invariant = group_size, bias, batch_invariant
         self.weight = pack(codes, scale, minimum, group_size)
         if not runs_triton(codes):
             self._grid = codes, scale, minimum
@@ -487,9 +487,9 @@ class Int4Matmul:
         if target is None:
             values = x.values if isinstance(x, GroupSums) else x
             return reference(values, *self._grid, self.group_size, self.bias)
-        # The last tile, for any number of tokens, is there for the pinned form.
+        # The last tile, for any number of tokens, is there for the batch-invariant form.
         limit = max(tile.max_tokens or 0 for tile in tiles(target, "int4_matmul.segments"))
-        if self.pinned or num_tokens(x) <= limit:
+        if self.batch_invariant or num_tokens(x) <= limit:
             sums = x if isinstance(x, GroupSums) else group_sums(x)
             return int4_segments(sums, self.weight, self.bias, self.counters)
         return int4_large(x.values if isinstance(x, GroupSums) else x, self.weight, self.bias)

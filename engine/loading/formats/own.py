@@ -29,7 +29,7 @@ from engine.kernels.nibbles import pack_nibbles, unpack_nibbles
 from engine.loading.formats.stored import Settings, StoredModule
 from engine.quant.codebook import SIZE, nf4_values
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
-from engine.quant_spec import EMBEDDING, Specification, parse_specification
+from engine.quant_spec import EMBEDDING, QuantSpec, parse_quant_spec
 
 QUANT_METHOD = "llm-engine"
 TABLE_GROUP_SIZE = 32
@@ -50,15 +50,15 @@ class OwnFormat:
     unused: ClassVar[tuple[str, ...]] = ()
     has_rows: ClassVar[bool] = True
 
-    specification: Specification
+    quant_spec: QuantSpec
 
     def scheme(self, names: tuple[str, ...]) -> str:
         """See `engine.loading.formats.WeightFormat`."""
-        return str(self.specification.of(names[0]))
+        return str(self.quant_spec.of(names[0]))
 
     def read(self, module: StoredModule) -> Weight:
         """See `engine.loading.formats.WeightFormat`."""
-        words = self.specification.of(module.name)
+        words = self.quant_spec.of(module.name)
         match words.kind:
             case "int4":
                 return _read_int4(module, words.group_size)
@@ -91,9 +91,9 @@ def own_parts(weight: GridWeight | CodebookWeight) -> dict[str, torch.Tensor]:
     return {"codes": pack_nibbles(weight.codes), "scale": weight.scale, "minimum": weight.minimum}
 
 
-def own_config(specification: Specification) -> dict[str, Any]:
+def own_config(quant_spec: QuantSpec) -> dict[str, Any]:
     """`quantization_config` of config.json."""
-    return {"quant_method": QUANT_METHOD, "specification": str(specification)}
+    return {"quant_method": QUANT_METHOD, "specification": str(quant_spec)}
 
 
 def open_own_format(settings: Settings) -> OwnFormat:
@@ -104,7 +104,7 @@ def open_own_format(settings: Settings) -> OwnFormat:
     """
     text = settings.values.get("specification")
     try:
-        return OwnFormat(parse_specification(str(text)))
+        return OwnFormat(parse_quant_spec(str(text)))
     except ConfigError as error:
         raise settings.error("specification", f"one that --quant would take ({error})") from error
 

@@ -14,8 +14,8 @@ from gguf.quants import dequantize
 from engine.errors import CheckpointError
 from engine.loading.gguf.config import translate_config, translate_generation_config
 from engine.loading.gguf.file import GGUFFile
-from engine.loading.parts import check_shape, take_part
-from engine.parallel.shares import WHOLE, Part
+from engine.loading.slices import check_shape, take_slices
+from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import GridWeight, Weight
 
 _BLOCK_SIZE = 32
@@ -79,7 +79,7 @@ class GGUFCheckpoint:
     def names(self) -> set[str]:
         return set(self._gguf_names)
 
-    def tensor(self, name: str, part: Part = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
+    def tensor(self, name: str, part: Slices = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
         gguf_name = self._gguf_names.get(name)
         if gguf_name is None:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
@@ -96,7 +96,7 @@ class GGUFCheckpoint:
             return weight - 1
         return weight
 
-    def _read_heads(self, tensor: ReaderTensor, part: Part, heads: int) -> Weight:
+    def _read_heads(self, tensor: ReaderTensor, part: Slices, heads: int) -> Weight:
         """A part of a llama-architecture Q or K projection (or its bias), rows in Hugging Face's order.
 
         GGUF keeps the two rows that rotate together side by side; Hugging Face keeps them half a head apart. So
@@ -110,12 +110,12 @@ class GGUFCheckpoint:
             )
         rows = part.rows or slice(0, num_rows)
         whole = _widened(rows, head_dim)
-        weight = self._read(tensor, Part(whole, part.columns))
+        weight = self._read(tensor, Slices(whole, part.columns))
         index = torch.arange(weight.shape[0]).view(-1, head_dim // 2, 2).transpose(1, 2).reshape(-1)
         index = index[rows.start - whole.start : rows.stop - whole.start]
         return weight[index] if isinstance(weight, torch.Tensor) else weight.rows(index)
 
-    def _read(self, tensor: ReaderTensor, part: Part) -> Weight:
+    def _read(self, tensor: ReaderTensor, part: Slices) -> Weight:
         """A part, rows in the file's order."""
         kind, data = tensor.tensor_type, tensor.data
         if part.rows is not None:
@@ -126,14 +126,14 @@ class GGUFCheckpoint:
         whole = _widened(part.columns, block_size)
         if whole != part.columns and kind in _GRID_TYPES:
             # Says what is cut, or takes a part of a row's only group.
-            return take_part(self._decode(kind, data), Part(None, part.columns), tensor.name)
+            return take_slices(self._decode(kind, data), Slices(None, part.columns), tensor.name)
         # An array of bytes, or of floats.
         items = data.shape[1] * block_size // _shape(tensor)[1]
         weight = self._decode(
             kind, data[:, whole.start // block_size * items : whole.stop // block_size * items]
         )
         inside = slice(part.columns.start - whole.start, part.columns.stop - whole.start)
-        return weight if whole == part.columns else take_part(weight, Part(None, inside), tensor.name)
+        return weight if whole == part.columns else take_slices(weight, Slices(None, inside), tensor.name)
 
     def _decode(self, kind: GGMLQuantizationType, data: np.ndarray[Any, np.dtype[Any]]) -> Weight:
         self.num_bytes_read += data.nbytes

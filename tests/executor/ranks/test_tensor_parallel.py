@@ -22,7 +22,7 @@ from engine.executor.runner import ModelRunner
 from engine.kernels import cpu
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
-from engine.models.cuts import GatheredCut, IntegerSumCut
+from engine.models.splits import RowParallelGather, RowParallelIntegerSum
 from tests.helpers.paged import make_runner, make_sequences, run_chunks
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
@@ -90,10 +90,10 @@ def test_logits_are_those_of_one_rank_to_the_bit(family: str, quant: str, size: 
         check_logits(alone, together)
         assert together.group.num_bytes["gather"] > 0
         down = together.runner.model.layers[0].mlp.down
-        sums_integers = isinstance(down.cut, IntegerSumCut)
+        sums_integers = isinstance(down.split, RowParallelIntegerSum)
         if quant.startswith("int8") and cpu.library() is not None:
             assert sums_integers == (size < 4 and "weight-only" not in quant)
-        assert sums_integers or isinstance(down.cut, GatheredCut)
+        assert sums_integers or isinstance(down.split, RowParallelGather)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.kernels import cpu
-from engine.kernels.attention.in_c import SEGMENT, HostPlan, group_segments, host_attention
+from engine.kernels.attention.in_c import SEGMENT, CpuPlan, cpu_attention, group_segments
 from engine.kernels.attention.kv_layer import CACHE_TYPES, INT4, INT4_GROUP, KVCache, KVLayer
 from engine.kernels.attention.paged import reference
 
@@ -68,7 +68,7 @@ class Sequences:
         ends = torch.tensor([0] + [size for _, _, size in chunks]).cumsum(0).int()
         starts = torch.tensor([start for _, start, _ in chunks], dtype=torch.int32)
         segments = starts // SEGMENT + 1
-        plan = HostPlan.make(
+        plan = CpuPlan.make(
             num_sequences=torch.tensor([len(chunks)]),
             query_starts=ends,
             starts=starts,
@@ -81,7 +81,7 @@ class Sequences:
         )
         plan.partials.fill_(torch.nan)
         group_segments(plan, self.layer.block_size)
-        return host_attention(queries, self.layer, plan, scale, window)
+        return cpu_attention(queries, self.layer, plan, scale, window)
 
 
 def on_int8_grids(layer: KVLayer) -> KVLayer:

@@ -9,7 +9,7 @@ import torch
 
 from engine.kernels import cpu
 from engine.kernels import quantize as quantization
-from engine.kernels.matmul.cpu_grouped import GROUP_SIZES, HostGroupedMatmul, quantize_groups, reference
+from engine.kernels.matmul.cpu_grouped import GROUP_SIZES, CpuGroupedMatmul, quantize_groups, reference
 from engine.kernels.operands import GroupSize, Int8Format, SparseInt8Format
 from engine.kernels.quantize import TINY, quantize_sparse, sparse_reference
 
@@ -94,7 +94,7 @@ def product_with_group_scales(
     return total * scale if scale.dim() == 1 else total
 
 
-def check(matmul: HostGroupedMatmul, of_torch: torch.Tensor, x: torch.Tensor, expected: torch.Tensor) -> None:
+def check(matmul: CpuGroupedMatmul, of_torch: torch.Tensor, x: torch.Tensor, expected: torch.Tensor) -> None:
     assert not expected[4:7].isfinite().any()
     assert expected[:4].isfinite().all()
     assert_same(of_torch, expected)
@@ -113,7 +113,7 @@ def test_products_of_weights_in_groups(
 ) -> None:
     weight, scale = weights(rows, columns, group_size)
     x, bias = activations(max(TOKENS), columns), torch.randn(rows)
-    matmul = HostGroupedMatmul(weight, scale, group_size, bias, format)
+    matmul = CpuGroupedMatmul(weight, scale, group_size, bias, format)
     expected = product_with_token_scales(x, format, weight, scale, group_size) + bias
     check(matmul, reference(x, format, weight, scale, group_size, bias), x, expected)
     assert matmul.format == format
@@ -130,7 +130,7 @@ def test_products_of_activations_in_groups(
     weight, scale = weights(rows, columns, group_size)
     scale = scale if has_weight_groups else torch.rand(rows)
     x, format = activations(max(TOKENS), columns), Int8Format(1, group_size)
-    matmul = HostGroupedMatmul(weight, scale, group_size, None, format)
+    matmul = CpuGroupedMatmul(weight, scale, group_size, None, format)
     expected = product_with_group_scales(x, weight, scale, group_size)
     check(matmul, reference(x, format, weight, scale, group_size, None), x, expected)
     assert matmul.format is None
@@ -160,7 +160,7 @@ def test_sums_reach_their_bounds(format: SparseInt8Format | Int8Format) -> None:
     weight = torch.full((18, 256), -128, dtype=torch.int8)
     x = torch.full((7, 256), 127.0)
     x[1::2] *= -1
-    product = HostGroupedMatmul(weight, torch.ones(18, 2).half(), 128, None, format)(x)
+    product = CpuGroupedMatmul(weight, torch.ones(18, 2).half(), 128, None, format)(x)
     # Only the scale and the products with it round: the sums are whole numbers that floats hold.
     assert torch.allclose(product, x @ weight.float().t(), rtol=2**-20, atol=0)
 
@@ -174,7 +174,7 @@ def test_products_are_close_to_those_of_floats(format: SparseInt8Format | Int8Fo
     else:
         step = sparse_reference(x, format)[1].expand(-1, 300)
     dequantized = weight.double() * scale.double().repeat_interleave(32, dim=1)[:, :300]
-    error = HostGroupedMatmul(weight, scale, 32, None, format)(x) - x.double() @ dequantized.t()
+    error = CpuGroupedMatmul(weight, scale, 32, None, format)(x) - x.double() @ dequantized.t()
     # Half a step of each activation, and what float32 rounds in the sums and in products with a scale's inverse.
     bound = step.double() / 2 @ dequantized.abs().t() + 2**-20 * x.double().abs() @ dequantized.abs().t()
     assert torch.all(error.abs() <= bound)

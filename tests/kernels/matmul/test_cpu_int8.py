@@ -8,9 +8,9 @@ import torch
 from engine.kernels import cpu
 from engine.kernels.matmul.cpu_int8 import (
     CodebookGrid,
-    HostFloatMatmul,
-    HostInt8Matmul,
-    HostWeight,
+    CpuFloatMatmul,
+    CpuInt8Matmul,
+    CpuWeight,
     Int4Grid,
     codebook_grid,
     int4_grid,
@@ -22,7 +22,7 @@ from engine.kernels.matmul.int8 import MAX_IN_FEATURES
 from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.operands import SparseInt8Format
 from engine.kernels.quantize import HIGH_STEPS, quantize_sparse, sparse_reference
-from engine.quant.host import HOST_ACTIVATIONS
+from engine.quant.cpu_formats import CPU_ACTIVATIONS
 
 SHAPES = [
     (1, 1),
@@ -41,7 +41,7 @@ SHAPES = [
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 13, 15, 16, 17, 31, 32, 33, 47, 100, 191, 192, 193, 200]
 """Beside the sizes of tiles (4, 6, 16, 32) and of chunks (192)."""
 
-FORMATS = [HOST_ACTIVATIONS, SparseInt8Format(0.0)]
+FORMATS = [CPU_ACTIVATIONS, SparseInt8Format(0.0)]
 """The engine's, and one under which nearly every element needs a high term."""
 
 
@@ -100,14 +100,14 @@ def random_codebooks(rows: int, columns: int, has_factors: bool) -> tuple[Codebo
 def test_int8_products_equal_the_reference_to_the_bit(
     rows: int, columns: int, kind: str, format: SparseInt8Format, has_bias: bool
 ) -> None:
-    weight: HostWeight = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
+    weight: CpuWeight = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
     scale = torch.rand(rows)
     if kind == "int4":
         weight, scale = random_grid(rows, columns)
     elif kind != "int8":
         weight, scale = random_codebooks(rows, columns, kind == "scaled codebook")
     bias = torch.randn(rows) if has_bias else None
-    matmul = HostInt8Matmul(weight, scale, bias, format)
+    matmul = CpuInt8Matmul(weight, scale, bias, format)
     codes = weight if isinstance(weight, torch.Tensor) else weight.expand()[:, :columns]
     x = activations(max(TOKENS), columns)
     # Of the reference, each row is by itself: so a row is equal alone and among any others.
@@ -141,7 +141,7 @@ def test_sums_reach_the_bound_of_int32(value: int, spread: float) -> None:
     signs[1::2] = -1
     x = (signs * 127.0).expand(-1, MAX_IN_FEATURES).contiguous()
     x[2, 1::2] *= -1
-    matmul = HostInt8Matmul(weight, torch.ones(18), None, format)
+    matmul = CpuInt8Matmul(weight, torch.ones(18), None, format)
     expected = integer_product(x, format, weight, torch.ones(18))
     assert (expected[0, 0] - 127.0 * value * MAX_IN_FEATURES).abs() <= 1e-4 * 127 * 127 * MAX_IN_FEATURES
     for num_tokens in (1, 5, 17):
@@ -151,7 +151,7 @@ def test_sums_reach_the_bound_of_int32(value: int, spread: float) -> None:
 def test_more_input_features_than_sums_hold_are_refused() -> None:
     weight = torch.zeros(1, MAX_IN_FEATURES + 1, dtype=torch.int8)
     with pytest.raises(ValueError, match="overflow"):
-        HostInt8Matmul(weight, torch.ones(1), None, HOST_ACTIVATIONS)
+        CpuInt8Matmul(weight, torch.ones(1), None, CPU_ACTIVATIONS)
 
 
 def parameters(kind: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,7 +268,7 @@ def test_float_products_are_within_their_rounding(rows: int, columns: int, has_b
     exact = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
     # A chain of K fused products rounds K times, each time by 2**-24 of a part of this sum; then the bias.
     size = x.double().abs() @ weight.double().abs().t() + (0.0 if bias is None else bias.double().abs())
-    matmul = HostFloatMatmul(weight, bias)
+    matmul = CpuFloatMatmul(weight, bias)
     together = matmul(x)
     assert torch.all((together - exact).abs() <= size * (columns + 1) * 2**-24)
     for num_tokens in TOKENS:
@@ -282,8 +282,8 @@ def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
     x = torch.randn(9, 100)
     x[4, 7] = value
     for matmul in (
-        HostFloatMatmul(torch.randn(40, 100), None),
-        HostInt8Matmul(torch.full((40, 100), 3, dtype=torch.int8), torch.ones(40), None, HOST_ACTIVATIONS),
+        CpuFloatMatmul(torch.randn(40, 100), None),
+        CpuInt8Matmul(torch.full((40, 100), 3, dtype=torch.int8), torch.ones(40), None, CPU_ACTIVATIONS),
     ):
         is_finite = matmul(x).isfinite()
         assert not is_finite[4].any()

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from engine.kernels import cpu
-from engine.kernels.matmul.cpu_int8 import HostInt8Matmul, reference
+from engine.kernels.matmul.cpu_int8 import CpuInt8Matmul, reference
 from engine.kernels.matmul.cpu_sharded import ShardedInt8Matmul, block_maxima, num_terms, quantize_part
 from engine.kernels.matmul.int8 import MAX_IN_FEATURES
 from engine.kernels.operands import SparseInt8Format
-from engine.quant.host import HOST_ACTIVATIONS, ONE_TERM, TWO_TERMS
+from engine.quant.cpu_formats import CPU_ACTIVATIONS, ONE_TERM, TWO_TERMS
 
 TOKENS = [1, 2, 5, 12, 13, 16, 33, 192, 200]
 """Beside the sizes of tiles (12, 16, 32) and of chunks (192)."""
@@ -68,9 +68,7 @@ def multiply(
     )
 
 
-@pytest.mark.parametrize(
-    "format", [HOST_ACTIVATIONS, TWO_TERMS, ONE_TERM], ids=lambda f: f"spread-{f.spread}"
-)
+@pytest.mark.parametrize("format", [CPU_ACTIVATIONS, TWO_TERMS, ONE_TERM], ids=lambda f: f"spread-{f.spread}")
 @pytest.mark.parametrize(
     ("rows", "columns", "size"),
     [(4, 64, 2), (66, 192, 3), (72, 288, 3), (64, 96, 1), (192, 1536, 3), (100, 4096 + 128, 4)],
@@ -89,7 +87,7 @@ def test_shares_have_the_bits_of_the_whole(
         y = multiply(x[:num_tokens], weight, scale, bias, size, format)
         torch.testing.assert_close(y, expected[:num_tokens], rtol=0, atol=0, equal_nan=True)
     without_bias = multiply(x[50:70], weight, scale, None, size, format)
-    assert torch.equal(without_bias, HostInt8Matmul(weight, scale, None, format)(x[50:70]))
+    assert torch.equal(without_bias, CpuInt8Matmul(weight, scale, None, format)(x[50:70]))
 
 
 def test_sums_of_ranks_reach_the_bound_of_int32() -> None:
@@ -100,7 +98,7 @@ def test_sums_of_ranks_reach_the_bound_of_int32() -> None:
     for spread in (1.0, 1 / 256):
         format = SparseInt8Format(spread)
         y = multiply(x, weight, torch.ones(2), None, 2, format)
-        assert torch.equal(y, HostInt8Matmul(weight, torch.ones(2), None, format)(x))
+        assert torch.equal(y, CpuInt8Matmul(weight, torch.ones(2), None, format)(x))
         assert math.isclose(y[0, 0].item(), -127.0 * 128 * columns, rel_tol=1e-4)
 
 

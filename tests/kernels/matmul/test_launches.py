@@ -14,11 +14,11 @@ from engine.kernels.operands import GroupSums, SumsFormat
 TOKEN_CLASSES = [range(1, 17), range(17, 33), range(33, 65), range(65, 129), range(129, 200)]
 
 
-def record_int4(arch: str, counts: range, pinned: bool = False) -> set[Launch]:
+def record_int4(arch: str, counts: range, batch_invariant: bool = False) -> set[Launch]:
     codes = torch.empty(4096, 4096, dtype=torch.uint8, device="meta")
     scale = torch.empty(4096, 64, dtype=torch.float16, device="meta")
     with recording(TARGETS[arch]) as launches:
-        matmul = Int4Matmul(codes, scale, scale, 128, pinned=pinned)
+        matmul = Int4Matmul(codes, scale, scale, 128, batch_invariant=batch_invariant)
         assert matmul.format == SumsFormat()
         for count in counts:
             x = torch.empty(count, 8192, dtype=torch.bfloat16, device="meta")
@@ -28,19 +28,21 @@ def record_int4(arch: str, counts: range, pinned: bool = False) -> set[Launch]:
 
 
 @pytest.mark.parametrize("arch", TARGETS)
-def test_many_tokens_take_the_large_form_unless_one_is_pinned(arch: str) -> None:
+def test_many_tokens_take_the_large_form_unless_batch_invariant(arch: str) -> None:
     few, many = record_int4(arch, range(1, 2)), record_int4(arch, range(129, 130))
-    pinned = record_int4(arch, range(129, 130), pinned=True)
+    batch_invariant = record_int4(arch, range(129, 130), batch_invariant=True)
     assert {launch.name for launch in few} == {"_group_sums_kernel", "_int4_segments_kernel"}
     assert {launch.name for launch in many} == {"_int4_large_kernel"}
-    assert {launch.name for launch in pinned} == {"_group_sums_kernel", "_int4_segments_kernel"}
+    assert {launch.name for launch in batch_invariant} == {"_group_sums_kernel", "_int4_segments_kernel"}
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
 @pytest.mark.parametrize("counts", TOKEN_CLASSES)
 def test_tokens_do_not_decide_what_is_compiled(arch: str, counts: range) -> None:
     assert record_int4(arch, counts) == record_int4(arch, counts[-1:])
-    assert record_int4(arch, counts, pinned=True) == record_int4(arch, counts[-1:], pinned=True)
+    assert record_int4(arch, counts, batch_invariant=True) == record_int4(
+        arch, counts[-1:], batch_invariant=True
+    )
 
 
 @pytest.mark.parametrize("counts", TOKEN_CLASSES)

@@ -40,13 +40,13 @@ import math
 
 import torch
 
-from engine.kernels.matmul.cpu_grouped import HostGroupedMatmul
-from engine.kernels.matmul.cpu_int8 import HostInt8Matmul, HostWeight
+from engine.kernels.matmul.cpu_grouped import CpuGroupedMatmul
+from engine.kernels.matmul.cpu_int8 import CpuInt8Matmul, CpuWeight
 from engine.kernels.operands import GroupSize, Int8Format, SparseInt8Format
 from engine.quant.scheme import Matmul
 from engine.quant_spec import ActivationTerms
 
-HOST_ACTIVATIONS = SparseInt8Format(spread=1.2)
+CPU_ACTIVATIONS = SparseInt8Format(spread=1.2)
 
 ONE_TERM = SparseInt8Format(spread=math.inf)
 TWO_TERMS = SparseInt8Format(spread=0.0)
@@ -56,8 +56,8 @@ GROUP_SIZE: GroupSize = 32
 """Elements along K that share a scale where activations have groups."""
 
 
-def host_product(
-    weight: HostWeight,
+def cpu_product(
+    weight: CpuWeight,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     activations: ActivationTerms = "default",
@@ -65,11 +65,11 @@ def host_product(
     """The product with a weight [N, K] of int8 codes, or a grid that stands for them, and scales [N] float32."""
     if activations == "groups":
         assert isinstance(weight, torch.Tensor)
-        return HostGroupedMatmul(weight, scale, GROUP_SIZE, bias, Int8Format(1, GROUP_SIZE))
-    return HostInt8Matmul(weight, scale, bias, token_format(activations))
+        return CpuGroupedMatmul(weight, scale, GROUP_SIZE, bias, Int8Format(1, GROUP_SIZE))
+    return CpuInt8Matmul(weight, scale, bias, token_format(activations))
 
 
-def host_grouped_product(
+def cpu_grouped_product(
     weight: torch.Tensor,
     scale: torch.Tensor,
     group_size: GroupSize,
@@ -78,9 +78,9 @@ def host_grouped_product(
 ) -> Matmul:
     """The product with a weight [N, K] of int8 codes and scales [N, ceil(K / group_size)] float16."""
     format = Int8Format(1, group_size) if activations == "groups" else token_format(activations)
-    return HostGroupedMatmul(weight, scale, group_size, bias, format)
+    return CpuGroupedMatmul(weight, scale, group_size, bias, format)
 
 
 def token_format(activations: ActivationTerms) -> SparseInt8Format:
     """What the product takes; activations: not "groups"."""
-    return {"token": ONE_TERM, "two-terms": TWO_TERMS}.get(activations, HOST_ACTIVATIONS)
+    return {"token": ONE_TERM, "two-terms": TWO_TERMS}.get(activations, CPU_ACTIVATIONS)

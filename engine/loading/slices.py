@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import CheckpointError
-from engine.parallel.shares import Part
+from engine.parallel.shards import Slices
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
 
 
@@ -28,7 +28,7 @@ def check_shape(path: Path, name: str, found: Sequence[int], expected: Sequence[
         )
 
 
-def take_part(weight: Weight, part: Part, name: str) -> Weight:
+def take_slices(weight: Weight, part: Slices, name: str) -> Weight:
     """The rows and columns of a tensor, on their grid.
 
     Args:

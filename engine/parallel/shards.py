@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Slices:
     """A part of a tensor: of its rows, and of its columns if it is a matrix. None: all."""
 
     rows: slice | None = None
     columns: slice | None = None
 
 
-WHOLE = Part()
+WHOLE = Slices()
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Shard:
     """One of `size` shares.
 
     Attributes:

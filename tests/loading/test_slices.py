@@ -18,18 +18,18 @@ from safetensors.torch import save_file
 
 from engine.errors import CheckpointError
 from engine.loading.checkpoint import Checkpoint, open_checkpoint
-from engine.loading.parts import take_part
 from engine.loading.resolve import resolve_model
+from engine.loading.slices import take_slices
 from engine.loading.weights import read_checked
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.shapes import tensor_shape
 from engine.parallel.group import TensorGroup
 from engine.parallel.pipeline import Pipeline
-from engine.parallel.shares import WHOLE, Part, Share
+from engine.parallel.shards import WHOLE, Shard, Slices
 from engine.quant.plan import QuantizationPlan
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
-from engine.quant_spec import parse_specification
+from engine.quant_spec import parse_quant_spec
 from tests.helpers.gguf_file import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, write_gguf
 from tests.helpers.quantized_directory import write_directory
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
@@ -37,16 +37,18 @@ from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 SECOND_HALF = slice(VOCAB // 2, VOCAB)
 
 
-def parts_of_rank(config: ModelConfig, rank: int, size: int, is_exact: bool = True) -> list[tuple[str, Part]]:
+def parts_of_rank(
+    config: ModelConfig, rank: int, size: int, rank_invariant: bool = True
+) -> list[tuple[str, Slices]]:
     """What a rank reads, by asking the layers themselves."""
-    asked: list[tuple[str, Part]] = []
+    asked: list[tuple[str, Slices]] = []
 
-    def read(name: str, part: Part) -> torch.Tensor:
+    def read(name: str, part: Slices) -> torch.Tensor:
         asked.append((name, part))
-        return take_part(torch.empty(tensor_shape(config, name), device="meta"), part, name)  # type: ignore[return-value]
+        return take_slices(torch.empty(tensor_shape(config, name), device="meta"), part, name)  # type: ignore[return-value]
 
-    quantization = QuantizationPlan(parse_specification("none"), torch.float32)
-    group = TensorGroup(Share(rank, size), is_exact=is_exact)
+    quantization = QuantizationPlan(parse_quant_spec("none"), torch.float32)
+    group = TensorGroup(Shard(rank, size), rank_invariant=rank_invariant)
     Decoder(config, quantization, torch.float32, group, Pipeline()).load(read)
     return asked
 
@@ -93,7 +95,7 @@ def expected_bytes(name: str, whole: int, config: ModelConfig, size: int) -> int
 @pytest.mark.parametrize(
     ("family", "size"), [("llama-biases", 2), ("smollm2", 3), ("gemma3", 4), ("qwen2", 4)]
 )
-def test_safetensors_are_read_in_shares(tmp_path: Path, family: str, size: int, is_exact: bool) -> None:
+def test_safetensors_are_read_in_shares(tmp_path: Path, family: str, size: int, rank_invariant: bool) -> None:
     hugging_face = deepcopy(TINY_CONFIGS[family])
     hugging_face.intermediate_size, hugging_face.vocab_size = 96, 312  # shared by three, too
     write_checkpoint(tmp_path, hugging_face)
@@ -103,21 +105,21 @@ def test_safetensors_are_read_in_shares(tmp_path: Path, family: str, size: int, 
     for rank in range(size):
         checkpoint = open_checkpoint(tmp_path)
         seen = set()
-        for name, part in parts_of_rank(config, rank, size, is_exact):
+        for name, part in parts_of_rank(config, rank, size, rank_invariant):
             before = checkpoint.num_bytes_read
             assert_same(
-                read_checked(checkpoint, config, name, part), take_part(whole.tensor(name), part, name)
+                read_checked(checkpoint, config, name, part), take_slices(whole.tensor(name), part, name)
             )
             expected = expected_bytes(name, stored[name], config, size)
             # A sum's bias is added by one rank, but read by all; a tied head reads the embedding again.
-            is_summed_bias = not is_exact and name.endswith((".o_proj.bias", ".down_proj.bias"))
+            is_summed_bias = not rank_invariant and name.endswith((".o_proj.bias", ".down_proj.bias"))
             assert checkpoint.num_bytes_read - before == (stored[name] if is_summed_bias else expected), name
             seen.add(name)
         assert seen == set(stored)
 
 
 @pytest.mark.parametrize("is_exact", [True, False], ids=["exact", "summed"])
-def test_smollm2_is_read_in_thirds(is_exact: bool) -> None:
+def test_smollm2_is_read_in_thirds(rank_invariant: bool) -> None:
     """Embedding, last norm, and two of the thirty layers, which are alike."""
     path = resolve_model("llama")
     layers = ("blk.0.", "blk.29.")
@@ -131,10 +133,10 @@ def test_smollm2_is_read_in_thirds(is_exact: bool) -> None:
     config = ModelConfig.from_dict(whole.config)
     for rank in range(3):
         checkpoint = open_checkpoint(path)
-        for name, part in parts_of_rank(config, rank, 3, is_exact):
+        for name, part in parts_of_rank(config, rank, 3, rank_invariant):
             if ".layers." not in name or ".layers.0." in name or ".layers.29." in name:
                 weight = read_checked(checkpoint, config, name, part)
-                assert_same(weight, take_part(whole.tensor(name), part, name))
+                assert_same(weight, take_slices(whole.tensor(name), part, name))
         assert checkpoint.num_bytes_read == norms + (sum(stored.values()) - norms) // 3
 
 
@@ -154,19 +156,19 @@ def test_heads_of_queries_and_keys_are_read_whole(tmp_path: Path, size: int) -> 
     for name, heads, num_bytes in (*sources, ("k_proj.bias", KV_HEADS, key[:, 0].nbytes)):
         full = f"model.layers.0.self_attn.{name}"
         for rank in range(size):
-            rows = Share(rank, size).of_heads(heads, HEAD_DIM)
+            rows = Shard(rank, size).of_heads(heads, HEAD_DIM)
             before = checkpoint.num_bytes_read
-            weight = checkpoint.tensor(full, Part(rows))
+            weight = checkpoint.tensor(full, Slices(rows))
             assert checkpoint.num_bytes_read - before == num_bytes // min(size, heads)
-            assert_same(weight, take_part(checkpoint.tensor(full), Part(rows), full))
+            assert_same(weight, take_slices(checkpoint.tensor(full), Slices(rows), full))
 
 
 def test_rows_that_cut_a_head_are_those_of_the_whole(tmp_path: Path) -> None:
     key = np.random.default_rng(0).standard_normal((KV_HEADS * HEAD_DIM, HIDDEN), dtype=np.float32)
     path = write_gguf(tmp_path / "model.gguf", tensors={"blk.0.attn_k.weight": key})
     checkpoint, name = open_checkpoint(path), "model.layers.0.self_attn.k_proj.weight"
-    part = Part(slice(3, HEAD_DIM + 1), slice(5, 9))
-    assert_same(checkpoint.tensor(name, part), take_part(checkpoint.tensor(name), part, name))
+    part = Slices(slice(3, HEAD_DIM + 1), slice(5, 9))
+    assert_same(checkpoint.tensor(name, part), take_slices(checkpoint.tensor(name), part, name))
 
 
 @pytest.mark.parametrize(
@@ -187,17 +189,19 @@ def test_rows_and_columns_of_every_kind_of_block(tmp_path: Path, kind: Type) -> 
     whole = checkpoint.tensor(name)
     for rows, taken in ((None, slice(256, 512)), (slice(7, 9), None), (slice(0, 64), slice(0, 256))):
         before = checkpoint.num_bytes_read
-        assert_same(checkpoint.tensor(name, Part(rows, taken)), take_part(whole, Part(rows, taken), name))
+        assert_same(
+            checkpoint.tensor(name, Slices(rows, taken)), take_slices(whole, Slices(rows, taken), name)
+        )
         num_rows = HIDDEN if rows is None else rows.stop - rows.start
-        share = 1 if taken is None else 2
-        assert checkpoint.num_bytes_read - before == stored.nbytes * num_rows // HIDDEN // share
-    cut = Part(None, slice(8, 24))
+        shard = 1 if taken is None else 2
+        assert checkpoint.num_bytes_read - before == stored.nbytes * num_rows // HIDDEN // shard
+    cut = Slices(None, slice(8, 24))
     if isinstance(whole, GridWeight):
         with pytest.raises(CheckpointError, match="columns 8 to 23 cut groups of 32"):
             checkpoint.tensor(name, cut)
         return
     before = checkpoint.num_bytes_read
-    assert_same(checkpoint.tensor(name, cut), take_part(whole, cut, name))
+    assert_same(checkpoint.tensor(name, cut), take_slices(whole, cut, name))
     read = 16 if kind in (Type.F32, Type.F16, Type.BF16) else block
     assert checkpoint.num_bytes_read - before == stored.nbytes * read // columns
 
@@ -207,12 +211,12 @@ def test_columns_of_a_rows_only_group(tmp_path: Path) -> None:
     stored = quantize(np.random.default_rng(0).standard_normal((8, 32), dtype=np.float32), Type.Q8_0)
     path = write_gguf(tmp_path / "model.gguf", tensors={"blk.0.ffn_down.weight": (stored, Type.Q8_0)})
     checkpoint, name = open_checkpoint(path), "model.layers.0.mlp.down_proj.weight"
-    part = Part(None, slice(8, 24))
-    assert_same(checkpoint.tensor(name, part), take_part(checkpoint.tensor(name), part, name))
+    part = Slices(None, slice(8, 24))
+    assert_same(checkpoint.tensor(name, part), take_slices(checkpoint.tensor(name), part, name))
 
 
-@pytest.mark.parametrize("part", [WHOLE, Part(slice(0, 20)), Part(None, slice(0, 32))])
-def test_the_whole_tensors_shape_is_checked_whatever_is_read(tmp_path: Path, part: Part) -> None:
+@pytest.mark.parametrize("part", [WHOLE, Slices(slice(0, 20)), Slices(None, slice(0, 32))])
+def test_the_whole_tensors_shape_is_checked_whatever_is_read(tmp_path: Path, part: Slices) -> None:
     """One row too many would go unnoticed in the part itself."""
     tensors = {"model.embed_tokens.weight": torch.randn(VOCAB + 1, HIDDEN)}
     quantized: dict[str, torch.Tensor] = {
@@ -252,13 +256,13 @@ def test_own_directories_are_read_in_rows(tmp_path: Path) -> None:
     whole = checkpoint.tensor("lm_head.weight")
     num_bytes = checkpoint.num_bytes_read
     assert num_bytes == sum(tensor.nbytes for tensor in parts.values())
-    for part in (Part(SECOND_HALF), Part(SECOND_HALF, slice(32, 64))):
+    for part in (Slices(SECOND_HALF), Slices(SECOND_HALF, slice(32, 64))):
         before = checkpoint.num_bytes_read
         weight = checkpoint.tensor("lm_head.weight", part)
-        assert_same(weight, take_part(whole, part, "lm_head"))
+        assert_same(weight, take_slices(whole, part, "lm_head"))
         assert checkpoint.num_bytes_read - before == num_bytes // 2
     with pytest.raises(CheckpointError, match="columns 8 to 23 cut groups of 32"):
-        checkpoint.tensor("lm_head.weight", Part(SECOND_HALF, slice(8, 24)))
+        checkpoint.tensor("lm_head.weight", Slices(SECOND_HALF, slice(8, 24)))
 
 
 def test_torchs_files_are_read_in_parts(tmp_path: Path) -> None:
@@ -266,7 +270,7 @@ def test_torchs_files_are_read_in_parts(tmp_path: Path) -> None:
     torch.save({"lm_head.weight": stored}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     checkpoint = open_checkpoint(tmp_path)
-    weight = checkpoint.tensor("lm_head.weight", Part(SECOND_HALF, slice(8, 24)), (VOCAB, HIDDEN))
+    weight = checkpoint.tensor("lm_head.weight", Slices(SECOND_HALF, slice(8, 24)), (VOCAB, HIDDEN))
     assert isinstance(weight, torch.Tensor)
     assert torch.equal(weight, stored[20:, 8:24])
     assert checkpoint.num_bytes_read == math.prod((20, 16)) * 4

@@ -16,11 +16,11 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from engine.errors import ConfigError
 from engine.kernels import cpu
-from engine.loading.parts import take_part
+from engine.loading.slices import take_slices
 from engine.models.config import ModelConfig
-from engine.models.cuts import Cut, GatheredCut, IntegerSumCut, SummedCut, row_cut
 from engine.models.linear import Linear
 from engine.models.sharding import check_columns
+from engine.models.splits import RowParallelGather, RowParallelIntegerSum, RowParallelSum, Split, row_parallel
 from engine.parallel.costs import (
     all_reduce_bytes,
     float_sum_bytes,
@@ -30,7 +30,7 @@ from engine.parallel.costs import (
 )
 from engine.parallel.group import TensorGroup
 from engine.parallel.place import take_place
-from engine.parallel.shares import Part, Share
+from engine.parallel.shards import Shard, Slices
 from engine.quant.codebook4 import Codebook4
 from engine.quant.floating import Float
 from engine.quant.int4 import Int4
@@ -40,7 +40,7 @@ from engine.quant.int8_weight_only import Int8WeightOnly
 from engine.quant.nf4 import NF4
 from engine.quant.scheme import Scheme
 from engine.quant.weight import GridWeight, Weight, to_float
-from engine.quant_spec import ActivationTerms, parse_specification
+from engine.quant_spec import ActivationTerms, parse_quant_spec
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -58,7 +58,7 @@ class Case:
     in_features: int
     out_features: int
     scheme: Scheme
-    form: type[Cut]
+    form: type[Split]
     source: Source = "floats"
     has_bias: bool = False
 
@@ -66,18 +66,18 @@ class Case:
 def cases(size: int) -> list[Case]:
     wide, narrow = 64 * size, 16 * size  # inputs and outputs
     return [
-        Case(wide, narrow, Int8(), IntegerSumCut),
-        Case(wide, narrow, Int8(), IntegerSumCut, "blocks of 32", has_bias=True),
-        Case(wide, narrow, Int8("two-terms"), IntegerSumCut, "four bits"),
-        Case(96 * size, 22 * size, Int8("token"), IntegerSumCut, "rows", has_bias=True),
+        Case(wide, narrow, Int8(), RowParallelIntegerSum),
+        Case(wide, narrow, Int8(), RowParallelIntegerSum, "blocks of 32", has_bias=True),
+        Case(wide, narrow, Int8("two-terms"), RowParallelIntegerSum, "four bits"),
+        Case(96 * size, 22 * size, Int8("token"), RowParallelIntegerSum, "rows", has_bias=True),
         # More outputs to sum than inputs to gather.
-        Case(wide, 2 * wide, Int8(), GatheredCut, has_bias=True),
+        Case(wide, 2 * wide, Int8(), RowParallelGather, has_bias=True),
         # No whole blocks, and one alone.
-        Case(80 * size, narrow, Int8(), GatheredCut, "rows"),
-        Case(32 * size, 8 * size, Int8(), GatheredCut, "blocks of 32"),
+        Case(80 * size, narrow, Int8(), RowParallelGather, "rows"),
+        Case(32 * size, 8 * size, Int8(), RowParallelGather, "blocks of 32"),
         # Sums of groups are not integers of one scale.
-        Case(wide, narrow, Int8("groups"), GatheredCut),
-        Case(wide, narrow, Int8Groups(32), GatheredCut, "blocks of 32"),
+        Case(wide, narrow, Int8("groups"), RowParallelGather),
+        Case(wide, narrow, Int8Groups(32), RowParallelGather, "blocks of 32"),
     ]
 
 
@@ -118,11 +118,11 @@ def source_of(case: Case) -> tuple[Weight, torch.Tensor]:
 def build(case: Case, group: TensorGroup) -> Linear:
     weight, bias = source_of(case)
 
-    def read(name: str, part: Part) -> Weight:
-        return take_part(weight if name.endswith("weight") else bias, part, name)
+    def read(name: str, part: Slices) -> Weight:
+        return take_slices(weight if name.endswith("weight") else bias, part, name)
 
-    cut = row_cut(group, case.in_features, case.out_features, case.scheme)
-    linear = Linear(["down"], case.in_features, [case.out_features], case.scheme, case.has_bias, cut)
+    split = row_parallel(group, case.in_features, case.out_features, case.scheme)
+    linear = Linear(["down"], case.in_features, [case.out_features], case.scheme, case.has_bias, split)
     linear.load(read)
     linear.bind()
     return linear
@@ -141,7 +141,7 @@ def summed_cases(size: int) -> list[Case]:
         NF4(),
         Codebook4(),
     ]
-    return [Case(128 * size, 48, scheme, SummedCut, has_bias=True) for scheme in schemes]
+    return [Case(128 * size, 48, scheme, RowParallelSum, has_bias=True) for scheme in schemes]
 
 
 @dataclass(frozen=True)
@@ -155,18 +155,18 @@ class Result:
 
 def run_rank(rank: int, size: int, directory: str) -> None:
     results = []
-    for is_exact in (True, False):
-        store = FileStore(f"{directory}/{size}-{is_exact}", size)
-        group = take_place(store, rank, size, 1, torch.device("cpu"), is_exact).group
-        for case in cases(size) if is_exact else summed_cases(size):
+    for rank_invariant in (True, False):
+        store = FileStore(f"{directory}/{size}-{rank_invariant}", size)
+        group = take_place(store, rank, size, 1, torch.device("cpu"), rank_invariant).group
+        for case in cases(size) if rank_invariant else summed_cases(size):
             linear, x = build(case, group), inputs_of(case)
-            columns = group.share.of(case.in_features)
+            columns = group.shard.of(case.in_features)
             outputs, brought = [], []
             for num_tokens in TOKENS:
                 before = dict(group.num_bytes)
                 outputs.append(linear(x[:num_tokens, columns].contiguous()))
                 brought.append({kind: count - before[kind] for kind, count in group.num_bytes.items()})
-            results.append((type(linear.cut).__name__, outputs, brought))
+            results.append((type(linear.split).__name__, outputs, brought))
     torch.save(results, f"{directory}/{rank}-of-{size}")
 
 
@@ -211,7 +211,7 @@ def test_layers_have_the_bits_of_one_rank_and_send_what_they_cost(size: int, res
                 torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
                 shape = case.in_features, case.out_features, size
                 terms = 1 if isinstance(case.scheme, Int8) and case.scheme.activations == "token" else 2
-                is_summed = case.form is IntegerSumCut
+                is_summed = case.form is RowParallelIntegerSum
                 planned = integer_sum_bytes(*shape, terms) if is_summed else gathered_bytes(*shape)
                 # To each of the others what it has for all, and what it has for that one of what is summed.
                 sent = (size - 1) * brought["gather"] + (size - 1) * brought["sum"] // size
@@ -229,7 +229,7 @@ def test_summed_floats_are_as_near_as_those_of_one_rank(size: int, results: Resu
         exact = x.double() @ to_float(weight).double().t() + bias
         rows = torch.arange(5, max(TOKENS))
         for rank in ranks:
-            assert rank.form == "SummedCut"
+            assert rank.form == "RowParallelSum"
             y = rank.outputs[-1]
             torch.testing.assert_close(y, ranks[0].outputs[-1], rtol=0, atol=0, equal_nan=True)
             error, error_alone = ((z - exact)[rows].norm().item() for z in (y.double(), alone(x).double()))
@@ -257,24 +257,26 @@ def test_columns_cut_through_groups_are_refused_with_the_numbers() -> None:
         ("int4:g0,*.o_proj=int8:g32", 12),
         ("nf4", 1),
     ):
-        check_columns(model, parse_specification(text), size)
+        check_columns(model, parse_quant_spec(text), size)
     with pytest.raises(
         ConfigError, match=r"2 ranks cut the 384 .*o_proj within groups of 128.*-size of 1 or 3$"
     ):
-        check_columns(model, parse_specification("int4:g128"), 2)
+        check_columns(model, parse_quant_spec("int4:g128"), 2)
     with pytest.raises(ConfigError, match=r"4 ranks cut the 384 .* of 64.*-size of 1 or 2 or 3 or 6$"):
-        check_columns(model, parse_specification("nf4"), 4)
-    rules = parse_specification("none,model.layers.1.mlp.down_proj=int4:g128")
+        check_columns(model, parse_quant_spec("nf4"), 4)
+    rules = parse_quant_spec("none,model.layers.1.mlp.down_proj=int4:g128")
     with pytest.raises(ConfigError, match=r"4 ranks cut the 1600 .*down_proj within groups of 128"):
         check_columns(small_model(intermediate_size=1600), rules, 4)
 
 
 def test_without_kernels_for_sums_inputs_are_gathered() -> None:
-    for has_kernels, form in ((True, IntegerSumCut), (False, GatheredCut)):
-        group = TensorGroup(Share(0, 2), has_integer_sums=has_kernels)
-        assert isinstance(row_cut(group, 256, 64, Int8()), form)
-    assert isinstance(row_cut(TensorGroup(Share(0, 2), None, False, True), 256, 64, Int8()), SummedCut)
-    assert isinstance(row_cut(TensorGroup(), 256, 64, Int8()), SummedCut)
+    for has_kernels, form in ((True, RowParallelIntegerSum), (False, RowParallelGather)):
+        group = TensorGroup(Shard(0, 2), has_integer_sums=has_kernels)
+        assert isinstance(row_parallel(group, 256, 64, Int8()), form)
+    assert isinstance(
+        row_parallel(TensorGroup(Shard(0, 2), None, False, True), 256, 64, Int8()), RowParallelSum
+    )
+    assert isinstance(row_parallel(TensorGroup(), 256, 64, Int8()), RowParallelSum)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])

@@ -7,7 +7,7 @@
                 products summed: the same bits if the sums are of integers, others if they are of floats.
     vocabulary  W's rows, the last rank's being fewer where they do not divide.
 
-`row_cut` says which; `engine.parallel.costs`, what it costs.
+`row_parallel` says which; `engine.parallel.costs`, what it costs.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (arXiv:1909.08053).
 """
@@ -25,13 +25,13 @@ from engine.kernels.operands import Activations, Format, SparseInt8Format
 from engine.kernels.quantize import SPREAD_BLOCK
 from engine.parallel.costs import gathered_bytes, integer_sum_bytes
 from engine.parallel.group import TensorGroup
-from engine.quant.host import token_format
+from engine.quant.cpu_formats import token_format
 from engine.quant.int8 import Int8
 from engine.quant.scheme import Matmul, Scheme, Tensors
 from engine.quant.weight import Weight
 
 
-class Cut(Protocol):
+class Split(Protocol):
     """A rank's part of a layer that computes x Wᵀ + b."""
 
     def rows(self, out_features: int) -> slice:
@@ -52,7 +52,7 @@ class Cut(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class ColumnCut:
+class ColumnParallel:
     """Outputs are shared.
 
     Attributes:
@@ -64,8 +64,8 @@ class ColumnCut:
 
     def rows(self, out_features: int) -> slice:
         if self.head_dim is None:
-            return self.group.share.of(out_features)
-        return self.group.share.of_heads(out_features // self.head_dim, self.head_dim)
+            return self.group.shard.of(out_features)
+        return self.group.shard.of_heads(out_features // self.head_dim, self.head_dim)
 
     def columns(self, in_features: int) -> slice:
         return slice(0, in_features)
@@ -78,7 +78,7 @@ class ColumnCut:
 
 
 @dataclass(frozen=True, slots=True)
-class GatheredCut:
+class RowParallelGather:
     """Inputs are gathered, outputs are shared and gathered.
 
     Attributes:
@@ -90,7 +90,7 @@ class GatheredCut:
     out_features: int
 
     def rows(self, out_features: int) -> slice:
-        return self.group.share.of(out_features)
+        return self.group.shard.of(out_features)
 
     def columns(self, in_features: int) -> slice:
         return slice(0, in_features)
@@ -99,24 +99,24 @@ class GatheredCut:
         return scheme.quantize(weight)
 
     def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
-        return _GatheredMatmul(self, scheme.bind(tensors, bias))
+        return _RowParallelGatherMatmul(self, scheme.bind(tensors, bias))
 
 
 @dataclass(slots=True)
-class _GatheredMatmul:
-    cut: GatheredCut
+class _RowParallelGatherMatmul:
+    split: RowParallelGather
     matmul: Matmul
     format: Format = None
 
     def __call__(self, x: Activations) -> torch.Tensor:
         assert isinstance(x, torch.Tensor)
-        group = self.cut.group
-        y = self.matmul(group.gather(x, self.cut.in_features))
-        return group.gather(y, self.cut.out_features)
+        group = self.split.group
+        y = self.matmul(group.gather(x, self.split.in_features))
+        return group.gather(y, self.split.out_features)
 
 
 @dataclass(frozen=True, slots=True)
-class SummedCut:
+class RowParallelSum:
     """Inputs are shared, and the products, floats, are summed: the bits depend on the number of ranks."""
 
     group: TensorGroup
@@ -125,17 +125,19 @@ class SummedCut:
         return slice(0, out_features)
 
     def columns(self, in_features: int) -> slice:
-        return self.group.share.of(in_features)
+        return self.group.shard.of(in_features)
 
     def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
         return scheme.quantize(weight)
 
     def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         # One rank adds the bias.
-        return _SummedMatmul(self.group, scheme.bind(tensors, None if self.group.share.rank else bias))
+        return _RowParallelSumMatmul(
+            self.group, scheme.bind(tensors, None if self.group.shard.rank else bias)
+        )
 
 
-class _SummedMatmul:
+class _RowParallelSumMatmul:
     def __init__(self, group: TensorGroup, matmul: Matmul) -> None:
         self._group, self._matmul, self.format = group, matmul, matmul.format
 
@@ -144,7 +146,7 @@ class _SummedMatmul:
 
 
 @dataclass(frozen=True, slots=True)
-class IntegerSumCut:
+class RowParallelIntegerSum:
     """Inputs are shared, and products of int8 activations × int8 weights are summed as integers: the bits of one
     rank, as W's scales are those of whole rows, and the activations' those of whole tokens.
 
@@ -159,7 +161,9 @@ class IntegerSumCut:
     format: SparseInt8Format
 
     @staticmethod
-    def of(group: TensorGroup, in_features: int, out_features: int, scheme: Scheme) -> IntegerSumCut | None:
+    def of(
+        group: TensorGroup, in_features: int, out_features: int, scheme: Scheme
+    ) -> RowParallelIntegerSum | None:
         """That of a layer, if there can be one."""
         if not group.has_integer_sums or not isinstance(scheme, Int8) or scheme.activations == "groups":
             return None
@@ -169,41 +173,41 @@ class IntegerSumCut:
             return None
         if in_features > MAX_IN_FEATURES:
             return None
-        return IntegerSumCut(group, in_features, out_features, token_format(scheme.activations))
+        return RowParallelIntegerSum(group, in_features, out_features, token_format(scheme.activations))
 
     def rows(self, out_features: int) -> slice:
         return slice(0, out_features)
 
     def columns(self, in_features: int) -> slice:
-        return self.group.share.of(in_features)
+        return self.group.shard.of(in_features)
 
     def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
         assert isinstance(scheme, Int8)
         return scheme.quantize_part(weight, self.group.largest)
 
     def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
-        outputs, size = self.group.share.of(self.out_features), self.group.size
+        outputs, size = self.group.shard.of(self.out_features), self.group.size
         terms = num_terms(self.format)
         product = ShardedInt8Matmul(tensors["weight"], tensors["scale"], bias, outputs, size, terms)
-        return _IntegerSumMatmul(self, product)
+        return _RowParallelIntegerSumMatmul(self, product)
 
 
 @dataclass(slots=True)
-class _IntegerSumMatmul:
-    cut: IntegerSumCut
+class _RowParallelIntegerSumMatmul:
+    split: RowParallelIntegerSum
     product: ShardedInt8Matmul
     format: Format = None
 
     def __call__(self, x: Activations) -> torch.Tensor:
         assert isinstance(x, torch.Tensor)
-        cut, group = self.cut, self.cut.group
-        maxima = group.gather(block_maxima(x), cut.in_features // SPREAD_BLOCK)
-        codes = quantize_part(x, maxima, cut.format)
+        split, group = self.split, self.split.group
+        maxima = group.gather(block_maxima(x), split.in_features // SPREAD_BLOCK)
+        codes = quantize_part(x, maxima, split.format)
         sums = group.scatter(self.product.sums(codes))
-        return group.gather(self.product.finish(sums, codes), cut.out_features)
+        return group.gather(self.product.finish(sums, codes), split.out_features)
 
 
-def row_cut(group: TensorGroup, in_features: int, out_features: int, scheme: Scheme) -> Cut:
+def row_parallel(group: TensorGroup, in_features: int, out_features: int, scheme: Scheme) -> Split:
     """That of a layer behind a column-parallel one.
 
     Of the two forms with the bits of one rank, the one which sends fewer bytes: sums of integers where the scheme has
@@ -212,12 +216,12 @@ def row_cut(group: TensorGroup, in_features: int, out_features: int, scheme: Sch
     Args:
         in_features, out_features: K and N of the whole layer.
     """
-    if group.size == 1 or not group.is_exact:
-        return SummedCut(group)
-    sums = IntegerSumCut.of(group, in_features, out_features, scheme)
+    if group.size == 1 or not group.rank_invariant:
+        return RowParallelSum(group)
+    sums = RowParallelIntegerSum.of(group, in_features, out_features, scheme)
     if sums is not None:
         terms = num_terms(sums.format)
         shape = (in_features, out_features, group.size)
         if integer_sum_bytes(*shape, terms) < gathered_bytes(*shape):
             return sums
-    return GatheredCut(group, in_features, out_features)
+    return RowParallelGather(group, in_features, out_features)
