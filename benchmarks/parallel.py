@@ -166,7 +166,7 @@ def measure_scaling(
     llm: LLM, prompts: TokenPrompts, batch: int, input_tokens: int, output_tokens: int
 ) -> Scaling:
     """One repetition on one engine."""
-    group = llm.core.runner.place.group
+    group = llm.core.model.runner.place.group
     before = _counts(llm, group)
     fresh = [prompts.make(batch, input_tokens) for _ in range(2)]
     measurement = measure(llm, fresh[0], fresh[1], output_tokens)

@@ -53,7 +53,7 @@ def _profile_phase(
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     plain_seconds = generate_seconds(llm, plain_prompts, tokens)
-    executor = llm.core.runner.executor
+    executor = llm.core.model.runner.executor
     if isinstance(executor, CpuExecutor):
         executor.seconds = torch.zeros(len(executor.program.names), dtype=torch.float64)
     with profile(activities=activities) as profiler:

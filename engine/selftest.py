@@ -31,13 +31,13 @@ from tqdm import tqdm
 from engine.arguments import build_parser
 from engine.config import EngineConfig
 from engine.core.batch import Batch, Draw
-from engine.core.engine_core import EngineCore
 from engine.core.executor import Executor, Sampled
 from engine.core.request import Request
 from engine.core.sampling_params import SamplingParams
 from engine.errors import EngineError
 from engine.executor.cpu_executor import CpuExecutor
 from engine.executor.runner import ModelRunner
+from engine.executor.start import start_engine
 from engine.kernels import cpu
 from engine.kernels.attention.in_c import SEGMENT
 from engine.kernels.launch import target_of
@@ -210,9 +210,9 @@ class RecordedCore:
     """
 
     def __init__(self, config: EngineConfig, path: Path, **options: str | int | bool | None) -> None:
-        self.core = EngineCore(replace(config, **options), path, eos_token_ids=())  # type: ignore[arg-type]
-        self._recorder = RecordingExecutor(self.core.runner.executor)
-        self.core.runner.executor = self._recorder
+        self.core = start_engine(replace(config, **options), path, eos_token_ids=())  # type: ignore[arg-type]
+        self._recorder = RecordingExecutor(self.core.model.runner.executor)
+        self.core.model.runner.executor = self._recorder
 
     @property
     def executor(self) -> Executor:
@@ -449,7 +449,7 @@ class Trial:
     def crowded(self, plan: Round) -> RecordedCore:
         """An engine for the round."""
         # The other engine has as much as one sequence can use.
-        cache_bytes = self.alone.core.runner.plan.kv_cache if plan.is_scarce else None
+        cache_bytes = self.alone.core.model.runner.plan.kv_cache if plan.is_scarce else None
         return make_crowded(self.config, self.path, self.longest, plan.budget, plan.max_num_seqs, cache_bytes)
 
 
@@ -512,7 +512,7 @@ def check_invariants(config: EngineConfig, num_requests: int, arguments: Sequenc
     """Runs the comparisons and prints what came of them; whether all promises held."""
     path = resolve_model(config.model)
     trial = Trial(config, path, num_requests)
-    runner = trial.alone.core.runner
+    runner = trial.alone.core.model.runner
     is_promised, kernels = promise(config, runner, trial.alone.executor)
     threads = f", {torch.get_num_threads()} threads" if runner.device.type == "cpu" else ""
     cache = str(runner.cache_dtype).removeprefix("torch.")

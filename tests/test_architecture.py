@@ -63,15 +63,6 @@ def own_imports(path: Path) -> set[str]:
     return {name for name in imports(path) if name.split(".")[0] in ("engine", "api")}
 
 
-KNOWN: set[tuple[str, str]] = {
-    ("engine.core.engine_core", "engine.executor.ranks.ranks"),
-    ("engine.core.engine_core", "engine.executor.runner"),
-    ("engine.core.engine_core", "engine.loading.checkpoint"),
-    ("engine.core.engine_core", "engine.loading.dummy"),
-}
-"""Imports that still point upwards."""
-
-
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_imports_point_downwards(path: Path) -> None:
     module = module_name(path)
@@ -79,8 +70,7 @@ def test_imports_point_downwards(path: Path) -> None:
         return
     for name in own_imports(path) - {"engine"}:
         assert not is_door(name), f"{module} imports {name}, a door"
-        if (module, name) not in KNOWN:
-            assert level(name) <= level(module), f"{module} imports {name}, which lies above it"
+        assert level(name) <= level(module), f"{module} imports {name}, which lies above it"
 
 
 def test_every_folder_has_its_place() -> None:
@@ -88,10 +78,9 @@ def test_every_folder_has_its_place() -> None:
     assert folders == set(ORDER)
 
 
-def test_planning_knows_nothing_of_torch() -> None:
+def test_the_core_knows_nothing_of_torch() -> None:
     for path in (ROOT / "engine" / "core").glob("*.py"):
-        if path.name != "engine_core.py":
-            assert "torch" not in {module.split(".")[0] for module in imports(path)}, path
+        assert "torch" not in {module.split(".")[0] for module in imports(path)}, path
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -20,13 +20,13 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import benchmarks.throughput
 from pathlib import Path
-from engine.core.engine_core import EngineCore
+from engine.executor.start import start_engine
 from engine.config import EngineConfig
 from engine.core.request import Request
 from engine.core.sampling_params import SamplingParams
 
 config = EngineConfig(model=sys.argv[1], kv_cache_memory="4MiB", cache_dir=sys.argv[2])
-core = EngineCore(config, Path(sys.argv[1]), ())
+core = start_engine(config, Path(sys.argv[1]), ())
 core.add_request(Request(request_id="0", prompt_token_ids=[5, 6, 7], params=SamplingParams(max_tokens=4), seed=0))
 while core.has_work:
     print(sum(len(output.tokens) for output in core.step()))

@@ -176,7 +176,7 @@ def test_an_engine_takes_and_sends_what_was_planned(tmp_path: Path, is_exact: bo
     planned = plan(tmp_path, settings, None, **options)
     llm = LLM(str(tmp_path), **options)
     try:
-        runner = llm.core.runner
+        runner = llm.core.model.runner
         assert str(planned.ranks[0]).splitlines()[1:] == str(runner.plan).splitlines()[1:]
         assert (
             runner.cache.data.nbytes + (0 if runner.cache.scales is None else runner.cache.scales.nbytes)

@@ -17,9 +17,9 @@ import torch
 from benchmarks.gpu.steps import Skipped, Step, Values
 from benchmarks.gpu.timing import events
 from engine.config import EngineConfig
-from engine.core.engine_core import EngineCore
 from engine.core.request import Request
 from engine.core.sampling_params import SamplingParams
+from engine.executor.start import start_engine
 from engine.executor.triton_executor import TritonExecutor
 from engine.models.config import ModelConfig
 
@@ -92,7 +92,7 @@ class Bench:
 
     def __init__(self, config: EngineConfig) -> None:
         start = time.perf_counter()
-        self.core = EngineCore(config, Path(config.model), ())
+        self.core = start_engine(config, Path(config.model), ())
         self.start_seconds = time.perf_counter() - start
         self._source = random.Random()
         self._num_requests = 0
@@ -163,7 +163,7 @@ def time_decode(bench: Bench, count: int, temperature: float = 1.0, num_steps: i
 
 def read_bytes(bench: Bench, count: int, context: float) -> int:
     """Bytes that a decode step reads: all weights but the embedding table, and the keys and values."""
-    runner = bench.core.runner
+    runner = bench.core.model.runner
     model, plan = runner.model_config, runner.plan
     width = 2 if runner.config.quant == "none" else 1 + 2 / 32
     table = 0 if model.ties_embeddings else model.vocab_size * model.hidden_size * width
@@ -189,7 +189,7 @@ def time_prefill(bench: Bench, count: int, length: int) -> Values:
         bench.finish(missing)
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times[1:])
-    products, attention = prefill_operations(bench.core.runner.model_config, count, length)
+    products, attention = prefill_operations(bench.core.model.runner.model_config, count, length)
     return {
         "prompts": count,
         "length": length,
@@ -228,7 +228,7 @@ def kernel_seconds(bench: Bench, count: int, num_steps: int = 16) -> float:
 
 def replay_seconds(bench: Bench, count: int) -> float:
     """Seconds that the forward pass of a decode step takes as a CUDA graph, gaps between kernels included."""
-    executor = bench.core.runner.executor
+    executor = bench.core.model.runner.executor
     if not isinstance(executor, TritonExecutor) or executor.graphs is None:
         raise Skipped("no CUDA graphs")
     start, end = events()
@@ -263,7 +263,7 @@ def _outside(bench: Callable[[], Bench], count: int) -> Values:
 def _switched(bench: Callable[[], Bench], count: int) -> Values:
     """The same decode without overlap, and without CUDA graphs either."""
     core = bench().core
-    executor = core.runner.executor
+    executor = core.model.runner.executor
     assert isinstance(executor, TritonExecutor)
     overlap, graphs = core.overlap, executor.graphs
     try:
@@ -279,7 +279,7 @@ def _switched(bench: Callable[[], Bench], count: int) -> Values:
 
 
 def _no_compilations(bench: Callable[[], Bench]) -> Values:
-    count = bench().core.runner.compilations.count
+    count = bench().core.model.runner.compilations.count
     assert not count, f"{count} kernels were compiled while serving"
     return {}
 
@@ -298,7 +298,7 @@ def end_to_end_steps(quant: str, **options: Any) -> list[Step]:
         return benches[0]
 
     def start() -> Values:
-        plan = bench().core.runner.plan
+        plan = bench().core.model.runner.plan
         return {"start": bench().start_seconds, "weights": plan.weights, "plan": str(plan)}
 
     steps = [Step("start", quant, start)]

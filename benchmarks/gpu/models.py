@@ -21,6 +21,7 @@ from engine.core.request import Request
 from engine.core.sampling_params import SamplingParams
 from engine.errors import EngineError
 from engine.executor.runner import ModelRunner
+from engine.executor.start import start_engine
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
 from tests.helpers.paged import CHUNKS, make_sequences, run_chunks
@@ -137,7 +138,7 @@ PARAMS: list[dict[str, Any]] = [
 ]
 
 
-def generate(core: EngineCore, requests: Sequence[Request]) -> dict[tuple[str, int], list[int]]:
+def generate(core: EngineCore[Any], requests: Sequence[Request]) -> dict[tuple[str, int], list[int]]:
     """Each sample's tokens."""
     tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
     for request in requests:
@@ -166,9 +167,9 @@ def _tokens(name: str, device: str, options: dict[str, Any]) -> Values:
         for overlap in (True, False):
             path = checkpoint(name)
             config = make_config(path, device, "auto", enforce_eager=eager, overlap=overlap, **options)
-            core = EngineCore(config, path, range(3, 23))
+            core = start_engine(config, path, range(3, 23))
             runs[f"eager {eager}, overlap {overlap}"] = generate(core, requests)
-            count = core.runner.compilations.count
+            count = core.model.runner.compilations.count
             assert not count, f"{count} kernels were compiled while serving"
     first, *others = runs.items()
     for what, tokens in others:

@@ -13,30 +13,20 @@ With pipeline stages as many steps are in flight, of different sequences; see `e
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import deque
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any, Generic, TypeVar
 
 from engine.config import EngineConfig, SchedulerConfig
 from engine.core.batch import Batch, Draw
-from engine.core.executor import Drawn, Executor, Sampled
+from engine.core.executor import Drawn, LoadedModel, Logits, Sampled
 from engine.core.kv_cache import BlockPool, KVCacheManager
 from engine.core.request import EngineOutput, Request, RowFailure, SampledToken
 from engine.core.sampling_params import SamplingParams
 from engine.core.scheduler import Scheduler
 from engine.core.stats import EngineInfo, EngineStats
-from engine.errors import CheckpointError, EngineDeadError
-from engine.executor.runner import ModelRunner
-from engine.loading.checkpoint import Checkpoint
-from engine.loading.dummy import open_model
-
-if TYPE_CHECKING:
-    from engine.executor.ranks.ranks import Ranks
+from engine.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -44,54 +34,38 @@ SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penal
 """The keys of generation_config.json that are sampling parameters here too."""
 
 
-FATAL = (torch.AcceleratorError, EngineDeadError)
-"""The device or a rank is lost, not a row."""
+Model = TypeVar("Model", bound=LoadedModel)
 
 
-class EngineCore:
-    """Scheduler, cache and model of one engine.
+class EngineCore(Generic[Model]):
+    """Scheduler, cache and step loop of one engine, over a model that it is handed.
 
     Args:
-        path: A directory or .gguf file, as `resolve_model` returns it.
+        model: Loaded; is closed with the engine.
         eos_token_ids: Tokens that end a sequence.
+
+    Raises:
+        CheckpointError: The model recommends sampling parameters that no request could have.
     """
 
-    def __init__(self, config: EngineConfig, path: Path, eos_token_ids: Collection[int]) -> None:
-        checkpoint = open_model(path, config.load_format)
-        self._ranks: Ranks | None = None
-        if config.num_ranks == 1:
-            self.runner = ModelRunner(config, checkpoint)
-            self._steps: Executor = self.runner
-        else:
-            # One rank needs no messages, nor the packages that carry them.
-            from engine.executor.ranks.ranks import launch
-
-            self.runner, self._steps, self._ranks = launch(config, checkpoint, path)
-            # At the latest with the program.
-            weakref.finalize(self, self._ranks.close)
-        try:
-            self._prepare(config, checkpoint, eos_token_ids)
-        except BaseException:
-            self.close()
-            raise
-
-    def _prepare(self, config: EngineConfig, checkpoint: Checkpoint, eos_token_ids: Collection[int]) -> None:
-        plan = self.runner.plan
+    def __init__(self, config: EngineConfig, model: Model, eos_token_ids: Collection[int]) -> None:
+        facts = model.facts
+        self.model = model
         self.scheduler = Scheduler(
-            SchedulerConfig.resolve(config, plan.max_model_len, self.runner.device.type),
-            KVCacheManager(BlockPool(plan.num_blocks + 1), plan.block_size),
+            SchedulerConfig.resolve(config, facts.max_model_len, facts.device_type),
+            KVCacheManager(BlockPool(facts.num_blocks + 1), facts.block_size),
             eos_token_ids,
-            self.runner.cache_salt,
+            facts.cache_salt,
             config.enable_prefix_caching,
         )
-        self.overlap = self.runner.is_asynchronous if config.overlap is None else config.overlap
-        self._num_stages = config.pipeline_parallel_size
+        self.overlap = facts.is_asynchronous if config.overlap is None else config.overlap
+        self.num_stages = config.pipeline_parallel_size
         self._in_flight: deque[Sampled] = deque()
         self.info = EngineInfo(
-            max_model_len=plan.max_model_len,
-            vocab_size=self.runner.model_config.vocab_size,
-            default_params=_default_params(checkpoint.generation_config),
-            memory_plan=str(plan),
+            max_model_len=facts.max_model_len,
+            vocab_size=facts.vocab_size,
+            default_params=_default_params(facts.generation_config),
+            memory_plan=facts.memory_plan,
         )
 
     @property
@@ -100,20 +74,18 @@ class EngineCore:
 
     @property
     def stats(self) -> EngineStats:
-        return replace(self.scheduler.stats, num_kernel_compilations=self.runner.compilations.count)
+        return replace(self.scheduler.stats, num_kernel_compilations=self.model.num_compilations)
 
     def check(self) -> None:
         """
         Raises:
             RankFailedError: The engine has lost a rank.
         """
-        if self._ranks is not None:
-            self._ranks.check()
+        self.model.check()
 
     def close(self) -> None:
         """Ends the engine's other processes."""
-        if self._ranks is not None:
-            self._ranks.close()
+        self.model.close()
 
     def add_request(self, request: Request) -> None:
         """Queues a request that `validate_request` has passed."""
@@ -125,7 +97,7 @@ class EngineCore:
 
     def step(self) -> list[EngineOutput]:
         """Plans and launches a step and takes in a finished one; call while there is work."""
-        if self._num_stages > 1:
+        if self.num_stages > 1:
             return self._step_in_stages()
         batch = self.scheduler.schedule()
         assert batch.rows or self._in_flight, "the scheduler has work but planned none of it"
@@ -137,7 +109,7 @@ class EngineCore:
 
     def _step_in_stages(self) -> list[EngineOutput]:
         """Fills the stages with steps, and takes in the oldest."""
-        while len(self._in_flight) < self._num_stages:
+        while len(self._in_flight) < self.num_stages:
             batch = self.scheduler.schedule()
             if not batch.rows:
                 break
@@ -149,22 +121,22 @@ class EngineCore:
         """Waits for the oldest step in flight, if there is one, and takes in what it drew."""
         return self.scheduler.update(self._in_flight.popleft().read()) if self._in_flight else []
 
-    def _execute(self, batch: Batch) -> torch.Tensor | None:
+    def _execute(self, batch: Batch) -> Logits | None:
         """The batch's logits; None if a row spoils it."""
         try:
-            return self._steps.execute(batch)
-        except FATAL:
+            return self.model.executor.execute(batch)
+        except self.model.fatal:
             raise
         except Exception as error:
             _log_failure(batch, error)
             return None
 
-    def _sample(self, batch: Batch, logits: torch.Tensor | None) -> Sampled:
+    def _sample(self, batch: Batch, logits: Logits | None) -> Sampled:
         draws = self.scheduler.draws()
         try:
             if logits is not None:
-                return self._steps.sample(logits, batch, draws)
-        except FATAL:
+                return self.model.executor.sample(logits, batch, draws)
+        except self.model.fatal:
             raise
         except Exception as error:
             _log_failure(batch, error)
@@ -180,8 +152,10 @@ class EngineCore:
         for row, draw in zip(self.scheduler.resolve(batch).rows, draws, strict=True):
             alone = Batch([row])
             try:
-                results += self._steps.sample(self._steps.execute(alone), alone, [draw]).read()
-            except FATAL:
+                results += self.model.executor.sample(
+                    self.model.executor.execute(alone), alone, [draw]
+                ).read()
+            except self.model.fatal:
                 raise
             except Exception as error:
                 results.append(RowFailure(f"{type(error).__name__}: {error}"))

@@ -40,3 +40,62 @@ class Drawn:
 
     def read(self) -> list[SampledToken | RowFailure | None]:
         return self.results
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What the step loop has to know of a loaded model.
+
+    Attributes:
+        max_model_len: Most tokens of a sequence.
+        num_blocks: Of the cache, without the null block.
+        block_size: Tokens of a block.
+        num_bytes: Of the weights of a rank.
+        device_type: As torch names it, "cpu" or "cuda".
+        is_asynchronous: Whether calls return while the device still works.
+        cache_salt: What a cached block depends on besides its tokens.
+        generation_config: The keys of generation_config.json.
+        memory_plan: How memory is used, in words.
+    """
+
+    max_model_len: int
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    num_bytes: int
+    device_type: str
+    is_asynchronous: bool
+    cache_salt: bytes
+    generation_config: dict[str, Any]
+    memory_plan: str
+
+
+class LoadedModel(Protocol):
+    """A model that is ready to run steps, on one rank or several; see `engine.executor.start`."""
+
+    @property
+    def executor(self) -> Executor: ...
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    @property
+    def fatal(self) -> tuple[type[Exception], ...]:
+        """What steps raise when the device or a rank is lost, not a row."""
+        ...
+
+    @property
+    def num_compilations(self) -> int:
+        """Kernels that were compiled after the start; there should be none."""
+        ...
+
+    def check(self) -> None:
+        """
+        Raises:
+            RankFailedError: The engine has lost a rank.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends the engine's other processes. May be called twice."""
+        ...

@@ -23,6 +23,8 @@ from typing import Any
 import zmq
 
 from engine.config import EngineConfig
+from engine.core.engine_core import EngineCore
+from engine.core.request import EngineOutput
 from engine.errors import EngineError
 from engine.executor.ranks.limits import BEAT_SECONDS, Limits
 from engine.frontend.messages import (
@@ -81,20 +83,21 @@ class Progress:
     def __init__(self, limits: Limits) -> None:
         self._limits, self._main = limits, threading.get_ident()
         self._clock = RunningClock(2 * BEAT_SECONDS)
-        self._core: Any = None
+        self._core: EngineCore[Any] | None = None
         self._num_steps, self._is_stepping = 0, False
         self._planned: deque[int] = deque()
         # The step that was seen last, and when.
         self._seen = 0, 0.0
 
-    def watch(self, core: Any) -> None:
+    def watch(self, core: EngineCore[Any]) -> None:
         """From now on its ranks and its steps."""
         # A call finishes a step that was planned so many calls ago at most.
-        self._planned = deque([0], 1 + core.runner.config.pipeline_parallel_size)
+        self._planned = deque([0], 1 + core.num_stages)
         self._core = core
 
-    def step(self) -> Any:
+    def step(self) -> list[EngineOutput]:
         """Has the engine make a step."""
+        assert self._core is not None
         self._planned.append(self._core.scheduler.num_scheduled_tokens)
         self._num_steps += 1
         self._is_stepping = True
@@ -122,7 +125,7 @@ class Progress:
             return None
         num_tokens = core.scheduler.num_scheduled_tokens - self._planned[0]
         # Where other ranks are late, those who watch them say so a little earlier, and can name them.
-        seconds = self._limits.of_step(num_tokens, core.runner.model.num_bytes) + self._limits.silence
+        seconds = self._limits.of_step(num_tokens, core.model.facts.num_bytes) + self._limits.silence
         if now - since <= seconds:
             return None
         return (
@@ -149,19 +152,20 @@ def _beat(address: str, progress: Progress) -> None:
     os._exit(1)
 
 
-def _load(message: object, address: str) -> Any:
+def _load(message: object, address: str) -> EngineCore[Any]:
     assert isinstance(message, Start)
-    from engine.core.engine_core import EngineCore
+    # It brings torch, which takes seconds: the thread that says this process lives is there first.
+    from engine.executor.start import start_engine
 
     # What is left of a start that is cut off lies where the parent takes it away.
     tempfile.tempdir = str(Path(address.removeprefix("ipc://")).parent)
     try:
-        return EngineCore(EngineConfig(**message.options), Path(message.path), message.eos_token_ids)
+        return start_engine(EngineConfig(**message.options), Path(message.path), message.eos_token_ids)
     finally:
         tempfile.tempdir = None
 
 
-def _run(core: Any, socket: zmq.Socket[bytes], progress: Progress) -> None:
+def _run(core: EngineCore[Any], socket: zmq.Socket[bytes], progress: Progress) -> None:
     """Takes in messages between steps; waits for one, without spinning, when there is nothing to do."""
     while True:
         while not core.has_work or socket.poll(0):

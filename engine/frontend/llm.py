@@ -12,13 +12,13 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from engine.config import EngineConfig
-from engine.core.engine_core import EngineCore
 from engine.core.outputs import CompletionOutput, RequestOutput
 from engine.core.random import derive_seed
 from engine.core.request import Request
 from engine.core.sampling_params import SamplingParams
 from engine.core.validation import validate_request
 from engine.errors import RequestError
+from engine.executor.start import start_engine
 from engine.frontend.output_processor import OutputProcessor
 from engine.loading.resolve import resolve_model
 from engine.tokenizer.tokenizer import load_tokenizer
@@ -44,7 +44,7 @@ class LLM:
         self.config = EngineConfig.from_options(model=model, **options)
         path = resolve_model(model)
         self.tokenizer = load_tokenizer(path, may_stand_in=self.config.load_format == "dummy")
-        self.core = EngineCore(self.config, path, self.tokenizer.eos_token_ids)
+        self.core = start_engine(self.config, path, self.tokenizer.eos_token_ids)
         print(self.core.info.memory_plan, file=sys.stderr)
         self._request_ids = map(str, count())
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from engine.core.request import Request
 from engine.core.sampling_params import SamplingParams
 from engine.errors import ConfigError, EngineError
 from engine.executor.runner import ModelRunner
+from engine.executor.start import start_engine
 from engine.loading.resolve import resolve_model
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
@@ -106,7 +107,7 @@ def measure(task: Task) -> Measurement:
     Raises:
         ConfigError, ModelNotFoundError, CheckpointError: It cannot be loaded; or there is too little cache.
     """
-    core = EngineCore(task.config, resolve_model(task.config.model), eos_token_ids=())
+    core = start_engine(task.config, resolve_model(task.config.model), eos_token_ids=())
     if core.info.max_model_len < (task.config.max_model_len or 0):
         raise ConfigError(
             f"window: the KV cache holds {core.info.max_model_len} tokens of the {task.config.max_model_len} needed; "
@@ -116,12 +117,12 @@ def measure(task: Task) -> Measurement:
     continuations, _ = generate(core, task.prompts, task.continuation)
     speeds = [_measure_speed(core, task.speed_prompt) for _ in range(REPETITIONS)]
     peak = peak_memory()
-    scores = score(core.runner, task)
+    scores = score(core.model.runner, task)
     return Measurement(
         perplexity=scores.perplexity,
         kl_divergence=scores.kl_divergence,
         agreement=scores.agreement,
-        bits_per_weight=8 * core.runner.plan.weights / count_weights(core.runner.model_config),
+        bits_per_weight=8 * core.model.runner.plan.weights / count_weights(core.model.runner.model_config),
         peak_bytes=peak,
         prefill_rate=median(prefill for prefill, _ in speeds),
         decode_rate=median(decode for _, decode in speeds),
@@ -136,7 +137,7 @@ def count_weights(config: ModelConfig) -> int:
 
 
 def generate(
-    core: EngineCore, prompts: Sequence[list[int]], num_tokens: int
+    core: EngineCore[Any], prompts: Sequence[list[int]], num_tokens: int
 ) -> tuple[list[list[int]], list[float]]:
     """Continues prompts greedily, together.
 
@@ -163,7 +164,7 @@ def generate(
     return continuations, seconds
 
 
-def _measure_speed(core: EngineCore, prompt: list[int]) -> tuple[float, float]:
+def _measure_speed(core: EngineCore[Any], prompt: list[int]) -> tuple[float, float]:
     """Tokens/s of the prefill up to the first token, and of the decode after it."""
     _, seconds = generate(core, [prompt], 1 + DECODE_TOKENS)
     return len(prompt) / seconds[0], DECODE_TOKENS / (seconds[-1] - seconds[0])

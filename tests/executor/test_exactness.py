@@ -158,7 +158,7 @@ def test_logits_do_not_depend_on_how_they_were_computed(
 
 
 def make_crowded(alone: RecordedCore, config: EngineConfig, path: Path, setting: Setting) -> RecordedCore:
-    plan = alone.core.runner.plan
+    plan = alone.core.model.runner.plan
     fewest = -(-LONGEST // setting.block_size)
     most = setting.max_num_seqs * fewest
     num_blocks = fewest + int((1.0 - setting.scarcity) * (most - fewest))

@@ -13,6 +13,7 @@ from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
 from engine.core.request import EngineOutput, Request
 from engine.core.sampling_params import SamplingParams
+from engine.executor.start import start_engine
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 EOS = range(3, 23)
@@ -38,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_core(path: Path, **options: Any) -> EngineCore:
     options = {"kv_cache_memory": "4MiB", "num_threads": 1, "max_num_seqs": 8, **options}
-    return EngineCore(EngineConfig(model=str(path), device="cpu", **options), path, EOS)
+    return start_engine(EngineConfig(model=str(path), device="cpu", **options), path, EOS)
 
 
 def make_requests(**options: Any) -> list[Request]:
@@ -97,8 +98,8 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(
 ) -> None:
     core = make_core(checkpoint, overlap=True)
     events: list[str] = []
-    for name, method in (("execute", core.runner.execute), ("sample", core.runner.sample)):
-        monkeypatch.setattr(core.runner, name, _noting(events, name, method))
+    for name, method in (("execute", core.model.runner.execute), ("sample", core.model.runner.sample)):
+        monkeypatch.setattr(core.model.runner, name, _noting(events, name, method))
     monkeypatch.setattr(core.scheduler, "update", _noting(events, "update", core.scheduler.update))
     core.add_request(make_requests(max_tokens=3, ignore_eos=True, min_tokens=0, n=1)[0])
     while core.has_work:
@@ -118,14 +119,14 @@ def test_a_row_that_fails_fails_alone(checkpoint: Path, monkeypatch: pytest.Monk
     expected = run(make_core(checkpoint, overlap=False), make_requests())
     core = make_core(checkpoint, overlap=True)
     bad = make_requests()[4].prompt_token_ids
-    execute = core.runner.execute
+    execute = core.model.runner.execute
 
     def broken(batch: Any) -> Any:
         if any(row.token_ids == bad[: len(row.token_ids)] and row.start == 0 for row in batch.rows):
             raise RuntimeError("no luck")
         return execute(batch)
 
-    monkeypatch.setattr(core.runner, "execute", broken)
+    monkeypatch.setattr(core.model.runner, "execute", broken)
     results = run(core, make_requests())
     assert results.pop(("4", 0)) == [["error", None, "RuntimeError: no luck"]]
     expected.pop(("4", 0))
@@ -138,7 +139,7 @@ def test_a_step_that_fails_behind_its_draw_is_drawn_again(
     """The runner then has other tokens than those that were pending when the step was planned."""
     expected = run(make_core(checkpoint, overlap=False), make_requests())
     core = make_core(checkpoint, overlap=True)
-    sample = core.runner.sample
+    sample = core.model.runner.sample
 
     def broken(logits: Any, batch: Any, draws: Any) -> Any:
         sampled = sample(logits, batch, draws)
@@ -146,7 +147,7 @@ def test_a_step_that_fails_behind_its_draw_is_drawn_again(
             raise RuntimeError("out of memory")
         return sampled
 
-    monkeypatch.setattr(core.runner, "sample", broken)
+    monkeypatch.setattr(core.model.runner, "sample", broken)
     assert run(core, make_requests()) == expected
 
 

@@ -23,7 +23,7 @@ from engine.selftest import Trial, promise
 def test_requests_in_company_are_those_alone(num_requests: int, quant: str) -> None:
     config = EngineConfig.from_options(model="llama", quant=quant, device="cpu")
     trial = Trial(config, resolve_model("llama"), num_requests)
-    is_promised, kernels = promise(config, trial.alone.core.runner, trial.alone.executor)
+    is_promised, kernels = promise(config, trial.alone.core.model.runner, trial.alone.executor)
     assert is_promised
     comparison = trial.run(quiet=True)
     print(

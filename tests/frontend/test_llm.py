@@ -132,7 +132,7 @@ def test_params_must_match_the_prompts(llm: LLM) -> None:
 
 
 def test_a_row_that_fails_in_the_model_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    execute = llm.core.runner.execute
+    execute = llm.core.model.runner.execute
 
     def broken(batch: object) -> object:
         if any(row.token_ids[0] == 17 for row in batch.rows):  # type: ignore[attr-defined]
@@ -140,7 +140,7 @@ def test_a_row_that_fails_in_the_model_fails_alone(llm: LLM, monkeypatch: pytest
         return execute(batch)  # type: ignore[arg-type]
 
     (expected,) = llm.generate([20, 21], GREEDY, use_tqdm=False)
-    monkeypatch.setattr(llm.core.runner, "execute", broken)
+    monkeypatch.setattr(llm.core.model.runner, "execute", broken)
     bad, good = llm.generate([[17, 18, 19], [20, 21]], GREEDY, use_tqdm=False)
     assert bad.outputs[0].finish_reason == "error"
     assert bad.error == "RuntimeError: no luck with 17"

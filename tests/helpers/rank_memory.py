@@ -15,8 +15,8 @@ import torch
 
 from engine import SamplingParams
 from engine.config import EngineConfig
-from engine.core.engine_core import EngineCore
 from engine.core.request import Request
+from engine.executor.start import start_engine
 from engine.loading.resolve import resolve_model
 
 OPTIONS = {
@@ -47,7 +47,7 @@ def measure(model: str, quant: str, size: int, load_format: str) -> tuple[list[i
     """What each rank holds after requests, and what rank 0's plan says."""
     options = {"quant": quant, "tensor_parallel_size": size, "load_format": load_format, **OPTIONS}
     config = EngineConfig.from_options(model=model, **options)
-    core = EngineCore(config, resolve_model(model), ())  # no tokenizer: that is not a rank's
+    core = start_engine(config, resolve_model(model), ())  # no tokenizer: that is not a rank's
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, VOCAB_SIZE, (NUM_REQUESTS, NUM_PROMPT_TOKENS), generator=generator).tolist()
     params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -58,7 +58,7 @@ def measure(model: str, quant: str, size: int, load_format: str) -> tuple[list[i
     process = psutil.Process()
     ranks = [process.pid, *(child.pid for child in process.children())]
     held = [held_bytes(rank) for rank in ranks]
-    plan = core.runner.plan
+    plan = core.model.runner.plan
     core.close()
     names = ("weights", "copies", "activations", "kv_cache")
     return held, {name: getattr(plan, name) for name in names}

@@ -41,7 +41,7 @@ def main(model: str, quant: str) -> None:
     ]
     # More than a step holds: prompts start while others decode.
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    plan = llm.core.runner.plan
+    plan = llm.core.model.runner.plan
     found = {
         "growth": held_bytes() - before,
         "weights": plan.weights,

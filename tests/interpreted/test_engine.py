@@ -116,7 +116,7 @@ class UncapturedGraphs:
 
 def device_core(path: Path, **options: Any) -> EngineCore:
     core = make_core(path, max_num_batched_tokens=96, **options)
-    assert isinstance(core.runner.executor, TritonExecutor)
+    assert isinstance(core.model.runner.executor, TritonExecutor)
     return core
 
 
@@ -132,7 +132,7 @@ def test_padding_and_overlap_bring_the_same_tokens(checkpoints: dict[str, Path])
     requests = [shortened(request) for request in make_requests()[:7]]
     expected = run(device_core(path, overlap=False), requests)
     core = device_core(path, overlap=True)
-    graphs = core.runner.executor.graphs = UncapturedGraphs(core.runner.executor)  # type: ignore[attr-defined, assignment, arg-type]
+    graphs = core.model.runner.executor.graphs = UncapturedGraphs(core.model.runner.executor)  # type: ignore[attr-defined, assignment, arg-type]
     assert run(core, requests) == expected
     assert set(graphs.replayed) >= {1, 8}
     assert {result[-1][0] for result in expected.values()} == {"stop", "length"}

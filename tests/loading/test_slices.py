@@ -91,7 +91,7 @@ def expected_bytes(name: str, whole: int, config: ModelConfig, size: int) -> int
     return whole // size
 
 
-@pytest.mark.parametrize("is_exact", [True, False], ids=["exact", "summed"])
+@pytest.mark.parametrize("rank_invariant", [True, False], ids=["exact", "summed"])
 @pytest.mark.parametrize(
     ("family", "size"), [("llama-biases", 2), ("smollm2", 3), ("gemma3", 4), ("qwen2", 4)]
 )
@@ -118,7 +118,7 @@ def test_safetensors_are_read_in_shares(tmp_path: Path, family: str, size: int, 
         assert seen == set(stored)
 
 
-@pytest.mark.parametrize("is_exact", [True, False], ids=["exact", "summed"])
+@pytest.mark.parametrize("rank_invariant", [True, False], ids=["exact", "summed"])
 def test_smollm2_is_read_in_thirds(rank_invariant: bool) -> None:
     """Embedding, last norm, and two of the thirty layers, which are alike."""
     path = resolve_model("llama")

@@ -30,6 +30,7 @@ from engine.errors import ConfigError, EngineDeadError, EngineError, RankFailedE
 from engine.executor.ranks.launching import ProcessLauncher
 from engine.executor.ranks.limits import Limits
 from engine.executor.ranks.ranks import launch
+from engine.executor.start import start_engine
 from engine.frontend.async_engine import AsyncEngine
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
@@ -89,7 +90,7 @@ def generate(core: EngineCore, aborted: dict[str, int]) -> dict[str, list[Any]]:
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
     """What one rank draws, greedily, for each prompt by itself."""
-    core = EngineCore(EngineConfig(**{**OPTIONS, "kv_cache_memory": "8MiB"}), resolve_model("llama"), ())
+    core = start_engine(EngineConfig(**{**OPTIONS, "kv_cache_memory": "8MiB"}), resolve_model("llama"), ())
     results = []
     for index, prompt in enumerate(PROMPTS[:3]):
         core.add_request(Request(request_id=str(index), prompt_token_ids=prompt, params=GREEDY, seed=0))
@@ -103,8 +104,8 @@ def expected() -> list[list[int]]:
 def test_chunks_cached_prefixes_preemptions_and_aborts_do_not_change_what_is_drawn() -> None:
     path = resolve_model("llama")
     config = EngineConfig(**{**OPTIONS, "kv_cache_memory": "8MiB"})
-    alone = generate(EngineCore(config, path, ()), {})
-    core = EngineCore(EngineConfig(**OPTIONS, tensor_parallel_size=3), path, ())
+    alone = generate(start_engine(config, path, ()), {})
+    core = start_engine(EngineConfig(**OPTIONS, tensor_parallel_size=3), path, ())
     try:
         together = generate(core, {"2": 4, "5": 9})
         again = generate(core, {"1": 6})
@@ -260,7 +261,8 @@ def test_rank_0_is_missed_when_it_hangs_but_not_by_one_who_was_held_up_itself(
     script.write_text(
         textwrap.dedent("""
         import os, sys, time
-        from engine import core, engine_process
+        from engine.core import engine_core as core
+        from engine.frontend import engine_process
         from engine.executor.ranks.limits import Limits
 
         step = core.EngineCore.step
@@ -327,7 +329,7 @@ def launcher(directory: Path, patch: str) -> ProcessLauncher:
     lines = (
         "import os, sys, time",
         "from engine.errors import ConfigError",
-        "from engine.parallel import rank_process, ranks",
+        "from engine.executor.ranks import rank_process, ranks",
         "from engine.executor.runner import ModelRunner",
         textwrap.dedent(patch),
         "sys.exit(rank_process.main(*sys.argv[1:]))",

@@ -14,11 +14,11 @@ import torch
 
 from engine import SamplingParams
 from engine.config import EngineConfig
-from engine.core.engine_core import EngineCore
 from engine.core.request import Request, SampledToken
 from engine.errors import ModelNotFoundError
 from engine.executor.ranks.ranks import launch
 from engine.executor.runner import ModelRunner
+from engine.executor.start import start_engine
 from engine.kernels import cpu
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
@@ -86,10 +86,10 @@ def test_logits_are_those_of_one_rank_to_the_bit(family: str, quant: str, size: 
     write_checkpoint(tmp_path, config)
     alone = make_runner(tmp_path, quant=quant)
     with shared(tmp_path, size, quant=quant) as together:
-        assert together.runner.model.num_bytes < 0.7 * alone.model.num_bytes
+        assert together.model.runner.model.num_bytes < 0.7 * alone.model.num_bytes
         check_logits(alone, together)
         assert together.group.num_bytes["gather"] > 0
-        down = together.runner.model.layers[0].mlp.down
+        down = together.model.runner.model.layers[0].mlp.down
         sums_integers = isinstance(down.split, RowParallelIntegerSum)
         if quant.startswith("int8") and cpu.library() is not None:
             assert sums_integers == (size < 4 and "weight-only" not in quant)
@@ -129,7 +129,7 @@ def check_logits(alone: ModelRunner, together: Any) -> None:
 def generate(path: Path, **others: object) -> tuple[dict[str, list[SampledToken]], int]:
     """Tokens and log-probabilities of requests that wait for each other's blocks, and how many were preempted."""
     config = EngineConfig.from_options(**options(path, max_num_batched_tokens=16, max_num_seqs=4, **others))
-    core = EngineCore(config, path, eos_token_ids=[])
+    core = start_engine(config, path, eos_token_ids=[])
     tokens: dict[str, list[SampledToken]] = {}
     try:
         for index in range(6):
