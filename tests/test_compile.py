@@ -30,8 +30,9 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executor.warmup import record_launches
 from engine.kernels.activation import gelu_mul, silu_mul
+from engine.kernels.attention.dispatch import paged_attention
+from engine.kernels.attention.in_triton import TritonPlan, WorkList, make_scratch
 from engine.kernels.attention.kv_layer import INT4, KVCache, KVLayer
-from engine.kernels.attention.paged import PagedPlan, WorkList, make_scratch, paged_attention
 from engine.kernels.compilation import (
     CompiledLaunch,
     PortableLaunch,
@@ -504,7 +505,7 @@ def call_attention(operation: str, arch: str, shape: Shape, num_tokens: int) -> 
     integers = empty(64, dtype=torch.int32)
     work = WorkList(empty(64, 5, dtype=torch.int32), integers[:1])
     scratch = make_scratch(64, shape.kv_heads, int(block), torch.device("meta"))
-    plan = PagedPlan(integers, integers, integers, empty(64, 512, dtype=torch.int32), None, None, scratch)
+    plan = TritonPlan(integers, integers, integers, empty(64, 512, dtype=torch.int32), None, None, scratch)
     plan = dataclasses.replace(plan, **{"prefill" if name == "prefill" else "decode": work})
     for dtype in dtypes:
         # Below 16 only tests go; with float32 and in four bits they need not be fast.

@@ -14,7 +14,7 @@ from benchmarks.gpu.attention import LLAMA
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.paged import Heads, Sequences, make_layer, make_plan, make_tables
 from benchmarks.gpu.timing import Call, num_copies
-from engine.kernels.attention.paged import paged_attention
+from engine.kernels.attention.dispatch import paged_attention
 
 BF16 = torch.bfloat16
 

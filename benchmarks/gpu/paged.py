@@ -8,18 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.kernels.attention.kv_layer import KVLayer
-from engine.kernels.attention.paged import (
+from engine.kernels.attention.dispatch import paged_attention, reference
+from engine.kernels.attention.in_triton import (
     FormName,
-    PagedPlan,
+    TritonPlan,
     WorkList,
     form,
     make_scratch,
-    paged_attention,
     plan_items,
-    reference,
     scratch_capacity,
 )
+from engine.kernels.attention.kv_layer import KVLayer
 from engine.kernels.launch import target_of
 
 BLOCK_SIZE = 16
@@ -109,7 +108,7 @@ def make_sequences(lengths: Sequence[tuple[int, int]], heads: Heads, device: tor
     return Sequences(lengths, heads, queries, layer, tables)
 
 
-def make_plan(sequences: Sequences, window: int | None = None, batch_invariant: bool = False) -> PagedPlan:
+def make_plan(sequences: Sequences, window: int | None = None, batch_invariant: bool = False) -> TritonPlan:
     """The plan of a launch, as the engine makes it."""
     heads, device = sequences.heads, sequences.queries.device
     starts, counts = (np.array(column) for column in zip(*sequences.lengths, strict=True))
@@ -134,7 +133,7 @@ def make_plan(sequences: Sequences, window: int | None = None, batch_invariant: 
         decode = work("decode", np.where(is_decode, counts, 0))
         prefill = work("prefill", np.where(is_decode, 0, counts))
     query_starts = torch.from_numpy(np.append(0, np.cumsum(counts)).astype(np.int32))
-    return PagedPlan(
+    return TritonPlan(
         query_starts.to(device),
         torch.from_numpy(starts.astype(np.int32)).to(device),
         torch.arange(len(starts), dtype=torch.int32, device=device),

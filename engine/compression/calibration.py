@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from engine.compression.gptq import InputStatistics
-from engine.core.batch import BatchRow
 from engine.errors import ConfigError
-from engine.kernels.attention.in_torch import plan_attention, slot_mapping
 from engine.kernels.attention.kv_layer import KVCache
+from engine.kernels.attention.plan import AttentionPlan
 from engine.kernels.operands import Activations, Format
+from engine.kernels.rotary import torch_rotate_and_write
 from engine.loading.checkpoint import Checkpoint
-from engine.models.attention import TorchInputs
+from engine.models.attention import PagedInputs
 from engine.models.config import ModelConfig
 from engine.models.decoder import DecoderLayer
 from engine.models.linear import Linear
@@ -103,6 +103,8 @@ class CalibratedLayer:
         self.index = index
         floats = QuantizationPlan(parse_quant_spec("none"), torch.float32)
         self.module = DecoderLayer(index, config, floats, torch.float32, TensorGroup())
+        # As attention here: torch's operators use all threads, where the C bodies use them in a program only.
+        self.module.attention.rotate_and_write = torch_rotate_and_write
         for module in self.module.modules():
             if isinstance(module, (Linear, RMSNorm)):
                 module.load(lambda name, part: to_float(checkpoint.tensor(name)))
@@ -161,9 +163,8 @@ class Calibration:
         self._hidden = table[token_ids].float().flatten(0, 1) * config.embedding_scale
         self._length, self._batch = length, max(1, BATCH_TOKENS // length)
         num_blocks = -(-length // _BLOCK_SIZE)
-        self._tables = [
-            [1 + row * num_blocks + block for block in range(num_blocks)] for row in range(self._batch)
-        ]
+        blocks = torch.arange(1, 1 + self._batch * num_blocks, dtype=torch.int32)
+        self._block_tables = blocks.view(self._batch, num_blocks)
         self._cache = KVCache.allocate(
             1,
             1 + self._batch * num_blocks,
@@ -217,15 +218,20 @@ class Calibration:
             outputs.append(x + delta)
         return torch.cat(outputs)
 
-    def _inputs(self, windows: int) -> TorchInputs:
-        rows = [BatchRow([0] * self._length, 0, 0, table, None) for table in self._tables[:windows]]
-        layer = self._cache.layer(0)
-        positions = torch.arange(self._length).repeat(windows)
-        return TorchInputs(
-            slots=slot_mapping(rows, _BLOCK_SIZE),
-            plans={
-                window: plan_attention(rows, layer, window, torch.float32)
-                for window in set(self._config.sliding_windows)
-            },
-            rotary={rope: table.at(positions, torch.float32) for rope, table in self._rotary.items()},
+    def _inputs(self, windows: int) -> PagedInputs:
+        positions = torch.arange(self._length, dtype=torch.int32)
+        block_tables = self._block_tables[:windows]
+        slots = block_tables[:, positions // _BLOCK_SIZE] * _BLOCK_SIZE + positions % _BLOCK_SIZE
+        plan = AttentionPlan(
+            query_starts=torch.arange(windows + 1, dtype=torch.int32) * self._length,
+            starts=torch.zeros(windows, dtype=torch.int32),
+            table_rows=torch.arange(windows, dtype=torch.int32),
+            block_tables=block_tables,
+        )
+        return PagedInputs(
+            positions.repeat(windows),
+            slots.flatten(),
+            dict.fromkeys(self._config.sliding_windows, plan),
+            self._rotary,
+            batch_invariant=False,
         )

@@ -100,8 +100,7 @@ class CpuExecutor:
         self._tables.update(rows)
         tokens = flatten(rows, self._tables.values, self._block_size)
         count, num_tokens = len(rows), len(tokens.token_ids)
-        drawn = self._last_tokens[np.maximum(-1 - tokens.token_ids, 0)]
-        self._token_ids.numpy()[:num_tokens] = np.where(tokens.token_ids < 0, drawn, tokens.token_ids)
+        self._token_ids.numpy()[:num_tokens] = tokens.with_drawn(self._last_tokens)
         self._positions.numpy()[:num_tokens] = tokens.positions
         self._slots.numpy()[:num_tokens] = tokens.slots
         self._query_starts.numpy()[1 : count + 1] = tokens.ends
@@ -109,7 +108,7 @@ class CpuExecutor:
         self._table_rows.numpy()[:count] = tokens.row_slots
         segments = tokens.starts // SEGMENT + 1
         self._partial_starts.numpy()[:count] = np.cumsum(segments) - segments
-        last_rows = [end - 1 for row, end in zip(rows, tokens.ends, strict=True) if row.draw is not None]
+        last_rows = tokens.last_rows(rows)
         self._last_rows.numpy()[: len(last_rows)] = last_rows
         self._num_tokens[0], self._num_rows[0], self._num_draws[0] = num_tokens, count, len(last_rows)
         return len(last_rows)

@@ -130,7 +130,7 @@ class ModelRunner:
             self.executor: Executor = (
                 CpuExecutor(self.model, self.cache, self.rotary, self._limits)
                 if runs_program
-                else TorchExecutor(self.model, self.cache, self.rotary, self._limits.max_num_seqs)
+                else TorchExecutor(self.model, self.cache, self.rotary, self._limits)
             )
         else:
             self.executor = self._make_device_executor(target)

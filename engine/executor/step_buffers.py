@@ -20,7 +20,14 @@ from engine.config import SchedulerConfig
 from engine.core.batch import Batch, BatchRow, Draw
 from engine.core.kv_cache import NULL_BLOCK
 from engine.executor.sampler import parameters_of
-from engine.kernels.attention.paged import ITEM_WORDS, AttentionForm, PagedPlan, Scratch, WorkList, plan_items
+from engine.kernels.attention.in_triton import (
+    ITEM_WORDS,
+    AttentionForm,
+    Scratch,
+    TritonPlan,
+    WorkList,
+    plan_items,
+)
 from engine.kernels.sample import DrawParameters
 
 Int32Array = np.ndarray[tuple[int], np.dtype[np.int32]]
@@ -54,7 +61,7 @@ class StepInputs:
     draws: DrawParameters
     update_indices: torch.Tensor
     update_blocks: torch.Tensor
-    plans: dict[int | None, PagedPlan]
+    plans: dict[int | None, TritonPlan]
     padded_size: int | None = None
 
 
@@ -137,6 +144,15 @@ class FlatTokens:
     starts: Int32Array
     ends: Int32Array
     row_slots: Int32Array
+
+    def with_drawn(self, last_tokens: Int32Array) -> Int32Array:
+        """The token ids, with what was drawn last in each place of the batch, `last_tokens` [slots], filled in."""
+        drawn = last_tokens[np.maximum(-1 - self.token_ids, 0)]
+        return np.where(self.token_ids < 0, drawn, self.token_ids)
+
+    def last_rows(self, rows: Sequence[BatchRow]) -> Int32Array:
+        """The rows of the flat batch that draw: the last of each of `rows` that has a draw."""
+        return self.ends[[row.draw is not None for row in rows]] - 1
 
 
 def flatten(
@@ -360,7 +376,7 @@ class StepBuffers:
                 **{name: floats.get(name, words[name]) for name in DrawParameters.__slots__}
             ),
             plans={
-                window: PagedPlan(
+                window: TritonPlan(
                     query_starts=words["query_starts"],
                     starts=words["starts"],
                     table_rows=words["table_rows"],

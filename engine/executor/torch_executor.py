@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from engine.core.batch import PENDING, Batch, Draw
+from engine.config import SchedulerConfig
+from engine.core.batch import Batch, Draw
 from engine.core.executor import Drawn, Sampled
 from engine.core.request import RowFailure, SampledToken
 from engine.executor.sampler import sample
-from engine.executor.step_buffers import Int32Array
-from engine.kernels.attention.in_torch import plan_attention, slot_mapping
+from engine.executor.step_buffers import BlockTables, Int32Array, flatten
 from engine.kernels.attention.kv_layer import KVCache
-from engine.models.attention import TorchInputs
+from engine.kernels.attention.plan import AttentionPlan
+from engine.models.attention import PagedInputs
 from engine.models.config import RopeConfig
 from engine.models.decoder import Decoder
 from engine.models.rope import RotaryTable
@@ -23,44 +24,42 @@ class TorchExecutor:
 
     Args:
         rotary: By rope, the table for every position that a sequence can reach.
-        max_num_seqs: Most sequences that run at a time.
     """
 
     def __init__(
-        self, model: Decoder, cache: KVCache, rotary: dict[RopeConfig, RotaryTable], max_num_seqs: int
+        self,
+        model: Decoder,
+        cache: KVCache,
+        rotary: dict[RopeConfig, RotaryTable],
+        limits: SchedulerConfig,
     ) -> None:
         self.model, self.cache, self.rotary = model, cache, rotary
-        self._last_tokens = np.zeros(max_num_seqs, np.int32)
+        self._tables = BlockTables(limits.max_num_seqs, -(-limits.max_model_len // cache.block_size))
+        self._last_tokens = np.zeros(limits.max_num_seqs, np.int32)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> torch.Tensor:
         """Logits [rows that draw, vocabulary] float32, on the last stage; the slots of the cache are filled."""
-        rows = batch.rows
-        token_ids = [
-            int(self._last_tokens[row.slot]) if token == PENDING else token
-            for row in rows
-            for token in row.token_ids
-        ]
-        positions = torch.tensor([row.start + i for row in rows for i in range(len(row.token_ids))])
-        layer = self.cache.layer(0)
-        inputs = TorchInputs(
-            slots=slot_mapping(rows, self.cache.block_size),
-            plans={
-                window: plan_attention(rows, layer, window, self.model.dtype)
-                for window in set(self.model.config.sliding_windows)
-            },
-            rotary={rope: table.at(positions, self.model.dtype) for rope, table in self.rotary.items()},
+        self._tables.update(batch.rows)
+        tokens = flatten(batch.rows, self._tables.values, self.cache.block_size)
+        plan = AttentionPlan(
+            query_starts=torch.from_numpy(np.append(np.int32(0), tokens.ends)),
+            starts=torch.from_numpy(tokens.starts),
+            table_rows=torch.from_numpy(tokens.row_slots),
+            block_tables=torch.from_numpy(self._tables.values),
         )
-        hidden = self.model(torch.tensor(token_ids), self.cache, inputs)
+        inputs = PagedInputs(
+            torch.from_numpy(tokens.positions),
+            torch.from_numpy(tokens.slots),
+            dict.fromkeys(self.model.config.sliding_windows, plan),
+            self.rotary,
+            batch_invariant=False,
+        )
+        token_ids = torch.from_numpy(tokens.with_drawn(self._last_tokens))
+        hidden = self.model(token_ids, self.cache, inputs)
         if not self.model.pipeline.is_last:
             return torch.empty(0, 0)
-        last = []
-        end = 0
-        for row in rows:
-            end += len(row.token_ids)
-            if row.draw is not None:
-                last.append(end - 1)
-        return self.model.logits(hidden.index_select(0, torch.tensor(last, dtype=torch.int64)))
+        return self.model.logits(hidden.index_select(0, torch.from_numpy(tokens.last_rows(batch.rows))))
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:

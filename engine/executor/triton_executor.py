@@ -19,8 +19,8 @@ from engine.errors import ConfigError
 from engine.executor.cuda_graphs import CudaGraphs, graph_sizes
 from engine.executor.sampler import adjustments_of, has_filters
 from engine.executor.step_buffers import AttentionForms, StepBuffers, StepInputs
+from engine.kernels.attention.in_triton import form, make_scratch, scratch_capacity
 from engine.kernels.attention.kv_layer import KVCache
-from engine.kernels.attention.paged import form, make_scratch, scratch_capacity
 from engine.kernels.launch import target_of
 from engine.kernels.sample import Adjustments, Logprobs, adjust_logits, draw, logprobs_of
 from engine.kernels.step import resolve_tokens, update_tables

@@ -13,6 +13,7 @@ from engine.kernels import cpu
 from engine.kernels.attention.kv_layer import FP8_MAX, INT4_GROUP, INT4_LARGEST, KVLayer
 from engine.kernels.launch import launch, select_tile, target_of
 from engine.kernels.norm import reference as norm_reference
+from engine.kernels.norm import rms_norm
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _INT4_GROUP = tl.constexpr(INT4_GROUP)
@@ -213,7 +214,7 @@ def rotate_and_write(
 ) -> torch.Tensor:
     """Rotates queries and keys by their positions and stores keys and values in the cache.
 
-    Computed in float32 and rounded once, after the norm and at the end.
+    Computed in float32 and rounded once, after the norm and at the end; by torch's operators in the heads' dtype.
 
     Args:
         heads: [T, query heads + 2 * num_kv_heads, head_dim], contiguous: queries, keys, values.
@@ -238,7 +239,7 @@ def rotate_and_write(
         )
         return heads[:, :num_heads]  # rotated in place
     if target is None:
-        return reference(
+        return torch_rotate_and_write(
             heads, positions, cosine, sine, layer, slots, num_kv_heads, query_norm, key_norm, epsilon
         )
     queries = heads.new_empty(num_tokens, num_heads, head_dim)
@@ -269,6 +270,34 @@ def rotate_and_write(
     return queries
 
 
+def torch_rotate_and_write(
+    heads: torch.Tensor,
+    positions: torch.Tensor,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    layer: KVLayer,
+    slots: torch.Tensor,
+    num_kv_heads: int,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    epsilon: float = 0.0,
+) -> torch.Tensor:
+    """`rotate_and_write` with torch's operators, in the heads' dtype."""
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    if query_norm is not None and key_norm is not None:
+        queries, keys, values = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        normed_queries = rms_norm(queries.contiguous(), query_norm, epsilon)
+        normed_keys = rms_norm(keys.contiguous(), key_norm, epsilon)
+        assert isinstance(normed_queries, torch.Tensor)
+        assert isinstance(normed_keys, torch.Tensor)
+        heads = torch.cat((normed_queries, normed_keys, values), dim=1)
+    c, s = (table.index_select(0, positions)[:, None].to(heads.dtype) for table in (cosine, sine))
+    c, s = torch.cat((c, c), dim=-1), torch.cat((-s, s), dim=-1)
+    rotated = apply_rotary(heads[:, :-num_kv_heads], c, s)
+    layer.write(slots.long(), rotated[:, num_heads:], heads[:, -num_kv_heads:])
+    return rotated[:, :num_heads]
+
+
 def reference(
     heads: torch.Tensor,
     positions: torch.Tensor,
@@ -281,15 +310,13 @@ def reference(
     key_norm: torch.Tensor | None = None,
     epsilon: float = 0.0,
 ) -> torch.Tensor:
-    """`rotate_and_write` in plain torch."""
+    """`rotate_and_write` in plain torch, in float32 and rounded where the kernels round."""
     num_heads = heads.shape[1] - 2 * num_kv_heads
     queries, keys, values = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     if query_norm is not None and key_norm is not None:
         queries, keys = (
             norm_reference(x, weight, epsilon) for x, weight in ((queries, query_norm), (keys, key_norm))
         )
-    c, s = (table[positions.long()][:, None] for table in (cosine, sine))
-    c, s = torch.cat((c, c), dim=-1), torch.cat((-s, s), dim=-1)
-    queries, keys = (apply_rotary(x.float(), c, s) for x in (queries, keys))
-    layer.write(slots.long(), keys, values)
-    return queries.to(heads.dtype)
+    floats = torch.cat((queries, keys, values), dim=1).float()
+    rotated = torch_rotate_and_write(floats, positions, cosine, sine, layer, slots, num_kv_heads)
+    return rotated.to(heads.dtype)

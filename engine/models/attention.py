@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from engine.kernels import rotary
-from engine.kernels.attention import in_torch as attention
-from engine.kernels.attention import paged as paged_attention
-from engine.kernels.attention.in_c import CpuPlan
-from engine.kernels.attention.in_torch import RowPlan
+from engine.kernels.attention.dispatch import paged_attention
 from engine.kernels.attention.kv_layer import KVLayer
-from engine.kernels.attention.paged import PagedPlan
+from engine.kernels.attention.plan import AttentionPlan
 from engine.kernels.operands import Activations, num_tokens
+from engine.kernels.rotary import rotate_and_write
 from engine.models.config import ModelConfig, RopeConfig
 from engine.models.linear import Linear
 from engine.models.norm import RMSNorm
@@ -26,23 +24,8 @@ from engine.quant.plan import QuantizationPlan
 
 
 @dataclass(frozen=True, slots=True)
-class TorchInputs:
-    """What the attention layers of a step share where torch's operators run it.
-
-    Attributes:
-        slots: [T] int64, where each token's key and value go in the cache.
-        plans: By sliding window (None: none), which keys each sequence reads.
-        rotary: By rope, cosine and sine of each token's position, [T, 1, head_dim] each.
-    """
-
-    slots: torch.Tensor
-    plans: dict[int | None, list[RowPlan]]
-    rotary: dict[RopeConfig, tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
 class PagedInputs:
-    """What the attention layers of a step share where Triton's or C's kernels run it.
+    """What the attention layers of a step share.
 
     Attributes:
         positions, slots: [T] int32, of each token, and where its key and value go in the cache.
@@ -53,16 +36,17 @@ class PagedInputs:
 
     positions: torch.Tensor
     slots: torch.Tensor
-    plans: dict[int | None, PagedPlan] | dict[int | None, CpuPlan]
+    plans: Mapping[int | None, AttentionPlan]
     rotary: dict[RopeConfig, RotaryTable]
     batch_invariant: bool
 
 
-AttentionInputs = TorchInputs | PagedInputs
-
-
 class Attention(nn.Module):
-    """Grouped-query attention of one decoder layer."""
+    """Grouped-query attention of one decoder layer.
+
+    Attributes:
+        rotate_and_write: The kernel; who needs one body of it on every machine puts that here.
+    """
 
     def __init__(
         self,
@@ -97,33 +81,18 @@ class Attention(nn.Module):
             config.has_output_bias,
             row_parallel(group, query_size, config.hidden_size, output_scheme),
         )
+        self.rotate_and_write = rotate_and_write
         self.query_norm = self.key_norm = None
         if config.has_query_key_norm:
             norm = (self.head_dim, config.norm_epsilon, config.norm_offset, dtype)
             self.query_norm = RMSNorm(f"{prefix}.q_norm", *norm)
             self.key_norm = RMSNorm(f"{prefix}.k_norm", *norm)
 
-    def forward(self, x: Activations, cache: KVLayer, inputs: AttentionInputs) -> torch.Tensor:
+    def forward(self, x: Activations, cache: KVLayer, inputs: PagedInputs) -> torch.Tensor:
         """x [T, hidden] → [T, hidden]; the step's keys and values are written to the cache."""
-        heads = self.qkv(x).view(num_tokens(x), -1, self.head_dim)
-        attend = self._in_torch if isinstance(inputs, TorchInputs) else self._paged
-        return self.output(attend(heads, cache, inputs))  # type: ignore[arg-type, operator]
-
-    def _in_torch(self, heads: torch.Tensor, cache: KVLayer, inputs: TorchInputs) -> torch.Tensor:
-        if self.query_norm is not None and self.key_norm is not None:
-            sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-            queries, keys, values = torch.split(heads, sizes, dim=1)
-            queries, keys = self.query_norm(queries.contiguous()), self.key_norm(keys.contiguous())
-            heads = torch.cat((queries, keys, values), dim=1)
-        queries = attention.rotate_and_write(
-            heads, *inputs.rotary[self.rope], cache, inputs.slots, self.num_kv_heads
-        )
-        return attention.paged_attention(queries, cache, inputs.plans[self.window], self.scale)
-
-    def _paged(self, heads: torch.Tensor, cache: KVLayer, inputs: PagedInputs) -> torch.Tensor:
         table = inputs.rotary[self.rope]
-        queries = rotary.rotate_and_write(
-            heads,
+        queries = self.rotate_and_write(
+            self.qkv(x).view(num_tokens(x), -1, self.head_dim),
             inputs.positions,
             table.cosine,
             table.sine,
@@ -134,7 +103,7 @@ class Attention(nn.Module):
             None if self.key_norm is None else self.key_norm.weight,
             0.0 if self.query_norm is None else self.query_norm.epsilon,
         )
-        return paged_attention.paged_attention(
+        attended = paged_attention(
             queries,
             cache,
             inputs.plans[self.window],
@@ -142,3 +111,4 @@ class Attention(nn.Module):
             self.window,
             batch_invariant=inputs.batch_invariant,
         )
+        return self.output(attended)

@@ -13,7 +13,7 @@ from torch import nn
 
 from engine.kernels.attention.kv_layer import KVCache, KVLayer
 from engine.kernels.norm import add
-from engine.models.attention import Attention, AttentionInputs
+from engine.models.attention import Attention, PagedInputs
 from engine.models.config import ModelConfig
 from engine.models.linear import Embedding, Linear, ReadWeight
 from engine.models.mlp import MLP
@@ -62,7 +62,7 @@ class DecoderLayer(nn.Module):
         self.mlp.format = self.mlp.down.matmul.format
 
     def forward(
-        self, x: torch.Tensor, delta: torch.Tensor | None, cache: KVLayer, inputs: AttentionInputs
+        self, x: torch.Tensor, delta: torch.Tensor | None, cache: KVLayer, inputs: PagedInputs
     ) -> torch.Tensor:
         """What the layer adds to x [T, hidden], less what it has added already.
 
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
             self.head_matmul = self.lm_head_scheme.bind(self.embedding.tensors, None)
         self.norm.format = self.head_matmul.format
 
-    def forward(self, token_ids: torch.Tensor, cache: KVCache, inputs: AttentionInputs) -> torch.Tensor:
+    def forward(self, token_ids: torch.Tensor, cache: KVCache, inputs: PagedInputs) -> torch.Tensor:
         """Hidden states [T, hidden] of the flat batch token_ids [T]; the step's keys and values are written.
 
         They come from the stage before, and go to the next one, if there is one.

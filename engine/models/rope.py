@@ -25,11 +25,6 @@ class RotaryTable:
         angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
         self.cosine, self.sine = ((wave * magnitude).to(device) for wave in (angles.cos(), angles.sin()))
 
-    def at(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and signed sine for `apply_rotary`: positions [T] → [T, 1, head_dim] each."""
-        cosine, sine = (table.index_select(0, positions)[:, None] for table in (self.cosine, self.sine))
-        return torch.cat((cosine, cosine), dim=-1).to(dtype), torch.cat((-sine, sine), dim=-1).to(dtype)
-
 
 def rotary_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
     """Radians a position for each pair of dimensions, [head_dim / 2] float32, and the factor of cos and sin."""

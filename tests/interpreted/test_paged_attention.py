@@ -10,20 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kernels.attention.kv_layer import INT4, KVCache, KVLayer
-from engine.kernels.attention.paged import (
+from engine.kernels.attention.dispatch import paged_attention, reference
+from engine.kernels.attention.in_triton import (
     SEGMENT,
     AttentionForm,
     FormName,
-    PagedPlan,
+    TritonPlan,
     WorkList,
     form,
     make_scratch,
-    paged_attention,
     plan_items,
-    reference,
     scratch_capacity,
 )
+from engine.kernels.attention.kv_layer import INT4, KVCache, KVLayer
 from engine.kernels.launch import INTERPRETER
 
 CAPACITY = 512
@@ -128,7 +127,7 @@ def attend(
             make_list(np.where(chosen, query_lens, 0), starts, window, shape, name, capacity)
             for name, chosen in (("decode", is_decode), ("prefill", ~is_decode))
         )
-    plan = PagedPlan(
+    plan = TritonPlan(
         torch.from_numpy(sequences.starts_of_queries()).to(torch.int32),
         torch.from_numpy(starts).to(torch.int32),
         torch.arange(len(starts), dtype=torch.int32),

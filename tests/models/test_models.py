@@ -33,10 +33,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in TINY_CONFIGS}
 
 
+@pytest.mark.parametrize("bodies", ["c", "torch"])
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_prefill_chunked_prefill_and_decode_agree_with_transformers(
-    checkpoints: dict[str, Path], name: str
+    checkpoints: dict[str, Path], name: str, bodies: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if bodies == "torch":
+        monkeypatch.setattr("engine.kernels.cpu.library", lambda: None)
     reference = load_reference(checkpoints[name])
     runner = make_runner(checkpoints[name])
     sequences = make_sequences(runner.model_config.vocab_size)

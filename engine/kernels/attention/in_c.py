@@ -11,6 +11,7 @@ import torch
 
 from engine.kernels import cpu
 from engine.kernels.attention.kv_layer import KVLayer
+from engine.kernels.attention.plan import AttentionPlan
 
 SEGMENT = 256
 """Keys with a softmax of their own, counted from position 0. Part of the operation: it changes bits."""
@@ -19,25 +20,17 @@ MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True, slots=True)
-class CpuPlan:
-    """Which queries and keys attention reads.
+class CpuPlan(AttentionPlan):
+    """Which queries and keys attention reads, and its scratch; the tensors may be longer than a step's sequences.
 
     Attributes:
         num_sequences: [1] int64, S.
-        query_starts: [S + 1] int32, the row of each sequence's first query in the flat batch.
-        starts: [S] int32, the position of that query.
-        table_rows: [S] int32, each sequence's row of `block_tables`.
-        block_tables: [R, W] int32.
         partial_starts: [S] int32, where the segments of a sequence that decodes begin in `partials`.
         partials: [segments, heads, head_dim + 2] float32, scratch.
         groups, members, num_groups: [segments, 3] int32, [segments] int32, [1] int64, written by `group_segments`.
     """
 
     num_sequences: torch.Tensor
-    query_starts: torch.Tensor
-    starts: torch.Tensor
-    table_rows: torch.Tensor
-    block_tables: torch.Tensor
     partial_starts: torch.Tensor
     partials: torch.Tensor
     groups: torch.Tensor

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from engine.kernels import cpu
+from engine.kernels.attention.dispatch import reference
 from engine.kernels.attention.in_c import SEGMENT, CpuPlan, cpu_attention, group_segments
 from engine.kernels.attention.kv_layer import CACHE_TYPES, INT4, INT4_GROUP, KVCache, KVLayer
-from engine.kernels.attention.paged import reference
 
 WINDOWS = [None, 1, 5, 100, 256, 300]
 """Within a segment, a whole one, more than one."""

@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.attention.in_c import CpuPlan, cpu_attention
 from engine.kernels.attention.kv_layer import INT4_GROUP, KVLayer
+from engine.kernels.attention.plan import AttentionPlan
 from engine.kernels.launch import Target, Tile, launch, select_tile, target_of
 
 SEGMENT = 512
@@ -368,21 +368,13 @@ _MAX_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
-class PagedPlan:
+class TritonPlan(AttentionPlan):
     """Which queries and keys attention reads, in tensors on the device.
 
     Attributes:
-        query_starts: [S + 1] int32, the row of each sequence's first query in the flat batch.
-        starts: [S] int32, the position of that query.
-        table_rows: [S] int32, each sequence's row of `block_tables`.
-        block_tables: [R, W] int32.
         decode, prefill: The lists of both forms; None where there is nothing to launch.
     """
 
-    query_starts: torch.Tensor
-    starts: torch.Tensor
-    table_rows: torch.Tensor
-    block_tables: torch.Tensor
     decode: WorkList | None
     prefill: WorkList | None
     scratch: Scratch
@@ -464,33 +456,20 @@ def _balance(costs: Integers, num_programs: int) -> Integers:
     return order
 
 
-def paged_attention(
+def triton_attention(
     queries: torch.Tensor,
     layer: KVLayer,
-    plan: PagedPlan | CpuPlan,
+    plan: TritonPlan,
     scale: float,
-    window: int | None = None,
-    soft_cap: float = 0.0,
-    batch_invariant: bool = False,
+    window: int | None,
+    soft_cap: float,
+    batch_invariant: bool,
 ) -> torch.Tensor:
-    """Causal attention of each sequence's queries over its own keys, which are in the cache already.
-
-    Args:
-        queries: [T, heads, head_dim] float, contiguous.
-        scale: Factor of the products before the softmax.
-        window: Keys that a query sees, its own among them; None for all.
-        soft_cap: Scores become soft_cap * tanh(scores / soft_cap); 0 leaves them.
-        batch_invariant: Both lists run in the form "batch_invariant", for which they must have been planned.
-
-    Returns:
-        [T, heads * head_dim] of the queries' dtype. Rows of sequences without an item are not written.
+    """`paged_attention` of queries [T, heads, head_dim], contiguous; in float32, bf16 or fp16.
 
     Raises:
         ValueError: More query heads share a key head than an item has rows.
     """
-    if isinstance(plan, CpuPlan):
-        assert not soft_cap
-        return cpu_attention(queries, layer, plan, scale, window)
     target = target_of(queries)
     assert target is not None
     _, num_heads, head_dim = queries.shape
@@ -543,32 +522,3 @@ def paged_attention(
             INTERPRETED=target.arch == "interpreter",
         )
     return output.flatten(1)
-
-
-def reference(
-    queries: torch.Tensor,
-    layer: KVLayer,
-    block_table: torch.Tensor,
-    start: int,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float = 0.0,
-) -> torch.Tensor:
-    """Attention of one sequence, written out: queries [Q, heads, D] at positions start …, block_table [W].
-
-    Returns:
-        [Q, heads * D] float32.
-    """
-    positions = torch.arange(start + len(queries), device=queries.device)
-    slots = (
-        block_table.long()[positions // layer.block_size] * layer.block_size + positions % layer.block_size
-    )
-    group = queries.shape[1] // layer.data.shape[3]
-    keys, values = (x.repeat_interleave(group, dim=1) for x in layer.read(slots))
-    scores = torch.einsum("qhd,khd->hqk", queries.float(), keys) * scale
-    if soft_cap:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    distance = positions[start:, None] - positions
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
-    return torch.einsum("hqk,khd->qhd", weights, values).flatten(1)
