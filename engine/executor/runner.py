@@ -34,6 +34,7 @@ from engine.models.sharding import check_columns, check_shards, shard_of_config
 from engine.parallel.place import RankPlace, take_place
 from engine.parallel.rendezvous import meet
 from engine.parallel.symmetric import check_device
+from engine.parallel.waiting import WaitRecord
 from engine.quant.plan import QuantizationPlan
 from engine.quant_spec import QuantSpec
 
@@ -47,6 +48,7 @@ class ModelRunner:
         rank, store: Among others, and where they meet; None for a single rank.
         attend: Calls what waits for other ranks.
         say: Takes what a rank has measured, in words.
+        record: Says for whom this rank waits; a new one by default.
 
     Attributes:
         plan: How memory is used.
@@ -63,6 +65,7 @@ class ModelRunner:
         store: str | None = None,
         attend: Callable[[Callable[[], RankPlace]], RankPlace] = lambda wait: wait(),
         say: Callable[[str], None] = logger.info,
+        record: WaitRecord | None = None,
     ) -> None:
         base_bytes = private_bytes()
         ties = checkpoint.config.get("tie_word_embeddings") or "lm_head.weight" not in checkpoint.names()
@@ -86,6 +89,7 @@ class ModelRunner:
                 self.device,
                 config.exact_reduce,
                 config.symmetric_memory,
+                record,
             )
         )
         layers = self.place.pipeline.layers(self.model_config.num_layers)

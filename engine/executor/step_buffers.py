@@ -10,7 +10,8 @@ Block tables stay on the device, a row for each place in the running batch; a st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -204,6 +205,7 @@ class StepBuffers:
 
     Args:
         windows: The model's sliding windows, None for attention to everything.
+        waiting: A context for what waits until the device has caught up.
 
     Attributes:
         tables: [max_num_seqs + 1, width] int32 on the device; the last row is padding's, all null blocks.
@@ -216,8 +218,10 @@ class StepBuffers:
         windows: Sequence[int | None],
         attention: AttentionForms,
         device: torch.device,
+        waiting: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.block_size, self.windows, self.attention = block_size, list(windows), attention
+        self._waiting = waiting
         width = -(-limits.max_model_len // block_size)
         self.tables = torch.zeros(limits.max_num_seqs + 1, width, dtype=torch.int32, device=device)
         self._host_tables = BlockTables(limits.max_num_seqs, width)
@@ -259,7 +263,8 @@ class StepBuffers:
         if self._copied is not None:
             # Done long ago, unless steps without a draw, which nobody waits for, have run ahead.
             self._copied.reverse()
-            self._copied[-1].synchronize()
+            with self._waiting():
+                self._copied[-1].synchronize()
         words: Int32Array = host.numpy()
         self._write_tokens(words, layout, tokens)
         self._write_draws(words, layout, rows, tokens.ends)

@@ -28,6 +28,7 @@ from engine.models.attention import PagedInputs
 from engine.models.config import RopeConfig
 from engine.models.decoder import Decoder
 from engine.models.rope import RotaryTable
+from engine.parallel.pipeline import waiting_for_device
 
 
 class TritonExecutor:
@@ -63,6 +64,7 @@ class TritonExecutor:
             sorted(set(config.sliding_windows), key=lambda window: window or limits.max_model_len),
             _attention_forms(model, cache, limits, num_slots, batch_invariant),
             self.device,
+            lambda: waiting_for_device(model.group, model.pipeline),
         )
         self._inputs: StepInputs
 

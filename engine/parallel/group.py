@@ -24,6 +24,7 @@ from engine.parallel.rendezvous import gloo
 from engine.parallel.shards import Shard
 from engine.parallel.shared_places import PLACE_BYTES, SharedPlaces
 from engine.parallel.symmetric import OneShotSum
+from engine.parallel.waiting import Kind, Wait, WaitRecord
 
 Backend = Any
 """torch's NCCL or gloo group, of which stubs know only part."""
@@ -47,6 +48,9 @@ class TensorGroup:
         places: Through which ranks on CPUs of one machine exchange, past the backend.
         one_shot: What sums small floats, if they go past the backend.
         check: Raises if it is in vain to wait for the others; asked where nobody else ends this process.
+        stage: The group's, among those of the pipeline.
+        record: Says for whom this rank waits.
+        others: The group's other ranks, by their numbers among all of the engine.
         num_bytes: What this rank has brought to exchanges, by kind: "gather" or "sum".
         seconds: What exchanges took, waiting for the slowest rank included.
     """
@@ -58,12 +62,23 @@ class TensorGroup:
     places: SharedPlaces | None = None
     one_shot: OneShotSum | None = None
     check: Callable[[], None] | None = None
+    stage: int = 0
+    record: WaitRecord = field(default_factory=WaitRecord)
+    others: tuple[int, ...] = field(init=False)
     num_bytes: dict[str, int] = field(default_factory=lambda: {"gather": 0, "sum": 0})
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        first = self.stage * self.shard.size
+        self.others = tuple(first + rank for rank in range(self.shard.size) if rank != self.shard.rank)
 
     @property
     def size(self) -> int:
         return self.shard.size
+
+    def waiting(self, kind: Kind) -> Wait:
+        """A context in which this rank waits for the group's others; every exchange is made in one."""
+        return self.record.waiting(self.others, kind)
 
     def gather(self, x: torch.Tensor, width: int) -> torch.Tensor:
         """Columns [M, share of width] of each rank side by side, [M, width] on all of them."""
@@ -103,12 +118,15 @@ class TensorGroup:
         options = torch.distributed.AllreduceOptions()
         options.reduceOp = torch.distributed.ReduceOp.MAX  # type: ignore[assignment]
         largest = x.clone()
-        self._group.allreduce([largest], options).wait()
+        with self.waiting("largest"):
+            self._group.allreduce([largest], options).wait()
         return largest
 
     def all_of(self, is_so: bool, device: torch.device) -> bool:
         """Whether something is so on all ranks."""
-        return not self.largest(torch.tensor([not is_so], dtype=torch.int32, device=device))
+        largest = self.largest(torch.tensor([not is_so], dtype=torch.int32, device=device))
+        with self.waiting("largest"):
+            return not largest  # is known on a GPU only once the others have come
 
     def localize(self, token_ids: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Places [T] in this rank's rows of a table, and whether the token's row is another rank's, [T] bool."""
@@ -135,7 +153,7 @@ class TensorGroup:
         width = self.shard.largest(whole.shape[1])
         mine = torch.nn.functional.pad(x, (0, width - x.shape[1])) if x.shape[1] < width else x.contiguous()
         columns = [Shard(rank, self.size).of(whole.shape[1]) for rank in range(self.size)]
-        with self._counting("gather", mine):
+        with self._exchanging("gather", mine):
             if parts is None:
                 for rows, pieces in self._exchange(mine):
                     for part, piece in zip(columns, pieces, strict=True):
@@ -152,9 +170,10 @@ class TensorGroup:
 
     def _sum(self, x: torch.Tensor) -> None:
         if self.one_shot is not None and self.one_shot.takes(x):
-            self.one_shot(x)
+            with self.waiting("one-shot sum"):
+                self.one_shot(x)
             return
-        with self._counting("sum", x):
+        with self._exchanging("sum", x):
             if not self._has_places(x.shape[1] * x.itemsize):
                 self._finish(self._group.allreduce([x]))
                 return
@@ -164,7 +183,7 @@ class TensorGroup:
                     x[rows] += piece
 
     def _scatter(self, x: torch.Tensor, parts: torch.Tensor) -> None:
-        with self._counting("sum", x):
+        with self._exchanging("scatter", x):
             if not self._has_places(x.shape[1] * x.itemsize):
                 self._finish(self._group.alltoall_base(parts.view(-1), x.view(-1), [], []))
                 return
@@ -203,11 +222,12 @@ class TensorGroup:
                 raise
 
     @contextmanager
-    def _counting(self, kind: str, x: torch.Tensor) -> Iterator[None]:
+    def _exchanging(self, kind: Kind, x: torch.Tensor) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with self.waiting(kind):
+            yield
         self.seconds += time.perf_counter() - start
-        self.num_bytes[kind] += x.nbytes
+        self.num_bytes["gather" if kind == "gather" else "sum"] += x.nbytes
 
 
 def join(store: Store, shard: Shard, name: str, device: torch.device) -> Backend:

@@ -16,6 +16,7 @@ from engine.parallel.pipeline import Pipeline
 from engine.parallel.shards import Shard
 from engine.parallel.shared_places import share_places
 from engine.parallel.symmetric import OneShotSum, check_reach
+from engine.parallel.waiting import WaitRecord
 from engine.process import machine_name
 
 
@@ -61,8 +62,9 @@ class RankPlace:
         options = torch.distributed.AllreduceOptions()
         options.reduceOp = torch.distributed.ReduceOp.MIN  # type: ignore[assignment]
         value = torch.tensor([number], device=device)
-        self.everyone.allreduce([value], options).wait()
-        return int(value)
+        with self.group.record.waiting(_others(self.rank, self.size), "smallest"):
+            self.everyone.allreduce([value], options).wait()
+            return int(value)
 
 
 def take_place(
@@ -73,6 +75,7 @@ def take_place(
     device: torch.device,
     rank_invariant: bool,
     is_symmetric: bool = False,
+    record: WaitRecord | None = None,
 ) -> RankPlace:
     """A rank's place; waits until those that it exchanges with are there.
 
@@ -80,36 +83,43 @@ def take_place(
         store: Where the ranks find each other; None for a single rank.
         rank_invariant: As in `TensorGroup`.
         is_symmetric: Whether small sums of floats go through symmetric memory.
+        record: Says for whom this rank waits, from here on; a new one by default.
 
     Raises:
         ConfigError: They cannot.
     """
     if store is None:
         return RankPlace()
+    record = WaitRecord() if record is None else record
     size = tensor_size * pipeline_size
     stage, shard = divmod(rank, tensor_size)
-    group = TensorGroup(Shard(shard, tensor_size), None, rank_invariant)
-    pipeline = Pipeline(stage, pipeline_size)
-    machines = _machines(store, rank, size)
-    if tensor_size > 1:
-        group.backend = join(store, group.shard, f"stage-{stage}", device)
-        # Ranks on several machines may not have the same; their layers must be cut alike.
-        group.has_integer_sums = group.all_of(sums_integers(device), device)
-        is_local = len(set(machines[stage * tensor_size :][:tensor_size])) == 1
-        if device.type == "cpu" and is_local:
-            places = PrefixStore(f"places-{stage}", store)
-            group.places = share_places(places, group.shard, lambda is_so: group.all_of(is_so, device))
-    if pipeline_size > 1:
-        pipeline.backend = join(store, Shard(stage, pipeline_size), f"share-{shard}", device)
-    if tensor_size > 1 and pipeline_size > 1:
-        everyone = join(store, Shard(rank, size), "everyone", device)
-    else:
-        everyone = group.backend or pipeline.backend
-    num_local = machines.count(machines[rank])
-    if is_symmetric:
-        check_reach(device, num_local, size)
-        group.one_shot = OneShotSum(PrefixStore(f"symmetric-{stage}", store), group.shard, device)
-    return RankPlace(rank, size, group, pipeline, everyone, num_local)
+    group = TensorGroup(Shard(shard, tensor_size), None, rank_invariant, stage=stage, record=record)
+    pipeline = Pipeline(stage, pipeline_size, shard=group.shard, record=record)
+    with record.waiting(_others(rank, size), "rendezvous"):
+        machines = _machines(store, rank, size)
+        if tensor_size > 1:
+            group.backend = join(store, group.shard, f"stage-{stage}", device)
+            # Ranks on several machines may not have the same; their layers must be cut alike.
+            group.has_integer_sums = group.all_of(sums_integers(device), device)
+            is_local = len(set(machines[stage * tensor_size :][:tensor_size])) == 1
+            if device.type == "cpu" and is_local:
+                places = PrefixStore(f"places-{stage}", store)
+                group.places = share_places(places, group.shard, lambda is_so: group.all_of(is_so, device))
+        if pipeline_size > 1:
+            pipeline.backend = join(store, Shard(stage, pipeline_size), f"share-{shard}", device)
+        if tensor_size > 1 and pipeline_size > 1:
+            everyone = join(store, Shard(rank, size), "everyone", device)
+        else:
+            everyone = group.backend or pipeline.backend
+        num_local = machines.count(machines[rank])
+        if is_symmetric:
+            check_reach(device, num_local, size)
+            group.one_shot = OneShotSum(PrefixStore(f"symmetric-{stage}", store), group.shard, device)
+        return RankPlace(rank, size, group, pipeline, everyone, num_local)
+
+
+def _others(rank: int, size: int) -> tuple[int, ...]:
+    return tuple(other for other in range(size) if other != rank)
 
 
 def _machines(store: Store, rank: int, size: int) -> list[str]:

@@ -1,26 +1,78 @@
-"""Whether ranks agree on a step, and whether one waits for the others."""
+"""Where ranks stand: whether they agree on a step, and which of them one that is late waits for."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 from engine.core.request import RowFailure, SampledToken
+from engine.parallel.waiting import Kind, WaitRecord
+from engine.process import whereabouts
 
-Drawn = Sequence[SampledToken | RowFailure | None]
-
-
-EXCHANGES = ("shared_places.py:", "group.py:", "pipeline.py:", "place.py:")
-
-
-def is_exchange(places: list[str]) -> bool:
-    """Whether a thread, by its `whereabouts`, waits for other ranks in a group of theirs."""
-    return any(place.startswith(EXCHANGES) for place in places)
+Tokens = Sequence[SampledToken | RowFailure | None]
+"""What came of a step, by row; None where a prompt is not through."""
 
 
-def digest_of(order: bytes, drawn: Drawn) -> bytes:
+def digest_of(order: bytes, tokens: Tokens) -> bytes:
     """Of a step, as it was ordered, and what came of it: the same on all ranks that agree."""
-    tokens = [row.token_id if isinstance(row, SampledToken) else None for row in drawn]
-    return hashlib.blake2b(msgspec.msgpack.encode((order, tokens)), digest_size=16).digest()
+    token_ids = [row.token_id if isinstance(row, SampledToken) else None for row in tokens]
+    return hashlib.blake2b(msgspec.msgpack.encode((order, token_ids)), digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a rank stands.
+
+    Attributes:
+        place: What its thread is in, for people to read: "sampler.py:80 in sample".
+        ranks, kind, num_finished: As in `engine.parallel.waiting.Waiting`.
+        seconds: For how long it has been waiting.
+    """
+
+    place: str
+    ranks: tuple[int, ...] = ()
+    kind: Kind | None = None
+    seconds: float = 0.0
+    num_finished: int = 0
+
+    @classmethod
+    def of(cls, record: WaitRecord, thread_id: int) -> Standing:
+        """Of this process, whose steps that thread runs."""
+        now = record.now
+        places = whereabouts(thread_id)
+        seconds = time.monotonic() - now.since if now.ranks else 0.0
+        return cls(places[0] if places else "no thread", now.ranks, now.kind, seconds, now.num_finished)
+
+    def __str__(self) -> str:
+        """For whom it waits: "for 0 and 2 (sum, 41.2 s, after 310 others)"."""
+        ranks = " and ".join(map(str, self.ranks))
+        return f"for {ranks} ({self.kind}, {self.seconds:.1f} s, after {self.num_finished} others)"
+
+
+def awaited(late: Iterable[int], waits_for: Mapping[int, Iterable[int]]) -> list[int]:
+    """The ranks that late ones wait for in the end, themselves perhaps.
+
+    Who waits is followed to those for whom it waits, and from these on: to a rank that waits for nobody, or to
+    several that wait for each other, and for nobody else.
+
+    Args:
+        waits_for: Of each rank that may be at fault; others count for nothing.
+    """
+    followed = {rank: _followed(rank, waits_for) for rank in waits_for}
+    reached = {other for rank in late for other in followed[rank]}
+    return sorted(rank for rank in reached if all(rank in followed[other] for other in followed[rank]))
+
+
+def _followed(rank: int, waits_for: Mapping[int, Iterable[int]]) -> set[int]:
+    """A rank, and all to whom those lead for whom it waits."""
+    found, left = set[int](), [rank]
+    while left:
+        one = left.pop()
+        if one in waits_for and one not in found:
+            found.add(one)
+            left += waits_for[one]
+    return found

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from engine.core.batch import Batch, Draw
 from engine.core.request import SampledToken
-
-State = Literal["idle", "exchanging", "running"]
-"""What a rank is at."""
+from engine.executor.ranks.agreement import Standing
 
 
 class RankStart(msgspec.Struct, tag=True, kw_only=True):
@@ -83,16 +81,10 @@ class RankFailed(msgspec.Struct, tag=True):
 
 
 class Beat(msgspec.Struct, tag=True):
-    """A rank lives.
-
-    Attributes:
-        state: "idle" without an order, "exchanging" where it waits for other ranks, else "running".
-        place: What it is in: "sampler.py:80 in sample".
-    """
+    """A rank lives, and where it stands."""
 
     rank: int
-    state: State
-    place: str
+    standing: Standing
 
 
 class Done(msgspec.Struct, tag=True):

@@ -22,7 +22,7 @@ from engine.config import EngineConfig
 from engine.core.batch import Batch
 from engine.core.request import RowFailure
 from engine.errors import EngineError
-from engine.executor.ranks.agreement import digest_of, is_exchange
+from engine.executor.ranks.agreement import Standing, digest_of
 from engine.executor.ranks.launching import Link
 from engine.executor.ranks.limits import BEAT_SECONDS
 from engine.executor.ranks.messages import (
@@ -35,13 +35,14 @@ from engine.executor.ranks.messages import (
     RankSays,
     RankStart,
     Sample,
-    State,
     encode,
     to_rank_decoder,
 )
 from engine.executor.runner import ModelRunner
 from engine.loading.dummy import open_model
-from engine.process import follow_parent, whereabouts
+from engine.parallel.pipeline import waiting_for_device
+from engine.parallel.waiting import WaitRecord
+from engine.process import follow_parent
 
 
 def main(orders: str, reports: str) -> int:
@@ -65,8 +66,8 @@ def follow(orders_link: Link, reports: Link) -> None:
         reports.connect(answers)
         start = to_rank_decoder.decode(orders.recv())
         assert isinstance(start, RankStart)
-        follower = Follower(start.rank)
-        beating = (context, reports, follower, threading.get_ident())
+        follower, record = Follower(start.rank), WaitRecord()
+        beating = (context, reports, start.rank, record, threading.get_ident())
         threading.Thread(target=_beat, args=beating, daemon=True).start()
         try:
             config = EngineConfig(**start.options)
@@ -76,17 +77,17 @@ def follow(orders_link: Link, reports: Link) -> None:
                 answers.send(encode(RankSays(start.rank, line)))
 
             checkpoint = open_model(Path(start.path), config.load_format)
-            runner = ModelRunner(config, checkpoint, start.rank, start.store, say=say)
+            runner = ModelRunner(config, checkpoint, start.rank, start.store, say=say, record=record)
             answers.send(encode(RankReady(start.rank)))
             while True:
-                follower.is_busy = False
-                order = orders.recv()
-                follower.is_busy = True
+                with record.waiting((0,), "order"):
+                    order = orders.recv()
                 report = follower.follow(runner, order)
                 if report is not None:
                     answers.send(encode(report))
         except Exception as error:
-            if not isinstance(error, EngineError) and not is_exchange(_places(error)):
+            # What ended an exchange is another rank's, most likely.
+            if not isinstance(error, EngineError) and record.failed in (None, "device"):
                 traceback.print_exc()
             kind, message = type(error).__name__, str(error)
             answers.send(encode(RankFailed(start.rank, follower.step, kind, message)))
@@ -98,11 +99,10 @@ class Follower:
 
     Attributes:
         step: The step that was begun last.
-        is_busy: Whether it does something that it was told, or waits for that.
     """
 
     def __init__(self, rank: int) -> None:
-        self.rank, self.step, self.is_busy = rank, 0, True
+        self.rank, self.step = rank, 0
         self._executed: tuple[bytes, Batch, torch.Tensor]
 
     def follow(self, runner: ModelRunner, order: bytes) -> Done | None:
@@ -116,7 +116,9 @@ class Follower:
                 executed, batch, logits = self._executed
                 if not runner.place.pipeline.is_last:
                     return Done(self.rank, step, digest_of(executed, []))
-                drawn = runner.sample(logits, batch, draws).read()
+                sampled = runner.sample(logits, batch, draws)
+                with waiting_for_device(runner.place.group, runner.place.pipeline):
+                    drawn = sampled.read()
                 done = Done(self.rank, step, digest_of(executed, drawn))
                 if runner.place.tells_what_was_drawn:
                     done.drawn = [row.message if isinstance(row, RowFailure) else row for row in drawn]
@@ -124,19 +126,14 @@ class Follower:
         return None
 
 
-def _places(error: Exception) -> list[str]:
-    """What it came through, as in `whereabouts`."""
-    return [f"{Path(frame.filename).name}:" for frame in traceback.extract_tb(error.__traceback__)]
-
-
-def _beat(context: zmq.Context[zmq.Socket[bytes]], reports: Link, follower: Follower, thread_id: int) -> None:
+def _beat(
+    context: zmq.Context[zmq.Socket[bytes]], reports: Link, rank: int, record: WaitRecord, thread_id: int
+) -> None:
     # At its end the process closes the context under this thread.
     with contextlib.suppress(zmq.ZMQError), context.socket(zmq.PUSH) as socket:
         reports.connect(socket)
         while True:
-            places = whereabouts(thread_id)
-            state: State = "exchanging" if is_exchange(places) else "running"
-            socket.send(encode(Beat(follower.rank, state if follower.is_busy else "idle", places[0])))
+            socket.send(encode(Beat(rank, Standing.of(record, thread_id))))
             time.sleep(BEAT_SECONDS)
 
 

@@ -28,7 +28,7 @@ from engine.core.executor import Executor, Sampled
 from engine.core.request import RowFailure, SampledToken
 from engine.errors import ConfigError, EngineDeadError, EngineError, RankFailedError
 from engine.executor.options import resolve_device
-from engine.executor.ranks.agreement import digest_of, is_exchange
+from engine.executor.ranks.agreement import Standing, awaited, digest_of
 from engine.executor.ranks.launching import Launcher, Link, ProcessLauncher, RankHandle
 from engine.executor.ranks.limits import BEAT_SECONDS, Limits
 from engine.executor.ranks.messages import (
@@ -42,14 +42,16 @@ from engine.executor.ranks.messages import (
     RankSays,
     RankStart,
     Sample,
-    State,
     ToRank,
     encode,
     from_rank_decoder,
 )
 from engine.executor.runner import ModelRunner
 from engine.loading.checkpoint import Checkpoint
-from engine.process import RunningClock, whereabouts
+from engine.parallel.pipeline import waiting_for_device
+from engine.parallel.place import RankPlace
+from engine.parallel.waiting import WaitRecord
+from engine.process import RunningClock
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class _Rank:
     """
     Attributes:
         last_heard: On the watcher's clock.
-        state, place: As in its last `Beat`.
+        standing: As in its last `Beat`.
     """
 
     orders: zmq.Socket[bytes]
@@ -79,8 +81,7 @@ class _Rank:
     is_ready: bool = False
     beats: bool = False
     last_done: int = 0
-    state: State = "running"
-    place: str = "its start"
+    standing: Standing = Standing("its start")
 
 
 @dataclasses.dataclass(slots=True)
@@ -113,6 +114,7 @@ class Ranks:
     Attributes:
         store: Where the groups of all ranks meet.
         num_bytes: Of the weights of a rank, for the limit of a step.
+        record: Says for whom rank 0 waits.
         failure: Why the ranks were ended.
     """
 
@@ -121,6 +123,7 @@ class Ranks:
     ) -> None:
         self.failure: EngineError | None = None
         self.num_bytes = 0
+        self.record = WaitRecord()
         self._limits = Limits() if limits is None else limits
         self._changed = threading.Condition()
         self._clock = RunningClock(2 * BEAT_SECONDS)
@@ -222,7 +225,9 @@ class Ranks:
         Raises:
             EngineError: The ranks were ended, and why.
         """
-        self._wait(lambda: step in self._drawn)
+        first_of_last_stage = len(self._ranks) + 1 - self._stage_size
+        with self.record.waiting((first_of_last_stage,), "tokens"):
+            self._wait(lambda: step in self._drawn)
         return self._drawn.pop(step)
 
     def check(self) -> None:
@@ -333,22 +338,24 @@ class Ranks:
 
     def _judge_step(self, number: int, step: _Step) -> None:
         """Names the ranks that a step waits for: of those that are late, the ones that do not wait themselves."""
-        late = {rank: state for rank, state in self._ranks.items() if state.last_done < number}
-        stuck = {rank: state.place for rank, state in late.items() if state.state == "running"}
-        if not stuck and any(state.state == "exchanging" for state in late.values()):
-            # They wait for rank 0; or all for each other. One that has no order is not late.
-            places = whereabouts(self._thread)
-            if is_exchange(places):
-                stuck = {rank: state.place for rank, state in late.items()}
-            stuck = {0: places[0] if places else "no thread", **stuck}
-        if stuck:
-            ranks, listed = " and ".join(map(str, stuck)), " and ".join(stuck.values())
-            self._fail(
-                RankFailedError(
-                    f"rank {ranks} has not finished step {number} of {step.num_tokens} tokens "
-                    f"within {step.seconds:.3g} s; now at {listed}"
-                )
+        late = {rank: state.standing for rank, state in self._ranks.items() if state.last_done < number}
+        # One that has no order waits for rank 0, and is not late by itself.
+        begun = [rank for rank, standing in late.items() if standing.kind != "order"]
+        if 0 not in step.digests:
+            late[0] = Standing.of(self.record, self._thread)
+        stuck = {rank: late[rank] for rank in awaited(begun, {rank: late[rank].ranks for rank in late})}
+        if not stuck:
+            return
+        ranks = " and ".join(map(str, stuck))
+        places = " and ".join(standing.place for standing in stuck.values())
+        circle = ", ".join(f"rank {rank} {standing}" for rank, standing in stuck.items() if standing.ranks)
+        self._fail(
+            RankFailedError(
+                f"rank {ranks} has not finished step {number} of {step.num_tokens} tokens "
+                f"within {step.seconds:.3g} s; now at {places}"
+                + (f"; they wait for each other: {circle}" if circle else "")
             )
+        )
 
     def _take(self, message: FromRank) -> None:
         rank = self._ranks[message.rank]
@@ -360,8 +367,8 @@ class Ranks:
                 logger.info("%s", line)
             case RankReady():
                 rank.is_ready = True
-            case Beat(_, state, place):
-                rank.beats, rank.state, rank.place = True, state, place
+            case Beat(_, standing):
+                rank.beats, rank.standing = True, standing
             case Done(number, step, digest, drawn):
                 rank.last_done = step
                 if drawn is not None:
@@ -453,7 +460,8 @@ class LeadingRunner:
             step = self._ranks.sample(draws)
             if not self._runner.place.pipeline.is_last:
                 return _Awaited(self._order, step, self._ranks)
-            return _Compared(self._runner.sample(logits, batch, draws), self._order, step, self._ranks)
+            sampled = self._runner.sample(logits, batch, draws)
+            return _Compared(sampled, self._order, step, self._ranks, self._runner.place)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -464,10 +472,12 @@ class _Compared:
     order: bytes
     step: int
     ranks: Ranks
+    place: RankPlace
 
     def read(self) -> list[SampledToken | RowFailure | None]:
         with _together(self.ranks):
-            drawn = self.sampled.read()
+            with waiting_for_device(self.place.group, self.place.pipeline):
+                drawn = self.sampled.read()
             self.ranks.finish(self.step, digest_of(self.order, drawn))
             return drawn
 
@@ -522,7 +532,7 @@ def launch(
     ranks = Ranks(config, path, config.num_ranks, launcher or _launcher(config), limits)
     try:
         ranks.wait_until_here()
-        runner = ModelRunner(config, checkpoint, 0, ranks.store, ranks.attend)
+        runner = ModelRunner(config, checkpoint, 0, ranks.store, ranks.attend, record=ranks.record)
         if runner.device.type == "cpu":
             runner.place.group.check = ranks.check
         ranks.num_bytes = runner.model.num_bytes

@@ -21,15 +21,17 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 
 from engine import EngineConfig, SamplingParams
 from engine.core.batch import Batch, BatchRow, Draw
 from engine.core.engine_core import EngineCore
 from engine.core.request import Request
 from engine.errors import ConfigError, EngineDeadError, EngineError, RankFailedError
+from engine.executor.ranks.agreement import awaited
 from engine.executor.ranks.launching import ProcessLauncher
 from engine.executor.ranks.limits import Limits
-from engine.executor.ranks.ranks import launch
+from engine.executor.ranks.ranks import LeadingRunner, launch
 from engine.executor.start import start_engine
 from engine.frontend.async_engine import AsyncEngine
 from engine.loading.checkpoint import open_checkpoint
@@ -339,16 +341,17 @@ def launcher(directory: Path, patch: str) -> ProcessLauncher:
 
 
 def run_steps(
-    tiny: Path, directory: Path, patch: str, num_steps: int = 0, limits: Limits | None = None
+    tiny: Path, directory: Path, patch: str, num_steps: int = 0, limits: Limits | None = None, stages: int = 1
 ) -> None:
-    """Runs three ranks; leaves none of them."""
+    """Runs three ranks of one stage, or as many as there are stages; leaves none of them."""
     config = EngineConfig(
         model=str(tiny),
         dtype="float32",
         device="cpu",
         kv_cache_memory="4MiB",
         num_threads=1,
-        tensor_parallel_size=3,
+        tensor_parallel_size=3 if stages == 1 else 1,
+        pipeline_parallel_size=stages,
     )
     others = set(psutil.Process().children())
     ranks = None
@@ -399,6 +402,116 @@ def test_a_rank_that_lives_but_stays_in_a_step_is_found_and_a_slow_step_is_not(
     with pytest.raises(RankFailedError, match=pattern):
         run_steps(tiny, tmp_path, SAMPLE.format(rank=1, act=act), 8, Limits(step=3.0, silence=30.0))
     assert time.monotonic() - began > 4.5
+
+
+def test_who_waits_is_told_from_who_is_busy_whatever_their_files_are_called(
+    tiny: Path, tmp_path: Path, temporary: Path
+) -> None:
+    """Rank 2 exchanges, in this file's rank.py; rank 1 is busy, in one that is called like that of the groups."""
+    (tmp_path / "group.py").write_text("def _gather():\n    while True: pass\n")
+    patch = """
+    import group
+    import torch
+
+    sample = ModelRunner.sample
+    count = 0
+
+    def strange(self, logits, batch, draws):
+        global count
+        count += 1
+        if count == 3 and self.place.rank == 1:
+            group._gather()
+        if count == 3 and self.place.rank == 2:
+            with self.place.group.waiting("sum"):
+                self.place.group.backend.allreduce([torch.ones(1)]).wait()
+        return sample(self, logits, batch, draws)
+
+    ModelRunner.sample = strange
+    """
+    pattern = r"^rank 1 has not finished step 3 of 1 tokens within 3 s; now at group\.py:2 in _gather$"
+    with pytest.raises(RankFailedError, match=pattern):
+        run_steps(tiny, tmp_path, patch, 5, Limits(step=3.0, silence=30.0))
+
+
+def test_ranks_that_wait_for_each_other_are_named_with_what_they_wait_in(
+    tiny: Path, tmp_path: Path, temporary: Path
+) -> None:
+    """One makes an exchange too many."""
+    act = (
+        "if count == 3:\n            import torch\n"
+        "            self.place.group.all_of(True, torch.device('cpu'))"
+    )
+    pattern = (
+        r"^rank 0 and 1 and 2 has not finished step 3 of 1 tokens within 3 s; now at .* and .* and .*; "
+        r"they wait for each other: rank 0 for 1 and 2 \(gather, \d\.\d s, after \d+ others\), "
+        r"rank 1 for 0 and 2 \(gather, .*\), rank 2 for 0 and 1 \(largest, .*\)$"
+    )
+    with pytest.raises(RankFailedError, match=pattern):
+        run_steps(tiny, tmp_path, SAMPLE.format(rank=2, act=act), 5, Limits(step=3.0, silence=30.0))
+
+
+execute = LeadingRunner.execute
+
+
+def strange(runner: LeadingRunner, batch: Batch) -> torch.Tensor:
+    """Has the others begin the third step, and stays behind until they are ended."""
+    if batch.rows[0].start == 2:
+        runner._ranks.begin(batch)
+        while runner._ranks.failure is None:
+            pass
+        runner._ranks.check()
+    return execute(runner, batch)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_the_stage_that_the_later_ones_wait_for_is_named(
+    culprit: int, tiny: Path, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 2 waits for what rank 1 sends, that for rank 0, and rank 0 for the tokens that rank 2 draws."""
+    patch = """
+    execute = ModelRunner.execute
+    count = 0
+
+    def strange(self, batch):
+        global count
+        count += 1
+        while count == 3 and self.place.rank == 1:
+            pass
+        return execute(self, batch)
+    """
+    if culprit == 1:
+        patch += "\n    ModelRunner.execute = strange\n"
+    else:
+        monkeypatch.setattr(LeadingRunner, "execute", strange)
+    pattern = (
+        rf"^rank {culprit} has not finished step 3 of 1 tokens within 3 s; now at \w+\.py:\d+ in strange$"
+    )
+    with pytest.raises(RankFailedError, match=pattern):
+        run_steps(tiny, tmp_path, patch, 5, Limits(step=3.0, silence=30.0), stages=3)
+
+
+@pytest.mark.parametrize(
+    ("late", "waits_for", "expected"),
+    [
+        pytest.param(
+            [1, 2], {0: (1, 2), 1: (), 2: (0, 1)}, [1], id="one is busy, and the others wait for it"
+        ),
+        pytest.param([1], {0: (), 1: (), 2: (0, 1)}, [1], id="nobody that is late waits for rank 0"),
+        pytest.param([1, 2], {0: (), 1: (0, 2), 2: (0, 1)}, [0], id="rank 0"),
+        pytest.param([1, 2], {0: (2,), 1: (0,), 2: (1,)}, [0, 1, 2], id="all for each other"),
+        pytest.param(
+            [2, 3], {0: (1,), 1: (0,), 2: (1,), 3: (2,)}, [0, 1], id="a circle, and who waits for it"
+        ),
+        pytest.param([1, 3], {0: (), 1: (0,), 2: (3,), 3: (2,)}, [0, 2, 3], id="one, and elsewhere a circle"),
+        pytest.param([1, 2], {0: (1,), 1: (2,), 2: (0, 3), 3: ()}, [3], id="a circle that waits for one"),
+        pytest.param([2], {1: (2,), 2: (0, 1)}, [1, 2], id="rank 0 is through with the step"),
+        pytest.param([], {0: (), 1: (0,)}, [], id="nobody is late"),
+    ],
+)
+def test_who_waits_is_followed_to_those_that_all_wait_for(
+    late: list[int], waits_for: dict[int, tuple[int, ...]], expected: list[int]
+) -> None:
+    assert awaited(late, waits_for) == expected
 
 
 def test_what_a_rank_fails_with_in_a_step_is_told(tiny: Path, tmp_path: Path, temporary: Path) -> None:

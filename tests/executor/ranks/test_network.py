@@ -51,7 +51,7 @@ PARAMS = [
 ]
 LONG = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
 
-RANK = re.compile(r"engine\.parallel\.rank_process|^ray::RankActor")
+RANK = re.compile(r"engine\.executor\.ranks\.rank_process|^ray::RankActor")
 """Is found in the command of a rank's process, or in what Ray makes of it."""
 
 Drawn = tuple[list[int], list[Any]]
