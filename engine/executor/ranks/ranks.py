@@ -348,12 +348,12 @@ class Ranks:
             return
         ranks = " and ".join(map(str, stuck))
         places = " and ".join(standing.place for standing in stuck.values())
-        circle = ", ".join(f"rank {rank} {standing}" for rank, standing in stuck.items() if standing.ranks)
+        waits = ", ".join(f"rank {rank} {standing}" for rank, standing in stuck.items() if standing.ranks)
+        how = "they wait for each other" if len(stuck) > 1 else "it waits in vain"
         self._fail(
             RankFailedError(
                 f"rank {ranks} has not finished step {number} of {step.num_tokens} tokens "
-                f"within {step.seconds:.3g} s; now at {places}"
-                + (f"; they wait for each other: {circle}" if circle else "")
+                f"within {step.seconds:.3g} s; now at {places}" + (f"; {how}: {waits}" if waits else "")
             )
         )
 

@@ -433,21 +433,43 @@ def test_who_waits_is_told_from_who_is_busy_whatever_their_files_are_called(
         run_steps(tiny, tmp_path, patch, 5, Limits(step=3.0, silence=30.0))
 
 
-def test_ranks_that_wait_for_each_other_are_named_with_what_they_wait_in(
-    tiny: Path, tmp_path: Path, temporary: Path
+@pytest.mark.parametrize(
+    ("call", "pattern"),
+    [
+        (
+            "execute",
+            r"^rank 0 and 1 and 2 has not finished step 3 of 1 tokens within 3 s; now at .* and .* and .*; "
+            r"they wait for each other: rank 0 for 1 and 2 \((sum|gather), \d+\.\d s, after \d+ others\), "
+            r"rank 1 for 0 and 2 \((sum|gather), .*\), rank 2 for 0 and 1 \(largest, .*\)$",
+        ),
+        (
+            "sample",
+            r"^rank 2 has not finished step 3 of 1 tokens within 3 s; now at group\.py:\d+ in largest; "
+            r"it waits in vain: rank 2 for 0 and 1 \(largest, \d+\.\d s, after \d+ others\)$",
+        ),
+    ],
+)
+def test_ranks_that_all_wait_are_named_with_what_they_wait_in(
+    call: str, pattern: str, tiny: Path, tmp_path: Path, temporary: Path
 ) -> None:
-    """One makes an exchange too many."""
-    act = (
-        "if count == 3:\n            import torch\n"
-        "            self.place.group.all_of(True, torch.device('cpu'))"
-    )
-    pattern = (
-        r"^rank 0 and 1 and 2 has not finished step 3 of 1 tokens within 3 s; now at .* and .* and .*; "
-        r"they wait for each other: rank 0 for 1 and 2 \(gather, \d\.\d s, after \d+ others\), "
-        r"rank 1 for 0 and 2 \(gather, .*\), rank 2 for 0 and 1 \(largest, .*\)$"
-    )
+    """One makes an exchange too many: before the others have finished the step, or after."""
+    patch = f"""
+    import torch
+
+    call = ModelRunner.{call}
+    count = 0
+
+    def strange(self, *arguments):
+        global count
+        count += 1
+        if count == 3 and self.place.rank == 2:
+            self.place.group.all_of(True, torch.device("cpu"))
+        return call(self, *arguments)
+
+    ModelRunner.{call} = strange
+    """
     with pytest.raises(RankFailedError, match=pattern):
-        run_steps(tiny, tmp_path, SAMPLE.format(rank=2, act=act), 5, Limits(step=3.0, silence=30.0))
+        run_steps(tiny, tmp_path, patch, 5, Limits(step=3.0, silence=30.0))
 
 
 execute = LeadingRunner.execute
