@@ -1,18 +1,24 @@
-"""Options of EngineConfig as command-line options: an option for every field."""
+"""Options of EngineConfig as words: on a command line an option for every field, and name=value elsewhere."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, option_types
+from engine.errors import ConfigError
+
+USAGE = "%(prog)s [options]"
+"""What an error shows before it: the options are too many to be read there."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """A parser with an option for every field of EngineConfig, and the server's own."""
     parser = argparse.ArgumentParser(
         prog="python -m engine.serve",
+        usage=USAGE,
         description="Serve a model over an OpenAI-compatible API.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -29,7 +35,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Gives the parser an option for every field of EngineConfig."""
-    hints = get_type_hints(EngineConfig)
     for option in dataclasses.fields(EngineConfig):
         # An option without a default of its own says in its help what stands in for it.
         shown = "" if option.default is None else " (default: %(default)s)"
@@ -37,15 +42,51 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
             "--" + option.name.replace("_", "-"),
             default=option.default,
             help=option.metadata["help"] + shown,
-            **_argument_type(hints[option.name]),
+            **_argument_type(option_types()[option.name]),
         )
 
 
 def _argument_type(hint: Any) -> dict[str, Any]:
     """argparse's keywords for an option's type."""
-    if hint is bool:
+    kind = _kind(hint)
+    if kind is bool:
+        # With bool for a type every word would be true, "false" too.
         return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    return {"type": kind}
+
+
+def _kind(hint: Any) -> Any:
+    """What an option's words are read as: the first of its types, or a Literal."""
     if get_origin(hint) is Literal:
-        return {"choices": get_args(hint)}
-    plain = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
-    return {"type": plain[0]}
+        return hint
+    return (get_args(hint) or (hint,))[0]
+
+
+def read_words(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of options that are given as name=value: what the command line would make of them.
+
+    Args:
+        words: By the option's name; true or false for what is on or off. What is no text is a value already, and
+            an unknown name is left to `EngineConfig.from_options`.
+
+    Raises:
+        ConfigError: A word that is no value of its option.
+    """
+    return {name: _read(name, value) if isinstance(value, str) else value for name, value in words.items()}
+
+
+def _read(name: str, text: str) -> Any:
+    kind = _kind(option_types().get(name, str))
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ConfigError(f"{name} must be true or false, got {text!r}")
+        return text == "true"
+    if kind not in (int, float):
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "an integer" if kind is int else "a number"
+        raise ConfigError(f"{name} must be {wanted}, got {text!r}") from None

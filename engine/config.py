@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from engine.errors import ConfigError
 from engine.quant_spec import QuantSpec, parse_quant_spec
@@ -93,7 +97,7 @@ class EngineConfig:
     long_prefill_token_threshold: int | None = _option(
         None, "most tokens of one prompt in a step that others share; default: a quarter of the step"
     )
-    kv_cache_memory: str | None = _option(
+    kv_cache_memory: str | int | None = _option(
         None, "size of the KV cache, e.g. 512MiB; default: a quarter of free memory, 4GiB at most, on a CPU"
     )
     gpu_memory_utilization: float = _option(0.9, "share of a GPU's memory that weights and KV cache may take")
@@ -109,17 +113,8 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, kinds in (
-            ("dtype", DataType),
-            ("device", Device),
-            ("kv_cache_dtype", CacheType),
-            ("load_format", LoadFormat),
-            ("distributed_executor_backend", ExecutorBackend),
-        ):
-            if getattr(self, name) not in get_args(kinds):
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}"
-                )
+        for name in option_types():
+            _check_type(name, getattr(self, name))
         _ = self.quant_spec  # parses it
         if self.symmetric_memory and self.tensor_parallel_size == 1:
             raise ConfigError("symmetric_memory: is between ranks; give it a --tensor-parallel-size, too")
@@ -170,12 +165,56 @@ class EngineConfig:
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
-        """An EngineConfig from keyword options; an unknown one is refused with the known names."""
+        """An EngineConfig from keyword options, where a path may stand for its text.
+
+        Raises:
+            ConfigError: An unknown option, with the known names; or one that cannot work.
+        """
         known = [option.name for option in fields(cls)]
         for name in options:
             if name not in known:
                 raise ConfigError(f"unknown option {name!r}; the options are {', '.join(known)}")
-        return cls(**options)
+        return cls(
+            **{
+                name: os.fspath(value) if isinstance(value, os.PathLike) else value
+                for name, value in options.items()
+            }
+        )
+
+
+@cache
+def option_types() -> dict[str, Any]:
+    """The type of each option of EngineConfig, by its name."""
+    return get_type_hints(EngineConfig)
+
+
+_VALUES: dict[type, tuple[type, str]] = {
+    bool: (bool, "True, False"),
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+    NoneType: (NoneType, "None"),
+}
+"""What an option of a type may be, and how that is called."""
+
+
+def _check_type(name: str, value: object) -> None:
+    """
+    Raises:
+        ConfigError: The option is of another type: "false", which is true, or one of no choice.
+    """
+    kind = option_types()[name]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        return
+    kinds = get_args(kind) or (kind,)
+    # True is an int to Python, and nobody's number of threads.
+    is_misplaced = isinstance(value, bool) and bool not in kinds
+    if is_misplaced or not isinstance(value, tuple(_VALUES[kind][0] for kind in kinds)):
+        *others, last = ", ".join(_VALUES[kind][1] for kind in kinds).split(", ")
+        wanted = f"{', '.join(others)} or {last}" if others else last
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from engine.arguments import add_engine_options
+from engine.arguments import USAGE, add_engine_options
 from engine.config import EngineConfig, SchedulerConfig, format_bytes, parse_bytes
 from engine.errors import EngineError
 from engine.executor.exchange_plan import plan_exchanges
@@ -166,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the plan. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m engine.plan",
+        usage=USAGE,
         description="Print what each rank of an engine takes and exchanges, without loading anything.",
     )
     parser.add_argument(

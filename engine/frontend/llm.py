@@ -42,7 +42,7 @@ class LLM:
 
     def __init__(self, model: str = "llama", **options: Any) -> None:
         self.config = EngineConfig.from_options(model=model, **options)
-        path = resolve_model(model)
+        path = resolve_model(self.config.model)
         self.tokenizer = load_tokenizer(path, may_stand_in=self.config.load_format == "dummy")
         self.core = start_engine(self.config, path, self.tokenizer.eos_token_ids)
         print(self.core.info.memory_plan, file=sys.stderr)
