@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from engine.arguments import build_parser
 from engine.config import EngineConfig
-from engine.errors import ConfigError, EngineError
+from engine.errors import EngineError
+from engine.installation import check_api, missing_package
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,12 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(config: EngineConfig, host: str, port: int, names: list[str], api_key: str | None) -> None:
+    check_api()
     try:
         import uvloop
 
         from api import serve
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed: pip install 'llm-engine[serve]'") from error
+        raise missing_package(error, "serve") from error
     from engine.frontend.async_engine import AsyncEngine
 
     uvloop.run(serve(AsyncEngine(config), host, port, served_model_names=names, api_key=api_key))

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-GROUND = ("errors", "cache_directory", "process", "quant_spec", "config", "arguments")
+GROUND = ("errors", "cache_directory", "process", "quant_spec", "config", "arguments", "installation")
 """Files flat in engine/ that import nothing but each other."""
 
 ORDER = (

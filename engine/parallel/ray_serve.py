@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from api.ray_serve import app, build
+from engine.installation import check_api
 
-__all__ = ["app", "build"]
+check_api()
+
+from api.ray_serve import build  # noqa: E402
+
+__all__ = ["build"]

@@ -11,7 +11,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from engine.config import format_bytes
-from engine.errors import ConfigError
+from engine.installation import missing_package
 from engine.quality.measure import Measurement
 from engine.quality.metrics import median_divergence, pareto_front
 
@@ -160,7 +160,7 @@ def check_plotting() -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ConfigError("matplotlib is not installed: pip install 'llm-engine[quality]'") from error
+        raise missing_package(error, "quality") from error
 
 
 def plot(path: Path, results: Sequence[Result]) -> None:

@@ -26,7 +26,7 @@ from engine.config import EngineConfig
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Executor, Sampled
 from engine.core.request import RowFailure, SampledToken
-from engine.errors import ConfigError, EngineDeadError, EngineError, RankFailedError
+from engine.errors import EngineDeadError, EngineError, RankFailedError
 from engine.executor.options import resolve_device
 from engine.executor.ranks.agreement import Standing, awaited, digest_of
 from engine.executor.ranks.launching import Launcher, Link, ProcessLauncher, RankHandle
@@ -47,6 +47,7 @@ from engine.executor.ranks.messages import (
     from_rank_decoder,
 )
 from engine.executor.runner import ModelRunner
+from engine.installation import missing_package
 from engine.loading.checkpoint import Checkpoint
 from engine.parallel.pipeline import waiting_for_device
 from engine.parallel.place import RankPlace
@@ -558,5 +559,5 @@ def _launcher(config: EngineConfig) -> Launcher:
     try:
         from engine.executor.ranks.ray_ranks import RayLauncher
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed: pip install 'llm-engine[ray]'") from error
+        raise missing_package(error, "ray") from error
     return RayLauncher(config.num_ranks, config.tensor_parallel_size, resolve_device(config).type)
