@@ -7,234 +7,30 @@
                          │      by PrefixRouter, to the one that has the prompt's prefix
                          ◀── RequestOutput, token by token
 
-The ingress keeps what it has sent of each open request: prompt, seed and tokens. If a replica dies, what was open
-there goes on at another: a draw is a function of seed, sample and position alone, so that under int8 the tokens are
-those that the first replica would have drawn.
+An open request outlives the replica that it is at; see `engine.router.replicas`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import os
-import secrets
-from collections.abc import AsyncGenerator
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import count
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
-import ray
 from ray import serve
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from api import create_app
-from engine.arguments import build_parser
+from engine.arguments import read_words
 from engine.config import EngineConfig
-from engine.core.outputs import RequestOutput
-from engine.core.random import derive_seed
-from engine.core.sampling_params import SamplingParams
-from engine.core.stats import EngineStats
-from engine.core.validation import validate_request
-from engine.errors import ConfigError, EngineDeadError
-from engine.frontend.async_engine import AsyncEngine
-from engine.loading.resolve import resolve_model
-from engine.router.affinity import Resumable
-from engine.router.ray_policies import QUEUED_TOKENS, PrefixRouter, QueuedTokensPolicy
-from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
-
-logger = logging.getLogger(__name__)
+from engine.errors import ConfigError
+from engine.router.policies import PrefixRouter, QueuedTokensPolicy
+from engine.router.replicas import Replica, Replicas
 
 MAX_OPEN_REQUESTS = 4096
 """Open requests of a replica, and of the ingress: engines queue by themselves."""
 
-MAX_LOSSES = 4
-"""So many replicas may die under a request, which is then held to be the cause."""
-
-UNAVAILABLE_SECONDS = 2.0
-"""How long a replica is left alone that cannot be reached, and may be again."""
-
-STATS_SECONDS = 1.0
 HEALTH_SECONDS = 1.0
-
-LOST = (RayActorError, EngineDeadError)
-"""What a stream ends in when its replica, or the engine process of that, has died."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaInfo:
-    """What the ingress has to know of the engines, which are all alike."""
-
-    max_model_len: int
-    vocab_size: int
-    default_params: dict[str, Any]
-
-
-class Replica:
-    """An engine in an actor's process.
-
-    Args:
-        options: The fields of EngineConfig.
-    """
-
-    async def __init__(self, options: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits it
-        # Ranks that are Ray actors join the cluster of this one.
-        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-        self._name = serve.get_replica_context().replica_id.unique_id
-        self._waiting: dict[str, int] = {}
-        self._engine = AsyncEngine(EngineConfig(**options))
-        await self._engine.start()
-
-    async def info(self) -> ReplicaInfo:
-        engine = self._engine
-        return ReplicaInfo(engine.max_model_len, engine.vocab_size, engine.default_params)
-
-    async def stats(self) -> EngineStats:
-        return self._engine.stats
-
-    async def check_health(self) -> None:
-        """Ray Serve replaces a replica whose engine is dead."""
-        if self._engine.status == "dead":
-            raise EngineDeadError(self._engine.error)
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        return {QUEUED_TOKENS: float(sum(self._waiting.values()))}
-
-    async def generate(self, request: Resumable) -> AsyncGenerator[str | RequestOutput]:
-        """The replica's name, then what the request adds, as `AsyncEngine.generate` has it but for the prompt."""
-        yield self._name
-        key = f"{request.request_id}-{len(request.lost)}"
-        self._waiting[key] = len(request.prompt_token_ids) + request.num_output_tokens
-        is_first = True
-        outputs = self._engine.generate(
-            request.prompt_token_ids, request.params, key, request.priority, request.resumed_token_ids
-        )
-        try:
-            async for output in outputs:
-                num_computed = sum(len(sample.token_ids) for sample in output.outputs)
-                if is_first:
-                    num_computed += len(request.prompt_token_ids)
-                    is_first = False
-                self._waiting[key] = max(0, self._waiting[key] - num_computed)
-                yield replace(output, prompt_token_ids=[])
-        finally:
-            await outputs.aclose()
-            del self._waiting[key]
-
-    async def __del__(self) -> None:
-        await self._engine.shutdown()
-
-
-class Replicas:
-    """All replicas as one engine; see `engine.frontend.async_engine.ServedEngine`.
-
-    Args:
-        handle: Of the deployment of `Replica`.
-
-    Attributes:
-        status: "starting" also while every replica is being replaced.
-        error: Why it could not be started.
-        stats: Sums over the replicas, as of a second ago; cumulative counts of a replica go with it.
-    """
-
-    tokenizer: Tokenizer
-    max_model_len: int
-    vocab_size: int
-    default_params: dict[str, Any]
-
-    def __init__(self, config: EngineConfig, handle: DeploymentHandle) -> None:
-        self.config = config
-        self.status: Literal["starting", "ready", "dead"] = "starting"
-        self.error: str | None = None
-        self.stats = EngineStats()
-        self._handle = handle
-        self._arrivals = count()
-        self._watching = asyncio.create_task(self._watch())
-
-    async def generate(
-        self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
-    ) -> AsyncGenerator[RequestOutput]:
-        """As `AsyncEngine.generate`; goes on at another replica if one dies.
-
-        Raises:
-            RequestError: The request cannot be served as asked.
-            EngineDeadError: Several replicas have died under the request.
-        """
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        validate_request(token_ids, params, self.max_model_len, self.vocab_size)
-        request = Resumable(request_id, token_ids, replace(params, seed=self._seed(params)), priority)
-        sent: list[list[int] | None] = [[] for _ in range(params.n)]
-        num_cached_tokens: int | None = None
-        for num_losses in count(1):
-            name = ""
-            stream = self._handle.options(stream=True).generate.remote(request)
-            try:
-                async for said in stream:
-                    if isinstance(said, str):
-                        name = said
-                        continue
-                    _note(sent, said)
-                    if num_cached_tokens is None:
-                        # What a resumed request finds is partly its own.
-                        num_cached_tokens = said.num_cached_tokens
-                    is_finished = said.error is not None or all(tokens is None for tokens in sent)
-                    yield replace(
-                        said,
-                        request_id=request_id,
-                        prompt_token_ids=token_ids,
-                        num_cached_tokens=num_cached_tokens,
-                        finished=is_finished,
-                    )
-                    if is_finished:
-                        return
-            except LOST as error:
-                logger.warning("%s: replica %s is lost: %s", request_id, name, _first_line(error))
-                if num_losses == MAX_LOSSES:
-                    raise EngineDeadError(
-                        f"{MAX_LOSSES} replicas have died under the request: {_first_line(error)}"
-                    ) from None
-                if isinstance(error, ActorUnavailableError):
-                    await asyncio.sleep(UNAVAILABLE_SECONDS)
-                    name = ""
-            finally:
-                stream.cancel()
-            request = replace(
-                request,
-                lost=(*request.lost, name),
-                resumed_token_ids=[None if tokens is None else list(tokens) for tokens in sent],
-            )
-
-    def _seed(self, params: SamplingParams) -> int:
-        if params.seed is not None:
-            return params.seed
-        if self.config.seed is not None:
-            return derive_seed(self.config.seed, next(self._arrivals))
-        return secrets.randbits(63)
-
-    async def _watch(self) -> None:
-        try:
-            path = await asyncio.to_thread(resolve_model, self.config.model)
-            self.tokenizer = await asyncio.to_thread(load_tokenizer, path, self.config.load_format == "dummy")
-            info = await self._handle.info.remote()
-        except Exception as error:
-            self.status, self.error = "dead", f"{type(error).__name__}: {_first_line(error)}"
-            raise
-        self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
-        self.default_params = info.default_params
-        while True:
-            try:
-                answers = await self._handle.broadcast("stats").results_async(
-                    timeout_s=10 * STATS_SECONDS, return_exceptions=True
-                )
-            except (RayError, RayServeException, TimeoutError):
-                answers = []
-            living = [answer for answer in answers if isinstance(answer, EngineStats)]
-            self.status = "ready" if living else "starting"
-            self.stats = _sum(living)
-            await asyncio.sleep(STATS_SECONDS)
 
 
 @serve.ingress()
@@ -260,12 +56,13 @@ class Ingress:
         return create_app(self._engine, served_model_names=self._names, api_key=self._api_key)
 
 
-def build(arguments: dict[str, str]) -> serve.Application:
+def build(arguments: dict[str, Any]) -> serve.Application:
     """The application, for `serve run engine.parallel.ray_serve:build name=value …`.
 
     Args:
-        arguments: Options of EngineConfig, served_model_name (several with commas), api_key, and its own: replicas;
-            max_replicas, up to which Ray Serve adds some while more than target_queued_tokens wait at each.
+        arguments: Options of EngineConfig, true or false for what is on or off; served_model_name (several with
+            commas), api_key, and its own: replicas; max_replicas, up to which Ray Serve adds some while more than
+            target_queued_tokens wait at each.
 
     Raises:
         ConfigError: An option that cannot work.
@@ -275,7 +72,7 @@ def build(arguments: dict[str, str]) -> serve.Application:
     max_replicas = _count(given, "max_replicas", num_replicas)
     target = _count(given, "target_queued_tokens", 8192)
     names, api_key = given.pop("served_model_name", ""), given.pop("api_key", None)
-    config = _config(given)
+    config = EngineConfig.from_options(**read_words(given))
     options = asdict(config)
     scaling: dict[str, Any] = {"num_replicas": num_replicas}
     if max_replicas > num_replicas:
@@ -304,23 +101,7 @@ def build(arguments: dict[str, str]) -> serve.Application:
     )
 
 
-def _config(given: dict[str, str]) -> EngineConfig:
-    """Options as the command line has them, parsed as there."""
-    known = {option.name for option in fields(EngineConfig)}
-    flags = []
-    for name, value in given.items():
-        if name not in known:
-            raise ConfigError(f"unknown option {name!r}; the options are {', '.join(sorted(known))}")
-        flag = name.replace("_", "-")
-        if value in ("true", "false"):
-            flags.append(f"--{flag}" if value == "true" else f"--no-{flag}")
-        else:
-            flags.append(f"--{flag}={value}")
-    parsed = vars(build_parser().parse_args(flags))
-    return EngineConfig(**{name: parsed[name] for name in known})
-
-
-def _count(given: dict[str, str], name: str, default: int) -> int:
+def _count(given: dict[str, Any], name: str, default: int) -> int:
     value = str(given.pop(name, default))
     if not value.isdecimal() or int(value) < 1:
         raise ConfigError(f"{name} must be a number of at least 1, got {value!r}")
@@ -340,27 +121,3 @@ def _resources(config: EngineConfig) -> dict[str, float]:
             "distributed_executor_backend: the ranks of a replica on GPUs are processes; use mp"
         )
     return {"num_cpus": 1, "num_gpus": config.num_ranks}
-
-
-def _note(sent: list[list[int] | None], output: RequestOutput) -> None:
-    for sample in output.outputs:
-        tokens = sent[sample.index]
-        assert tokens is not None, "a sample that has ended goes on"
-        tokens += sample.token_ids
-        if sample.finish_reason is not None:
-            sent[sample.index] = None
-
-
-def _sum(stats: list[EngineStats]) -> EngineStats:
-    names = [field.name for field in fields(EngineStats)]
-    total = EngineStats(**{name: sum(getattr(one, name) for one in stats) for name in names})
-    total.kv_cache_usage_perc /= max(1, len(stats))
-    return total
-
-
-def _first_line(error: BaseException) -> str:
-    # Ray wraps what a replica raised in a text with its stack.
-    return str(getattr(error, "cause", error)).strip().partition("\n")[0]
-
-
-app = build({})

@@ -41,6 +41,7 @@ pytest.importorskip("ray.serve", reason="ray[serve] is not installed: pip instal
 
 from api import ray_serve  # noqa: E402
 from engine.executor.ranks.ray_ranks import RayLauncher  # noqa: E402
+from engine.router.replicas import STATS_SECONDS  # noqa: E402
 from tests.helpers.round_robin import RoundRobinRouter  # noqa: E402
 
 CHUNKS = [[40, 1, 1], [17, 20, 1], [1, 1, 1]]
@@ -286,7 +287,7 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def metric(address: str, name: str) -> float:
-    time.sleep(2 * ray_serve.STATS_SECONDS)  # how old the ingress's counts may be
+    time.sleep(2 * STATS_SECONDS)  # how old the ingress's counts may be
     lines = httpx.get(f"{address}/metrics").text.splitlines()
     return float(next(line.split()[-1] for line in lines if line.startswith(f"engine_{name}{{")))
 
