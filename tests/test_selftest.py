@@ -12,7 +12,8 @@ import pytest
 from engine import selftest
 from engine.config import CacheType, EngineConfig
 from engine.kernels import cpu
-from engine.selftest import Round, Trial, main
+from engine.quality.invariants import KINDS, Round, Trial
+from engine.selftest import main
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="there is no C compiler on this machine")
@@ -108,7 +109,7 @@ def test_the_command_proves_it_and_says_how(checkpoint: Path, capsys: pytest.Cap
     assert shown.splitlines()[-1] == "PASS"
     assert "not exercised" not in shown
     assert "  ok   1 thread: " in shown
-    assert all(kind in shown for kind in selftest.KINDS)
+    assert all(kind in shown for kind in KINDS)
 
 
 @needs_compiler

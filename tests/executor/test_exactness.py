@@ -18,7 +18,7 @@ from engine.config import EngineConfig
 from engine.core.request import Request
 from engine.executor.cpu_executor import CpuExecutor
 from engine.kernels import cpu
-from engine.selftest import PARAMS, Arrival, Comparison, RecordedCore, make_alone, make_arrivals
+from engine.quality.invariants import PARAMS, Arrival, Comparison, RecordedCore, make_alone, make_arrivals
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="torch's operators promise less")
@@ -130,7 +130,7 @@ def test_logits_do_not_depend_on_how_they_were_computed(
         model=str(path), quant=quant, kv_cache_dtype=cache_type, device="cpu", num_threads=1
     )
     alone = make_alone(config, path, LONGEST)
-    assert isinstance(alone.executor, CpuExecutor)
+    assert isinstance(alone.runner.executor, CpuExecutor)
     comparison = Comparison()
 
     @settings(
@@ -158,7 +158,7 @@ def test_logits_do_not_depend_on_how_they_were_computed(
 
 
 def make_crowded(alone: RecordedCore, config: EngineConfig, path: Path, setting: Setting) -> RecordedCore:
-    plan = alone.core.model.runner.plan
+    plan = alone.runner.plan
     fewest = -(-LONGEST // setting.block_size)
     most = setting.max_num_seqs * fewest
     num_blocks = fewest + int((1.0 - setting.scarcity) * (most - fewest))

@@ -15,7 +15,8 @@ import pytest
 from engine.config import EngineConfig
 from engine.kernels import cpu
 from engine.loading.resolve import resolve_model
-from engine.selftest import Trial, digests, digests_elsewhere, readable
+from engine.quality.invariants import Trial, digests, readable
+from engine.selftest import digests_elsewhere
 from tests.helpers.digests import configurations
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 

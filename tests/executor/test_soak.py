@@ -7,7 +7,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.kernels import cpu
 from engine.loading.resolve import resolve_model
-from engine.selftest import Trial, promise
+from engine.quality.invariants import Trial, promise
 
 
 @pytest.mark.skipif(cpu.library() is None, reason="torch's operators promise less")
@@ -23,7 +23,7 @@ from engine.selftest import Trial, promise
 def test_requests_in_company_are_those_alone(num_requests: int, quant: str) -> None:
     config = EngineConfig.from_options(model="llama", quant=quant, device="cpu")
     trial = Trial(config, resolve_model("llama"), num_requests)
-    is_promised, kernels = promise(config, trial.alone.core.model.runner, trial.alone.executor)
+    is_promised, kernels = promise(config, trial.alone.runner)
     assert is_promised
     comparison = trial.run(quiet=True)
     print(

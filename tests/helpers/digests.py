@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.kernels import cpu
-from engine.selftest import digests
+from engine.quality.invariants import digests
 
 QUANTS = ("int8", "int4", "none")
 
