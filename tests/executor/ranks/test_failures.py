@@ -536,10 +536,15 @@ def test_who_waits_is_followed_to_those_that_all_wait_for(
     assert awaited(late, waits_for) == expected
 
 
-def test_what_a_rank_fails_with_in_a_step_is_told(tiny: Path, tmp_path: Path, temporary: Path) -> None:
-    patch = SAMPLE.format(rank=1, act="if count == 2: raise MemoryError('3 GiB')")
+@pytest.mark.parametrize("context", ["", "with self.place.group.waiting('sum'): "])
+def test_what_a_rank_fails_with_in_a_step_is_told(
+    context: str, tiny: Path, tmp_path: Path, temporary: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And where, if it is not an exchange: that fails where the fault is another rank's."""
+    act = f"if count == 2:\n            {context}raise MemoryError('3 GiB')"
     with pytest.raises(RankFailedError, match=r"^rank 1 failed at step 2: MemoryError: 3 GiB$"):
-        run_steps(tiny, tmp_path, patch, 4)
+        run_steps(tiny, tmp_path, SAMPLE.format(rank=1, act=act), 4)
+    assert ("in strange" in capfd.readouterr().err) == (context == "")
 
 
 @pytest.mark.parametrize(
