@@ -45,7 +45,7 @@ def _gated(gate_up: torch.Tensor, activation: str, format: Format, tile: Tile | 
     if target is None and cpu.serves(gate_up):
         assert gate_up.is_contiguous()
         product, outputs_of_c = cpu_outputs("gated", num_tokens, size, format)
-        cpu.run("gated", num_tokens, gate_up, size, int(is_gelu), *outputs_of_c)
+        cpu.run("gated", num_tokens, gate_up=gate_up, size=size, is_gelu=int(is_gelu), **outputs_of_c)
         return product
     if target is None:
         return gelu_reference(gate_up) if is_gelu else silu_reference(gate_up)

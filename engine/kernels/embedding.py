@@ -47,7 +47,16 @@ def lookup(
     num_tokens, features = token_ids.shape[0], table.shape[1]
     if target is None and token_ids.dtype == torch.int32 and dtype == torch.float32 and cpu.library():
         y = cpu.empty("embedding", num_tokens, features)
-        cpu.run("embedding", num_tokens, token_ids, table, scale, features, factor, y)
+        cpu.run(
+            "embedding",
+            num_tokens,
+            token_ids=token_ids,
+            table=table,
+            scale=scale,
+            size=features,
+            factor=factor,
+            output=y,
+        )
         return y
     if target is None:
         y = reference(token_ids, table, scale, dtype)

@@ -51,7 +51,7 @@ def rms_norm(
     size = weight.shape[0]
     num_rows = x.numel() // size
     y, outputs_of_c = cpu_outputs("rms_norm", num_rows, size, format)
-    cpu.run("rms_norm", num_rows, x, delta, weight, epsilon, size, *outputs_of_c)
+    cpu.run("rms_norm", num_rows, x=x, delta=delta, weight=weight, epsilon=epsilon, size=size, **outputs_of_c)
     return y.view(x.shape) if isinstance(y, torch.Tensor) else y
 
 
@@ -59,7 +59,7 @@ def add(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """x + delta, in place: [M, H] each."""
     if x.is_meta or not cpu.serves(x, delta):
         return x.add_(delta)
-    cpu.run("add", x.shape[0], x, delta, x.shape[1])
+    cpu.run("add", x.shape[0], x=x, delta=delta, size=x.shape[1])
     return x
 
 

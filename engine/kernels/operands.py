@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from engine.kernels.cpu.signatures import Argument
+
 GroupSize = Literal[32, 64, 128]
 
 SUM_SIZE = 32
@@ -88,9 +90,14 @@ class SparseInt8Activations:
     def num_tokens(self) -> int:
         return self.low.shape[0]
 
-    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        """The four words that C bodies take."""
-        return self.low, self.tokens, self.quads, self.low.shape[1]
+    def arguments(self) -> dict[str, Argument]:
+        """The four arguments that C bodies take."""
+        return {
+            "low": self.low,
+            "tokens": self.tokens,
+            "quads": self.quads,
+            "stride": self.low.shape[1],
+        }
 
 
 @dataclass(frozen=True, slots=True)

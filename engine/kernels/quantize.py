@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels import cpu
+from engine.kernels.cpu.signatures import Argument
 from engine.kernels.launch import Tile, launch, runs_triton
 from engine.kernels.matmul.group_sums import sum_groups
 from engine.kernels.operands import (
@@ -88,8 +89,15 @@ def quantize_sparse(x: torch.Tensor, format: SparseInt8Format) -> SparseInt8Acti
     """The C body: x [M, K] float32, K contiguous."""
     num_tokens, in_features = x.shape
     y = empty_sparse("quantize", num_tokens, in_features)
-    spread = format.spread / 127
-    cpu.run("quantize", num_tokens, x, x.stride(0), in_features, spread, *y.arguments())
+    cpu.run(
+        "quantize",
+        num_tokens,
+        x=x,
+        x_stride=x.stride(0),
+        size=in_features,
+        spread=format.spread / 127,
+        **y.arguments(),
+    )
     return y
 
 
@@ -107,14 +115,14 @@ def empty_sparse(owner: str, num_tokens: int, in_features: int) -> SparseInt8Act
 
 def cpu_outputs(
     owner: str, num_tokens: int, in_features: int, format: Format
-) -> tuple[Activations, list[cpu.Argument]]:
-    """What the C body `owner` writes, and the six words that say so: floats, spread, codes."""
+) -> tuple[Activations, dict[str, Argument]]:
+    """What the C body `owner` writes, and the arguments that say so: floats or codes, and the codes' spread."""
     if isinstance(format, SparseInt8Format):
         codes = empty_sparse(owner, num_tokens, in_features)
-        return codes, [None, format.spread / 127, *codes.arguments()]
+        return codes, {"output": None, "spread": format.spread / 127, **codes.arguments()}
     assert format is None
     y = cpu.empty(owner, num_tokens, in_features)
-    return y, [y, 0.0, None, None, None, 0]
+    return y, {"output": y, "spread": 0.0, "low": None, "tokens": None, "quads": None, "stride": 0}
 
 
 def quantize_per_token(x: torch.Tensor, format: Int8Format) -> Int8Activations:

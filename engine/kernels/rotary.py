@@ -231,11 +231,25 @@ def rotate_and_write(
     num_heads = total - 2 * num_kv_heads
     if target is None and cpu.serves(heads):
         assert heads.is_contiguous()
-        norms = (query_norm, key_norm, epsilon)
-        shape = (num_heads, num_kv_heads, head_dim)
-        cached = (layer.keys, layer.values, layer.key_scales, layer.value_scales, layer.type_number)
         cpu.run(
-            "rotate_and_write", num_tokens, heads, positions, cosine, sine, slots, *norms, *shape, *cached
+            "rotate_and_write",
+            num_tokens,
+            heads=heads,
+            positions=positions,
+            cosine=cosine,
+            sine=sine,
+            slots=slots,
+            query_norm=query_norm,
+            key_norm=key_norm,
+            epsilon=epsilon,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            keys=layer.keys,
+            values=layer.values,
+            key_scales=layer.key_scales,
+            value_scales=layer.value_scales,
+            cache_type=layer.type_number,
         )
         return heads[:, :num_heads]  # rotated in place
     if target is None:

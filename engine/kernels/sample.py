@@ -592,7 +592,7 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
     """The likeliest token of each row on the CPU, as `draw` finds it: logits [R, V] float32 → [R] int32."""
     if cpu.serves(logits):
         tokens = torch.empty(logits.shape[0], dtype=torch.int32)
-        cpu.run("argmax", logits.shape[0], logits, logits.shape[1], tokens)
+        cpu.run("argmax", logits.shape[0], logits=logits, vocab_size=logits.shape[1], tokens=tokens)
         return tokens
     largest, tokens = logits.max(dim=1)  # of a row with a NaN that
     return torch.where(largest.isfinite(), tokens, -1).int()

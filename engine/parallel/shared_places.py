@@ -6,7 +6,6 @@ hundreds. The memory has no name: it goes with the processes. How they take turn
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -39,9 +38,6 @@ class SharedPlaces:
         loaded = cpu.library()
         assert loaded is not None
         self._begin, self._await = loaded.functions.begin_turn, loaded.functions.await_turn
-        self._begin.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-        self._await.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
-        self._await.restype = ctypes.c_int64
 
     @staticmethod
     def num_bytes(size: int) -> int:

@@ -17,13 +17,27 @@ import pytest
 import torch
 
 from engine.kernels import cpu
+from tests.helpers.c_operations import write_sources
 
-OPERATIONS = """
-#include <stdlib.h>
+SIGNATURES = """
+SIGNATURE(late_add,
+    WRITES(float, x)          // [M, H]: x += delta
+    READS(float, delta)       // [M, H]
+    INTEGER(size)             // H
+    INTEGER(nanoseconds)
+)
+
+SIGNATURE(late_gather,
+    READS(float, x)           // [T, H]
+    READS(int32_t, indices)   // [M]
+    INTEGER(size)             // H
+    WRITES(float, output)     // [M, H]
+    INTEGER(nanoseconds)
+)
+"""
+
+BODIES = """
 #include <time.h>
-#include "kernels.h"
-
-int enable_tiles(void) { return 0; }
 
 // One in 20 threads comes late, after what it looks at has been overwritten perhaps.
 static void dawdle(int64_t nanoseconds) {
@@ -31,21 +45,18 @@ static void dawdle(int64_t nanoseconds) {
     if (nanoseconds != 0 && rand() % 20 == 0) nanosleep(&duration, NULL);
 }
 
-// rows, x [M, H] float, delta [M, H] float: x += delta; H, nanoseconds
 OPERATION(late_add) {
-    dawdle(w[4].i);
-    const int64_t rows = count(w[0]), size = w[3].i;
+    dawdle(args->nanoseconds);
+    const int64_t rows = count(args->num_rows), size = args->size;
     FOR_ROWS(m, rows)
-        for (int64_t i = m * size; i < (m + 1) * size; i++) ((float *)w[1].p)[i] += ((const float *)w[2].p)[i];
+        for (int64_t i = m * size; i < (m + 1) * size; i++) args->x[i] += args->delta[i];
 }
 
-// rows, x [T, H] float, indices [M] int32, H, output [M, H] float, nanoseconds
 OPERATION(late_gather) {
-    dawdle(w[5].i);
-    const int64_t rows = count(w[0]), size = w[3].i;
+    dawdle(args->nanoseconds);
+    const int64_t rows = count(args->num_rows), size = args->size;
     FOR_ROWS(m, rows)
-        memcpy((float *)w[4].p + m * size, (const float *)w[1].p + ((const int32_t *)w[2].p)[m] * size,
-               (size_t)size * sizeof(float));
+        memcpy(args->output + m * size, args->x + args->indices[m] * size, (size_t)size * sizeof(float));
 }
 """
 
@@ -66,9 +77,12 @@ class Shuffle:
         self.expected = [self.x.clone(), self.y.clone()]
         self.program = cpu.Program(num_threads)
         for _ in range(ROUNDS):
-            self.program.add("late_gather", self.num_rows, [self.x, self.order, SIZE, self.y, nanoseconds])
-            self.program.add("late_add", self.num_rows, [self.y, self.one, SIZE, nanoseconds])
-            self.program.add("late_gather", self.num_rows, [self.y, self.order, SIZE, self.x, nanoseconds])
+            self._add("late_gather", nanoseconds, x=self.x, indices=self.order, output=self.y)
+            self._add("late_add", nanoseconds, x=self.y, delta=self.one)
+            self._add("late_gather", nanoseconds, x=self.y, indices=self.order, output=self.x)
+
+    def _add(self, name: str, nanoseconds: int, **tensors: torch.Tensor) -> None:
+        self.program.add(name, self.num_rows, size=SIZE, nanoseconds=nanoseconds, **tensors)
 
     def run(self, rows: int) -> None:
         self.num_rows[0] = rows
@@ -84,9 +98,7 @@ class Shuffle:
 
 def check_pool(directory: Path, nanoseconds: int, seconds: float) -> None:
     """Runs programs for so long, with more threads than cores."""
-    source = directory / "operations.c"
-    source.write_text(OPERATIONS.replace("kernels.h", str(cpu.HEADERS[0])))
-    cpu.SOURCES[:] = [*(path for path in cpu.SOURCES if path.name == "pool.c"), source]
+    cpu.SOURCES[:], cpu.HEADERS[:] = write_sources(directory, SIGNATURES, BODIES)
     torch.manual_seed(0)
     lasting = Shuffle(5, nanoseconds)
     end = time.monotonic() + seconds

@@ -4,9 +4,9 @@ A compiler builds them in seconds, where torch's extension loader would take a m
 addresses and sizes. They run on threads of their own (pool.c), since what waits for a thread that is not running
 waits long; torch's threads sleep meanwhile.
 
-`run` calls an operation. Under `Program.recording` it is noted instead, so that a model's whole step becomes a list
-of calls with fixed addresses, which one call then runs: `Program.run`. What differs from step to step, how many
-rows there are among it, is read from memory.
+`run` checks and calls an operation: operations.h lists what each takes. Under `Program.recording` the call is noted
+instead, so that a model's whole step becomes a list of calls with fixed addresses, which one call then runs:
+`Program.run`. What differs from step to step, how many rows there are among it, is read from memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import hashlib
 import logging
 import os
 import shutil
-import struct
 import subprocess
 import tempfile
 import time
@@ -31,6 +30,7 @@ import torch
 
 from engine.cache_directory import cache_directory
 from engine.errors import ConfigError, EngineError
+from engine.kernels.cpu.signatures import Argument, Operation, read_operations
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 
 FLAGS = (
     "-O3", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-strict-aliasing", "-Wno-psabi", "-pthread", "-shared", "-fPIC",
+    "-fno-strict-aliasing", "-Wno-psabi", "-Werror=incompatible-pointer-types", "-Werror=int-conversion",
+    "-pthread", "-shared", "-fPIC",
 )  # fmt: skip
 
 _AVX512 = ("-march=x86-64-v4", "-mavx512vnni")
@@ -73,21 +74,30 @@ LEVELS = {
 
 VARIABLE = "ENGINE_CPU_KERNELS"
 
+FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "enable_tiles": (ctypes.c_int, ()),
+    "create_pool": (ctypes.c_void_p, (ctypes.c_int64,)),
+    "drain_pool": (None, (ctypes.c_void_p,)),
+    "run_calls": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)),
+    "begin_turn": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "await_turn": (ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)),
+}
+"""What of the library is called beside its operations: what each returns and takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Library:
     """The loaded kernels.
 
     Attributes:
+        functions: Those of `FUNCTIONS`.
         level: A key of `LEVELS`.
+        operations: By name.
     """
 
     functions: ctypes.CDLL
     level: str
-
-    def address(self, operation: str) -> int:
-        """Where an operation's code lies."""
-        return ctypes.cast(getattr(self.functions, operation), ctypes.c_void_p).value or 0
+    operations: dict[str, Operation]
 
 
 @functools.cache
@@ -119,7 +129,7 @@ def library() -> Library | None:
     for name in [wanted] if wanted else usable:
         functions = _load(compiler, version, name)
         if functions is not None:
-            return Library(functions, name)
+            return Library(functions, name, read_operations(functions))
     return None
 
 
@@ -131,12 +141,11 @@ def _load(compiler: str, version: bytes, name: str) -> ctypes.CDLL | None:
         cause = (getattr(error, "stderr", None) or str(error)).strip()
         logger.warning("%s could not build the CPU kernels for %s: %s", compiler, name, cause)
         return None
+    for function, (returned, taken) in FUNCTIONS.items():
+        getattr(functions, function).restype, getattr(functions, function).argtypes = returned, taken
     if functions.enable_tiles() != 0:
         logger.warning("the system refuses the tile registers that CPU kernels for %s need", name)
         return None
-    functions.create_pool.argtypes, functions.create_pool.restype = [ctypes.c_int64], ctypes.c_void_p
-    functions.drain_pool.argtypes = [ctypes.c_void_p]
-    functions.run_calls.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     return functions
 
 
@@ -191,10 +200,6 @@ def _build(compiler: str, version: bytes, level: Level) -> Path:
         Path(temporary).unlink(missing_ok=True)
     logger.info("built the CPU kernels in %.1f s", time.perf_counter() - start)
     return path
-
-
-Argument = torch.Tensor | int | float | None
-"""What an operation takes: a tensor stands for its address, None for the null address."""
 
 
 @functools.cache
@@ -257,12 +262,21 @@ class Program:
         finally:
             _recorded.reset(token)
 
-    def add(self, name: str, num_rows: torch.Tensor, arguments: Sequence[Argument]) -> None:
-        """Adds a call; the tensors are kept."""
-        words = (ctypes.c_int64 * (1 + len(arguments)))(*map(_word, (num_rows, *arguments)))
-        self._kept += [num_rows, *arguments, words]
+    def add(self, name: str, num_rows: torch.Tensor, /, **arguments: Argument) -> None:
+        """Adds a call of an operation; the tensors are kept.
+
+        Args:
+            num_rows: [1] int64, read when the program runs.
+            arguments: Those that operations.h lists.
+
+        Raises:
+            TypeError: An argument is missing, unknown, or not what the operation takes.
+        """
+        operation = self._library.operations[name]
+        words = operation.words({"num_rows": num_rows, **arguments})
+        self._kept += [num_rows, *arguments.values(), words]
         self.names.append(name)
-        self._calls.append(_Call(self._library.address(name), ctypes.addressof(words)))
+        self._calls.append(_Call(operation.address, ctypes.addressof(words)))
         self._array = None
 
     def add_function(self, num_rows: torch.Tensor, function: Callable[[int], None]) -> None:
@@ -297,30 +311,34 @@ class Program:
             return
         assert self._array is not None
         address = ctypes.addressof(self._array) + start * ctypes.sizeof(_Call)
-        durations = None if seconds is None else seconds[start:]
-        self._library.functions.run_calls(self._pool, address, end - start, _word(durations))
+        durations = None if seconds is None else seconds[start:].data_ptr()
+        self._library.functions.run_calls(self._pool, address, end - start, durations)
 
 
 _recorded: ContextVar[Program | None] = ContextVar("recorded", default=None)
 
 
-def run(name: str, num_rows: int | torch.Tensor, *arguments: Argument) -> None:
+def run(name: str, num_rows: int | torch.Tensor, /, **arguments: Argument) -> None:
     """Calls an operation of the C sources on this thread, or adds it to the program that is recorded.
 
     Args:
-        num_rows: Its first word; while a program is recorded, a number stands for the program's own.
+        num_rows: A number, which stands for the program's own while one is recorded, or [1] int64.
+        arguments: Those that operations.h lists.
+
+    Raises:
+        TypeError: An argument is missing, unknown, or not what the operation takes.
     """
     program = _recorded.get()
     if program is None:
         program = Program(num_threads=1)
         rows = torch.tensor([num_rows]) if isinstance(num_rows, int) else num_rows
-        program.add(name, rows, arguments)
+        program.add(name, rows, **arguments)
         program.run()
         return
     if isinstance(num_rows, int):
         assert program._num_rows is not None
         num_rows = program._num_rows
-    program.add(name, num_rows, arguments)
+    program.add(name, num_rows, **arguments)
 
 
 def call(function: Callable[[int], None], num_rows: int) -> None:
@@ -341,14 +359,3 @@ def empty(owner: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
     """
     program = _recorded.get()
     return torch.empty(shape, dtype=dtype) if program is None else program.buffer(owner, shape, dtype)
-
-
-def _word(argument: Argument) -> int:
-    match argument:
-        case None:
-            return 0
-        case torch.Tensor():
-            return argument.data_ptr()
-        case float():
-            return int(struct.unpack("q", struct.pack("d", argument))[0])
-    return argument

@@ -139,15 +139,12 @@ typedef struct {
 
 enum { MOST_MEMBERS = 16 };  // so that there are tasks for all threads
 
-// sequences, query_starts [S + 1] int32, starts [S] int32, table_rows [S] int32, tables [rows, width] int32, width,
-// block size, groups [.., 3] int32, members [..] int32, number of groups [1] int64
-//
 // Once a step: prompts that begin alike share blocks, which need be read once for all.
 OPERATION(group_segments) {
-    const int64_t sequences = count(w[0]), blocks = SEGMENT / w[6].i;
-    const int32_t *query_starts = w[1].p, *starts = w[2].p, *table_rows = w[3].p, *tables = w[4].p;
-    Group *groups = w[7].p;
-    int32_t *members = w[8].p;
+    const int64_t sequences = count(args->num_rows), blocks = SEGMENT / args->block_size;
+    const int32_t *query_starts = args->query_starts, *starts = args->starts, *table_rows = args->table_rows;
+    Group *groups = (Group *)args->groups;
+    int32_t *members = args->members;
     int64_t most = 0, num_groups = 0, num_members = 0;
     int32_t group_of[sequences + 1], leader[sequences + 1];
     FOR_TASKS(task, 1) {
@@ -158,11 +155,11 @@ OPERATION(group_segments) {
             for (int64_t s = 0; s < sequences; s++) {
                 group_of[s] = -1;
                 if (query_starts[s + 1] - query_starts[s] != 1 || starts[s] / SEGMENT < index) continue;
-                const int32_t *table = tables + table_rows[s] * w[5].i + index * blocks;
+                const int32_t *table = args->tables + table_rows[s] * args->table_stride + index * blocks;
                 // Blocks that are not full are nobody else's, and the table ends with them.
                 int64_t g = starts[s] + 1 < (index + 1) * SEGMENT ? num_groups : before;
                 for (; g < num_groups; g++) {
-                    const int32_t *other = tables + leader[g - before] * w[5].i + index * blocks;
+                    const int32_t *other = args->tables + leader[g - before] * args->table_stride + index * blocks;
                     if (table[0] == other[0] && groups[g].size < MOST_MEMBERS &&
                         memcmp(table, other, (size_t)blocks * sizeof *table) == 0)
                         break;
@@ -185,30 +182,34 @@ OPERATION(group_segments) {
                     members[group->first + group->size++] = (int32_t)s;
                 }
         }
-        *(int64_t *)w[9].p = num_groups;
+        *args->num_groups = num_groups;
     }
 }
 
-// sequences, queries [T, stride] float, stride, query_starts [S + 1] int32, starts [S] int32, table_rows [S] int32,
-// tables [rows, width] int32, width, keys and values [slots, G, D], key and value scales (see kv_layer.py) or null,
-// the cache's type, G, H / G, D, block size, scale, window or 0, output [T, H, D] float,
-// partial_starts [S] int32, partials [.., G, H / G, D + 2] float, groups [.., 3] int32, members [..] int32,
-// number of groups [1] int64
-//
 // A task for each key head is a group's segment, whose results `merge_segments` merges, or a tile of a chunk's queries.
 OPERATION(paged_attention) {
     static _Thread_local _Alignas(64) Segment segment;
     const Inputs in = {
-        .queries = w[1].p, .query_stride = w[2].i, .keys = w[8].p, .values = w[9].p, .key_scales = w[10].p,
-        .value_scales = w[11].p, .type = w[12].i, .kv_heads = w[13].i, .group = w[14].i, .size = w[15].i,
-        .block_shift = __builtin_ctzll((uint64_t)w[16].i), .scale = (float)w[17].f, .window = w[18].i,
+        .queries = args->queries,
+        .query_stride = args->query_stride,
+        .keys = args->keys,
+        .values = args->values,
+        .key_scales = args->key_scales,
+        .value_scales = args->value_scales,
+        .type = args->cache_type,
+        .kv_heads = args->num_kv_heads,
+        .group = args->heads_per_kv_head,
+        .size = args->head_dim,
+        .block_shift = __builtin_ctzll((uint64_t)args->block_size),
+        .scale = (float)args->scale,
+        .window = args->window,
     };
-    const int32_t *query_starts = w[3].p, *starts = w[4].p, *table_rows = w[5].p, *tables = w[6].p;
-    const int32_t *partial_starts = w[20].p, *members = w[23].p;
-    const Group *groups = w[22].p;
-    const int64_t sequences = count(w[0]), num_groups = count(w[24]), row_size = in.size + 2;
-    const int64_t heads = in.kv_heads * in.group;
-    float *output = w[19].p, *partials = w[21].p;
+    const int32_t *query_starts = args->query_starts, *starts = args->starts, *table_rows = args->table_rows;
+    const int32_t *tables = args->tables, *partial_starts = args->partial_starts, *members = args->members;
+    const Group *groups = (const Group *)args->groups;
+    const int64_t sequences = count(args->num_rows), num_groups = count(args->num_groups), row_size = in.size + 2;
+    const int64_t heads = in.kv_heads * in.group, table_stride = args->table_stride;
+    float *output = args->output, *partials = args->partials;
     int64_t num_tiles = 0;
     for (int64_t s = 0; s < sequences; s++) {
         const int64_t num_queries = query_starts[s + 1] - query_starts[s];
@@ -228,8 +229,8 @@ OPERATION(paged_attention) {
                 all[i] = (Query){in.queries + query_starts[member] * in.query_stride + h * in.size, starts[member],
                                  partials + ((partial_starts[member] + group.segment) * heads + h) * row_size};
             }
-            attend_group(&in, all, group.size * in.group, tables + table_rows[members[group.first]] * w[7].i, head,
-                         group.segment, &segment);
+            attend_group(&in, all, group.size * in.group, tables + table_rows[members[group.first]] * table_stride,
+                         head, group.segment, &segment);
             continue;
         }
         int64_t num_queries, parts;
@@ -240,26 +241,29 @@ OPERATION(paged_attention) {
             before += parts;
         }
         const int64_t part = parts - 1 - (tile - before);
-        attend_chunk(&in, in.queries + query_starts[s] * in.query_stride, tables + table_rows[s] * w[7].i, starts[s],
-                     part * QUERY_TILE, smaller(num_queries, (part + 1) * QUERY_TILE), head, &segment,
+        attend_chunk(&in, in.queries + query_starts[s] * in.query_stride, tables + table_rows[s] * table_stride,
+                     starts[s], part * QUERY_TILE, smaller(num_queries, (part + 1) * QUERY_TILE), head, &segment,
                      output + query_starts[s] * heads * in.size);
     }
     if (has_codes(&in)) end_tiles();
 }
 
-// sequences, query_starts [S + 1] int32, starts [S] int32, G, H / G, D, window or 0, output [T, H, D] float,
-// partial_starts [S] int32, partials [.., G, H / G, D + 2] float
 OPERATION(merge_segments) {
-    const Inputs in = {.kv_heads = w[3].i, .group = w[4].i, .size = w[5].i, .window = w[6].i};
-    const int64_t sequences = count(w[0]), heads = in.kv_heads * in.group;
-    const int32_t *query_starts = w[1].p, *starts = w[2].p, *partial_starts = w[8].p;
+    const Inputs in = {
+        .kv_heads = args->num_kv_heads,
+        .group = args->heads_per_kv_head,
+        .size = args->head_dim,
+        .window = args->window,
+    };
+    const int64_t sequences = count(args->num_rows), heads = in.kv_heads * in.group;
+    const int32_t *query_starts = args->query_starts, *starts = args->starts;
     FOR_ROWS(s, sequences) {
         if (query_starts[s + 1] - query_starts[s] != 1) continue;
         for (int64_t head = 0; head < heads; head++) {
-            State state = {(float *)w[7].p + (query_starts[s] * heads + head) * in.size, -INFINITY, 0.0f};
+            State state = {args->output + (query_starts[s] * heads + head) * in.size, -INFINITY, 0.0f};
             for (int64_t index = oldest(&in, starts[s]) / SEGMENT; index <= starts[s] / SEGMENT; index++) {
-                const float *row = (const float *)w[9].p +
-                                   ((partial_starts[s] + index) * heads + head) * (in.size + 2);
+                const float *row =
+                    args->partials + ((args->partial_starts[s] + index) * heads + head) * (in.size + 2);
                 merge(&state, row, row[in.size], row[in.size + 1], in.size);
             }
             divide(&state, in.size);

@@ -1,56 +1,43 @@
 // Operations on tokens one by one: embedding, norm, gated activation, rotary embedding with the cache write.
-//
-// `Word` arguments are listed before each, w[0] is always the number of rows. Where codes are written, four words
-// say where: low, tokens, quads, stride; low is null where floats are wanted.
 
 #include "kernels.h"
 
-INLINE Codes codes_of(const Word *w) { return (Codes){w[0].p, w[1].p, w[2].p, w[3].i}; }
-
-// rows, x [M, K] float, x's stride, K, spread, codes (4 words)
 OPERATION(quantize) {
-    const int64_t rows = count(w[0]), stride = w[2].i, size = w[3].i;
-    const Codes codes = codes_of(w + 5);
+    const int64_t rows = count(args->num_rows), size = args->size;
     int32_t maxima[size / SPREAD_BLOCK + 1];
     FOR_ROWS(m, rows)
-        quantize_row((const float *)w[1].p + m * stride, size, (float)w[4].f, codes, m, maxima);
+        quantize_row(args->x + m * args->x_stride, size, (float)args->spread, args->codes, m, maxima);
 }
 
-// rows, token_ids [M] int32, table [V, K] float or int8, scale [V, ceil(K / 32)] half or null, K, factor,
-// output [M, K] float
 OPERATION(embedding) {
-    const int64_t rows = count(w[0]), size = w[4].i, groups = (size + 31) / 32;
-    const int32_t *token_ids = w[1].p;
-    const float factor = (float)w[5].f;
+    const int64_t rows = count(args->num_rows), size = args->size, groups = (size + 31) / 32;
+    const int32_t *token_ids = args->token_ids;
+    const float factor = (float)args->factor;
     FOR_ROWS(m, rows) {
-        float *y = (float *)w[6].p + m * size;
-        if (w[3].p == NULL) {
-            const float *row = (const float *)w[2].p + token_ids[m] * size;
+        float *y = args->output + m * size;
+        if (args->scale == NULL) {
+            const float *row = (const float *)args->table + token_ids[m] * size;
             for (int64_t k = 0; k < size; k++) y[k] = row[k] * factor;
         } else {
-            const int8_t *row = (const int8_t *)w[2].p + token_ids[m] * size;
-            const Half *scales = (const Half *)w[3].p + token_ids[m] * groups;
+            const int8_t *row = (const int8_t *)args->table + token_ids[m] * size;
+            const Half *scales = args->scale + token_ids[m] * groups;
             for (int64_t k = 0; k < size; k++) y[k] = (float)row[k] * from_half(scales[k / 32]) * factor;
         }
     }
 }
 
-// rows, x [M, H] float, delta [M, H] float: x += delta
 OPERATION(add) {
-    const int64_t rows = count(w[0]), size = w[3].i;
-    float *x = w[1].p;
-    const float *delta = w[2].p;
+    const int64_t rows = count(args->num_rows), size = args->size;
+    float *x = args->x;
+    const float *delta = args->delta;
     FOR_ROWS(m, rows)
         for (int64_t i = m * size; i < (m + 1) * size; i++) x[i] += delta[i];
 }
 
-// rows, x [T, H] float, indices [M] int32, H, output [M, H] float
 OPERATION(gather) {
-    const int64_t rows = count(w[0]), size = w[3].i;
-    const float *x = w[1].p;
-    const int32_t *indices = w[2].p;
+    const int64_t rows = count(args->num_rows), size = args->size;
     FOR_ROWS(m, rows)
-        memcpy((float *)w[4].p + m * size, x + indices[m] * size, (size_t)size * sizeof(float));
+        memcpy(args->output + m * size, args->x + args->indices[m] * size, (size_t)size * sizeof(float));
 }
 
 // y = x / sqrt(mean(x²) + epsilon) * weight; x [size]
@@ -67,34 +54,29 @@ INLINE void normalize(const float *x, const float *weight, float *y, float epsil
     }
 }
 
-// rows, x [M, H] float, delta [M, H] float to be added to x, or null, weight [H] float, epsilon, H,
-// output [M, H] float or null, spread, codes (4 words)
 OPERATION(rms_norm) {
-    const int64_t rows = count(w[0]), size = w[5].i;
-    const Codes codes = codes_of(w + 8);
+    const int64_t rows = count(args->num_rows), size = args->size;
     float normed[size];
     int32_t maxima[size / SPREAD_BLOCK + 1];
     FOR_ROWS(m, rows) {
-        float *x = (float *)w[1].p + m * size;
-        if (w[2].p != NULL) {
-            const float *delta = (const float *)w[2].p + m * size;
+        float *x = args->x + m * size;
+        if (args->delta != NULL) {
+            const float *delta = args->delta + m * size;
             for (int64_t k = 0; k < size; k++) x[k] += delta[k];
         }
-        float *y = w[6].p == NULL ? normed : (float *)w[6].p + m * size;
-        normalize(x, w[3].p, y, (float)w[4].f, size);
-        if (codes.low != NULL) quantize_row(y, size, (float)w[7].f, codes, m, maxima);
+        float *y = args->output == NULL ? normed : args->output + m * size;
+        normalize(x, args->weight, y, (float)args->epsilon, size);
+        if (args->codes.low != NULL) quantize_row(y, size, (float)args->spread, args->codes, m, maxima);
     }
 }
 
-// rows, gate_up [M, 2 * I] float, I, whether GELU (else SiLU), output [M, I] float or null, spread, codes (4 words)
 OPERATION(gated) {
-    const int64_t rows = count(w[0]), size = w[2].i, is_gelu = w[3].i;
-    const Codes codes = codes_of(w + 6);
+    const int64_t rows = count(args->num_rows), size = args->size, is_gelu = args->is_gelu;
     float product[size];
     int32_t maxima[size / SPREAD_BLOCK + 1];
     FOR_ROWS(m, rows) {
-        const float *gates = (const float *)w[1].p + m * 2 * size, *ups = gates + size;
-        float *y = w[4].p == NULL ? product : (float *)w[4].p + m * size;
+        const float *gates = args->gate_up + m * 2 * size, *ups = gates + size;
+        float *y = args->output == NULL ? product : args->output + m * size;
         for (int64_t k = 0; k < size; k += LANES) {
             const Floats gate = load_part(gates + k, size - k), up = load_part(ups + k, size - k);
             // (1 + tanh(u)) / 2 is the sigmoid of 2u, here with u = sqrt(2 / pi) * (x + 0.044715 x³)
@@ -104,15 +86,14 @@ OPERATION(gated) {
             const Floats sigmoid = choose(inner < 0.0f, power, fill(1.0f)) / (1.0f + power);
             store_part(y + k, gate * sigmoid * up, size - k);
         }
-        if (codes.low != NULL) quantize_row(y, size, (float)w[5].f, codes, m, maxima);
+        if (args->codes.low != NULL) quantize_row(y, size, (float)args->spread, args->codes, m, maxima);
     }
 }
 
-// rows, logits [M, V] float, V, output [M] int32: the first of the largest; -1 where one is NaN or that infinite
 OPERATION(argmax) {
-    const int64_t rows = count(w[0]), size = w[2].i;
+    const int64_t rows = count(args->num_rows), size = args->vocab_size;
     FOR_TASKS(m, rows) {
-        const float *x = (const float *)w[1].p + m * size;
+        const float *x = args->logits + m * size;
         Floats largest = fill(-INFINITY), sum = {0};
         for (int64_t k = 0; k + LANES <= size; k += LANES) {
             const Floats v = load(x + k);
@@ -137,7 +118,7 @@ OPERATION(argmax) {
         }
         if (is_finite)
             while (x[index] != top) index++;
-        ((int32_t *)w[3].p)[m] = is_finite ? (int32_t)index : -1;
+        args->tokens[m] = is_finite ? (int32_t)index : -1;
     }
 }
 
@@ -224,20 +205,17 @@ INLINE void write_vector(const float *x, void *cache, void *scales, int64_t inde
     }
 }
 
-// rows, heads [M, H + 2 * G, D] float (queries are rotated in place), positions [M] int32, cosine and sine
-// [positions, D / 2] float, slots [M] int32, query and key norm [D] float or null, epsilon, H, G, D,
-// keys, values [slots, G, D], key and value scales (see kv_layer.py) or null, the cache's type
 OPERATION(rotate_and_write) {
-    const int64_t rows = count(w[0]), heads = w[9].i, kv_heads = w[10].i, size = w[11].i, half = size / 2;
-    const int32_t *positions = w[2].p, *slots = w[5].p;
+    const int64_t rows = count(args->num_rows), heads = args->num_heads, kv_heads = args->num_kv_heads;
+    const int64_t size = args->head_dim, half = size / 2, type = args->cache_type;
     FOR_ROWS(m, rows) {
-        float *x = (float *)w[1].p + m * (heads + 2 * kv_heads) * size;
-        const float *cosine = (const float *)w[3].p + positions[m] * half;
-        const float *sine = (const float *)w[4].p + positions[m] * half;
+        float *x = args->heads + m * (heads + 2 * kv_heads) * size;
+        const float *cosine = args->cosine + args->positions[m] * half;
+        const float *sine = args->sine + args->positions[m] * half;
         for (int64_t h = 0; h < heads + kv_heads; h++) {
             float *first = x + h * size, *second = first + half;
-            const float *norm = h < heads ? w[6].p : w[7].p;
-            if (norm != NULL) normalize(first, norm, first, (float)w[8].f, size);
+            const float *norm = h < heads ? args->query_norm : args->key_norm;
+            if (norm != NULL) normalize(first, norm, first, (float)args->epsilon, size);
             for (int64_t d = 0; d < half; d++) {
                 const float a = first[d], b = second[d];
                 first[d] = a * cosine[d] - b * sine[d];
@@ -246,9 +224,9 @@ OPERATION(rotate_and_write) {
         }
         for (int64_t g = 0; g < kv_heads; g++) {
             const float *key = x + (heads + g) * size, *value = key + kv_heads * size;
-            const int64_t index = slots[m] * kv_heads + g;
-            write_vector(key, w[12].p, w[14].p, index, size, w[16].i);
-            write_vector(value, w[13].p, w[15].p, index, size, w[16].i);
+            const int64_t index = args->slots[m] * kv_heads + g;
+            write_vector(key, args->keys, args->key_scales, index, size, type);
+            write_vector(value, args->values, args->value_scales, index, size, type);
         }
     }
 }

@@ -1,5 +1,5 @@
 // Products of int8 activations with int8 weights, either of them or both in groups along the input features: each
-// group has an exact sum and a scale of its own, and they are added in order (engine/kernels/host_grouped_matmul.py).
+// group has an exact sum and a scale of its own, and they are added in order (engine/kernels/matmul/cpu_grouped.py).
 
 #include "int8_tiles.h"
 
@@ -192,15 +192,12 @@ INLINE void multiply(const Product *product, int64_t num_panels, Codes codes, co
     }
 }
 
-// rows, codes (4 words; tokens and quads are null where groups of activations have scales), those scales [M, groups]
-// float or null, weight in panels, scales of its groups [panels, groups, 16] half or null, of its rows
-// [N padded to 16] float or null, bias likewise or null, K, group size, N, output [M, N] float
 OPERATION(grouped_matmul) {
-    const int64_t rows = count(w[0]), group_size = w[11].i, features = w[12].i;
-    const Codes codes = {w[1].p, w[2].p, w[3].p, w[4].i};
-    const Half *group_scales = w[7].p;
-    const float *scale = w[8].p, *bias = w[9].p;
-    const int64_t quads = codes.stride / QUAD, groups = (w[10].i + group_size - 1) / group_size;
+    const int64_t rows = count(args->num_rows), group_size = args->group_size, features = args->features;
+    const Codes codes = args->codes;
+    const Half *group_scales = args->group_scale;
+    const float *scale = args->scale, *bias = args->bias;
+    const int64_t quads = codes.stride / QUAD, groups = (args->size + group_size - 1) / group_size;
     const int64_t num_panels = (features + PANEL - 1) / PANEL, tasks_a_chunk = (num_panels + WIDE - 1) / WIDE;
     const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
     int64_t prepared = -1;
@@ -214,17 +211,17 @@ OPERATION(grouped_matmul) {
         for (int64_t panel = first; panel < last; panel += step) {
             const Product product = {
                 .weights = {
-                    .panels = (const uint8_t *)w[6].p + panel * quads * QUAD_BYTES,
+                    .panels = args->weight + panel * quads * QUAD_BYTES,
                     .scale = group_scales == NULL ? NULL : group_scales + panel * groups * PANEL,
                     .quads = quads,
                     .group_quads = group_size / QUAD,
                     .groups = groups,
                 },
-                .token_scale = w[5].p,
+                .token_scale = args->token_scale,
                 .scale = scale == NULL ? NULL : scale + panel * PANEL,
                 .bias = bias == NULL ? NULL : bias + panel * PANEL,
                 .features = features - panel * PANEL,
-                .output = (float *)w[13].p + panel * PANEL,
+                .output = args->output + panel * PANEL,
                 .stride = features,
             };
             if (step == 1) multiply(&product, 1, codes, &of_tokens, from, to);
@@ -233,24 +230,21 @@ OPERATION(grouped_matmul) {
     }
 }
 
-// rows, x [M, K] float, x's stride, K, group size (a multiple of 16), codes [M, stride] int8, stride,
-// scales [M, groups] float
-//
 // One term, as `reference` in engine/kernels/quantize.py makes it. What is not finite makes its group's scale NaN.
 OPERATION(quantize_groups) {
-    const int64_t rows = count(w[0]), size = w[3].i, group_size = w[4].i, stride = w[6].i;
+    const int64_t rows = count(args->num_rows), size = args->size, group_size = args->group_size;
     const int64_t groups = (size + group_size - 1) / group_size;
     FOR_ROWS(m, rows) {
-        const float *x = (const float *)w[1].p + m * w[2].i;
-        int8_t *codes = (int8_t *)w[5].p + m * stride;
-        memset(codes, 0, (size_t)stride);
+        const float *x = args->x + m * args->x_stride;
+        int8_t *codes = args->codes + m * args->stride;
+        memset(codes, 0, (size_t)args->stride);
         for (int64_t g = 0; g < groups; g++) {
             const int64_t first = g * group_size, end = smaller(first + group_size, size);
             Ints bits = {0};  // a NaN's are above infinity's
             for (int64_t k = first; k < end; k += LANES)
                 bits = larger_of(bits, (Ints)absolute(load_part(x + k, end - k)));
             const int is_finite = !any(bits >= 0x7F800000);
-            float *scale = (float *)w[7].p + m * groups + g;
+            float *scale = args->scale + m * groups + g;
             *scale = is_finite ? fmaxf(largest_lane((Floats)bits) * (1.0f / 127), 1.17549435e-38f) : NAN;
             for (int64_t k = first; is_finite && k < end; k += LANES) {
                 const Bytes bytes = narrow(round_to_ints(load_part(x + k, end - k) / *scale));

@@ -16,14 +16,6 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define OPERATION(name) void name(const Word *w, Team *team)
-
-// An operation's argument: a number or an address.
-typedef union {
-    int64_t i;
-    double f;
-    void *p;
-} Word;
 
 // The tasks of an operation that were taken and those that are done, in a cache line of their own.
 typedef struct {
@@ -37,12 +29,19 @@ typedef struct {
     int64_t taken, total;  // tasks: this thread's, all threads'
 } Team;
 
-typedef void Operation(const Word *, Team *);
+// Called with the words of its arguments.
+typedef void Operation(const void *words, Team *team);
+
+// Defines an operation that operations.h lists: its body reads args->NAME.
+#define OPERATION(name)                                                                                            \
+    static void name##_body(const name##_arguments *args, Team *team);                                             \
+    void name(const void *words, Team *team) { name##_body(words, team); }                                         \
+    static void name##_body(const name##_arguments *args, Team *team)
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-INLINE int64_t count(Word word) { return __atomic_load_n((const int64_t *)word.p, __ATOMIC_RELAXED); }
+INLINE int64_t count(const int64_t *rows) { return __atomic_load_n(rows, __ATOMIC_RELAXED); }
 
 // The next of `total` tasks, or -1. Every operation calls it until it has returned that.
 INLINE int64_t take_task(Team *team, int64_t total) {
@@ -410,9 +409,43 @@ INLINE void *room(Room *room, int64_t bytes) {
     return room->memory;
 }
 
-// The types of a cache, in the order of engine/kernels/kv_layer.py, and the bytes of an element; INT4 has two in one.
+// The types of a cache, in the order of engine/kernels/attention/kv_layer.py, and the bytes of an element; INT4 has two
+// in one.
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8, FP8, INT4 };
 static const int64_t CACHE_BYTES[] __attribute__((unused)) = {4, 2, 2, 1, 1};
 enum { INT4_GROUP = 32 };  // elements of a vector that share a scale and a minimum
+
+// The arguments of each operation, and its declaration.
+#define INTEGER(name) int64_t name;
+#define FLOAT(name) double name;
+#define READS(type, name) const type *name;
+#define MAY_READ(type, name) const type *name;
+#define WRITES(type, name) type *name;
+#define MAY_WRITE(type, name) type *name;
+#define READS_CODES Codes codes;
+#define READS_GROUP_CODES Codes codes;
+#define WRITES_CODES Codes codes;
+#define MAY_WRITE_CODES Codes codes;
+// Hidden: another library's symbol of that name takes no operation's place.
+#define SIGNATURE(operation, arguments)                                                                            \
+    typedef struct {                                                                                               \
+        const int64_t *num_rows;                                                                                   \
+        arguments                                                                                                  \
+    } operation##_arguments;                                                                                       \
+    __attribute__((visibility("hidden"))) Operation operation;
+#include "operations.h"
+#undef SIGNATURE
+#undef INTEGER
+#undef FLOAT
+#undef READS
+#undef MAY_READ
+#undef WRITES
+#undef MAY_WRITE
+#undef READS_CODES
+#undef READS_GROUP_CODES
+#undef WRITES_CODES
+#undef MAY_WRITE_CODES
+
+_Static_assert(sizeof(void *) == 8, "arguments are words of 8 bytes");
 
 #endif

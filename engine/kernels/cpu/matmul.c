@@ -20,12 +20,12 @@ enum {
     LINE = 64,
 };
 
-// The last two: a `CodebookGrid` of engine/kernels/host_matmul.py, without factors and with.
+// The last two: a `CodebookGrid` of engine/kernels/matmul/cpu_int8.py, without factors and with.
 enum { WEIGHT_INT8, WEIGHT_INT4, WEIGHT_CODEBOOK, WEIGHT_SCALED_CODEBOOK };
 
 #if defined(__AVX512VNNI__)
 
-// (code * factor + offset) / 256 + 128 of 32 input features in a panel; see engine/kernels/host_matmul.py.
+// (code * factor + offset) / 256 + 128 of 32 input features in a panel; see engine/kernels/matmul/cpu_int8.py.
 INLINE void expand_group(const uint8_t *group, uint8_t *panel) {
     const __m512i low_halves = _mm512_set1_epi32(0x000F000F), high_bytes = _mm512_set1_epi16((int16_t)0xFF00);
     const __m512i factors = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)group));
@@ -241,12 +241,10 @@ INLINE void multiply(const Product *product, int64_t num_panels, Codes codes, in
     }
 }
 
-// rows, codes (4 words), weight, its kind, scale [N padded to 16] float, bias likewise or null, N,
-// output [M, N] float
 OPERATION(int8_matmul) {
-    const int64_t rows = count(w[0]), kind = w[6].i, features = w[9].i;
-    const Codes codes = {w[1].p, w[2].p, w[3].p, w[4].i};
-    const float *scale = w[7].p, *bias = w[8].p;
+    const int64_t rows = count(args->num_rows), kind = args->weight_kind, features = args->features;
+    const Codes codes = args->codes;
+    const float *scale = args->scale, *bias = args->bias;
     const int64_t quads = codes.stride / QUAD, num_panels = (features + PANEL - 1) / PANEL;
     const int64_t chunks = (rows + CHUNK - 1) / CHUNK, tasks_a_chunk = (num_panels + WIDE - 1) / WIDE;
     int64_t chunk_of_high __attribute__((unused)) = -1;
@@ -262,12 +260,12 @@ OPERATION(int8_matmul) {
         const int64_t step = rows <= FEW_ROWS || last - first < WIDE ? 1 : WIDE;
         for (int64_t panel = first; panel < last; panel += step) {
             const Product product = {
-                .panels = panels_at(w[5].p, kind, panel, step, quads),
+                .panels = panels_at(args->weight, kind, panel, step, quads),
                 .distance = quads * QUAD_BYTES,
                 .scale = scale + panel * PANEL,
                 .bias = bias == NULL ? NULL : bias + panel * PANEL,
                 .features = features - panel * PANEL,
-                .output = (float *)w[10].p + panel * PANEL,
+                .output = args->output + panel * PANEL,
                 .stride = features,
             };
             if (step == 1) multiply(&product, 1, codes, from, to, high);
@@ -321,9 +319,8 @@ static FloatTile *const FLOAT_TILES[2][FLOAT_ROWS] = {
     {float_tile_1_4, float_tile_2_4, float_tile_3_4, float_tile_4_4, float_tile_5_4, float_tile_6_4},
 };
 
-// rows, x [M, K] float, K, weight packed, bias [N padded to 16] float or null, N, output [M, N] float
 OPERATION(float_matmul) {
-    const int64_t rows = count(w[0]), size = w[2].i, features = w[5].i, distance = size * PANEL;
+    const int64_t rows = count(args->num_rows), size = args->size, features = args->features, distance = size * PANEL;
     const int64_t num_panels = (features + PANEL - 1) / PANEL;
     const int64_t chunks = (rows + CHUNK - 1) / CHUNK, tasks = (num_panels + FLOAT_WIDE - 1) / FLOAT_WIDE * chunks;
     FOR_TASKS(task, tasks) {
@@ -334,12 +331,12 @@ OPERATION(float_matmul) {
             for (int64_t m = from; m < to;) {
                 const int64_t most = to - m < FLOAT_ROWS ? to - m : FLOAT_ROWS;
                 Floats sums[FLOAT_ROWS * FLOAT_WIDE];
-                FLOAT_TILES[step == FLOAT_WIDE][most - 1]((const float *)w[3].p + panel * distance, distance,
-                                                    (const float *)w[1].p + m * size, size, size, sums);
+                FLOAT_TILES[step == FLOAT_WIDE][most - 1](args->weight + panel * distance, distance,
+                                                          args->x + m * size, size, size, sums);
                 for (int64_t i = 0; i < most * step; i++) {
                     const int64_t n = (panel + i % step) * PANEL;
-                    const Floats value = w[4].p == NULL ? sums[i] : sums[i] + load((const float *)w[4].p + n);
-                    if (n < features) store_part((float *)w[6].p + (m + i / step) * features + n, value, features - n);
+                    const Floats value = args->bias == NULL ? sums[i] : sums[i] + load(args->bias + n);
+                    if (n < features) store_part(args->output + (m + i / step) * features + n, value, features - n);
                 }
                 m += most;
             }

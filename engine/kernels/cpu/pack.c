@@ -6,41 +6,38 @@ enum { PANEL = 16, QUAD = 4, ALIGNMENT = 64, GROUP = 32, GROUP_BYTES = 320 };
 
 INLINE int64_t padded(int64_t size) { return (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
-// panels, weight [N, K] int8, N, K, output [panels, padded K / 4, 16, 4] uint8
 OPERATION(pack_int8) {
-    const int64_t panels = count(w[0]), rows = w[2].i, columns = w[3].i, stride = padded(columns);
+    const int64_t panels = count(args->num_rows), rows = args->rows, columns = args->columns, stride = padded(columns);
     FOR_ROWS(panel, panels) {
-        uint8_t *output = (uint8_t *)w[4].p + panel * PANEL * stride;
+        uint8_t *output = args->output + panel * PANEL * stride;
         memset(output, 128, (size_t)(PANEL * stride));
         for (int64_t row = 0; row < PANEL && panel * PANEL + row < rows; row++) {
-            const uint8_t *weight = (const uint8_t *)w[1].p + (panel * PANEL + row) * columns;
+            const uint8_t *weight = (const uint8_t *)args->weight + (panel * PANEL + row) * columns;
             for (int64_t k = 0; k < columns; k++)
                 output[(k / QUAD * PANEL + row) * QUAD + k % QUAD] = weight[k] ^ 128;
         }
     }
 }
 
-// panels, codes [N, bytes] uint8 with the even elements in the low nibbles, N, bytes, factor and offset [N, groups]
-// int32, groups, output [panels, padded K / 32, 320] uint8
-//
 // A group: 16 factors, 16 offsets, 2 bytes each; then for each two quads of input features 64 bytes, 4 a row, the
 // first quad in the low nibbles. The 128 that bytes are stored with goes into the offset:
 // (v + 128 * 256) / 256 = v / 256 + 128.
 OPERATION(pack_int4) {
-    const int64_t panels = count(w[0]), rows = w[2].i, bytes = w[3].i, groups = w[6].i;
+    const int64_t panels = count(args->num_rows), rows = args->rows, bytes = args->num_bytes;
+    const int64_t groups = args->num_groups;
     const int64_t all_groups = padded(2 * bytes) / GROUP;
     FOR_ROWS(panel, panels) {
-        uint8_t *output = (uint8_t *)w[7].p + panel * all_groups * GROUP_BYTES;
+        uint8_t *output = args->output + panel * all_groups * GROUP_BYTES;
         memset(output, 0, (size_t)(all_groups * GROUP_BYTES));
         for (int64_t g = 0; g < all_groups; g++, output += GROUP_BYTES) {
             uint16_t *factors = (uint16_t *)output, *offsets = factors + PANEL;
             for (int64_t row = 0; row < PANEL; row++) {
                 const int64_t n = panel * PANEL + row;
                 const int is_there = n < rows && g < groups;
-                factors[row] = is_there ? (uint16_t)((const int32_t *)w[4].p)[n * groups + g] : 0;
-                offsets[row] = (uint16_t)((is_there ? ((const int32_t *)w[5].p)[n * groups + g] : 0) + 128 * 256);
+                factors[row] = is_there ? (uint16_t)args->factor[n * groups + g] : 0;
+                offsets[row] = (uint16_t)((is_there ? args->offset[n * groups + g] : 0) + 128 * 256);
                 if (!is_there) continue;
-                const uint8_t *codes = (const uint8_t *)w[1].p + n * bytes + g * (GROUP / 2);
+                const uint8_t *codes = args->codes + n * bytes + g * (GROUP / 2);
                 const int64_t size = smaller(GROUP / 2, bytes - g * (GROUP / 2));
                 for (int64_t i = 0; i < size; i++) {
                     // Elements 2i and 2i + 1: of eight, the first four go into low nibbles, the others into high ones.
@@ -54,31 +51,29 @@ OPERATION(pack_int4) {
     }
 }
 
-// panels, codes [N, bytes] as above, N, bytes, values [N, 16] uint8 or [16] int16, factors [N, blocks of 64] int16 or
-// null, bytes of a panel, output [panels, bytes of a panel] uint8
-//
 // A panel without factors starts with tables of 16 values plus 128, a table an output; one with factors with the
 // values as they are, room up to 64 bytes, and for each block 16 factors. It ends with the blocks: twice, for 32 input
 // features, 16 bytes an output, the first 16 in the low nibbles. Tables, and bytes of such a half, stand in the order
 // of outputs 0, 4, 8, 12, 1, 5, …
 OPERATION(pack_codebook) {
     enum { VALUES = 16, BLOCK = 64, LINE = 64, HALF_BYTES = 256 };
-    const int64_t panels = count(w[0]), rows = w[2].i, bytes = w[3].i, panel_bytes = w[6].i;
-    const int64_t blocks = padded(2 * bytes) / BLOCK;
-    const int16_t *all_factors = w[5].p;
+    const int64_t panels = count(args->num_rows), rows = args->rows, bytes = args->num_bytes;
+    const int64_t panel_bytes = args->panel_bytes, blocks = padded(2 * bytes) / BLOCK;
+    const int16_t *all_factors = args->factors;
     FOR_ROWS(panel, panels) {
-        uint8_t *output = (uint8_t *)w[7].p + panel * panel_bytes;
+        uint8_t *output = args->output + panel * panel_bytes;
         uint8_t *codes_of_panel = output + panel_bytes - 2 * blocks * HALF_BYTES;
         memset(output, 0, (size_t)panel_bytes);
-        if (all_factors != NULL) memcpy(output, w[4].p, VALUES * sizeof(int16_t));
+        if (all_factors != NULL) memcpy(output, args->values, VALUES * sizeof(int16_t));
         for (int64_t row = 0; row < PANEL && panel * PANEL + row < rows; row++) {
             const int64_t n = panel * PANEL + row, place = (row % QUAD * (PANEL / QUAD) + row / QUAD) * VALUES;
             if (all_factors == NULL)
-                for (int i = 0; i < VALUES; i++) output[place + i] = ((const uint8_t *)w[4].p)[n * VALUES + i] ^ 128;
+                for (int i = 0; i < VALUES; i++)
+                    output[place + i] = ((const uint8_t *)args->values)[n * VALUES + i] ^ 128;
             else
                 for (int64_t b = 0; b < blocks; b++)
                     ((int16_t *)(output + LINE))[b * PANEL + row] = all_factors[n * blocks + b];
-            const uint8_t *codes = (const uint8_t *)w[1].p + n * bytes;
+            const uint8_t *codes = args->codes + n * bytes;
             for (int64_t i = 0; i < 2 * bytes; i++) {
                 const int code = (codes[i / 2] >> (i % 2 * 4)) & 15, shift = i % 32 / 16 * 4;
                 codes_of_panel[i / 32 * HALF_BYTES + place + i % 16] |= (uint8_t)(code << shift);

@@ -21,7 +21,7 @@ static const int64_t CLOSED = INT64_MAX / 2;
 
 typedef struct {
     Operation *operation;
-    const Word *words;
+    const void *words;
 } Call;
 
 typedef struct {

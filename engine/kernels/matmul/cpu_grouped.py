@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels import cpu, quantize
+from engine.kernels.cpu.signatures import Argument
 from engine.kernels.matmul.cpu_int8 import ALIGNMENT, PANEL, pack_int8, pad_rows
 from engine.kernels.operands import (
     Activations,
@@ -41,7 +42,17 @@ def quantize_groups(x: torch.Tensor, group_size: int) -> Int8Activations:
     stride = in_features + -in_features % ALIGNMENT
     codes = cpu.empty("quantize_groups", num_tokens, stride, dtype=torch.int8)
     scale = cpu.empty("quantize_groups", num_tokens, -(-in_features // group_size))
-    cpu.run("quantize_groups", num_tokens, x, x.stride(0), in_features, group_size, codes, stride, scale)
+    cpu.run(
+        "quantize_groups",
+        num_tokens,
+        x=x,
+        x_stride=x.stride(0),
+        size=in_features,
+        group_size=group_size,
+        codes=codes,
+        stride=stride,
+        scale=scale,
+    )
     return Int8Activations(codes, None, scale, x.dtype)
 
 
@@ -89,30 +100,32 @@ class CpuGroupedMatmul:
         if cpu.library() is None:
             assert isinstance(x, torch.Tensor)
             return reference(x, self._format, self.weight, self.scale, self.group_size, self.bias)
-        codes: list[cpu.Argument]
+        codes: dict[str, Argument]
         if isinstance(self._format, Int8Format):
             assert isinstance(x, torch.Tensor)
             groups = quantize_groups(x, self.group_size)
-            num_tokens, codes = len(x), [groups.high, None, None, groups.high.shape[1], groups.scale]
+            stride, token_scale = groups.high.shape[1], groups.scale
+            num_tokens, codes = len(x), {"low": groups.high, "tokens": None, "quads": None, "stride": stride}
         else:
             if isinstance(x, torch.Tensor):
                 x = quantize_sparse(x, self._format)
             assert isinstance(x, SparseInt8Activations)
-            num_tokens, codes = x.num_tokens, [*x.arguments(), None]
+            num_tokens, codes, token_scale = x.num_tokens, x.arguments(), None
         y = cpu.empty("grouped_matmul", num_tokens, self.out_features)
         has_groups = self.scale.dim() == 3
         cpu.run(
             "grouped_matmul",
             num_tokens,
-            *codes,
-            self.weight,
-            self.scale if has_groups else None,
-            None if has_groups else self.scale,
-            self.bias,
-            self.in_features,
-            self.group_size,
-            self.out_features,
-            y,
+            **codes,
+            token_scale=token_scale,
+            weight=self.weight,
+            group_scale=self.scale if has_groups else None,
+            scale=None if has_groups else self.scale,
+            bias=self.bias,
+            size=self.in_features,
+            group_size=self.group_size,
+            features=self.out_features,
+            output=y,
         )
         return y
 

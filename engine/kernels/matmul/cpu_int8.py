@@ -160,7 +160,7 @@ def pack_int8(weight: torch.Tensor) -> torch.Tensor:
     packed = torch.empty(
         -(-rows // PANEL), -(-columns // ALIGNMENT) * ALIGNMENT // 4, PANEL, 4, dtype=torch.uint8
     )
-    cpu.run("pack_int8", len(packed), weight.contiguous(), rows, columns, packed)
+    cpu.run("pack_int8", len(packed), weight=weight.contiguous(), rows=rows, columns=columns, output=packed)
     return packed
 
 
@@ -172,13 +172,13 @@ def pack_int4(grid: Int4Grid) -> torch.Tensor:
     cpu.run(
         "pack_int4",
         len(packed),
-        grid.nibbles.contiguous(),
-        rows,
-        num_bytes,
-        grid.factor,
-        grid.offset,
-        grid.factor.shape[1],
-        packed,
+        codes=grid.nibbles.contiguous(),
+        rows=rows,
+        num_bytes=num_bytes,
+        factor=grid.factor,
+        offset=grid.offset,
+        num_groups=grid.factor.shape[1],
+        output=packed,
     )
     return packed
 
@@ -192,13 +192,13 @@ def pack_codebook(grid: CodebookGrid) -> torch.Tensor:
     cpu.run(
         "pack_codebook",
         len(packed),
-        grid.nibbles.contiguous(),
-        rows,
-        num_bytes,
-        grid.values.contiguous(),
-        grid.factor,
-        packed.shape[1],
-        packed,
+        codes=grid.nibbles.contiguous(),
+        rows=rows,
+        num_bytes=num_bytes,
+        values=grid.values.contiguous(),
+        factors=grid.factor,
+        panel_bytes=packed.shape[1],
+        output=packed,
     )
     return packed
 
@@ -268,13 +268,13 @@ class CpuInt8Matmul:
         cpu.run(
             "int8_matmul",
             x.num_tokens,
-            *x.arguments(),
-            self.weight,
-            self._kind,
-            self.scale,
-            self.bias,
-            self.out_features,
-            y,
+            **x.arguments(),
+            weight=self.weight,
+            weight_kind=self._kind,
+            scale=self.scale,
+            bias=self.bias,
+            features=self.out_features,
+            output=y,
         )
         return y
 
@@ -332,5 +332,14 @@ class CpuFloatMatmul:
         assert isinstance(x, torch.Tensor)
         x = x.contiguous()
         y = cpu.empty("float_matmul", x.shape[0], self.out_features)
-        cpu.run("float_matmul", x.shape[0], x, self.in_features, self.weight, self.bias, self.out_features, y)
+        cpu.run(
+            "float_matmul",
+            x.shape[0],
+            x=x,
+            size=self.in_features,
+            weight=self.weight,
+            bias=self.bias,
+            features=self.out_features,
+            output=y,
+        )
         return y

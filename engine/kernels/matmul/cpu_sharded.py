@@ -33,7 +33,7 @@ def block_maxima(x: torch.Tensor) -> torch.Tensor:
     """The largest size of each 32 of x [M, K] float32, [M, K / 32]; infinity where one is not finite."""
     num_tokens, in_features = x.shape
     maxima = cpu.empty("block_maxima", num_tokens, in_features // SPREAD_BLOCK)
-    cpu.run("block_maxima", num_tokens, x, x.stride(0), in_features, maxima)
+    cpu.run("block_maxima", num_tokens, x=x, x_stride=x.stride(0), size=in_features, maxima=maxima)
     return maxima
 
 
@@ -45,9 +45,17 @@ def quantize_part(x: torch.Tensor, maxima: torch.Tensor, format: SparseInt8Forma
     """
     num_tokens, in_features = x.shape
     y = empty_sparse("quantize_part", num_tokens, in_features)
-    spread = format.spread / 127
-    words = (x, x.stride(0), in_features, spread, *y.arguments(), maxima, maxima.shape[1])
-    cpu.run("quantize_part", num_tokens, *words)
+    cpu.run(
+        "quantize_part",
+        num_tokens,
+        x=x,
+        x_stride=x.stride(0),
+        size=in_features,
+        spread=format.spread / 127,
+        **y.arguments(),
+        maxima=maxima,
+        num_blocks=maxima.shape[1],
+    )
     return y
 
 
@@ -87,13 +95,31 @@ class ShardedInt8Matmul:
         """
         width = self.num_shares * self.terms * self.out_features
         sums = cpu.empty("sum_products", x.num_tokens, width, dtype=torch.int32)
-        words = (*x.arguments(), self.weight, self.num_shares, self.out_features, self.terms, sums)
-        cpu.run("sum_products", x.num_tokens, *words)
+        cpu.run(
+            "sum_products",
+            x.num_tokens,
+            **x.arguments(),
+            weight=self.weight,
+            num_shares=self.num_shares,
+            features=self.out_features,
+            num_terms=self.terms,
+            sums=sums,
+        )
         return sums
 
     def finish(self, sums: torch.Tensor, x: SparseInt8Activations) -> torch.Tensor:
         """The ranks' sums of this rank's outputs, lying as [ranks, M, terms, N of a share] → [M, N of a share]."""
         y = cpu.empty("finish_sums", x.num_tokens, self.out_features)
-        words = (sums, self.num_shares, self.out_features, self.terms, x.tokens, self.scale, self.bias, y)
-        cpu.run("finish_sums", x.num_tokens, *words)
+        cpu.run(
+            "finish_sums",
+            x.num_tokens,
+            sums=sums,
+            num_shares=self.num_shares,
+            features=self.out_features,
+            num_terms=self.terms,
+            tokens=x.tokens,
+            scale=self.scale,
+            bias=self.bias,
+            output=y,
+        )
         return y
