@@ -25,11 +25,11 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there is no C compiler 
 Call = Callable[..., None]
 
 
-def call_now(name: str, num_rows: int | torch.Tensor, /, **arguments: Argument) -> None:
+def call_now(name: str, num_rows: int | torch.Tensor, **arguments: Argument) -> None:
     cpu.run(name, num_rows, **arguments)
 
 
-def record(name: str, num_rows: int | torch.Tensor, /, **arguments: Argument) -> None:
+def record(name: str, num_rows: int | torch.Tensor, **arguments: Argument) -> None:
     """Within a program that is never run; a call that is refused leaves no trace in it."""
     program = cpu.Program(num_threads=1)
     with program.recording(torch.zeros(1, dtype=torch.int64)):

@@ -262,7 +262,7 @@ class Program:
         finally:
             _recorded.reset(token)
 
-    def add(self, name: str, num_rows: torch.Tensor, /, **arguments: Argument) -> None:
+    def add(self, name: str, /, num_rows: torch.Tensor, **arguments: Argument) -> None:
         """Adds a call of an operation; the tensors are kept.
 
         Args:
@@ -273,8 +273,9 @@ class Program:
             TypeError: An argument is missing, unknown, or not what the operation takes.
         """
         operation = self._library.operations[name]
-        words = operation.words({"num_rows": num_rows, **arguments})
-        self._kept += [num_rows, *arguments.values(), words]
+        arguments["num_rows"] = num_rows
+        words = operation.words(arguments)
+        self._kept += [*arguments.values(), words]
         self.names.append(name)
         self._calls.append(_Call(operation.address, ctypes.addressof(words)))
         self._array = None
@@ -318,7 +319,7 @@ class Program:
 _recorded: ContextVar[Program | None] = ContextVar("recorded", default=None)
 
 
-def run(name: str, num_rows: int | torch.Tensor, /, **arguments: Argument) -> None:
+def run(name: str, /, num_rows: int | torch.Tensor, **arguments: Argument) -> None:
     """Calls an operation of the C sources on this thread, or adds it to the program that is recorded.
 
     Args:

@@ -9,6 +9,7 @@ import ctypes
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 
@@ -53,8 +54,8 @@ class Operation:
 
     def __init__(self, name: str, address: int, parameters: tuple[Parameter, ...]) -> None:
         self.name, self.address, self.parameters = name, address, parameters
-        self._names = frozenset(parameter.name for parameter in parameters)
-        self._checks = [(each, each.name, each.kind, each.dtype, each.is_optional) for each in parameters]
+        self._in_order = itemgetter(*(each.name for each in parameters))
+        self._checks = [(each.kind, each.dtype, each.is_optional) for each in parameters]
         formats = {"int": "q", "float": "d"}
         self._layout = struct.Struct("".join(formats.get(each.kind, "Q") for each in parameters))
         self._array = ctypes.c_int64 * len(parameters)
@@ -65,13 +66,17 @@ class Operation:
         Raises:
             TypeError: An argument is missing, unknown, or not what the operation takes.
         """
-        if arguments.keys() != self._names:
-            raise TypeError(self._difference(arguments))
+        try:
+            values = self._in_order(arguments)
+        except KeyError as missing:
+            raise TypeError(f"{self.name}: {missing.args[0]} is missing, {self._takes()}") from None
+        if len(values) != len(arguments):
+            unknown = next(iter(arguments.keys() - {parameter.name for parameter in self.parameters}))
+            raise TypeError(f"{self.name}: {unknown} is unknown, {self._takes()}")
         words: list[int | float] = []
-        for parameter, name, kind, dtype, is_optional in self._checks:
-            value = arguments[name]
+        for value, (kind, dtype, is_optional) in zip(values, self._checks, strict=True):
             if isinstance(value, torch.Tensor):
-                if value.is_cpu and (value.dtype == dtype or kind == "any"):
+                if value.is_cpu and (value.dtype is dtype or kind == "any"):
                     words.append(value.data_ptr())
                     continue
             elif value is None:
@@ -81,16 +86,13 @@ class Operation:
             elif type(value).__name__ == kind:
                 words.append(value)
                 continue
-            raise TypeError(f"{self.name}: {name} must be {parameter.expected}, got {_described(value)}")
+            parameter = self.parameters[len(words)]
+            message = f"{parameter.name} must be {parameter.expected}, got {_described(value)}"
+            raise TypeError(f"{self.name}: {message}")
         return self._array.from_buffer_copy(self._layout.pack(*words))
 
-    def _difference(self, arguments: Mapping[str, Argument]) -> str:
-        expected = ", ".join(parameter.name for parameter in self.parameters)
-        missing = [each.name for each in self.parameters if each.name not in arguments]
-        if missing:
-            return f"{self.name}: {missing[0]} is missing, it takes {expected}"
-        unknown = next(name for name in arguments if name not in self._names)
-        return f"{self.name}: {unknown} is unknown, it takes {expected}"
+    def _takes(self) -> str:
+        return f"it takes {', '.join(parameter.name for parameter in self.parameters)}"
 
 
 def _described(value: object) -> str:
