@@ -6,26 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from api.protocol import GenerationRequest
-from engine.core.sampling_params import SamplingParams
+from engine.core.sampling_params import SAMPLING_PARAMETERS, SamplingParams
 
-SAMPLING_FIELDS = (
-    "n",
-    "min_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "skip_special_tokens",
-    "include_stop_str_in_output",
-    "logit_bias",
+SAMPLING_FIELDS = tuple(
+    parameter.name for parameter in SAMPLING_PARAMETERS if parameter.name not in ("max_tokens", "logprobs")
 )
+"""Fields of `GenerationRequest` that are sampling parameters as they stand; the two others differ by endpoint."""
 
 
 def sampling_params(

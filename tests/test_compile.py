@@ -61,7 +61,7 @@ from engine.kernels.norm import rms_norm
 from engine.kernels.operands import Int8Format, SumsFormat
 from engine.kernels.quantize import quantize_per_token
 from engine.kernels.rotary import rotate_and_write
-from engine.kernels.sample import Adjustments, DrawParameters, adjust_logits, draw, logprobs_of
+from engine.kernels.sample import Adjustments, DrawParameters, adjust_logits, draw_tokens, logprobs_of
 
 SAMPLE = ("sm_90", "gfx942")
 
@@ -431,9 +431,9 @@ def call_draw(shape: Shape, num_tokens: int) -> None:
     integers, floats = empty(num_tokens, dtype=torch.int32), empty(num_tokens, dtype=torch.float32)
     parameters = DrawParameters(integers, integers, floats, integers, floats, floats)
     for filters in (False, True):
-        draw(logits, parameters, filters=filters)
-        draw(logits, parameters, filters=filters, last_tokens=integers, table_rows=integers)
-    logprobs_of(logits, integers, 1)
+        draw_tokens(logits, parameters, filters=filters)
+        draw_tokens(logits, parameters, filters=filters, last_tokens=integers, table_rows=integers)
+    logprobs_of(logits, integers, [1] * num_tokens)
 
 
 def call_int4(shape: Shape, num_tokens: int) -> None:

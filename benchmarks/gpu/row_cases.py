@@ -19,7 +19,7 @@ from engine.kernels.norm import rms_norm
 from engine.kernels.operands import Int8Format, SumsFormat
 from engine.kernels.quantize import quantize_per_token
 from engine.kernels.rotary import rotate_and_write
-from engine.kernels.sample import draw
+from engine.kernels.sample import draw_tokens
 
 BF16 = torch.bfloat16
 VOCAB_SIZE = 128256
@@ -108,7 +108,7 @@ def sample_cases(kind: str, counts: Sequence[int], device: torch.device) -> list
         has_filters = kind in ("top_p", "top_k")
         calls = {
             "ours": products(
-                lambda how, x, f=has_filters: draw(x, how, filters=f), [how] * len(logits), logits
+                lambda how, x, f=has_filters: draw_tokens(x, how, filters=f), [how] * len(logits), logits
             ),
             "torch": products(
                 lambda _, x, f=has_filters: x.sort(dim=1) if f else x.argmax(dim=1),

@@ -88,7 +88,7 @@ def _draw(kind: str, num_rows: int, vocab_size: int, device: torch.device) -> Va
     logits = _logits(kind, num_rows, vocab_size, device)
     for temperature in (0.0, 0.7, 1.5):
         how = draw_parameters(len(logits), device, temperature, [(0, 1.0, 0.0), (40, 1.0, 0.0)])
-        drawn, host, rows = sample.draw(logits, how, filters=True).cpu(), _on_cpu(how), logits.cpu()
+        drawn, host, rows = sample.draw_tokens(logits, how, filters=True).cpu(), _on_cpu(how), logits.cpu()
         expected = sample.reference(rows, host)
         if temperature == 0.0:
             equal(drawn, expected, "greedy tokens")
@@ -99,10 +99,10 @@ def _draw(kind: str, num_rows: int, vocab_size: int, device: torch.device) -> Va
             difference = float((scores[0] - scores[1]).abs())
             assert difference < 1e-4, f"row {row}: a token that is behind by {difference:.3g}"
         alone = DrawParameters(*(getattr(how, name)[5:6].clone() for name in DrawParameters.__slots__))
-        equal(sample.draw(logits[5:6].clone(), alone, filters=True).cpu(), drawn[5:6], "a row alone")
+        equal(sample.draw_tokens(logits[5:6].clone(), alone, filters=True).cpu(), drawn[5:6], "a row alone")
     logits[1, 3] = torch.nan
     logits[2, 5] = torch.inf
-    broken = sample.draw(logits, how, filters=True)[:4].tolist()
+    broken = sample.draw_tokens(logits, how, filters=True)[:4].tolist()
     assert broken[1] == broken[2] == -1, f"rows with NaN and infinity drew {broken[1:3]}"
     assert broken[0] >= 0, "the row beside a NaN drew nothing"
     return {}
@@ -111,7 +111,7 @@ def _draw(kind: str, num_rows: int, vocab_size: int, device: torch.device) -> Va
 def _logprobs(vocab_size: int, device: torch.device) -> Values:
     logits = _logits("normal", 9, vocab_size, device)
     drawn = torch.randint(0, vocab_size, (9,), device=device, dtype=torch.int32)
-    actual = sample.logprobs_of(logits, drawn, 5)
+    actual = sample.logprobs_of(logits, drawn, [5] * 9)
     expected = logits.double().log_softmax(dim=1)
     chosen = expected.gather(1, drawn.long()[:, None])
     equal(actual.ranks, ((expected > chosen).sum(dim=1) + 1).to(torch.int32), "ranks")

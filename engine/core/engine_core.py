@@ -23,16 +23,12 @@ from engine.core.batch import Batch, Draw
 from engine.core.executor import Drawn, LoadedModel, Logits, Sampled
 from engine.core.kv_cache import BlockPool, KVCacheManager
 from engine.core.request import EngineOutput, Request, RowFailure, SampledToken
-from engine.core.sampling_params import SamplingParams
+from engine.core.sampling_params import SAMPLING_PARAMETERS, Parameter, SamplingParams
 from engine.core.scheduler import Scheduler
 from engine.core.stats import EngineInfo, EngineStats
 from engine.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
-
-SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""The keys of generation_config.json that are sampling parameters here too."""
-
 
 Model = TypeVar("Model", bound=LoadedModel)
 
@@ -177,20 +173,25 @@ def _default_params(generation_config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: A value that no request could have either.
     """
-    given = {
-        key: generation_config[key] for key in SAMPLING_DEFAULTS if generation_config.get(key) is not None
-    }
+    given = [
+        parameter
+        for parameter in SAMPLING_PARAMETERS
+        if parameter.is_recommended and generation_config.get(parameter.name) is not None
+    ]
     try:
-        numbers: dict[str, Any] = {key: _number(key, value) for key, value in given.items()}
+        numbers = {
+            parameter.name: _number(parameter, generation_config[parameter.name]) for parameter in given
+        }
         params = SamplingParams(**numbers)
     except ValueError as error:
         raise CheckpointError(f"generation_config.json: {error}") from error
-    return {key: getattr(params, key) for key in given}
+    return {name: getattr(params, name) for name in numbers}
 
 
-def _number(key: str, value: Any) -> int | float:
+def _number(parameter: Parameter, value: Any) -> Any:
     """The value as the type of the sampling parameter; files write 50.0 for 50."""
-    kind = int if key == "top_k" else float
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
-        raise ValueError(f"{key} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
-    return kind(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or parameter.kind(value) != value:
+        wanted = "an integer" if parameter.kind is int else "a number"
+        raise ValueError(f"{parameter.name} must be {wanted}, got {value!r}")
+    return parameter.kind(value)

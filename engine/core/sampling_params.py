@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from engine.errors import RequestError
 
@@ -14,8 +15,73 @@ MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Some numbers.
+
+    Attributes:
+        low: The least of them.
+        above: What all of them are greater than, instead of `low`.
+        high: The largest; None: there is none.
+    """
+
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        # The comparisons are written so that NaN fails them.
+        return (
+            (self.low is None or value >= self.low)
+            and (self.above is None or value > self.above)
+            and (self.high is None or value <= self.high)
+        )
+
+    def __str__(self) -> str:
+        if self.above is not None:
+            return f"greater than {self.above} and at most {self.high}"
+        return f"at least {self.low}" if self.high is None else f"between {self.low} and {self.high}"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """What is known of a field of `SamplingParams` besides its meaning.
+
+    Attributes:
+        kind: Its type, as annotated.
+        limits: What it may be; None: no number, or any.
+        is_recommended: Whether a model's generation_config.json may recommend it.
+        example: A value that changes a draw, for the steps that try all code; None: it has no part in a draw, or goes
+            the way of another.
+    """
+
+    name: str
+    kind: Any
+    limits: Range | None = None
+    is_recommended: bool = False
+    example: Any = None
+
+    def check(self, value: Any) -> None:
+        """
+        Raises:
+            RequestError: The value is out of range.
+        """
+        if self.limits is None or (value is None and NoneType in get_args(self.kind)):
+            return
+        if value not in self.limits:
+            raise RequestError(f"{self.name} must be {self.limits}, got {value}", self.name)
+
+
+def _parameter(default: Any, limits: Range, *, is_recommended: bool = False, example: Any = None) -> Any:
+    """A field that is a number; the other arguments are those of `Parameter`."""
+    metadata = {"limits": limits, "is_recommended": is_recommended, "example": example}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to sample one request. Names and ranges are OpenAI's, extended by vLLM's.
+
+    Each parameter is declared here once, with what other modules have to know of it; see `SAMPLING_PARAMETERS`.
 
     Attributes:
         n: Samples drawn from the prompt; they share its cache blocks.
@@ -38,24 +104,24 @@ class SamplingParams:
         logprobs: Log-probabilities of the chosen token and of this many likeliest ones; None for none.
     """
 
-    n: int = 1
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
+    n: int = _parameter(1, Range(low=1, high=MAX_SAMPLES))
+    max_tokens: int | None = _parameter(16, Range(low=1))
+    min_tokens: int = _parameter(0, Range(low=0))
+    temperature: float = _parameter(1.0, Range(low=0.0, high=2.0), is_recommended=True)
+    top_k: int = _parameter(0, Range(low=0), is_recommended=True, example=40)
+    top_p: float = _parameter(1.0, Range(above=0, high=1), is_recommended=True, example=0.9)
+    min_p: float = _parameter(0.0, Range(low=0.0, high=1.0), is_recommended=True, example=0.01)
+    repetition_penalty: float = _parameter(1.0, Range(above=0, high=10), is_recommended=True, example=1.2)
+    presence_penalty: float = _parameter(0.0, Range(low=-2.0, high=2.0))
+    frequency_penalty: float = _parameter(0.0, Range(low=-2.0, high=2.0), example=0.5)
+    seed: int | None = _parameter(None, Range(low=-MAX_SEED - 1, high=MAX_SEED))
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logit_bias: dict[int, float] = field(default_factory=dict)
-    logprobs: int | None = None
+    logprobs: int | None = _parameter(None, Range(low=0, high=MAX_LOGPROBS))
 
     def __post_init__(self) -> None:
         # A user may write stop="\n", stop=["\n"] or top_k=-1; the fields hold one form.
@@ -68,26 +134,8 @@ class SamplingParams:
             object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
-        self._check_range("n", 1, MAX_SAMPLES)
-        if self.max_tokens is not None:
-            self._check_range("max_tokens", 1)
-        self._check_range("min_tokens", 0)
-        self._check_range("temperature", 0.0, 2.0)
-        self._check_range("top_k", 0)
-        if not 0.0 < self.top_p <= 1.0:
-            raise RequestError(f"top_p must be greater than 0 and at most 1, got {self.top_p}", "top_p")
-        self._check_range("min_p", 0.0, 1.0)
-        if not 0.0 < self.repetition_penalty <= 10.0:
-            raise RequestError(
-                f"repetition_penalty must be greater than 0 and at most 10, got {self.repetition_penalty}",
-                "repetition_penalty",
-            )
-        self._check_range("presence_penalty", -2.0, 2.0)
-        self._check_range("frequency_penalty", -2.0, 2.0)
-        if self.seed is not None:
-            self._check_range("seed", -MAX_SEED - 1, MAX_SEED)
-        if self.logprobs is not None:
-            self._check_range("logprobs", 0, MAX_LOGPROBS)
+        for parameter in SAMPLING_PARAMETERS:
+            parameter.check(getattr(self, parameter.name))
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", "stop")
         if any(not isinstance(text, str) or not text for text in self.stop):
@@ -102,13 +150,6 @@ class SamplingParams:
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", "min_tokens"
             )
 
-    def _check_range(self, field: str, low: float, high: float | None = None) -> None:
-        value = getattr(self, field)
-        # The comparison is written so that NaN fails it.
-        if not (value >= low and (high is None or value <= high)):
-            limit = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise RequestError(f"{field} must be {limit}, got {value}", field)
-
     @property
     def is_greedy(self) -> bool:
         # Below this a float32 quotient can overflow, and the likeliest token is all that could be drawn.
@@ -117,3 +158,16 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+_KINDS = get_type_hints(SamplingParams)
+
+SAMPLING_PARAMETERS = tuple(
+    Parameter(option.name, _KINDS[option.name], **option.metadata) for option in fields(SamplingParams)
+)
+"""The fields of `SamplingParams`, in order: the one list of them."""
+
+EXAMPLES = {
+    parameter.name: parameter.example for parameter in SAMPLING_PARAMETERS if parameter.example is not None
+}
+"""By name, values under which a draw reaches all code."""

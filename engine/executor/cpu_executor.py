@@ -11,9 +11,9 @@ import torch
 
 from engine.config import SchedulerConfig
 from engine.core.batch import Batch, Draw
-from engine.core.executor import Drawn, Sampled
+from engine.core.executor import Sampled
+from engine.executor.sampler import SamplerInputs, sample
 from engine.executor.step_buffers import BlockTables, flatten
-from engine.executor.torch_executor import read_drawn
 from engine.kernels import cpu
 from engine.kernels.attention.in_c import SEGMENT, CpuPlan, gather, group_segments
 from engine.kernels.attention.kv_layer import KVCache
@@ -116,4 +116,4 @@ class CpuExecutor:
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
         """Draws a token for each row that has a draw."""
-        return Drawn(read_drawn(logits, batch, draws, self._last_tokens))
+        return sample(logits, draws, SamplerInputs.on_cpu(batch, torch.from_numpy(self._last_tokens)))

@@ -1,99 +1,208 @@
-"""The sampler: from logits to tokens, row by row, each row by itself alone.
+"""The sampler: from logits to tokens, one call a step over [rows, vocabulary], the same on every device.
 
-Order of operations: log-probabilities are taken from the model's own logits; then logit_bias, penalties and
-banned tokens; then temperature, top_k, min_p, top_p (over what the other two left), and the draw. Filters keep
-or drop equal logits together, and among equal maxima the lowest token id wins.
+`sample`, read from top to bottom, is the order of operations, and the order is that of vLLM's `Sampler.forward`. Each
+operation is a kernel's, which picks its body by device. What is drawn in a row depends on that row's logits and draw
+alone. Filters keep or drop equal logits together, and among equal maxima the lowest token id wins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from engine.core.batch import Draw
+from engine.core.batch import Batch, Draw
+from engine.core.executor import Drawn, Sampled
 from engine.core.random import draw_key
 from engine.core.request import RowFailure, SampledToken
-from engine.kernels.sample import Adjustments, DrawParameters, adjust_logits, draw, greedy, logprobs_of
+from engine.core.sampling_params import SAMPLING_PARAMETERS
+from engine.kernels.sample import (
+    Adjustments,
+    DrawParameters,
+    Logprobs,
+    adjust_logits,
+    draw_tokens,
+    logprobs_of,
+    mask_logits,
+)
+
+_PARAMETER_WORDS = {
+    parameter.name: torch.float32 if parameter.kind is float else torch.int32
+    for parameter in SAMPLING_PARAMETERS
+    if parameter.name in DrawParameters.__slots__
+}
+
+DRAW_WORDS = {"key_low": torch.int32, "key_high": torch.int32, **_PARAMETER_WORDS}
+"""By name, the types of `DrawParameters`: words of 32 bits."""
 
 
-def sample(logits: torch.Tensor, draws: list[Draw]) -> list[SampledToken | RowFailure]:
-    """Draws one token a row, on the CPU.
+@dataclass(frozen=True, slots=True)
+class SamplerInputs:
+    """What the sampler reads beside logits and draws, on the logits' device; R rows draw.
+
+    Attributes:
+        parameters: The draws as the kernel takes them.
+        slots: [R] int32, the rows' places in the running batch.
+        last_tokens: [places] int32; takes each row's token (0 for none), where the next step finds it.
+        allowed_tokens: [R, ceil(vocabulary / 32)] int32, a bitmask a row: token t may be drawn where bit t % 32 of
+            word t // 32 is set; None: every token may.
+    """
+
+    parameters: DrawParameters
+    slots: torch.Tensor
+    last_tokens: torch.Tensor
+    allowed_tokens: torch.Tensor | None = None
+
+    @staticmethod
+    def on_cpu(batch: Batch, last_tokens: torch.Tensor) -> SamplerInputs:
+        """The inputs of a batch's draws."""
+        drawing = [(row.slot, row.draw) for row in batch.rows if row.draw is not None]
+        return SamplerInputs(
+            parameters_of([draw for _, draw in drawing]),
+            torch.tensor([slot for slot, _ in drawing], dtype=torch.int32),
+            last_tokens,
+        )
+
+
+def sample(logits: torch.Tensor, draws: Sequence[Draw | None], inputs: SamplerInputs) -> Sampled:
+    """Launches the draws of a step.
 
     Args:
-        logits: [rows, vocabulary] float32.
-        draws: How to draw, one a row.
+        logits: [rows that draw, vocabulary] float32, contiguous; changed in place.
+        draws: How to draw, one a row of the batch; None where its prompt goes on.
 
     Returns:
-        One entry a row; a row that cannot be sampled does not touch the others.
+        One entry a row of the batch; a row that cannot be sampled does not touch the others.
     """
-    plain = [row for row, how in enumerate(draws) if _is_plain(how)]
-    results = {
-        row: _sample_row(logits[row : row + 1], how) for row, how in enumerate(draws) if not _is_plain(how)
-    }
-    if plain:
-        rows = logits if len(plain) == len(draws) else logits[plain]
-        results.update(zip(plain, map(_result, greedy(rows).tolist()), strict=True))
-    return [results[row] for row in range(len(draws))]
+    wanted = [draw for draw in draws if draw is not None]
+    if not wanted:
+        return Drawn([None] * len(draws))
 
+    # The model's own logits, where log-probabilities are asked for.
+    asking = [row for row, draw in enumerate(wanted) if draw.params.logprobs is not None]
+    index = _to_device(torch.tensor(asking), logits.device) if asking else None
+    raw = None if index is None else logits.index_select(0, index)
 
-def _is_plain(how: Draw) -> bool:
-    """Whether all that is wanted is the likeliest token."""
-    return how.params.is_greedy and how.params.logprobs is None and not _is_adjusted(how)
+    # Allowed tokens.
+    if inputs.allowed_tokens is not None:
+        mask_logits(logits, inputs.allowed_tokens)
 
-
-def _result(token_id: int) -> SampledToken | RowFailure:
-    if token_id < 0:
-        return RowFailure("no token can be drawn: the logits are not finite (NaN or infinity)")
-    return SampledToken(token_id)
-
-
-def _sample_row(logits: torch.Tensor, how: Draw) -> SampledToken | RowFailure:
-    adjustments = adjustments_of([how])
-    adjusted = logits
+    # logit_bias, then penalties; and tokens that are banned until min_tokens.
+    adjustments = adjustments_of(wanted)
     if adjustments is not None:
-        adjusted = logits.clone()
-        adjust_logits(adjusted, adjustments)
-    token = draw(adjusted, parameters_of([how]), filters=has_filters(how))
-    result = _result(int(token))
-    if isinstance(result, RowFailure) or how.params.logprobs is None:
-        return result
-    logprobs = logprobs_of(logits, token, how.params.logprobs)
-    return SampledToken(
-        result.token_id,
-        logprob=float(logprobs.chosen),
-        rank=int(logprobs.ranks),
-        top_logprobs=list(zip(logprobs.top_ids[0].tolist(), logprobs.top_values[0].tolist(), strict=True)),
+        entries = (_to_device(getattr(adjustments, name), logits.device) for name in Adjustments.__slots__)
+        adjust_logits(logits, Adjustments(*entries))
+
+    # Temperature; top_k, min_p, then top_p over what these two left; the draw. One kernel.
+    tokens = draw_tokens(
+        logits,
+        inputs.parameters,
+        filters=any(map(has_filters, wanted)),
+        last_tokens=inputs.last_tokens,
+        table_rows=inputs.slots,
     )
 
+    # Log-probabilities of what was drawn.
+    logprobs = None
+    if raw is not None and index is not None:
+        nums = [wanted[row].params.logprobs or 0 for row in asking]
+        logprobs = logprobs_of(raw, tokens.index_select(0, index), nums)
 
-def has_filters(how: Draw) -> bool:
+    return SamplerOutput.start(draws, tokens, logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerOutput:
+    """Tokens on their way to the host.
+
+    Attributes:
+        draws: One a row of the batch.
+        tokens: [rows that draw] int32, -1 where there was nothing to draw from.
+        logprobs: Of the rows that ask for them.
+        arrived: Recorded after the copies; None where they are no matter of time.
+    """
+
+    draws: Sequence[Draw | None]
+    tokens: torch.Tensor
+    logprobs: Logprobs | None
+    arrived: torch.cuda.Event | None
+
+    @staticmethod
+    def start(draws: Sequence[Draw | None], tokens: torch.Tensor, logprobs: Logprobs | None) -> SamplerOutput:
+        """Starts the copies to the host."""
+        if logprobs is not None:
+            logprobs = Logprobs(*(_to_host(getattr(logprobs, name)) for name in Logprobs.__slots__))
+        tokens_on_host = _to_host(tokens)
+        arrived = None
+        if tokens.device.type == "cuda":
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        return SamplerOutput(draws, tokens_on_host, logprobs, arrived)
+
+    def read(self) -> list[SampledToken | RowFailure | None]:
+        """Waits for the tokens: the one synchronization of a step."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        token_ids, asking = iter(self.tokens.tolist()), itertools.count()
+        return [None if draw is None else self._result(draw, next(token_ids), asking) for draw in self.draws]
+
+    def _result(self, draw: Draw, token_id: int, asking: Iterator[int]) -> SampledToken | RowFailure:
+        """One draw's result; `asking` counts the rows of the log-probabilities."""
+        num = draw.params.logprobs
+        row = None if num is None else next(asking)
+        if token_id < 0:
+            return RowFailure("no token can be drawn: the logits are not finite (NaN or infinity)")
+        if row is None or self.logprobs is None:
+            return SampledToken(token_id)
+        ids, values = self.logprobs.top_ids[row, :num].tolist(), self.logprobs.top_values[row, :num].tolist()
+        return SampledToken(
+            token_id,
+            logprob=float(self.logprobs.chosen[row]),
+            rank=int(self.logprobs.ranks[row]),
+            top_logprobs=list(zip(ids, values, strict=True)),
+        )
+
+
+def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def _to_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy in memory that the device writes to by itself."""
+    if x.device.type != "cuda":
+        return x
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x, non_blocking=True)
+
+
+def has_filters(draw: Draw) -> bool:
     """Whether top_k, top_p or min_p restrict the draw."""
-    params = how.params
+    params = draw.params
     return not params.is_greedy and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
 
 
 def parameters_of(draws: Sequence[Draw]) -> DrawParameters:
     """The draws as the kernel takes them, on the CPU."""
-    keys = [draw_key(how.seed, how.index, how.position) for how in draws]
-    params = [how.params for how in draws]
+    keys = [draw_key(draw.seed, draw.index, draw.position) for draw in draws]
+    columns: dict[str, list[Any]] = {
+        name: [getattr(draw.params, name) for draw in draws] for name in _PARAMETER_WORDS
+    }
+    columns["key_low"], columns["key_high"] = [low for low, _ in keys], [high for _, high in keys]
+    columns["temperature"] = [0.0 if draw.params.is_greedy else draw.params.temperature for draw in draws]
+    # More than any vocabulary is all of it.
+    columns["top_k"] = [min(top_k, 2**31 - 1) for top_k in columns["top_k"]]
     return DrawParameters(
-        key_low=torch.tensor([low for low, _ in keys], dtype=torch.int32),
-        key_high=torch.tensor([high for _, high in keys], dtype=torch.int32),
-        temperature=torch.tensor(
-            [0.0 if p.is_greedy else p.temperature for p in params], dtype=torch.float32
-        ),
-        # More than any vocabulary is all of it.
-        top_k=torch.tensor([min(p.top_k, 2**31 - 1) for p in params], dtype=torch.int32),
-        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32),
-        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32),
+        **{name: torch.tensor(columns[name], dtype=dtype) for name, dtype in DRAW_WORDS.items()}
     )
 
 
 def adjustments_of(draws: Sequence[Draw]) -> Adjustments | None:
     """The bias, penalties and bans of the draws' rows, on the CPU; None where there are none."""
-    rows = [(row, *_adjustments_of_row(how)) for row, how in enumerate(draws) if _is_adjusted(how)]
+    rows = [(row, *_adjustments_of_row(draw)) for row, draw in enumerate(draws) if _is_adjusted(draw)]
     if not rows:
         return None
     numbers, token_ids, bias, repetition, subtract = zip(*rows, strict=True)
@@ -106,18 +215,18 @@ def adjustments_of(draws: Sequence[Draw]) -> Adjustments | None:
     )
 
 
-def _is_adjusted(how: Draw) -> bool:
-    return bool(how.params.logit_bias or how.params.has_penalties or how.stop_token_ids)
+def _is_adjusted(draw: Draw) -> bool:
+    return bool(draw.params.logit_bias or draw.params.has_penalties or draw.stop_token_ids)
 
 
-def _adjustments_of_row(how: Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _adjustments_of_row(draw: Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(token ids, bias, repetition, subtract), ids ascending and each once."""
-    params = how.params
+    params = draw.params
     biased = np.array(list(params.logit_bias), np.int64)
-    banned = np.array(how.stop_token_ids, np.int64)
-    used, counts = np.unique(np.array(how.output_token_ids, np.int64), return_counts=True)
+    banned = np.array(draw.stop_token_ids, np.int64)
+    used, counts = np.unique(np.array(draw.output_token_ids, np.int64), return_counts=True)
     seen = (
-        np.union1d(used, np.array(how.prompt_token_ids, np.int64))
+        np.union1d(used, np.array(draw.prompt_token_ids, np.int64))
         if params.repetition_penalty != 1.0
         else used
     )

@@ -20,7 +20,7 @@ import torch
 from engine.config import SchedulerConfig
 from engine.core.batch import Batch, BatchRow, Draw
 from engine.core.kv_cache import NULL_BLOCK
-from engine.executor.sampler import parameters_of
+from engine.executor.sampler import DRAW_WORDS, parameters_of
 from engine.kernels.attention.in_triton import (
     ITEM_WORDS,
     AttentionForm,
@@ -328,7 +328,7 @@ class StepBuffers:
         words[layout.parts["draw_slots"]][:count] = [rows[index].slot for index in drawing]
         draws: list[Draw] = [row.draw for row in rows if row.draw is not None]
         parameters = parameters_of(draws)
-        for name in DrawParameters.__slots__:
+        for name in DRAW_WORDS:
             words[layout.parts[name]][:count] = getattr(parameters, name).numpy().view(np.int32)
 
     def _list_name(self, kind: str, window_index: int) -> str:
@@ -350,7 +350,7 @@ class StepBuffers:
         for name in ("token_ids", "positions", "slots"):
             layout.add(name, num_tokens)
         layout.add("query_starts", num_rows + 1)
-        for name in ("starts", "table_rows", "last_rows", "draw_slots", *DrawParameters.__slots__):
+        for name in ("starts", "table_rows", "last_rows", "draw_slots", *DRAW_WORDS):
             layout.add(name, num_rows)
         layout.add("update_indices", num_updates)
         layout.add("update_blocks", num_updates)
@@ -361,7 +361,6 @@ class StepBuffers:
 
     def _inputs(self, layout: Layout) -> StepInputs:
         words = {name: self._device[part] for name, part in layout.parts.items()}
-        floats = {name: words[name].view(torch.float32) for name in ("temperature", "top_p", "min_p")}
 
         def work_list(kind: str, index: int) -> WorkList | None:
             name = self._list_name(kind, index)
@@ -377,9 +376,7 @@ class StepBuffers:
             draw_slots=words["draw_slots"],
             update_indices=words["update_indices"],
             update_blocks=words["update_blocks"],
-            draws=DrawParameters(
-                **{name: floats.get(name, words[name]) for name in DrawParameters.__slots__}
-            ),
+            draws=DrawParameters(**{name: words[name].view(dtype) for name, dtype in DRAW_WORDS.items()}),
             plans={
                 window: TritonPlan(
                     query_starts=words["query_starts"],

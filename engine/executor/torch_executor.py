@@ -7,10 +7,9 @@ import torch
 
 from engine.config import SchedulerConfig
 from engine.core.batch import Batch, Draw
-from engine.core.executor import Drawn, Sampled
-from engine.core.request import RowFailure, SampledToken
-from engine.executor.sampler import sample
-from engine.executor.step_buffers import BlockTables, Int32Array, flatten
+from engine.core.executor import Sampled
+from engine.executor.sampler import SamplerInputs, sample
+from engine.executor.step_buffers import BlockTables, flatten
 from engine.kernels.attention.kv_layer import KVCache
 from engine.kernels.attention.plan import AttentionPlan
 from engine.models.attention import PagedInputs
@@ -64,17 +63,4 @@ class TorchExecutor:
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
         """Draws a token for each row that has a draw."""
-        return Drawn(read_drawn(logits, batch, draws, self._last_tokens))
-
-
-def read_drawn(
-    logits: torch.Tensor, batch: Batch, draws: list[Draw | None], last_tokens: Int32Array
-) -> list[SampledToken | RowFailure | None]:
-    """Draws on the CPU, and notes the tokens in `last_tokens` ([slots] int32)."""
-    wanted = [draw for draw in draws if draw is not None]
-    drawn = iter(sample(logits, wanted) if wanted else [])
-    results = [None if draw is None else next(drawn) for draw in draws]
-    for row, result in zip(batch.rows, results, strict=True):
-        if isinstance(result, SampledToken):
-            last_tokens[row.slot] = result.token_id
-    return results
+        return sample(logits, draws, SamplerInputs.on_cpu(batch, torch.from_numpy(self._last_tokens)))

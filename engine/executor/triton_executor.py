@@ -1,28 +1,25 @@
 """TritonExecutor: runs steps on a GPU, or wherever Triton's kernels run, without waiting for them.
 
 one copy of a step's inputs ─► block tables ─► forward pass (a CUDA graph for decodes) ─► logits
-adjustments, if any ─► draw ─► last tokens, which the next step reads on the device ─► copy to the host
+the sampler ─► last tokens, which the next step reads on the device ─► copy to the host
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
 from engine.config import SchedulerConfig
 from engine.core.batch import Batch, Draw
-from engine.core.executor import Drawn, Sampled
-from engine.core.request import RowFailure, SampledToken
+from engine.core.executor import Sampled
 from engine.errors import ConfigError
 from engine.executor.cuda_graphs import CudaGraphs, graph_sizes
-from engine.executor.sampler import adjustments_of, has_filters
+from engine.executor.sampler import SamplerInputs, sample
 from engine.executor.step_buffers import AttentionForms, StepBuffers, StepInputs
 from engine.kernels.attention.in_triton import form, make_scratch, scratch_capacity
 from engine.kernels.attention.kv_layer import KVCache
 from engine.kernels.launch import target_of
-from engine.kernels.sample import Adjustments, Logprobs, adjust_logits, draw, logprobs_of
 from engine.kernels.step import resolve_tokens, update_tables
 from engine.models.attention import PagedInputs
 from engine.models.config import RopeConfig
@@ -131,96 +128,8 @@ class TritonExecutor:
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
         """Launches the draws of the step that was executed last."""
-        wanted = [how for how in draws if how is not None]
-        if not wanted:
-            return Drawn([None] * len(draws))
-        asking = [row for row, how in enumerate(wanted) if how.params.logprobs is not None]
-        index = self._to_device(torch.tensor(asking, dtype=torch.int64)) if asking else None
-        raw = None if index is None else logits.index_select(0, index)
-        adjustments = adjustments_of(wanted)
-        if adjustments is not None:
-            entries = (self._to_device(getattr(adjustments, name)) for name in Adjustments.__slots__)
-            adjust_logits(logits, Adjustments(*entries))
-        slots = self._inputs.draw_slots[: len(wanted)]
-        tokens = draw(
-            logits,
-            self._inputs.draws,
-            filters=any(has_filters(how) for how in wanted),
-            last_tokens=self.last_tokens,
-            table_rows=slots,
-        )
-        logprobs = None
-        if raw is not None and index is not None:
-            num = max(wanted[row].params.logprobs or 0 for row in asking)
-            logprobs = logprobs_of(raw, tokens.index_select(0, index), num)
-        return DeviceSampled.start(draws, tokens, asking, logprobs)
-
-    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
-        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceSampled:
-    """Tokens on their way to the host.
-
-    Attributes:
-        draws: One a row of the batch.
-        tokens: [draws] int32, -1 where the logits were not finite.
-        asking: The draws that want log-probabilities.
-        arrived: Recorded after the copies; None where they are no matter of time.
-    """
-
-    draws: list[Draw | None]
-    tokens: torch.Tensor
-    asking: list[int]
-    logprobs: Logprobs | None
-    arrived: torch.cuda.Event | None
-
-    @staticmethod
-    def start(
-        draws: list[Draw | None], tokens: torch.Tensor, asking: list[int], logprobs: Logprobs | None
-    ) -> DeviceSampled:
-        """Starts the copies to the host."""
-        if logprobs is not None:
-            logprobs = Logprobs(*(_to_host(getattr(logprobs, name)) for name in Logprobs.__slots__))
-        tokens_on_host = _to_host(tokens)
-        arrived = None
-        if tokens.device.type == "cuda":
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
-        return DeviceSampled(draws, tokens_on_host, asking, logprobs, arrived)
-
-    def read(self) -> list[SampledToken | RowFailure | None]:
-        """Waits for the tokens: the one synchronization of a step."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        token_ids = iter(self.tokens.tolist())
-        places = iter(range(len(self.asking)))
-        return [None if how is None else self._token(how, next(token_ids), places) for how in self.draws]
-
-    def _token(self, how: Draw, token_id: int, places: Iterator[int]) -> SampledToken | RowFailure:
-        """One draw's result; `places` counts the rows of the log-probabilities."""
-        index = None if how.params.logprobs is None else next(places)
-        if token_id < 0:
-            return RowFailure("the model's logits are not finite (NaN or infinity)")
-        if index is None or self.logprobs is None:
-            return SampledToken(token_id)
-        ids = self.logprobs.top_ids[index, : how.params.logprobs].tolist()
-        values = self.logprobs.top_values[index, : how.params.logprobs].tolist()
-        return SampledToken(
-            token_id,
-            logprob=float(self.logprobs.chosen[index]),
-            rank=int(self.logprobs.ranks[index]),
-            top_logprobs=list(zip(ids, values, strict=True)),
-        )
-
-
-def _to_host(x: torch.Tensor) -> torch.Tensor:
-    """A copy in memory that the device writes to by itself."""
-    if x.device.type != "cuda":
-        return x
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    return host.copy_(x, non_blocking=True)
+        slots = self._inputs.draw_slots[: logits.shape[0]]
+        return sample(logits, draws, SamplerInputs(self._inputs.draws, slots, self.last_tokens))
 
 
 def _attention_forms(

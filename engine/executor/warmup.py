@@ -14,7 +14,7 @@ from tqdm import tqdm
 from engine.config import EngineConfig, SchedulerConfig
 from engine.core.batch import Batch, BatchRow, Draw
 from engine.core.kv_cache import NULL_BLOCK
-from engine.core.sampling_params import MAX_LOGPROBS, SamplingParams
+from engine.core.sampling_params import EXAMPLES, MAX_LOGPROBS, SamplingParams
 from engine.executor.options import resolve_cache_dtype, resolve_dtype
 from engine.executor.triton_executor import TritonExecutor
 from engine.kernels.attention.kv_layer import KVCache
@@ -29,9 +29,7 @@ from engine.parallel.pipeline import Pipeline
 from engine.quant.plan import QuantizationPlan
 
 GREEDY = SamplingParams(temperature=0)
-FULL = SamplingParams(
-    temperature=0.7, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=MAX_LOGPROBS
-)
+FULL = SamplingParams(temperature=0.7, logprobs=MAX_LOGPROBS, **EXAMPLES)
 """Everything that a draw may need."""
 
 NUM_META_SLOTS = 2**20

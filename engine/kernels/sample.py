@@ -2,12 +2,14 @@
 
 Row by row, and each row by itself alone:
 
-1. `adjust_logits`: bias, penalties and bans, one entry for each token that they touch;
-2. filters, each of which keeps the tokens whose logit reaches a threshold, equal ones alike:
+1. `mask_logits`: bans the tokens that a row's bitmask leaves out;
+2. `adjust_logits`: bias, penalties and bans, one entry for each token that they touch;
+3. `draw_tokens`, filters, each of which keeps the tokens whose logit reaches a threshold, equal ones alike:
    top_k: the k-th largest logit; min_p: the largest + temperature * log(min_p); top_p: the smallest logit of
    the smallest nucleus (Holtzman et al. 2020) of what the other two have left;
-3. the draw: the largest of logit / temperature + Gumbel noise (`engine.kernels.noise`), the lowest token id
-   among equals; at temperature 0 the largest logit, likewise.
+   and the draw: the largest of logit / temperature + Gumbel noise (`engine.kernels.noise`), the lowest token id
+   among equals; at temperature 0 the largest logit, likewise;
+4. `logprobs_of`: log-probabilities of what was drawn, and of the likeliest tokens.
 
 On a GPU a filtered draw reads the logits about twice. The first pass takes the largest logit of every 32.
 A threshold over these maxima alone bounds the row's own from below, since the row has at least as many tokens
@@ -21,6 +23,7 @@ a sixteenth of the logits with filters; without, two words for each split of a r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +73,8 @@ class Adjustments:
 class DrawParameters:
     """How to draw, for each row; all [R].
 
+    But for the keys, each is the sampling parameter of its name, as int32 or float32.
+
     Attributes:
         key_low, key_high: int32, from `engine.core.random.draw_key`.
         temperature: float32; 0 is greedy, and filters do not matter then.
@@ -92,13 +97,26 @@ class Logprobs:
     Attributes:
         chosen: [N] float32, of the drawn tokens.
         ranks: [N] int32, from 1; equals share one.
-        top_ids, top_values: [N, num] int64 and float32, the likeliest first.
+        top_ids, top_values: [N, most of `nums`] int64 and float32, the likeliest first; as many of a row count as it
+            asked for.
     """
 
     chosen: torch.Tensor
     ranks: torch.Tensor
     top_ids: torch.Tensor
     top_values: torch.Tensor
+
+
+def mask_logits(logits: torch.Tensor, allowed_tokens: torch.Tensor) -> None:
+    """Bans what a bitmask leaves out, in place, with torch's operators on every device.
+
+    Args:
+        logits: [R, V] float32.
+        allowed_tokens: [R, ceil(V / 32)] int32; bit t % 32 of word t // 32 is set where token t may be drawn.
+    """
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    is_allowed = (allowed_tokens[:, :, None] >> bits & 1).flatten(1)[:, : logits.shape[1]] == 1
+    logits.masked_fill_(~is_allowed, -math.inf)
 
 
 def reference_adjust(logits: torch.Tensor, entries: Adjustments) -> None:
@@ -111,19 +129,32 @@ def reference_adjust(logits: torch.Tensor, entries: Adjustments) -> None:
 
 def reference(logits: torch.Tensor, parameters: DrawParameters) -> torch.Tensor:
     """Tokens [R] int32 for logits [R, V] float32; -1 where a row has a NaN or its maximum is not finite."""
-    keys = zip(parameters.key_low.tolist(), parameters.key_high.tolist(), strict=True)
-    temperatures, thresholds = parameters.temperature.tolist(), reference_thresholds(logits, parameters)
-    tokens = []
-    for row, key, temperature, threshold in zip(logits, keys, temperatures, thresholds.tolist(), strict=True):
-        # A NaN is the maximum of its row.
-        if not (row.max() / (temperature or 1.0)).isfinite():
-            tokens.append(-1)
-        elif temperature == 0.0:
-            tokens.append(int(row.argmax()))
-        else:
-            token_ids = (row >= threshold).nonzero().squeeze(1)
-            scores = row[token_ids] / temperature + gumbel_noise(key, token_ids)
-            tokens.append(int(token_ids[scores.argmax()]))
+    return _reference_draw(logits, parameters, _reference_likeliest(logits))
+
+
+def _reference_likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """What `reference` draws at temperature 0."""
+    largest, tokens = logits.max(dim=1)  # of a row with a NaN that
+    return torch.where(largest.isfinite(), tokens, -1).int()
+
+
+def _reference_draw(
+    logits: torch.Tensor, parameters: DrawParameters, likeliest: torch.Tensor
+) -> torch.Tensor:
+    """As `reference`, given what it is at temperature 0; row by row, as torch may sum several in another order."""
+    tokens = likeliest.tolist()
+    key_low, key_high = parameters.key_low.tolist(), parameters.key_high.tolist()
+    top_k, top_p, min_p = parameters.top_k.tolist(), parameters.top_p.tolist(), parameters.min_p.tolist()
+    for row, temperature in enumerate(parameters.temperature.tolist()):
+        if temperature > 0.0 and tokens[row] >= 0:
+            values = logits[row]
+            if not (values[tokens[row]] / temperature).isfinite():
+                tokens[row] = -1
+                continue
+            threshold = _reference_threshold(values, temperature, top_k[row], top_p[row], min_p[row])
+            token_ids = (values >= threshold).nonzero().squeeze(1)
+            noise = gumbel_noise((key_low[row], key_high[row]), token_ids)
+            tokens[row] = int(token_ids[(values[token_ids] / temperature + noise).argmax()])
     return torch.tensor(tokens, dtype=torch.int32)
 
 
@@ -165,6 +196,24 @@ def _reference_threshold(
         before = masses.cumsum(dim=0) - masses
         threshold = float(values[before < top_p][-1])
     return threshold
+
+
+def reference_logprobs(logits: torch.Tensor, tokens: torch.Tensor, nums: Sequence[int]) -> Logprobs:
+    """As `logprobs_of`; row by row, as the order of equals depends on how many are asked for."""
+    num_rows = logits.shape[0]
+    found = Logprobs(
+        chosen=torch.empty(num_rows),
+        ranks=torch.empty(num_rows, dtype=torch.int32),
+        top_ids=torch.zeros(num_rows, max(nums), dtype=torch.int64),
+        top_values=torch.zeros(num_rows, max(nums)),
+    )
+    for row, (token, num) in enumerate(zip(tokens.clamp(min=0).tolist(), nums, strict=True)):
+        values, log_sum = logits[row], _reference_log_sums(logits[row : row + 1])
+        found.chosen[row : row + 1] = values[token] - log_sum
+        found.ranks[row] = (values > values[token]).sum() + 1
+        top = values.topk(num)
+        found.top_ids[row, :num], found.top_values[row, :num] = top.indices, top.values - log_sum
+    return found
 
 
 def _reference_log_sums(logits: torch.Tensor) -> torch.Tensor:
@@ -588,17 +637,16 @@ def adjust_logits(logits: torch.Tensor, entries: Adjustments, tile: Tile | None 
     )
 
 
-def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The likeliest token of each row on the CPU, as `draw` finds it: logits [R, V] float32 → [R] int32."""
-    if cpu.serves(logits):
-        tokens = torch.empty(logits.shape[0], dtype=torch.int32)
-        cpu.run("argmax", logits.shape[0], logits=logits, vocab_size=logits.shape[1], tokens=tokens)
-        return tokens
-    largest, tokens = logits.max(dim=1)  # of a row with a NaN that
-    return torch.where(largest.isfinite(), tokens, -1).int()
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """As `_reference_likeliest`, on the CPU's threads where it can."""
+    if not cpu.serves(logits):
+        return _reference_likeliest(logits)
+    tokens = torch.empty(logits.shape[0], dtype=torch.int32)
+    cpu.run("argmax", logits.shape[0], logits=logits, vocab_size=logits.shape[1], tokens=tokens)
+    return tokens
 
 
-def draw(
+def draw_tokens(
     logits: torch.Tensor,
     parameters: DrawParameters,
     *,
@@ -620,7 +668,7 @@ def draw(
     """
     target = target_of(logits)
     if target is None:
-        tokens = reference(logits, parameters)
+        tokens = _reference_draw(logits, parameters, _likeliest(logits))
         if last_tokens is not None and table_rows is not None:
             is_kept = table_rows >= 0
             last_tokens[table_rows[is_kept].long()] = tokens[is_kept].clamp(min=0)
@@ -723,18 +771,15 @@ def find_thresholds(
     return thresholds[:num_rows]
 
 
-def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor, num: int) -> Logprobs:
-    """Log-probabilities of the drawn tokens [N] int32 and of the `num` likeliest, under logits [N, V] float32.
+def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor, nums: Sequence[int]) -> Logprobs:
+    """Log-probabilities of the drawn tokens [N] int32, and of as many of the likeliest as each row asks for.
 
-    The logits are the model's own, from before `adjust_logits`. A row whose token is -1 gets numbers without
-    meaning.
+    The logits, [N, V] float32, are the model's own, from before `mask_logits` and `adjust_logits`. A row whose token
+    is -1 gets numbers without meaning.
     """
-    top_values, top_ids = logits.topk(num)
     if target_of(logits) is None:
-        log_sums = _reference_log_sums(logits)
-        values = logits.gather(1, tokens.clamp(min=0).long()[:, None])
-        ranks = (logits > values).sum(dim=1, dtype=torch.int32) + 1
-        return Logprobs(values[:, 0] - log_sums, ranks, top_ids, top_values - log_sums[:, None])
+        return reference_logprobs(logits, tokens, nums)
+    top_values, top_ids = logits.topk(max(nums))
     num_rows, vocab_size = logits.shape
     log_sums = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     chosen = torch.empty_like(log_sums)

@@ -24,7 +24,7 @@ from engine.core.batch import Batch, Draw
 from engine.core.engine_core import EngineCore
 from engine.core.executor import Executor, Sampled
 from engine.core.request import Request
-from engine.core.sampling_params import SamplingParams
+from engine.core.sampling_params import EXAMPLES, SamplingParams
 from engine.errors import EngineError
 from engine.executor.cpu_executor import CpuExecutor
 from engine.executor.runner import ModelRunner
@@ -47,14 +47,19 @@ LONGEST = 384
 
 MAX_TOKENS = 20
 
+_NUCLEUS = {name: EXAMPLES[name] for name in ("top_p", "min_p")}
+_FREQUENCY = {"frequency_penalty": EXAMPLES["frequency_penalty"]}
+_OTHERS = {name: value for name, value in EXAMPLES.items() if name not in {**_NUCLEUS, **_FREQUENCY}}
+
 PARAMS: tuple[SamplingParams, ...] = (
     SamplingParams(temperature=0),
     SamplingParams(temperature=0.8),
     SamplingParams(temperature=0),
-    SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01),
-    SamplingParams(temperature=0, frequency_penalty=0.5),
-    SamplingParams(temperature=1.2, top_k=40, repetition_penalty=1.2, n=2),
+    SamplingParams(temperature=1.0, **_NUCLEUS),
+    SamplingParams(temperature=0, **_FREQUENCY),
+    SamplingParams(temperature=1.2, n=2, **_OTHERS),
 )
+"""Between them they have every parameter that changes a draw."""
 
 Key = tuple[int, int, int]
 """Seed, sample and position of a draw, which name a row of logits in every run; seeds differ among requests."""

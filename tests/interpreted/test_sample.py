@@ -128,7 +128,7 @@ def test_greedy_rows_and_broken_ones_end_the_search() -> None:
     logits[4, :200] = math.nan
     filters = [(3, 0.5, 0.1)] * 5
     how = parameters(5, [0.0, 1.0, 1.0, 1.0, 1.0], filters)
-    tokens = sample.draw(logits, how, filters=True)
+    tokens = sample.draw_tokens(logits, how, filters=True)
     assert tokens.tolist() == [int(logits[0].argmax()), -1, -1, -1, -1]
     assert torch.equal(sample.reference(logits, how), tokens)
 
@@ -139,24 +139,24 @@ def test_tokens_are_the_references(num_rows: int, kind: str) -> None:
     temperatures = [(0.0, 1e-5, 0.7, 1.0, 2.0)[(row + 3) % 5] for row in range(num_rows)]
     how = parameters(num_rows, temperatures, (FILTERS * 2)[:num_rows], seed=3)
     expected = sample.reference(logits, how)
-    assert torch.equal(sample.draw(logits, how, filters=True), expected)
+    assert torch.equal(sample.draw_tokens(logits, how, filters=True), expected)
     assert len(set(expected.tolist())) > num_rows // 2
     plain = parameters(num_rows, temperatures, seed=4)
     expected = sample.reference(logits, plain)
     for block in (256, 2048):
         tile = Tile({"BLOCK": block}, num_warps=4, num_stages=1)
-        assert torch.equal(sample.draw(logits, plain, filters=False, tile=tile), expected)
-    assert torch.equal(sample.draw(logits, plain, filters=True), expected)
+        assert torch.equal(sample.draw_tokens(logits, plain, filters=False, tile=tile), expected)
+    assert torch.equal(sample.draw_tokens(logits, plain, filters=True), expected)
 
 
 def test_a_row_alone_draws_as_in_a_batch() -> None:
     logits = random_logits("rounded", 3, 700)
     how = parameters(3, [0.9, 0.5, 2.0], [(50, 0.8, 0.0), (0, 0.9, 0.0), (9, 1.0, 0.0)], seed=8)
-    together = sample.draw(logits, how, filters=True)
+    together = sample.draw_tokens(logits, how, filters=True)
     thresholds = sample.find_thresholds(logits, how)
     for row in range(3):
         alone = logits[row : row + 1].clone()
-        assert torch.equal(sample.draw(alone, row_of(how, row), filters=True), together[row : row + 1])
+        assert torch.equal(sample.draw_tokens(alone, row_of(how, row), filters=True), together[row : row + 1])
         assert torch.equal(sample.find_thresholds(alone, row_of(how, row)), thresholds[row : row + 1])
 
 
@@ -166,7 +166,7 @@ def test_among_equals_the_lowest_token_id_wins() -> None:
     logits[:, [701, 9, 42, 1_002]] = 1e30
     how = parameters(4, [0.0, 1.0, 1.0, 2.0], [(0, 1.0, 0.0), (0, 1.0, 0.0), (2, 0.5, 0.0), (0, 1.0, 0.3)])
     tile = Tile({"BLOCK": 512}, num_warps=4, num_stages=1)
-    assert sample.draw(logits, how, filters=True, tile=tile).tolist() == [9] * 4
+    assert sample.draw_tokens(logits, how, filters=True, tile=tile).tolist() == [9] * 4
 
 
 def test_extreme_temperatures() -> None:
@@ -174,12 +174,12 @@ def test_extreme_temperatures() -> None:
     logits[1] *= 1e34
     # 1e34 / 1e-5 is beyond float32: nothing can be drawn from an infinite score.
     how = parameters(3, [1e-5, 1e-5, 1e-5], [(0, 0.9, 0.0)] * 3)
-    assert sample.draw(logits, how, filters=True).tolist() == [
+    assert sample.draw_tokens(logits, how, filters=True).tolist() == [
         int(logits[0].argmax()),
         -1,
         int(logits[2].argmax()),
     ]
-    assert torch.equal(sample.reference(logits, how), sample.draw(logits, how, filters=True))
+    assert torch.equal(sample.reference(logits, how), sample.draw_tokens(logits, how, filters=True))
 
 
 def test_tokens_reach_their_rows_of_the_table() -> None:
@@ -191,11 +191,11 @@ def test_tokens_reach_their_rows_of_the_table() -> None:
         table = torch.full((6,), 99, dtype=torch.int32)
         rows = torch.tensor([5, -1, 0, 3], dtype=torch.int32)
         if body == "triton":
-            tokens = sample.draw(logits, how, filters=False, last_tokens=table, table_rows=rows)
+            tokens = sample.draw_tokens(logits, how, filters=False, last_tokens=table, table_rows=rows)
         else:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sample, "target_of", lambda _: None)
-                tokens = sample.draw(logits, how, filters=False, last_tokens=table, table_rows=rows)
+                tokens = sample.draw_tokens(logits, how, filters=False, last_tokens=table, table_rows=rows)
         assert tokens.tolist() == [best[0], best[1], -1, best[3]]
         assert table.tolist() == [0, 99, 99, best[3], 99, best[0]]
 
@@ -289,7 +289,7 @@ def test_draws_follow_the_softmax() -> None:
     logits = torch.tensor([0.0, 1.0, -math.inf, 1.5, 0.3, -0.4, -math.inf, 0.9])
     how = parameters(num_draws, 1.3, seed=77)
     tile = Tile({"BLOCK": 8}, num_warps=1, num_stages=1)
-    tokens = sample.draw(logits.repeat(num_draws, 1), how, filters=False, tile=tile)
+    tokens = sample.draw_tokens(logits.repeat(num_draws, 1), how, filters=False, tile=tile)
     counts = torch.bincount(tokens.long(), minlength=8)
     possible = logits.isfinite()
     assert counts[~possible].sum() == 0
@@ -304,7 +304,7 @@ def test_logprobs(num: int) -> None:
     logits = random_logits("normal", 3, 9_000)
     logits[1, 100:] = -math.inf
     tokens = torch.tensor([17, 99, -1], dtype=torch.int32)
-    measured = sample.logprobs_of(logits, tokens, num)
+    measured = sample.logprobs_of(logits, tokens, [num] * 3)
     expected = torch.log_softmax(logits.double(), dim=1)
     for row in range(2):
         chosen = expected[row, tokens[row]]

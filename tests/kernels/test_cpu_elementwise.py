@@ -14,7 +14,7 @@ from engine.kernels.attention.kv_layer import CACHE_TYPES, INT4, INT4_GROUP, KVC
 from engine.kernels.norm import add, rms_norm
 from engine.kernels.operands import SparseInt8Activations, SparseInt8Format
 from engine.kernels.quantize import quantize_sparse, sparse_reference
-from engine.kernels.sample import DrawParameters, draw
+from engine.kernels.sample import DrawParameters, draw_tokens
 from engine.quant.cpu_formats import CPU_ACTIVATIONS
 
 SIZES = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 576, 1000]
@@ -201,7 +201,7 @@ def test_argmax(size: int) -> None:
     largest = torch.full((1, size), 3.4e38)
     logits = torch.cat((torch.randn(30, size), ties, banned, last, broken, signed, everything, largest))
     words, zeros = torch.zeros(len(logits), dtype=torch.int32), torch.zeros(len(logits))
-    drawn = draw(logits, DrawParameters(words, words, zeros, words, zeros, zeros), filters=False)
+    drawn = draw_tokens(logits, DrawParameters(words, words, zeros, words, zeros, zeros), filters=False)
     assert drawn.tolist() == [likeliest(row) for row in logits.tolist()]
 
 

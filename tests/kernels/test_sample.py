@@ -23,8 +23,8 @@ def test_launches_do_not_depend_on_the_batch() -> None:
             how = DrawParameters(words, words, floats, words, floats, floats)
             table = empty(torch.int32, 256)
             for filters in (False, True):
-                sample.draw(logits, how, filters=filters, last_tokens=table, table_rows=words)
-            sample.logprobs_of(logits, words, 3)
+                sample.draw_tokens(logits, how, filters=filters, last_tokens=table, table_rows=words)
+            sample.logprobs_of(logits, words, [3] * rows)
         seen.add(frozenset(launches))
     assert len(seen) == 1
     assert len(launches) == 8
@@ -42,7 +42,7 @@ def test_log_probabilities_do_not_depend_on_the_number_of_threads() -> None:
     try:
         for count in (1, 2, 3, 4):
             torch.set_num_threads(count)
-            found.append(torch.cat([sample.logprobs_of(row, tokens, 1).chosen for row in rows]))
+            found.append(torch.cat([sample.logprobs_of(row, tokens, [1]).chosen for row in rows]))
     finally:
         torch.set_num_threads(num_threads)
     expected = torch.cat([row.double().log_softmax(dim=1)[:, 0] for row in rows])
