@@ -142,10 +142,13 @@ def _reference_draw(
     logits: torch.Tensor, parameters: DrawParameters, likeliest: torch.Tensor
 ) -> torch.Tensor:
     """As `reference`, given what it is at temperature 0; row by row, as torch may sum several in another order."""
+    temperatures = parameters.temperature.tolist()
+    if not any(temperatures):
+        return likeliest
     tokens = likeliest.tolist()
     key_low, key_high = parameters.key_low.tolist(), parameters.key_high.tolist()
     top_k, top_p, min_p = parameters.top_k.tolist(), parameters.top_p.tolist(), parameters.min_p.tolist()
-    for row, temperature in enumerate(parameters.temperature.tolist()):
+    for row, temperature in enumerate(temperatures):
         if temperature > 0.0 and tokens[row] >= 0:
             values = logits[row]
             if not (values[tokens[row]] / temperature).isfinite():
@@ -670,8 +673,10 @@ def draw_tokens(
     if target is None:
         tokens = _reference_draw(logits, parameters, _likeliest(logits))
         if last_tokens is not None and table_rows is not None:
-            is_kept = table_rows >= 0
-            last_tokens[table_rows[is_kept].long()] = tokens[is_kept].clamp(min=0)
+            table = last_tokens.numpy()
+            for row, token in zip(table_rows.tolist(), tokens.tolist(), strict=True):
+                if row >= 0:
+                    table[row] = max(token, 0)
         return tokens
     num_rows, vocab_size = logits.shape
     tile = tile or select_tile(target, "sample_draw", num_rows)

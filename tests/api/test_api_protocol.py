@@ -13,6 +13,7 @@ from openai.types.chat import completion_create_params as chat_params
 
 from api.errors import ApiError
 from api.protocol import NEUTRAL_VALUES, ChatCompletionRequest, CompletionRequest, decode_request
+from engine.core.sampling_params import SAMPLING_PARAMETERS
 
 COMPLETION: dict[str, Any] = {"prompt": "hello"}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
@@ -32,6 +33,13 @@ def test_every_field_of_the_official_client_is_known(kind, body: dict, official:
     for field in official.__annotations__:
         if field not in body:
             decode_request(json.dumps({**body, field: None}).encode(), kind)
+
+
+@pytest.mark.parametrize(("kind", "body", "official"), KINDS)
+def test_every_sampling_parameter_is_a_field(kind, body: dict, official: type) -> None:
+    assert {parameter.name for parameter in SAMPLING_PARAMETERS} <= set(kind.__struct_fields__)
+    for parameter in SAMPLING_PARAMETERS:
+        decode_request(json.dumps({**body, parameter.name: None}).encode(), kind)
 
 
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f, vs in NEUTRAL_VALUES.items() for v in vs])

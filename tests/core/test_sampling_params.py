@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.core.sampling_params import SamplingParams
+from engine.core.sampling_params import EXAMPLES, SAMPLING_PARAMETERS, SamplingParams
 from engine.errors import RequestError
 
 
@@ -21,10 +21,11 @@ from engine.errors import RequestError
         ("temperature", -0.1, "between 0.0 and 2.0"),
         ("temperature", math.nan, "between 0.0 and 2.0"),
         ("top_k", -2, "at least 0"),
-        ("top_p", 0.0, "greater than 0"),
+        ("top_p", 0.0, "greater than 0 and at most 1, got 0.0"),
         ("top_p", math.nan, "greater than 0"),
         ("min_p", 1.5, "between 0.0 and 1.0"),
-        ("repetition_penalty", 0.0, "greater than 0"),
+        ("repetition_penalty", 0.0, "greater than 0 and at most 10, got 0.0"),
+        ("repetition_penalty", 10.5, "greater than 0 and at most 10"),
         ("presence_penalty", 2.5, "between -2.0 and 2.0"),
         ("frequency_penalty", -2.5, "between -2.0 and 2.0"),
         ("seed", 2**63, "between"),
@@ -52,3 +53,21 @@ def test_spellings_are_brought_to_one_form() -> None:
 def test_it_travels() -> None:
     params = SamplingParams(stop=("x",), logit_bias={5: -1.0}, seed=-3, logprobs=2)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+
+
+def test_none_is_refused_but_where_it_stands_for_something() -> None:
+    optional = {"max_tokens", "seed", "logprobs"}
+    for parameter in SAMPLING_PARAMETERS:
+        if parameter.name in optional:
+            assert getattr(SamplingParams(**{parameter.name: None}), parameter.name) is None
+        elif parameter.limits is not None:
+            with pytest.raises(TypeError):
+                SamplingParams(**{parameter.name: None})
+
+
+def test_the_list_is_of_all_parameters_and_its_examples_are_valid() -> None:
+    assert tuple(parameter.name for parameter in SAMPLING_PARAMETERS) == SamplingParams.__slots__
+    recommended = {parameter.name for parameter in SAMPLING_PARAMETERS if parameter.is_recommended}
+    assert recommended == {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+    neutral, changed = SamplingParams(), SamplingParams(**EXAMPLES)
+    assert all(getattr(neutral, name) != getattr(changed, name) == value for name, value in EXAMPLES.items())
