@@ -27,6 +27,7 @@ from engine.loading.formats import stored_scheme
 from engine.loading.resolve import resolve_configuration
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from engine.models.modules import module_names
 from engine.models.sharding import check_columns, check_shards, shard_of_config
 from engine.parallel.group import TensorGroup, sums_integers
 from engine.parallel.pipeline import Pipeline
@@ -144,7 +145,7 @@ def plan_engine(config: EngineConfig, settings: dict[str, Any], gpu_memory: int 
 
 def _resolve_quantization(config: EngineConfig, model: ModelConfig, settings: dict[str, Any]) -> EngineConfig:
     """The options with what "auto" means for the model: here as its config.json says, and not its files."""
-    modules = model.module_names
+    modules = module_names(model)
     if config.quant != "auto":
         config.quant_spec.check(modules)
         return config

@@ -27,7 +27,6 @@ from typing import Literal, get_args
 
 from engine.errors import ConfigError
 
-Kind = Literal["none", "int8", "int4", "nf4", "codebook4"]
 ActivationTerms = Literal["default", "token", "groups", "two-terms"]
 
 LM_HEAD = "lm_head"
@@ -35,16 +34,73 @@ EMBEDDING = "model.embed_tokens"
 ENDS = (LM_HEAD, EMBEDDING)
 
 _GROUP = re.compile(r"g(\d+)")
-_TERMS = ("token", "groups", "two-terms")
-_WEIGHT_ONLY = "weight-only"
-_WORDS: dict[Kind, tuple[str, ...]] = {
-    "none": (),
-    "int8": ("g32", "g64", "g128", *_TERMS, _WEIGHT_ONLY),
-    "int4": ("g32", "g64", "g128", "g0"),
-    "nf4": (),
-    "codebook4": (),
-}
 _GROUP_STEP = 32
+_WEIGHT_ONLY = "weight-only"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemeGrammar:
+    """What may be said of one kind of scheme, and how the commands explain it.
+
+    Attributes:
+        help: Lines of `python -m engine.quant --help`: how it is written, and what is stored.
+        groups: Sizes of groups along K that messages name, 0 for whole rows; empty where there is no choice.
+        default_group: The size if none is said.
+        words: What else may follow, of which one is kept.
+        is_for_head: Whether lm_head gets it without being named; else lm_head keeps eight bits.
+        is_exact: Whether int8 activations are multiplied with it, in sums that are exact on every device.
+    """
+
+    help: tuple[tuple[str, str], ...]
+    groups: tuple[int, ...] = ()
+    default_group: int = 0
+    words: tuple[str, ...] = ()
+    is_for_head: bool = False
+    is_exact: bool = False
+
+    def has_group(self, size: int) -> bool:
+        """Whether so many elements along K may share a scale; more than 128 occur in others' checkpoints."""
+        return bool(self.groups) and size % _GROUP_STEP == 0 and (size > 0 or 0 in self.groups)
+
+
+KINDS: dict[str, SchemeGrammar] = {
+    "none": SchemeGrammar(help=(("none", "float16"),), is_for_head=True),
+    "int8": SchemeGrammar(
+        help=(
+            (
+                "int8[:g32|g64|g128]",
+                "eight bits, a scale a row or for so many elements; served with int8 activations",
+            ),
+            ("int8[:gN]:weight-only", "the same, served with float activations"),
+        ),
+        groups=(32, 64, 128),
+        words=("token", "groups", "two-terms", _WEIGHT_ONLY),
+        is_for_head=True,
+        is_exact=True,
+    ),
+    "int4": SchemeGrammar(
+        help=(
+            (
+                "int4[:g32|g64|g128|g0]",
+                "four bits, a scale and a zero-point for so many elements; g0: for whole rows",
+            ),
+        ),
+        groups=(32, 64, 128, 0),
+        default_group=32,
+    ),
+    "nf4": SchemeGrammar(
+        help=(("nf4", "quantiles of the normal distribution, a scale for 64 elements"),),
+    ),
+    "codebook4": SchemeGrammar(
+        help=(
+            (
+                "codebook4",
+                "sixteen values for each row, by k-means; columns count by how large their inputs are",
+            ),
+        ),
+    ),
+}
+"""The kinds of schemes as they are written; their arithmetic is registered in `engine.quant.plan.SCHEMES`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +108,13 @@ class SchemeSpec:
     """What is said of one module.
 
     Attributes:
-        group_size: Elements along K that share a scale; 0 is whole rows. Of int4 and int8; else 0.
+        kind: One of `KINDS`.
+        group_size: Elements along K that share a scale; 0 is whole rows, or that there is no choice.
         activations: How int8 products quantize their activations.
         is_weight_only: int8 weights × float activations.
     """
 
-    kind: Kind
+    kind: str
     group_size: int = 0
     activations: ActivationTerms = "default"
     is_weight_only: bool = False
@@ -65,7 +122,8 @@ class SchemeSpec:
     @property
     def storage(self) -> str:
         """What is stored, without what is said of activations: "int4:g64"."""
-        return f"{self.kind}:g{self.group_size}" if self.kind == "int4" or self.group_size else self.kind
+        has_size = self.group_size or 0 in KINDS[self.kind].groups
+        return f"{self.kind}:g{self.group_size}" if has_size else self.kind
 
     def __str__(self) -> str:
         terms = "" if self.activations == "default" else f":{self.activations}"
@@ -89,7 +147,7 @@ class QuantSpec:
         for pattern, words in reversed(self.rules):
             if fnmatchcase(module, pattern):
                 return words
-        if module == LM_HEAD and self.default.kind not in ("none", "int8"):
+        if module == LM_HEAD and not KINDS[self.default.kind].is_for_head:
             return SchemeSpec("int8")
         if module == EMBEDDING and self.default.kind != "none":
             return SchemeSpec("int8")
@@ -144,7 +202,7 @@ class QuantSpec:
     @property
     def is_exact(self) -> bool:
         """Whether all products are of int8 weights and int8 activations, which have exact sums on every device."""
-        return all(words.kind == "int8" and not words.is_weight_only for words in self._all())
+        return all(KINDS[words.kind].is_exact and not words.is_weight_only for words in self._all())
 
     def _all(self) -> list[SchemeSpec]:
         return [self.default] + [words for _, words in self.rules]
@@ -174,30 +232,25 @@ def parse_scheme_spec(text: str) -> SchemeSpec:
     Raises:
         ConfigError: As `parse_quant_spec`.
     """
-    first, *words = text.split(":")
-    kind = next((kind for kind in get_args(Kind) if kind == first), None)
-    if kind is None:
-        raise ConfigError(f"quant: must be one of {', '.join(get_args(Kind))}, got {first!r}")
+    kind, *words = text.split(":")
+    if kind not in KINDS:
+        raise ConfigError(f"quant: must be one of {', '.join(KINDS)}, got {kind!r}")
+    grammar = KINDS[kind]
     groups, terms = [], []
     for word in words:
         group = _GROUP.fullmatch(word)
-        if group and _may_share(kind, int(group[1])):
+        if group and grammar.has_group(int(group[1])):
             groups.append(int(group[1]))
-        elif word in (*_TERMS, _WEIGHT_ONLY) and kind == "int8":
+        elif word in grammar.words:
             terms.append(word)
         else:
-            known = ", ".join(_WORDS[kind]) or "nothing"
+            known = ", ".join([*(f"g{size}" for size in grammar.groups), *grammar.words]) or "nothing"
             raise ConfigError(f"quant: {word!r} in {text!r} is not known; after {kind} there may be {known}")
     if len(groups) > 1 or len(terms) > 1:
         raise ConfigError(f"quant: {text!r} has two words for one thing; keep one of them")
     return SchemeSpec(
         kind,
-        groups[0] if groups else _GROUP_STEP if kind == "int4" else 0,
+        groups[0] if groups else grammar.default_group,
         next((term for term in get_args(ActivationTerms) if term in terms), "default"),
         _WEIGHT_ONLY in terms,
     )
-
-
-def _may_share(kind: Kind, group_size: int) -> bool:
-    """Whether so many elements along K may share a scale; more than 128 occur in others' checkpoints."""
-    return kind in ("int8", "int4") and group_size % _GROUP_STEP == 0 and (group_size > 0 or kind == "int4")

@@ -15,16 +15,21 @@ from engine.compression.recipe import Recipe
 from engine.errors import ConfigError, EngineError
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
+from engine.quant.plan import SCHEMES
+from engine.quant_spec import KINDS
 from engine.tokenizer.tokenizer import load_tokenizer
 
-_DETAILS = """\
+_SCHEME = "int4"
+_KINDS = sorted(KINDS, key=lambda kind: (kind == "none", kind != _SCHEME))
+"""The default first, and what is no quantization last."""
+
+_SCHEME_LINES = "\n".join(f"  {form:<24} {stored}" for kind in _KINDS for form, stored in KINDS[kind].help)
+_ROUNDED = [kind for kind in KINDS if SCHEMES[kind].round is not None]
+"""Those that steps which look for grids are not for, nor published formats."""
+
+_DETAILS = f"""\
 schemes (--scheme), each followed by what is stored:
-  int4[:g32|g64|g128|g0]   four bits, a scale and a zero-point for so many elements; g0: for whole rows
-  int8[:g32|g64|g128]      eight bits, a scale a row or for so many elements; served with int8 activations
-  int8[:gN]:weight-only    the same, served with float activations
-  nf4                      quantiles of the normal distribution, a scale for 64 elements
-  codebook4                sixteen values for each row, by k-means; columns count by how large their inputs are
-  none                     float16
+{_SCHEME_LINES}
   A, PATTERN=B, ...        A, but B where the module's name matches; the last pattern counts:
                            int4:g64,lm_head=int8,*.down_proj=int8:g32,model.layers.0.*=none
   lm_head and model.embed_tokens stay float16 unless a pattern names them (a table can only be int8); q_proj, k_proj
@@ -34,7 +39,7 @@ algorithms (--algorithm): steps joined by +, in this order, at most one of each 
   hadamard      rotates the model so that no channel stands out; unties embeddings; not for Gemma 3
   smoothquant   int8: moves the inputs' large channels into the weights, through norms and up_proj
   awq           int4: gives channels with large inputs finer steps, through norms and up_proj
-  rtn           to nearest; the rounding if none is said, and the only one for nf4 and codebook4
+  rtn           to nearest; the rounding if none is said, and the only one for {" and ".join(_ROUNDED)}
   percentile    int4, int8: to nearest in the range of 99.9 % of a group's values
   mse           int4, int8: to nearest in the range of least squared error
   kl            int4, int8: to nearest below the threshold of least divergence, one for a tensor; made for int8
@@ -46,7 +51,7 @@ algorithms (--algorithm): steps joined by +, in this order, at most one of each 
   none, hadamard and smoothquant make a float checkpoint that is to be quantized when it is served.
 
 What is written is compressed-tensors, which vLLM and transformers read too, where that can express all modules: int4
-and int8 in whole rows or groups that fill them. Short last groups, tuned minimums, nf4, codebook4 and an int8
+and int8 in whole rows or groups that fill them. Short last groups, tuned minimums, {", ".join(_ROUNDED)} and an int8
 embedding go into this engine's own layout. It says which. transformers (5.23, compressed-tensors 0.20) reads
 zero-points only with dequantize=True, and mixed schemes only without: --symmetric suits both.
 """
@@ -62,7 +67,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", help="as for engine.serve: alias, directory, .gguf file or Hugging Face repository id")
-    add("--scheme", default="int4", help="what weights become, see below (default: int4)")
+    add("--scheme", default=_SCHEME, help=f"what weights become, see below (default: {_SCHEME})")
     add(
         "--group",
         type=int,

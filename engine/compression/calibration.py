@@ -24,6 +24,7 @@ from engine.models.attention import PagedInputs
 from engine.models.config import ModelConfig
 from engine.models.decoder import DecoderLayer
 from engine.models.linear import Linear
+from engine.models.modules import ROLES, readers
 from engine.models.norm import RMSNorm
 from engine.models.rope import RotaryTable
 from engine.parallel.group import TensorGroup
@@ -95,8 +96,9 @@ class CalibratedLayer:
 
     Attributes:
         index: Its place in the model.
-        linears: By role: "qkv", "output", "gate_up", "down".
-        statistics: Of their inputs, by the same roles.
+        linears: By role (`engine.models.modules`).
+        norms: Before projections, by name.
+        statistics: Of the inputs, by role.
     """
 
     def __init__(self, index: int, config: ModelConfig, checkpoint: Checkpoint) -> None:
@@ -108,19 +110,20 @@ class CalibratedLayer:
         for module in self.module.modules():
             if isinstance(module, (Linear, RMSNorm)):
                 module.load(lambda name, part: to_float(checkpoint.tensor(name)))
-        self.linears = {
-            "qkv": self.module.attention.qkv,
-            "output": self.module.attention.output,
-            "gate_up": self.module.mlp.gate_up,
-            "down": self.module.mlp.down,
-        }
-        self.statistics = {
-            role: InputStatistics.empty(linear.in_features) for role, linear in self.linears.items()
-        }
-        for role, linear in self.linears.items():
+        self.linears = self.module.linears
+        self.norms = self.module.norms
+        self.statistics: dict[str, InputStatistics] = {}
+        for role in ROLES:
+            linear = self.linears[role.name]
             tensors = dict(linear.named_buffers())
             product = FloatMatmul(tensors["weight"], tensors.get("bias"))
-            linear.matmul = _Recorder(product, self.statistics[role])
+            # All that read a norm have the same inputs: the first notes them.
+            first = role if role.norm is None else readers(role.norm)[0]
+            if role is first:
+                self.statistics[role.name] = InputStatistics.empty(linear.in_features)
+            else:
+                self.statistics[role.name] = self.statistics[first.name]
+            linear.matmul = _Recorder(product, self.statistics[role.name] if role is first else None)
 
     def weights(self, role: str) -> dict[str, torch.Tensor]:
         """The float weights [N, K] of a role by the checkpoint's module names; views of what the layer computes with.
@@ -137,11 +140,6 @@ class CalibratedLayer:
         linear = self.linears[role]
         parts = torch.split(dict(linear.named_buffers())[name], list(linear.sizes))
         return dict(zip(linear.sources, parts, strict=True))
-
-    @property
-    def norms(self) -> dict[str, RMSNorm]:
-        """The norms before "qkv" and "gate_up"."""
-        return {"qkv": self.module.attention_norm, "gate_up": self.module.mlp_norm}
 
     def stop_recording(self) -> None:
         for linear in self.linears.values():

@@ -18,17 +18,21 @@ from dataclasses import dataclass
 import torch
 
 from engine.compression.gptq import widen
+from engine.models.modules import NORMS, ROLES, readers
 
 MAX_FACTOR = 512
 """Largest F: a product with it takes n · m multiplications."""
 
-READERS = {"attention_norm": ("q", "k", "v"), "mlp_norm": ("gate", "up")}
+READERS = {
+    norm: tuple(projection.short for role in readers(norm) for projection in role.projections)
+    for norm in NORMS
+}
 """The norms of a layer, and the weights that read what they return."""
 
-WRITERS = ("o", "down")
+WRITERS = tuple(projection.short for role in ROLES if role.split == "rows" for projection in role.projections)
 """The weights of a layer whose outputs are added to the residual stream."""
 
-UNTOUCHED = ("q_norm", "k_norm", *(f"{reader}_bias" for readers in READERS.values() for reader in readers))
+UNTOUCHED = ("q_norm", "k_norm", *(f"{reader}_bias" for behind in READERS.values() for reader in behind))
 """What belongs to a layer and lies off the residual stream."""
 
 
@@ -128,9 +132,9 @@ def rotate_layer(
             a rotation.
     """
     rotated = {}
-    for name, readers in READERS.items():
-        rotated[name], folded = fold_norm(tensors[name], [tensors[reader] for reader in readers], norm_offset)
-        for reader, weight in zip(readers, folded, strict=True):
+    for name, behind in READERS.items():
+        rotated[name], folded = fold_norm(tensors[name], [tensors[reader] for reader in behind], norm_offset)
+        for reader, weight in zip(behind, folded, strict=True):
             rotated[reader] = rotate_inputs(weight, rotation)
     for writer in WRITERS:
         rotated[writer] = rotate_outputs(tensors[writer], rotation)

@@ -20,7 +20,8 @@ from engine.compression.smoothquant import (
     fold_into_outputs,
     smoothing_scale,
 )
-from engine.quant.codebook import cluster_rows, round_to_nf4
+from engine.models.modules import ROLES, Role, readers
+from engine.quant.plan import SCHEMES
 from engine.quant.rounding import Ranges, fit_grid, full_ranges, round_to_nearest
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
 from engine.quant_spec import SchemeSpec
@@ -33,8 +34,6 @@ than plain rounding where they do not hold. SmolLM2 in groups of 128, calibrated
 Wikipedia's text (6,200 tokens, 14.05 as floats) a perplexity of 18.75 rounded to nearest; by GPTQ 18.66 without
 shrinkage, 17.11 with 0.5 and 16.95 with 2.0 (the first with half as much text).
 """
-
-ROLES = ("qkv", "output", "gate_up", "down")
 
 CHUNK = 8192
 """Rows rounded at once: all steps treat rows alike, but for the threshold of "kl", and a vocabulary has many."""
@@ -63,9 +62,9 @@ def quantize_layer(layer: CalibratedLayer, recipe: Recipe) -> QuantizedLayer:
     weights: dict[str, Weight] = {}
     errors: dict[str, float] = {}
     for role in ROLES:
-        words = recipe.quant_spec.of_product(layer.linears[role].sources)
-        moment = layer.statistics[role].second_moment
-        for module, weight in layer.weights(role).items():
+        words = recipe.quant_spec.of_product(layer.linears[role.name].sources)
+        moment = layer.statistics[role.name].second_moment
+        for module, weight in layer.weights(role.name).items():
             if words.kind == "none":
                 weights[module] = weight.to(torch.float16)
             else:
@@ -119,7 +118,7 @@ def round_directly(weight: torch.Tensor, words: SchemeSpec, rounding: str, is_sy
 
 
 def fold_scales(layer: CalibratedLayer, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Takes scales out of what feeds each weight, the norms and, for down_proj, up_proj, into the weight.
+    """Takes scales out of what feeds each weight, a norm or another projection, into the weight.
 
     Attention's output projection has none: its inputs are shared by the heads of a group.
 
@@ -127,26 +126,38 @@ def fold_scales(layer: CalibratedLayer, recipe: Recipe) -> dict[str, torch.Tenso
         The changed norms and biases as they are to be stored, by tensor name.
     """
     floats: dict[str, torch.Tensor] = {}
-    for role in ("down", "qkv", "gate_up"):
-        words = recipe.quant_spec.of_product(layer.linears[role].sources)
-        weights, statistics = list(layer.weights(role).values()), layer.statistics[role]
-        if recipe.scaling == "smoothquant" and words.kind in ("none", "int8"):
-            scale = smoothing_scale(statistics.peaks, weights)
-        elif recipe.scaling == "awq" and words.kind == "int4":
-            scale = _search_scale(weights, statistics, words, recipe)
-        else:
-            continue
-        layer.statistics[role] = _divided(statistics, scale)
-        for weight in weights:
-            weight.copy_(fold_into_inputs(weight, scale))
-        if role == "down":
-            floats |= _fold_into_up(layer, scale)
-        else:
-            norm = layer.norms[role]
+    # Projections first: what is taken out of them changes the weights that are scaled behind norms.
+    for role in ROLES:
+        if role.factor is not None:
+            scale = _fold_into_weights(layer, [role], recipe)
+            if scale is not None:
+                floats |= _fold_into_projection(layer, role.factor, scale)
+    for name, norm in layer.norms.items():
+        scale = _fold_into_weights(layer, readers(name), recipe)
+        if scale is not None:
             stored = fold_into_norm(norm.weight - norm.offset, scale, norm.offset)
             norm.weight = stored + norm.offset
             floats[f"{norm.source}.weight"] = stored
     return floats
+
+
+def _fold_into_weights(layer: CalibratedLayer, roles: Sequence[Role], recipe: Recipe) -> torch.Tensor | None:
+    """Multiplies a scale [K] into the weights of roles that have the same inputs; None if they get none."""
+    words = [recipe.quant_spec.of_product(layer.linears[role.name].sources) for role in roles]
+    weights = [weight for role in roles for weight in layer.weights(role.name).values()]
+    statistics = layer.statistics[roles[0].name]
+    kinds = {word.kind for word in words}
+    if recipe.scaling == "smoothquant" and kinds <= {"none", "int8"}:
+        scale = smoothing_scale(statistics.peaks, weights)
+    elif recipe.scaling == "awq" and kinds == {"int4"}:
+        scale = _search_scale(weights, statistics, words[0], recipe)
+    else:
+        return None
+    for role in roles:
+        layer.statistics[role.name] = _divided(statistics, scale)
+    for weight in weights:
+        weight.copy_(fold_into_inputs(weight, scale))
+    return scale
 
 
 def _search_scale(
@@ -160,11 +171,13 @@ def _search_scale(
     ).scale
 
 
-def _fold_into_up(layer: CalibratedLayer, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    (_, (module, up)) = layer.weights("gate_up").items()
-    bias = layer.biases("gate_up").get(module)
-    new, new_bias = fold_into_outputs(up, bias, scale)
-    up.copy_(new)
+def _fold_into_projection(layer: CalibratedLayer, name: str, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Divides the outputs of a projection by a scale [N]; its new bias as it is to be stored, by tensor name."""
+    module = f"model.layers.{layer.index}.{name}"
+    role = next(role.name for role in ROLES if module in layer.weights(role.name))
+    weight, bias = layer.weights(role)[module], layer.biases(role).get(module)
+    new, new_bias = fold_into_outputs(weight, bias, scale)
+    weight.copy_(new)
     if bias is None or new_bias is None:
         return {}
     bias.copy_(new_bias)
@@ -183,15 +196,13 @@ def _round(
     weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, recipe: Recipe
 ) -> GridWeight | CodebookWeight:
     """A step is for some kinds of schemes; in a mixed specification others are rounded to nearest."""
-    match words.kind:
-        case "nf4":
-            return round_to_nf4(weight)
-        case "codebook4":
-            importance = moment.diagonal()
-            return cluster_rows(weight, importance if bool(importance.any()) else None)
-        case "int8":
-            return round_directly(weight, words, recipe.rounding, is_symmetric=True)
-    return _round_int4(weight, moment, words, recipe)
+    round_weight = SCHEMES[words.kind].round
+    if round_weight is not None:
+        importance = moment.diagonal()
+        return round_weight(weight, importance if bool(importance.any()) else None)
+    if words.kind == "int4":
+        return _round_int4(weight, moment, words, recipe)
+    return round_directly(weight, words, recipe.rounding, recipe.is_symmetric)
 
 
 def _round_int4(weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, recipe: Recipe) -> GridWeight:

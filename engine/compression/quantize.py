@@ -20,7 +20,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from engine.compression.calibration import CalibratedLayer, Calibration, CalibrationText
-from engine.compression.layer_quantizer import ROLES, quantize_layer, quantize_weight
+from engine.compression.layer_quantizer import quantize_layer, quantize_weight
 from engine.compression.recipe import Recipe
 from engine.compression.rotated import RotatedCheckpoint
 from engine.compression.writing import (
@@ -37,6 +37,8 @@ from engine.loading.formats.own import TABLE_GROUP_SIZE, own_config, own_parts
 from engine.loading.formats.stored import StoredModule
 from engine.loading.weights import checkpoint_key
 from engine.models.config import ModelConfig
+from engine.models.modules import ROLES, module_names
+from engine.models.shapes import tensor_shape
 from engine.quant.weight import GridWeight, Weight, to_float
 from engine.quant_spec import EMBEDDING, LM_HEAD, SchemeSpec
 
@@ -60,11 +62,11 @@ class Layout:
     @staticmethod
     def choose(recipe: Recipe, config: ModelConfig) -> Layout:
         """The published one where it can express every module."""
-        schemes = {module: recipe.quant_spec.of(module) for module in config.module_names}
+        schemes = {module: recipe.quant_spec.of(module) for module in module_names(config)}
         if all(words.kind == "none" for words in schemes.values()):
             return Layout(recipe, None, is_published=True)
         is_published = schemes[EMBEDDING].kind == "none" and all(
-            is_expressible(words, _in_features(module, config), recipe.has_float_minimums)
+            is_expressible(words, tensor_shape(config, f"{module}.weight")[1], recipe.has_float_minimums)
             for module, words in schemes.items()
         )
         quantization = (
@@ -163,12 +165,6 @@ def _model_config(checkpoint: Checkpoint) -> ModelConfig:
     return ModelConfig.from_dict({**checkpoint.config, "tie_word_embeddings": ties})
 
 
-def _in_features(module: str, config: ModelConfig) -> int:
-    if module.endswith("down_proj"):
-        return config.intermediate_size
-    return config.num_heads * config.head_dim if module.endswith("o_proj") else config.hidden_size
-
-
 def _shard(layer: int) -> str:
     return f"model-layer-{layer:05d}.safetensors"
 
@@ -245,11 +241,11 @@ def _load_shard(layer: CalibratedLayer, path: Path, format: WeightFormat | None)
     with safe_open(path, framework="pt") as file:
         source = _ShardSource(path, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     for role in ROLES:
-        for name, weight in layer.weights(role).items():
+        for name, weight in layer.weights(role.name).items():
             module = StoredModule(source, name)
             is_quantized = format is not None and any(module.has(part) for part in format.parts)
             weight.copy_(to_float(format.read(module) if format and is_quantized else module.read("weight")))
-        for name, bias in layer.biases(role).items():
+        for name, bias in layer.biases(role.name).items():
             bias.copy_(source.read(f"{name}.bias"))
     for norm in layer.norms.values():
         norm.weight = source.read(f"{norm.source}.weight").float() + norm.offset

@@ -11,11 +11,11 @@ An algorithm is steps joined by +, each stage at most once and in this order:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig
-from engine.quant_spec import EMBEDDING, LM_HEAD, Kind, QuantSpec, SchemeSpec, parse_quant_spec
+from engine.models.modules import ROLES, module_names
+from engine.quant_spec import EMBEDDING, KINDS, LM_HEAD, QuantSpec, SchemeSpec, parse_quant_spec
 
 STAGES: tuple[tuple[str, ...], ...] = (
     ("hadamard",),
@@ -27,10 +27,10 @@ ALGORITHMS = tuple(step for stage in STAGES for step in stage)
 """Each step by itself is an algorithm, too."""
 
 _KINDS = {
-    "hadamard": get_args(Kind),
+    "hadamard": tuple(KINDS),
     "smoothquant": ("none", "int8"),
     "awq": ("int4",),
-    "rtn": get_args(Kind),
+    "rtn": tuple(KINDS),
     "percentile": ("int4", "int8"),
     "mse": ("int4", "int8"),
     "kl": ("int4", "int8"),
@@ -122,11 +122,10 @@ class Recipe:
             ConfigError: A pattern names nothing in this model, matrices of one product differ, or the model cannot
                 be rotated.
         """
-        self.quant_spec.check(config.module_names)
+        self.quant_spec.check(module_names(config))
         for layer in range(config.num_layers):
-            prefix = f"model.layers.{layer}"
-            self.quant_spec.of_product([f"{prefix}.self_attn.{name}_proj" for name in "qkv"])
-            self.quant_spec.of_product([f"{prefix}.mlp.{name}_proj" for name in ("gate", "up")])
+            for role in ROLES:
+                self.quant_spec.of_product(role.modules(f"model.layers.{layer}"))
         if self.rotates and config.has_post_norms:
             raise ConfigError(
                 f"algorithm: hadamard: {config.family} has norms behind attention and MLP, which do not commute with "
@@ -175,10 +174,11 @@ def _with_group(scheme: str, group_size: int | None) -> str:
     kind, *words = first.split(":")
     if any(word.startswith("g") and word[1:].isdecimal() for word in words):
         raise ConfigError(f"group: {first} says the size of groups already; leave --group out")
-    if kind == "int8" and group_size == 0:
-        return scheme
-    if kind not in ("int4", "int8"):
+    groups = KINDS[kind].groups if kind in KINDS else ()
+    if not groups:
         raise ConfigError(f"group: {kind} has no choice of groups; leave --group out")
+    if group_size == 0 and 0 not in groups:
+        return scheme  # whole rows are what is meant if nothing is said
     return ":".join([kind, f"g{group_size}", *words]) + separator + rest
 
 

@@ -14,6 +14,7 @@ from engine.compression.hadamard import make_rotation, rotate_ends, rotate_layer
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.slices import check_shape, take_slices
 from engine.models.config import ModelConfig
+from engine.models.modules import ROLES
 from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight, to_float
 
@@ -31,9 +32,9 @@ _ROLES = {
     "self_attn.q_norm.weight": "q_norm",
     "self_attn.k_norm.weight": "k_norm",
     **{
-        f"{block}.{role}_proj.{kind}": role if kind == "weight" else f"{role}_bias"
-        for block, roles in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")))
-        for role in roles
+        f"{projection.name}.{kind}": projection.short if kind == "weight" else f"{projection.short}_bias"
+        for role in ROLES
+        for projection in role.projections
         for kind in ("weight", "bias")
     },
 }

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import SchedulerConfig, format_bytes
-from engine.kernels.matmul.cpu_sharded import num_terms
-from engine.kernels.quantize import SPREAD_BLOCK
 from engine.models.decoder import Decoder, DecoderLayer
-from engine.models.splits import RowParallelGather, RowParallelIntegerSum, RowParallelSum, Split
+from engine.models.modules import ROLES
 from engine.parallel.exchanges import Exchange, counted, gathered, sent, step_bytes, summed
 from engine.parallel.symmetric import MAX_BYTES
 
@@ -90,35 +88,9 @@ def _exchanges(model: Decoder) -> Iterator[Exchange]:
             yield summed("embedding", config.hidden_size, itemsize)
         for layer in model.layers:
             assert isinstance(layer, DecoderLayer)
-            yield from _row_exchanges("attention", layer.attention.output.split, config.hidden_size, itemsize)
-            yield from _row_exchanges("MLP", layer.mlp.down.split, config.hidden_size, itemsize)
+            for role in ROLES:
+                yield from layer.linears[role.name].split.exchanges(role.block, itemsize)
         if model.pipeline.is_last:
             yield gathered("logits", config.vocab_size, size, itemsize, of="draw")
     if not model.pipeline.is_last:
         yield sent("hidden states to the next stage", config.hidden_size, itemsize)
-
-
-def _row_exchanges(name: str, split: Split, out_features: int, itemsize: int) -> list[Exchange]:
-    match split:
-        case RowParallelGather():
-            size = split.group.size
-            return [
-                gathered(f"inputs of the {name}'s output", split.in_features, size, itemsize),
-                gathered(f"output of the {name}", split.out_features, size, itemsize),
-            ]
-        case RowParallelIntegerSum():
-            size = split.group.size
-            sums = num_terms(split.format) * split.out_features
-            return [
-                gathered(
-                    f"largest inputs of the {name}'s output",
-                    split.in_features // SPREAD_BLOCK,
-                    size,
-                    itemsize,
-                ),
-                summed(f"integers of the {name}'s output", sums, torch.int32.itemsize),
-                gathered(f"output of the {name}", split.out_features, size, itemsize),
-            ]
-        case RowParallelSum():
-            return [summed(f"output of the {name}", out_features, itemsize)]
-    raise TypeError(f"{type(split).__name__}: its exchanges are not planned")

@@ -17,6 +17,7 @@ from engine.kernels.attention.in_c import SEGMENT
 from engine.kernels.attention.kv_layer import INT4, INT4_MULTIPLE, block_bytes
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from engine.models.modules import split_inputs, split_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -187,11 +188,9 @@ def table_copies(model: Decoder, device: torch.device) -> int:
 
 def _cpu_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
     """What a step on a CPU works in: floats, the int8 codes of what is multiplied, and the logits with a copy."""
-    attended = model.num_heads * model.head_dim
-    projected = attended + 2 * model.num_kv_heads * model.head_dim
-    floats = 4 * (4 * model.hidden_size + projected + attended + 3 * model.intermediate_size)
+    floats = 4 * (4 * model.hidden_size + split_outputs(model) + split_inputs(model))
     # A code takes one byte, and the place of a second term two.
-    codes = 3 * (model.hidden_size + attended + model.intermediate_size)
+    codes = 3 * (model.hidden_size + split_inputs(model))
     logits = 2 * 4 * scheduler.max_num_seqs * model.vocab_size
     # A share of the output for each segment of each sequence that decodes.
     segments = scheduler.max_num_seqs * -(-scheduler.max_model_len // SEGMENT)
@@ -212,8 +211,7 @@ def _device_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> 
     there as the product's output, as float32 and, where log-probabilities are asked for, once more; the sampler's
     buffers are a small part of that.
     """
-    projected = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    width = 2 * (6 * model.hidden_size + 2 * projected) + 2 * 4 * model.intermediate_size
+    width = 2 * (6 * model.hidden_size + 2 * split_outputs(model))
     logits = scheduler.max_num_seqs * model.vocab_size * (2 + 4 + 4)
     rotary = len(set(model.ropes)) * scheduler.max_model_len * model.head_dim * 4
     return scheduler.max_num_batched_tokens * width + logits + rotary
@@ -221,8 +219,7 @@ def _device_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> 
 
 def _gathered_bytes(config: EngineConfig, model: ModelConfig, scheduler: SchedulerConfig) -> int:
     """What ranks put together, as it comes from each and side by side, of 32 bits a number."""
-    attended, inner = model.num_heads * model.head_dim, model.intermediate_size
-    width = (attended + inner) * config.tensor_parallel_size + model.hidden_size
+    width = split_inputs(model) * config.tensor_parallel_size + model.hidden_size
     return 2 * 4 * (scheduler.max_num_batched_tokens * width + scheduler.max_num_seqs * model.vocab_size)
 
 

@@ -29,6 +29,7 @@ from engine.loading.checkpoint import Checkpoint, stored_schemes
 from engine.loading.weights import checkpoint_key, load_weights
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from engine.models.modules import module_names
 from engine.models.rope import RotaryTable
 from engine.models.sharding import check_columns, check_shards, shard_of_config
 from engine.parallel.place import RankPlace, take_place
@@ -227,7 +228,7 @@ def _resolve_quantization(config: EngineConfig, model: ModelConfig, checkpoint: 
     Raises:
         ConfigError: The checkpoint is quantized, and otherwise than asked for; or a pattern names no module.
     """
-    modules = model.module_names
+    modules = module_names(model)
     stored = {} if config.load_format == "dummy" else stored_schemes(checkpoint, modules)
     if config.quant == "auto":
         return replace(config, quant=str(QuantSpec.covering(stored, modules)) if stored else "none")

@@ -65,7 +65,7 @@ def load_weights(
     directory = (cache_dir or cache_directory()) / "weights"
     path = directory / f"{checkpoint_key(checkpoint)}-{name}-v{CACHE_FORMAT}.safetensors"
     # What one rank parses, all do: they quantize some weights together.
-    is_missing = torch.tensor([not path.exists()], dtype=torch.int32, device=device)
+    is_missing = torch.tensor([not _is_whole(path, model)], dtype=torch.int32, device=device)
     if model.group.largest(is_missing):
         names = tqdm(
             total=sum(1 for _ in model.buffers()), desc="Parsing weights", unit="tensor", leave=False
@@ -90,6 +90,14 @@ def load_weights(
     model.bind()
     if device.type == "cpu":
         _release(path)
+
+
+def _is_whole(path: Path, model: Decoder) -> bool:
+    """Whether an earlier start left every tensor of the model there; one of another version may know others."""
+    if not path.exists():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys()) == set(model.state_dict())
 
 
 def _release(path: Path) -> None:

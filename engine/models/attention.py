@@ -14,11 +14,11 @@ from engine.kernels.attention.plan import AttentionPlan
 from engine.kernels.operands import Activations, num_tokens
 from engine.kernels.rotary import rotate_and_write
 from engine.models.config import ModelConfig, RopeConfig
-from engine.models.linear import Linear
+from engine.models.linear import Linear, build_linear
+from engine.models.modules import ROLES
 from engine.models.norm import RMSNorm
 from engine.models.rope import RotaryTable
 from engine.models.sharding import shard_of_config
-from engine.models.splits import ColumnParallel, row_parallel
 from engine.parallel.group import TensorGroup
 from engine.quant.plan import QuantizationPlan
 
@@ -44,9 +44,17 @@ class PagedInputs:
 class Attention(nn.Module):
     """Grouped-query attention of one decoder layer.
 
+    Args:
+        prefix: The layer's name in a checkpoint, like "model.layers.0".
+        layer: Its index.
+
     Attributes:
+        qkv, output: Its projections, of `engine.models.modules`.
         rotate_and_write: The kernel; who needs one body of it on every machine puts that here.
     """
+
+    qkv: Linear
+    output: Linear
 
     def __init__(
         self,
@@ -62,31 +70,15 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = mine.num_heads, mine.num_kv_heads
         self.head_dim, self.scale = config.head_dim, config.attention_scale
         self.window, self.rope = config.sliding_windows[layer], config.ropes[layer]
-        query_size, key_size = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
-        qkv, output = [f"{prefix}.{name}_proj" for name in "qkv"], [f"{prefix}.o_proj"]
-        self.qkv = Linear(
-            qkv,
-            config.hidden_size,
-            [query_size, key_size, key_size],
-            quantization.scheme(qkv),
-            config.has_qkv_bias,
-            ColumnParallel(group, self.head_dim),
-        )
-        output_scheme = quantization.scheme(output)
-        self.output = Linear(
-            output,
-            query_size,
-            [config.hidden_size],
-            output_scheme,
-            config.has_output_bias,
-            row_parallel(group, query_size, config.hidden_size, output_scheme),
-        )
+        for role in ROLES:
+            if role.block == "attention":
+                self.add_module(role.name, build_linear(role, prefix, config, quantization, group))
         self.rotate_and_write = rotate_and_write
         self.query_norm = self.key_norm = None
         if config.has_query_key_norm:
             norm = (self.head_dim, config.norm_epsilon, config.norm_offset, dtype)
-            self.query_norm = RMSNorm(f"{prefix}.q_norm", *norm)
-            self.key_norm = RMSNorm(f"{prefix}.k_norm", *norm)
+            self.query_norm = RMSNorm(f"{prefix}.self_attn.q_norm", *norm)
+            self.key_norm = RMSNorm(f"{prefix}.self_attn.k_norm", *norm)
 
     def forward(self, x: Activations, cache: KVLayer, inputs: PagedInputs) -> torch.Tensor:
         """x [T, hidden] → [T, hidden]; the step's keys and values are written to the cache."""

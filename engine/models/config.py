@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.quant_spec import EMBEDDING, LM_HEAD
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -63,14 +62,6 @@ class ModelConfig:
     embedding_scale: float
     activation: str
     ties_embeddings: bool
-
-    @property
-    def module_names(self) -> list[str]:
-        """The modules whose weights a specification may name, in the checkpoint's names."""
-        names = [f"self_attn.{name}_proj" for name in "qkvo"]
-        names += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-        layers = [f"model.layers.{layer}.{name}" for layer in range(self.num_layers) for name in names]
-        return [EMBEDDING, *layers, LM_HEAD]
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> ModelConfig:

@@ -17,6 +17,7 @@ from engine.models.attention import Attention, PagedInputs
 from engine.models.config import ModelConfig
 from engine.models.linear import Embedding, Linear, ReadWeight
 from engine.models.mlp import MLP
+from engine.models.modules import NORMS, ROLES, Block, readers
 from engine.models.norm import RMSNorm
 from engine.models.splits import ColumnParallel
 from engine.parallel.group import TensorGroup
@@ -44,8 +45,8 @@ class DecoderLayer(nn.Module):
             source = f"{prefix}.{name}_layernorm"
             return RMSNorm(source, config.hidden_size, config.norm_epsilon, config.norm_offset, dtype)
 
-        self.attention = Attention(f"{prefix}.self_attn", layer, config, quantization, dtype, group)
-        self.mlp = MLP(f"{prefix}.mlp", config, quantization, group)
+        self.attention = Attention(prefix, layer, config, quantization, dtype, group)
+        self.mlp = MLP(prefix, config, quantization, group)
         self.attention_norm = norm("input")
         if config.has_post_norms:
             self.attention_post_norm: nn.Module = norm("post_attention")
@@ -55,10 +56,26 @@ class DecoderLayer(nn.Module):
             self.attention_post_norm = self.mlp_post_norm = nn.Identity()
             self.mlp_norm = norm("post_attention")
 
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """Its projections, by role."""
+        blocks: dict[Block, nn.Module] = {"attention": self.attention, "MLP": self.mlp}
+        found = {role.name: blocks[role.block].get_submodule(role.name) for role in ROLES}
+        return {name: linear for name, linear in found.items() if isinstance(linear, Linear)}
+
+    @property
+    def norms(self) -> dict[str, RMSNorm]:
+        """The norms that give projections their inputs, by name."""
+        found = {name: self.get_submodule(name) for name in NORMS}
+        return {name: norm for name, norm in found.items() if isinstance(norm, RMSNorm)}
+
     def bind(self) -> None:
         """Lets the norms write what the products behind them take."""
-        self.attention_norm.format = self.attention.qkv.matmul.format
-        self.mlp_norm.format = self.mlp.gate_up.matmul.format
+        linears = self.linears
+        for name, norm in self.norms.items():
+            formats = {linears[role.name].matmul.format for role in readers(name)}
+            # Products that want different things make them of floats.
+            norm.format = formats.pop() if len(formats) == 1 else None
         self.mlp.format = self.mlp.down.matmul.format
 
     def forward(

@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 from engine.kernels.operands import Activations
-from engine.models.splits import Split
+from engine.models.config import ModelConfig
+from engine.models.modules import Role
+from engine.models.splits import ColumnParallel, Split, row_parallel
 from engine.parallel.group import TensorGroup
 from engine.parallel.shards import Slices
+from engine.quant.plan import QuantizationPlan
 from engine.quant.scheme import Matmul, Scheme, TableScheme, Tensors
 from engine.quant.weight import Weight
 
@@ -37,8 +40,8 @@ class Linear(StoredLayer):
     """y = x Wᵀ + b, where W may stack several matrices of the checkpoint that share their input.
 
     Args:
-        sources: Names of the checkpoint's modules, e.g. q_proj, k_proj and v_proj of a layer.
-        in_features: Of the whole layer, as `sizes`: which part of it is held here, the cut says.
+        sources: Names of the checkpoint's modules, e.g. those of queries, keys and values of a layer.
+        in_features: Of the whole layer, as `sizes`: which part of it is held here, the split says.
         sizes: Output features of each source.
 
     Attributes:
@@ -91,6 +94,31 @@ class Linear(StoredLayer):
     def forward(self, x: Activations) -> torch.Tensor:
         """[M, in_features] → [M, out_features], the outputs of a row-parallel layer all of them."""
         return self.matmul(x)
+
+
+def build_linear(
+    role: Role, layer: str, config: ModelConfig, quantization: QuantizationPlan, group: TensorGroup
+) -> Linear:
+    """What a rank holds of the projections of a role.
+
+    Args:
+        layer: Its name in a checkpoint, like "model.layers.0".
+
+    Raises:
+        ConfigError: The projections do not get the same scheme.
+    """
+    sources = role.modules(layer)
+    scheme = quantization.scheme(sources)
+    in_features = role.in_features(config)
+    sizes = [projection.out_features(config) for projection in role.projections]
+    match role.split:
+        case "rows":
+            split = row_parallel(group, in_features, sum(sizes), scheme)
+        case "heads":
+            split = ColumnParallel(group, config.head_dim)
+        case "columns":
+            split = ColumnParallel(group)
+    return Linear(sources, in_features, sizes, scheme, role.has_bias(config), split)
 
 
 class Embedding(StoredLayer):

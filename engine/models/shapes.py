@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from engine.models.config import ModelConfig
+from engine.models.modules import ROLES
 from engine.quant_spec import EMBEDDING, LM_HEAD
 
 _LAYER = re.compile(r"model\.layers\.\d+\.")
@@ -20,20 +21,17 @@ def tensor_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
         name: Of a tensor that the model reads, like "model.layers.0.self_attn.q_proj.weight".
     """
     module, _, kind = name.rpartition(".")
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         EMBEDDING: (config.vocab_size, hidden),
         LM_HEAD: (config.vocab_size, hidden),
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
         "self_attn.q_norm": (config.head_dim,),
         "self_attn.k_norm": (config.head_dim,),
-        "mlp.gate_proj": (intermediate, hidden),
-        "mlp.up_proj": (intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
+        **{
+            projection.name: (projection.out_features(config), role.in_features(config))
+            for role in ROLES
+            for projection in role.projections
+        },
     }
     # The others are norms over hidden states.
     shape = shapes.get(_LAYER.sub("", module), (hidden,))

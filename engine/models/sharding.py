@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.errors import ConfigError
-from engine.kernels.matmul.codebook import SCALE_SIZE
 from engine.models.config import ModelConfig
+from engine.models.modules import ROLES
 from engine.parallel.shards import Shard
+from engine.quant.plan import SCHEMES
 from engine.quant_spec import QuantSpec
 
 
@@ -57,14 +58,16 @@ def _cut_groups(config: ModelConfig, quant_spec: QuantSpec, size: int) -> list[s
     if size == 1:
         return []
     widths = {
-        "self_attn.o_proj": config.num_heads * config.head_dim,
-        "mlp.down_proj": config.intermediate_size,
+        projection.name: role.in_features(config)
+        for role in ROLES
+        if role.split == "rows"
+        for projection in role.projections
     }
     found: dict[str, None] = {}
     for layer in range(config.num_layers):
         for name, width in widths.items():
             words = quant_spec.of(f"model.layers.{layer}.{name}")
-            group = SCALE_SIZE if words.kind == "nf4" else words.group_size
+            group = SCHEMES[words.kind].scale_group or words.group_size
             if group and width % (size * group):
                 found[f"the {width} input features of {name} within groups of {group}"] = None
     return list(found)

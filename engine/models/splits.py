@@ -21,13 +21,12 @@ import torch
 
 from engine.kernels.matmul.cpu_sharded import ShardedInt8Matmul, block_maxima, num_terms, quantize_part
 from engine.kernels.matmul.int8 import MAX_IN_FEATURES
-from engine.kernels.operands import Activations, Format, SparseInt8Format
+from engine.kernels.operands import Activations, Format
 from engine.kernels.quantize import SPREAD_BLOCK
 from engine.parallel.costs import gathered_bytes, integer_sum_bytes
+from engine.parallel.exchanges import Exchange, gathered, summed
 from engine.parallel.group import TensorGroup
-from engine.quant.cpu_formats import token_format
-from engine.quant.int8 import Int8
-from engine.quant.scheme import Matmul, Scheme, Tensors
+from engine.quant.scheme import IntegerSums, Matmul, Scheme, Tensors
 from engine.quant.weight import Weight
 
 
@@ -48,6 +47,15 @@ class Split(Protocol):
 
     def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         """The product as its callers see it, exchanges included."""
+        ...
+
+    def exchanges(self, name: str, itemsize: int) -> list[Exchange]:
+        """What a rank exchanges for each token.
+
+        Args:
+            name: What the layer is the output of, "attention" for one.
+            itemsize: Bytes of an activation.
+        """
         ...
 
 
@@ -76,6 +84,9 @@ class ColumnParallel:
     def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         return scheme.bind(tensors, bias)
 
+    def exchanges(self, name: str, itemsize: int) -> list[Exchange]:
+        return []
+
 
 @dataclass(frozen=True, slots=True)
 class RowParallelGather:
@@ -101,6 +112,13 @@ class RowParallelGather:
     def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         return _RowParallelGatherMatmul(self, scheme.bind(tensors, bias))
 
+    def exchanges(self, name: str, itemsize: int) -> list[Exchange]:
+        size = self.group.size
+        return [
+            gathered(f"inputs of the {name}'s output", self.in_features, size, itemsize),
+            gathered(f"output of the {name}", self.out_features, size, itemsize),
+        ]
+
 
 @dataclass(slots=True)
 class _RowParallelGatherMatmul:
@@ -117,9 +135,14 @@ class _RowParallelGatherMatmul:
 
 @dataclass(frozen=True, slots=True)
 class RowParallelSum:
-    """Inputs are shared, and the products, floats, are summed: the bits depend on the number of ranks."""
+    """Inputs are shared, and the products, floats, are summed: the bits depend on the number of ranks.
+
+    Attributes:
+        out_features: Of the whole layer.
+    """
 
     group: TensorGroup
+    out_features: int
 
     def rows(self, out_features: int) -> slice:
         return slice(0, out_features)
@@ -135,6 +158,9 @@ class RowParallelSum:
         return _RowParallelSumMatmul(
             self.group, scheme.bind(tensors, None if self.group.shard.rank else bias)
         )
+
+    def exchanges(self, name: str, itemsize: int) -> list[Exchange]:
+        return [summed(f"output of the {name}", self.out_features, itemsize)]
 
 
 class _RowParallelSumMatmul:
@@ -152,20 +178,21 @@ class RowParallelIntegerSum:
 
     Attributes:
         in_features, out_features: Of the whole layer.
-        format: Of the activations.
+        sums: What its scheme offers.
     """
 
     group: TensorGroup
     in_features: int
     out_features: int
-    format: SparseInt8Format
+    sums: IntegerSums
 
     @staticmethod
     def of(
         group: TensorGroup, in_features: int, out_features: int, scheme: Scheme
     ) -> RowParallelIntegerSum | None:
         """That of a layer, if there can be one."""
-        if not group.has_integer_sums or not isinstance(scheme, Int8) or scheme.activations == "groups":
+        sums = scheme.integer_sums
+        if not group.has_integer_sums or sums is None:
             return None
         # A rank's part of a grid of blocks of 32 is told from one of whole rows by having two blocks or more.
         blocks = in_features // SPREAD_BLOCK // group.size
@@ -173,7 +200,7 @@ class RowParallelIntegerSum:
             return None
         if in_features > MAX_IN_FEATURES:
             return None
-        return RowParallelIntegerSum(group, in_features, out_features, token_format(scheme.activations))
+        return RowParallelIntegerSum(group, in_features, out_features, sums)
 
     def rows(self, out_features: int) -> slice:
         return slice(0, out_features)
@@ -182,14 +209,20 @@ class RowParallelIntegerSum:
         return self.group.shard.of(in_features)
 
     def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
-        assert isinstance(scheme, Int8)
-        return scheme.quantize_part(weight, self.group.largest)
+        return self.sums.quantize(weight, self.group.largest)
 
     def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
-        outputs, size = self.group.shard.of(self.out_features), self.group.size
-        terms = num_terms(self.format)
-        product = ShardedInt8Matmul(tensors["weight"], tensors["scale"], bias, outputs, size, terms)
-        return _RowParallelIntegerSumMatmul(self, product)
+        outputs = self.group.shard.of(self.out_features)
+        return _RowParallelIntegerSumMatmul(self, self.sums.bind(tensors, bias, outputs, self.group.size))
+
+    def exchanges(self, name: str, itemsize: int) -> list[Exchange]:
+        size, num_sums = self.group.size, num_terms(self.sums.format) * self.out_features
+        blocks = self.in_features // SPREAD_BLOCK
+        return [
+            gathered(f"largest inputs of the {name}'s output", blocks, size, itemsize),
+            summed(f"integers of the {name}'s output", num_sums, torch.int32.itemsize),
+            gathered(f"output of the {name}", self.out_features, size, itemsize),
+        ]
 
 
 @dataclass(slots=True)
@@ -202,7 +235,7 @@ class _RowParallelIntegerSumMatmul:
         assert isinstance(x, torch.Tensor)
         split, group = self.split, self.split.group
         maxima = group.gather(block_maxima(x), split.in_features // SPREAD_BLOCK)
-        codes = quantize_part(x, maxima, split.format)
+        codes = quantize_part(x, maxima, split.sums.format)
         sums = group.scatter(self.product.sums(codes))
         return group.gather(self.product.finish(sums, codes), split.out_features)
 
@@ -217,10 +250,10 @@ def row_parallel(group: TensorGroup, in_features: int, out_features: int, scheme
         in_features, out_features: K and N of the whole layer.
     """
     if group.size == 1 or not group.rank_invariant:
-        return RowParallelSum(group)
+        return RowParallelSum(group, out_features)
     sums = RowParallelIntegerSum.of(group, in_features, out_features, scheme)
     if sums is not None:
-        terms = num_terms(sums.format)
+        terms = num_terms(sums.sums.format)
         shape = (in_features, out_features, group.size)
         if integer_sum_bytes(*shape, terms) < gathered_bytes(*shape):
             return sums

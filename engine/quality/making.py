@@ -20,6 +20,7 @@ from engine.errors import ConfigError
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
 from engine.loading.weights import checkpoint_key
+from engine.quant.plan import SCHEMES
 from engine.tokenizer.tokenizer import load_tokenizer
 
 NUM_WINDOWS = 64
@@ -54,9 +55,8 @@ class Job:
 def is_calibrated(recipe: Recipe) -> bool:
     """Whether what it finds depends on a text."""
     schemes = [recipe.quant_spec.default, *(words for _, words in recipe.quant_spec.rules)]
-    # k-means weighs columns by their inputs.
-    has_clusters = any(words.kind == "codebook4" for words in schemes)
-    return has_clusters or not set(recipe.steps) <= set(_WITHOUT_CALIBRATION)
+    weighs_columns = any(SCHEMES[words.kind].weighs_columns for words in schemes)
+    return weighs_columns or not set(recipe.steps) <= set(_WITHOUT_CALIBRATION)
 
 
 def read_calibration(file: Path | None, scored: str) -> str:

@@ -20,7 +20,7 @@ from engine.compression.recipe import ALGORITHMS, Recipe
 from engine.config import CacheType, EngineConfig
 from engine.errors import ConfigError
 from engine.quality.making import is_calibrated
-from engine.quant_spec import Kind, QuantSpec, parse_quant_spec
+from engine.quant_spec import KINDS, QuantSpec, parse_quant_spec
 
 Options = dict[str, Any]
 """Options of EngineConfig by name."""
@@ -74,9 +74,9 @@ def parse_variant(text: str) -> Variant:
     head, comma, rules = text.partition(",")
     first, *words = head.split(":")
     path = first.removeprefix(DIRECTORY)
-    is_directory = first not in get_args(Kind)
+    is_directory = first not in KINDS
     if is_directory and not (path and Path(path).is_dir()):
-        known = f"{', '.join(get_args(Kind))}, a directory, {DIRECTORY}PATH"
+        known = f"{', '.join(KINDS)}, a directory, {DIRECTORY}PATH"
         raise ConfigError(f"variant {text!r}: {first!r} is neither known nor a directory; known are {known}")
     named: dict[str, str] = {}
     scheme = [first]

@@ -12,6 +12,7 @@ Source: Kim et al. 2023, "SqueezeLLM", section 4.1 (arXiv:2306.07629).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -21,6 +22,7 @@ from engine.kernels.matmul.cpu_int8 import codebook_grid
 from engine.kernels.nibbles import pack_nibbles
 from engine.quant.codebook import SIZE, cluster_rows
 from engine.quant.cpu_formats import cpu_product
+from engine.quant.parts import ReadPart, read_nibbles
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import CodebookWeight, Weight, to_float
 
@@ -30,6 +32,7 @@ class Codebook4:
     """A codebook of fp16 values a row."""
 
     name: str = "codebook4"
+    integer_sums: ClassVar[None] = None
 
     def storage(self, out_features: int, in_features: int) -> Tensors:
         return {
@@ -63,3 +66,10 @@ def _is_own(weight: CodebookWeight) -> bool:
         return False
     # Values that fp16 does not hold are fitted anew.
     return torch.equal(weight.codebook.to(torch.float16).float(), weight.codebook.float())
+
+
+def read_codebook4(read: ReadPart, group_size: int) -> CodebookWeight:
+    """A weight of our own checkpoints; it has no groups along K."""
+    codes = read_nibbles(read)
+    codebook = read("codebook", (torch.float16,), (codes.shape[0], SIZE))
+    return CodebookWeight(codes, codebook, None, codes.shape[1])

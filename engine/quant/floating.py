@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ class Float:
 
     dtype: torch.dtype
     batch_invariant: bool = False
+    integer_sums: ClassVar[None] = None
 
     @property
     def name(self) -> str:

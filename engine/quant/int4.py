@@ -10,6 +10,7 @@ is that of the int8 grid.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -18,6 +19,7 @@ from engine.kernels.matmul.cpu_int8 import GROUP_SIZE, int4_grid
 from engine.kernels.matmul.int4 import Int4Matmul
 from engine.kernels.nibbles import pack_nibbles
 from engine.quant.cpu_formats import cpu_product
+from engine.quant.parts import ReadPart, read_groups, read_nibbles
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import GridWeight, Weight, to_float
 
@@ -36,6 +38,7 @@ class Int4:
 
     group_size: int = 32
     batch_invariant: bool = False
+    integer_sums: ClassVar[None] = None
 
     @property
     def name(self) -> str:
@@ -110,3 +113,11 @@ class Int4:
         codes = ((groups - minimum.float()[:, :, None]) / divisor[:, :, None]).round_().clamp_(0, 15)
         codes = codes.to(torch.uint8).view(rows, -1)[:, :columns]
         return GridWeight(codes, scale, minimum, size)
+
+
+def read_int4(read: ReadPart, group_size: int) -> GridWeight:
+    """A weight of our own checkpoints, in groups of so many along K; 0 for whole rows."""
+    codes = read_nibbles(read)
+    size = group_size or codes.shape[1]
+    scale, minimum = (read_groups(read, part, torch.float16, codes, size) for part in ("scale", "minimum"))
+    return GridWeight(codes, scale, minimum, size)

@@ -15,16 +15,17 @@ Sums of integers do not depend on the order, the tiling or the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from engine.kernels.launch import runs_triton
+from engine.kernels.matmul.cpu_sharded import ShardedInt8Matmul, num_terms
 from engine.kernels.matmul.int8 import MAX_IN_FEATURES, Int8Matmul
-from engine.kernels.operands import Int8Format
-from engine.quant.cpu_formats import GROUP_SIZE, cpu_product
-from engine.quant.scheme import Matmul, Tensors
+from engine.kernels.operands import Int8Format, SparseInt8Format
+from engine.quant.cpu_formats import GROUP_SIZE, cpu_product, token_format
+from engine.quant.parts import ReadPart, read_groups
+from engine.quant.scheme import IntegerSums, LargestOfRow, Matmul, Tensors
 from engine.quant.weight import GridWeight, Weight, to_float
 from engine.quant_spec import ActivationTerms
 
@@ -56,23 +57,7 @@ class Int8:
         }
 
     def quantize(self, weight: Weight) -> Tensors:
-        return self.quantize_part(weight, lambda largest: largest)
-
-    def quantize_part(
-        self, weight: Weight, largest_of_row: Callable[[torch.Tensor], torch.Tensor]
-    ) -> Tensors:
-        """What `quantize` makes of some columns of a weight.
-
-        Args:
-            largest_of_row: From the largest |w| of each row of the part, [N] float32, to that of the whole row.
-        """
-        if isinstance(weight, GridWeight) and weight.codes.dtype == torch.int8 and weight.scale.shape[1] == 1:
-            return {"weight": weight.codes, "scale": weight.scale[:, 0].float()}
-        values = to_float(weight).float()
-        scale = largest_of_row(values.abs().amax(dim=1)) / 127
-        # A row of zeros gets the scale 1: its codes are zeros whatever they are multiplied by.
-        scale = torch.where(scale > 0, scale, 1.0)
-        return {"weight": (values / scale[:, None]).round().to(torch.int8), "scale": scale}
+        return _quantize(weight, lambda largest: largest)
 
     def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
         shape = (out_features, in_features)
@@ -86,3 +71,42 @@ class Int8:
         if runs_triton(weight):
             return Int8Matmul(weight, scale, bias, DEVICE_FORMATS[self.activations])
         return cpu_product(weight, scale, bias, self.activations)
+
+    @property
+    def integer_sums(self) -> IntegerSums | None:
+        # Activations in groups have sums of floats.
+        return None if self.activations == "groups" else Int8Sums(token_format(self.activations))
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Sums:
+    """See `engine.quant.scheme.IntegerSums`: scales are those of whole rows and whole tokens."""
+
+    format: SparseInt8Format
+
+    def quantize(self, weight: Weight, largest_of_row: LargestOfRow) -> Tensors:
+        return _quantize(weight, largest_of_row)
+
+    def bind(
+        self, tensors: Tensors, bias: torch.Tensor | None, outputs: slice, size: int
+    ) -> ShardedInt8Matmul:
+        terms = num_terms(self.format)
+        return ShardedInt8Matmul(tensors["weight"], tensors["scale"], bias, outputs, size, terms)
+
+
+def _quantize(weight: Weight, largest_of_row: LargestOfRow) -> Tensors:
+    if isinstance(weight, GridWeight) and weight.codes.dtype == torch.int8 and weight.scale.shape[1] == 1:
+        return {"weight": weight.codes, "scale": weight.scale[:, 0].float()}
+    values = to_float(weight).float()
+    scale = largest_of_row(values.abs().amax(dim=1)) / 127
+    # A row of zeros gets the scale 1: its codes are zeros whatever they are multiplied by.
+    scale = torch.where(scale > 0, scale, 1.0)
+    return {"weight": (values / scale[:, None]).round().to(torch.int8), "scale": scale}
+
+
+def read_int8(read: ReadPart, group_size: int) -> GridWeight:
+    """A weight of our own checkpoints, in groups of so many along K with fp16 scales; 0: rows with float32 ones."""
+    codes = read("codes", (torch.int8,), (None, None))
+    size = group_size or codes.shape[1]
+    dtype = torch.float16 if group_size else torch.float32
+    return GridWeight(codes, read_groups(read, "scale", dtype, codes, size), None, size)

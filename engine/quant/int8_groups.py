@@ -10,7 +10,7 @@ GPU two terms have the weight's groups: its kernel multiplies weights in groups 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -43,6 +43,7 @@ class Int8Groups:
 
     group_size: int = 32
     activations: ActivationTerms = "default"
+    integer_sums: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.group_size <= 0 or self.group_size % GROUP_SIZES[-1]:

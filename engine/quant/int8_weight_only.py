@@ -16,6 +16,7 @@ where one int8 term and scale a token change it by 2.6e-2, and the default's spa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -40,6 +41,7 @@ class Int8WeightOnly:
     """
 
     group_size: int | None = None
+    integer_sums: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         _ = self._stored

@@ -12,6 +12,7 @@ and scales, but are multiplied by our own kernels: sums of bitsandbytes' product
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -21,6 +22,7 @@ from engine.kernels.matmul.cpu_int8 import codebook_grid
 from engine.kernels.nibbles import pack_nibbles
 from engine.quant.codebook import nf4_values, round_to_nf4
 from engine.quant.cpu_formats import cpu_product
+from engine.quant.parts import ReadPart, read_groups, read_nibbles
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import CodebookWeight, Weight, to_float
 
@@ -33,6 +35,7 @@ class NF4:
     """One table for all, blocks of 64; the last one is shorter where K is no multiple of it."""
 
     name: str = "nf4"
+    integer_sums: ClassVar[None] = None
 
     def storage(self, out_features: int, in_features: int) -> Tensors:
         num_blocks = -(-in_features // SCALE_SIZE)
@@ -71,3 +74,10 @@ def _is_own(weight: CodebookWeight) -> bool:
         return False
     table = nf4_values().to(weight.codebook.device)
     return bool((weight.codebook[0].float() - table).abs().max() <= _TABLE_TOLERANCE)
+
+
+def read_nf4(read: ReadPart, group_size: int) -> CodebookWeight:
+    """A weight of our own checkpoints; blocks are of 64 whatever is said."""
+    codes = read_nibbles(read)
+    scale = read_groups(read, "scale", torch.float32, codes, SCALE_SIZE)
+    return CodebookWeight(codes, nf4_values()[None], scale, SCALE_SIZE)

@@ -1,22 +1,29 @@
-"""From a specification to schemes: which one each module of a model gets."""
+"""From a specification to schemes: which one each module of a model gets, and what each kind of scheme can do.
+
+What may be said of a kind of scheme stands in `engine.quant_spec.KINDS`; here stands what is done then.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from engine.quant.codebook4 import Codebook4
+from engine.kernels.matmul.codebook import SCALE_SIZE
+from engine.quant.codebook import cluster_rows, round_to_nf4
+from engine.quant.codebook4 import Codebook4, read_codebook4
 from engine.quant.floating import Float
-from engine.quant.int4 import Int4
-from engine.quant.int8 import Int8
+from engine.quant.int4 import Int4, read_int4
+from engine.quant.int8 import Int8, read_int8
 from engine.quant.int8_groups import Int8Groups
 from engine.quant.int8_table import Int8Table
 from engine.quant.int8_weight_only import Int8WeightOnly
-from engine.quant.nf4 import NF4
+from engine.quant.nf4 import NF4, read_nf4
+from engine.quant.parts import ReadPart
 from engine.quant.scheme import Scheme, TableScheme
+from engine.quant.weight import CodebookWeight, GridWeight, Weight
 from engine.quant_spec import EMBEDDING, QuantSpec, SchemeSpec
 
 
@@ -39,7 +46,8 @@ class QuantizationPlan:
         Raises:
             ConfigError: They do not agree.
         """
-        return self._scheme(self.quant_spec.of_product(modules))
+        words = self.quant_spec.of_product(modules)
+        return SCHEMES[words.kind].make(words, self)
 
     @property
     def table(self) -> TableScheme:
@@ -55,18 +63,54 @@ class QuantizationPlan:
             text = "mixed-" + hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         return text.replace(":", "-")
 
-    def _scheme(self, words: SchemeSpec) -> Scheme:
-        match words.kind:
-            case "int8" if words.is_weight_only:
-                return Int8WeightOnly(words.group_size or None)
-            case "int8" if words.group_size:
-                return Int8Groups(words.group_size, words.activations)
-            case "int8":
-                return Int8(words.activations)
-            case "int4":
-                return Int4(words.group_size, self.batch_invariant)
-            case "nf4":
-                return NF4()
-            case "codebook4":
-                return Codebook4()
-        return Float(self.dtype, self.batch_invariant)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegisteredScheme:
+    """What is done with one kind of scheme.
+
+    Attributes:
+        make: The scheme of a module, from what is said of it and the plan of the model.
+        read: Reads a weight of this engine's own checkpoints, in groups of so many along K (0: what the kind has);
+            None: it is stored as floats.
+        round: Rounds a weight [N, K], given how much each column matters, [K], or None if all do alike. None: its
+            values are evenly spaced, and the steps of a recipe (`engine.compression.recipe`) find them.
+        weighs_columns: Whether `round` asks how much columns matter, which calibration tells.
+        scale_group: Elements along K that share a scale, where that cannot be said; 0: whole rows, or what is said.
+    """
+
+    make: Callable[[SchemeSpec, QuantizationPlan], Scheme]
+    read: Callable[[ReadPart, int], Weight] | None = None
+    round: Callable[[torch.Tensor, torch.Tensor | None], GridWeight | CodebookWeight] | None = None
+    weighs_columns: bool = False
+    scale_group: int = 0
+
+
+def _make_int8(words: SchemeSpec, plan: QuantizationPlan) -> Scheme:
+    if words.is_weight_only:
+        return Int8WeightOnly(words.group_size or None)
+    if words.group_size:
+        return Int8Groups(words.group_size, words.activations)
+    return Int8(words.activations)
+
+
+SCHEMES: dict[str, RegisteredScheme] = {
+    "none": RegisteredScheme(make=lambda words, plan: Float(plan.dtype, plan.batch_invariant)),
+    "int8": RegisteredScheme(make=_make_int8, read=read_int8),
+    "int4": RegisteredScheme(
+        make=lambda words, plan: Int4(words.group_size, plan.batch_invariant),
+        read=read_int4,
+    ),
+    "nf4": RegisteredScheme(
+        make=lambda words, plan: NF4(),
+        read=read_nf4,
+        round=lambda weight, importance: round_to_nf4(weight),
+        scale_group=SCALE_SIZE,
+    ),
+    "codebook4": RegisteredScheme(
+        make=lambda words, plan: Codebook4(),
+        read=read_codebook4,
+        round=cluster_rows,
+        weighs_columns=True,
+    ),
+}
+"""By the kinds of `engine.quant_spec.KINDS`."""

@@ -2,18 +2,26 @@
 
 A scheme is the one place that knows its storage and its arithmetic. Layers hold the tensors it names and
 call the function it binds to them; they never look inside.
+
+`storage`, `quantize` and `bind` are what the field knows as create_weights, process_weights_after_loading and apply
+(vLLM's `QuantizeMethodBase`), with the product returned by `bind` instead of looked up in each call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-from engine.kernels.operands import Activations, Format
+from engine.kernels.matmul.cpu_sharded import ShardedInt8Matmul
+from engine.kernels.operands import Activations, Format, SparseInt8Format
 from engine.quant.weight import Weight
 
 Tensors = dict[str, torch.Tensor]
+
+LargestOfRow = Callable[[torch.Tensor], torch.Tensor]
+"""From the largest |w| of each row of some columns, [N] float32, to that of the whole row."""
 
 
 class Matmul(Protocol):
@@ -54,8 +62,37 @@ class Storage(Protocol):
         ...
 
 
+class IntegerSums(Protocol):
+    """What a scheme offers ranks that share the columns of a weight: sums of integers, with the bits of one rank."""
+
+    @property
+    def format(self) -> SparseInt8Format:
+        """Of the activations."""
+        ...
+
+    def quantize(self, weight: Weight, largest_of_row: LargestOfRow) -> Tensors:
+        """What the scheme's `quantize` makes of the whole weight, of a rank's columns of it."""
+        ...
+
+    def bind(
+        self, tensors: Tensors, bias: torch.Tensor | None, outputs: slice, size: int
+    ) -> ShardedInt8Matmul:
+        """The part of the product of one rank of `size`.
+
+        Args:
+            bias: [N] float32, of all outputs.
+            outputs: Those that the rank finishes.
+        """
+        ...
+
+
 class Scheme(Storage, Protocol):
     """How a weight is stored and multiplied."""
+
+    @property
+    def integer_sums(self) -> IntegerSums | None:
+        """How ranks that share the weight's columns add products up as integers; None where their sums are floats."""
+        ...
 
     def bind(self, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         """The product with these tensors, on their device; prepares what is prepared once.

@@ -15,7 +15,7 @@ from engine.compression import quantize
 from engine.compression.__main__ import main
 from engine.compression.calibration import CalibratedLayer, Calibration, CalibrationText, default_text
 from engine.compression.gptq import output_errors
-from engine.compression.layer_quantizer import ROLES, QuantizedLayer, fold_scales, quantize_layer
+from engine.compression.layer_quantizer import QuantizedLayer, fold_scales, quantize_layer
 from engine.compression.quantize import quantize_checkpoint
 from engine.compression.recipe import Recipe
 from engine.config import EngineConfig
@@ -24,6 +24,7 @@ from engine.executor.runner import ModelRunner
 from engine.loading.checkpoint import Checkpoint, open_checkpoint
 from engine.loading.formats import stored_scheme
 from engine.models.config import ModelConfig
+from engine.models.modules import ROLES, module_names
 from engine.quant.codebook import cluster_rows
 from engine.quant.weight import CodebookWeight, GridWeight, to_float
 from tests.helpers.paged import make_sequences, run_chunks
@@ -240,7 +241,7 @@ def test_each_module_has_one_target_in_the_published_configuration(
         (8, "group", "pack-quantized"),
         (8, "channel", "int-quantized"),
     }
-    modules = [name for name in ModelConfig.from_dict(written.config).module_names if name != TABLE]
+    modules = [name for name in module_names(ModelConfig.from_dict(written.config)) if name != TABLE]
     for module in modules:
         places = [
             place
@@ -430,7 +431,7 @@ def calibrated(path: Path) -> CalibratedLayer:
         statistics.peaks.zero_()
         statistics.num_tokens = 0
     generator = torch.Generator().manual_seed(1)
-    for role in ROLES:
+    for role in (role.name for role in ROLES):
         size = layer.linears[role].in_features
         x = torch.randn(600, size // 4, generator=generator) @ torch.randn(
             size // 4, size, generator=generator
@@ -443,14 +444,14 @@ def calibrated(path: Path) -> CalibratedLayer:
 def output_error(path: Path, scheme: str, algorithm: str) -> float:
     """Of the weights alone, over both roles behind attention's norm and none; in units of their float output."""
     layer = calibrated(path)
-    moments = {role: layer.statistics[role].second_moment for role in ROLES}
-    before = {role: {name: w.clone() for name, w in layer.weights(role).items()} for role in ROLES}
-    norms = {role: norm.weight.clone() for role, norm in layer.norms.items()}
+    moments = {role: statistics.second_moment for role, statistics in layer.statistics.items()}
+    before = {role: {name: w.clone() for name, w in layer.weights(role).items()} for role in moments}
+    norms = {name: norm.weight.clone() for name, norm in layer.norms.items()}
     weights = quantize_layer(layer, Recipe.parse(scheme, algorithm)).weights
     total = 0.0
     for role in ("qkv", "output"):
         # What a scale took out of the norm is put back, to compare with the float weight.
-        ratio = layer.norms[role].weight / norms[role] if role in norms else torch.ones(1)
+        ratio = layer.norms["attention_norm"].weight / norms["attention_norm"] if role == "qkv" else 1.0
         for name, old in before[role].items():
             noise = output_errors(to_float(weights[name]) * ratio - old, moments[role]).sum()
             total += float(noise / output_errors(old, moments[role]).sum())

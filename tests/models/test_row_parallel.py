@@ -28,6 +28,7 @@ from engine.parallel.costs import (
     gathered_bytes,
     integer_sum_bytes,
 )
+from engine.parallel.exchanges import step_bytes
 from engine.parallel.group import TensorGroup
 from engine.parallel.place import take_place
 from engine.parallel.shards import Shard, Slices
@@ -146,9 +147,14 @@ def summed_cases(size: int) -> list[Case]:
 
 @dataclass(frozen=True)
 class Result:
-    """What a rank has of a case: its form, the outputs by number of tokens, and the bytes brought to exchanges."""
+    """What a rank has of a case: its form, the outputs by number of tokens, and the bytes brought to exchanges.
+
+    Attributes:
+        planned: By kind of exchange, the bytes a token that its split says it brings.
+    """
 
     form: str
+    planned: dict[str, int]
     outputs: list[torch.Tensor]
     brought: list[dict[str, int]]
 
@@ -166,7 +172,8 @@ def run_rank(rank: int, size: int, directory: str) -> None:
                 before = dict(group.num_bytes)
                 outputs.append(linear(x[:num_tokens, columns].contiguous()))
                 brought.append({kind: count - before[kind] for kind, count in group.num_bytes.items()})
-            results.append((type(linear.split).__name__, outputs, brought))
+            planned = step_bytes(linear.split.exchanges("layer", x.itemsize), num_tokens=1, num_draws=0)
+            results.append((type(linear.split).__name__, planned, outputs, brought))
     torch.save(results, f"{directory}/{rank}-of-{size}")
 
 
@@ -180,7 +187,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         pytest.skip("there is no C compiler on this machine")
     directory = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "PYTHONPATH": ROOT}
-    command = [sys.executable, "-m", "tests.models.test_row_cuts", str(directory)]
+    command = [sys.executable, "-m", "tests.models.test_row_parallel", str(directory)]
     processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(max(SIZES))]
     while not any(process.poll() for process in processes) and None in [
         process.poll() for process in processes
@@ -209,6 +216,7 @@ def test_layers_have_the_bits_of_one_rank_and_send_what_they_cost(size: int, res
                 expected = alone(x[:num_tokens])
                 assert expected.isnan().any(dim=1).sum() == (0 if num_tokens == 1 else 2)
                 torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+                assert brought == {kind: num_tokens * result.planned.get(kind, 0) for kind in brought}
                 shape = case.in_features, case.out_features, size
                 terms = 1 if isinstance(case.scheme, Int8) and case.scheme.activations == "token" else 2
                 is_summed = case.form is RowParallelIntegerSum
@@ -230,6 +238,9 @@ def test_summed_floats_are_as_near_as_those_of_one_rank(size: int, results: Resu
         rows = torch.arange(5, max(TOKENS))
         for rank in ranks:
             assert rank.form == "RowParallelSum"
+            assert rank.brought[-1] == {
+                kind: max(TOKENS) * rank.planned.get(kind, 0) for kind in ("gather", "sum")
+            }
             y = rank.outputs[-1]
             torch.testing.assert_close(y, ranks[0].outputs[-1], rtol=0, atol=0, equal_nan=True)
             error, error_alone = ((z - exact)[rows].norm().item() for z in (y.double(), alone(x).double()))

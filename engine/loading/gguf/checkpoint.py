@@ -15,6 +15,7 @@ from engine.errors import CheckpointError
 from engine.loading.gguf.config import translate_config, translate_generation_config
 from engine.loading.gguf.file import GGUFFile
 from engine.loading.slices import check_shape, take_slices
+from engine.models.modules import ROLES
 from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import GridWeight, Weight
 
@@ -44,16 +45,10 @@ _GLOBAL_NAMES = {
 }
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    **{projection.gguf: projection.name for role in ROLES for projection in role.projections},
 }
 _GEMMA3_LAYER_NAMES = _LAYER_NAMES | {
     "post_attention_norm": "post_attention_layernorm",
