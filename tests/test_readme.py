@@ -1,4 +1,4 @@
-"""The README lists every option that there is, and none that there is not."""
+"""The page of options lists every one that there is, and none that there is not."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from engine.arguments import build_parser
 from engine.config import EngineConfig, SchedulerConfig, format_bytes, parse_bytes
 from engine.errors import ConfigError
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+OPTIONS_PAGE = (Path(__file__).parent.parent / "docs" / "options.md").read_text()
 OPTIONS = {"--" + field.name.replace("_", "-") for field in fields(EngineConfig)}
 
 
 def test_the_table_of_options_is_complete() -> None:
-    assert set(re.findall(r"^\| `(--[a-z-]+)` \|", README, re.MULTILINE)) == OPTIONS
+    assert set(re.findall(r"^\| `(--[a-z-]+)` \|", OPTIONS_PAGE, re.MULTILINE)) == OPTIONS
 
 
 def test_every_option_of_the_engine_is_one_of_the_server() -> None:
