@@ -77,7 +77,7 @@ def _properties(launch: Launch) -> dict[str, Any]:
 
 
 def _constants(launch: Launch, names: set[str] | None) -> str:
-    """Those of a launch's properties that are named, or all."""
+    """A launch's properties as text: those that are named, or all."""
     return " ".join(
         f"{name}={value}" for name, value in _properties(launch).items() if names is None or name in names
     )

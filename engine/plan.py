@@ -40,7 +40,7 @@ LENGTHS = (1024, 4096, 8192, 32768, 131072)
 """Contexts whose concurrency is shown, besides the longest."""
 
 ASSUMED_ARCH = "sm_90"
-"""Of a GPU of which only the memory is said."""
+"""The chip that a GPU is taken to be of which only the memory is said."""
 
 
 @dataclass(frozen=True, slots=True)

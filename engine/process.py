@@ -24,8 +24,8 @@ def exit_cause(status: int) -> str:
 
 
 def machine_name() -> str:
-    """The same for all processes of a machine that reach each other by address and by process id, and another one
-    elsewhere, be it a container."""
+    """A name that processes of one machine share, which reach each other by address and by process id; elsewhere it
+    is another one, be it in a container."""
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     if not boot_id.exists():
         return socket.gethostname()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast, get_type_hints
@@ -198,3 +199,19 @@ def test_the_changes_lead_to_modules_that_exist() -> None:
             # The last part may be a name within the module.
             candidates = (file, file.with_suffix(".py"), file.parent.with_suffix(".py"))
             assert any(candidate.exists() for candidate in candidates), f"there is no {module}"
+
+
+def docstrings(tree: ast.AST) -> Iterator[str]:
+    """Those of modules, classes and functions, and of the constants and attributes that have some."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else []:
+            match statement:
+                case ast.Expr(ast.Constant(str(text))):
+                    yield text
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_docstrings_can_be_understood_alone(path: Path) -> None:
+    for text in docstrings(ast.parse(path.read_text())):
+        assert not text.startswith(("Of ", "That of ", "Those of ")), f"{path}: a fragment: {text}"

@@ -96,7 +96,7 @@ class Layout:
         return {f"{module}.{part}": tensor for part, tensor in parts.items()}
 
     def format(self, directory: Path) -> WeightFormat | None:
-        """What reads it."""
+        """The format that reads what is written, by the settings that it has in config.json."""
         return weight_format(directory, {"quantization_config": self.quantization})
 
 

@@ -109,7 +109,7 @@ class Recipe:
 
     @property
     def description(self) -> dict[str, object]:
-        """For the record."""
+        """The recipe as JSON values, for the record beside the checkpoint."""
         return {
             "scheme": str(self.quant_spec),
             "symmetric": self.is_symmetric,

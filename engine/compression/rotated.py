@@ -19,7 +19,7 @@ from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight, to_float
 
 ROTATION_SEED = 0
-"""Of the rotation's signs: the same model is always rotated the same way."""
+"""Seeds the rotation's signs: the same model is always rotated the same way."""
 
 _CHUNK = 1024
 """Rows of embedding and vocabulary projection that are rotated at once."""

@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 SAMPLER_BYTES = 160
-"""For each token of the vocabulary, to draw a row's token on a CPU: 37 bytes at a time (top_p with penalties and
-log-probabilities), and up to 120 more in the holes that they leave in glibc's heap among what lives longer."""
+"""Bytes for each token of the vocabulary that drawing a row's token on a CPU takes: 37 at a time (top_p with
+penalties and log-probabilities), and up to 120 more in the holes that they leave in glibc's heap among what lives
+longer."""
 
 DEFAULT_CPU_CACHE_SHARE = 0.25
 DEFAULT_CPU_CACHE_LIMIT = 4 * 2**30
@@ -179,7 +180,7 @@ def plan_memory(
 
 
 def table_copies(model: Decoder, device: torch.device) -> int:
-    """As `MemoryPlan.copies`: the C kernels' products have weights in an order of their own."""
+    """The bytes of `MemoryPlan.copies`: the C kernels' products have weights in an order of their own."""
     if device.type != "cpu" or cpu.library() is None or not model.shares_table:
         return 0
     assert model.embedding is not None

@@ -87,7 +87,7 @@ class AttentionForms:
         return self.decode is self.prefill
 
     def max_items(self, num_tokens: int, num_rows: int) -> int:
-        """Most items of a list."""
+        """Most items that a list of attention's work can have in a step of so many tokens and rows."""
         smallest = min(self.decode.block_q, self.prefill.block_q)
         return num_tokens // smallest + num_rows + self.capacity // self.group
 

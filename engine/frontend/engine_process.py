@@ -42,7 +42,7 @@ from engine.frontend.messages import (
 from engine.process import RunningClock, follow_parent, whereabouts
 
 FLUSH_MILLISECONDS = 1000
-"""For the last words of a process to leave it."""
+"""How long the last messages of a process that ends may take to leave it."""
 
 
 def main(address: str, beats: str, limits: Limits | None = None) -> int:
@@ -90,7 +90,7 @@ class Progress:
         self._seen = 0, 0.0
 
     def watch(self, core: EngineCore[Any]) -> None:
-        """From now on its ranks and its steps."""
+        """Watches an engine's ranks and steps from now on."""
         # A call finishes a step that was planned so many calls ago at most.
         self._planned = deque([0], 1 + core.num_stages)
         self._core = core

@@ -41,7 +41,7 @@ ROW_TILE = Tile({"BLOCK": 8192}, num_warps=16, num_stages=1)
 """One program a row. The order of its float sums follows from the tile, so it is no matter of tuning data."""
 
 LOGPROB_TILE = Tile({"BLOCK": 4096}, num_warps=16, num_stages=1)
-"""One program a row, likewise."""
+"""One program a row; its order of float sums is fixed with it, like that of `ROW_TILE`."""
 
 PICK_TILE = Tile({}, num_warps=1, num_stages=1)
 
@@ -308,7 +308,7 @@ def _weight_from(
     GROUP_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of the values >= pivot the mass (or number); and by element the least of them and the largest below."""
+    """The mass (or number) of the values >= pivot; and by element the least of them and the largest below."""
     STEP: tl.constexpr = BLOCK // GROUP_SIZE
     scale = 1.0 / temperature
     weights = tl.zeros((STEP, GROUP_SIZE), tl.float32)
@@ -525,7 +525,7 @@ def _mix32(bits):
 
 @triton.jit
 def _uniform(token_ids, key_low, key_high):
-    """As `engine.kernels.noise.uniform_noise`, to the bit."""
+    """Uniform noise, equal to that of `engine.kernels.noise.uniform_noise` to the bit."""
     low = key_low.to(tl.uint32, bitcast=True)
     high = key_high.to(tl.uint32, bitcast=True)
     bits = _mix32(_mix32(token_ids.to(tl.uint32) ^ low) + high)
@@ -724,7 +724,7 @@ def find_thresholds(
     tile: Tile | None = None,
     row_tile: Tile = ROW_TILE,
 ) -> torch.Tensor:
-    """As `reference_thresholds`, on a target of Triton."""
+    """The thresholds of `reference_thresholds`, found by Triton's kernels."""
     target = target_of(logits)
     assert target is not None
     num_rows, vocab_size = logits.shape

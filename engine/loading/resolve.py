@@ -87,7 +87,7 @@ def resolve_model(model: str) -> Path:
 
 
 def resolve_configuration(model: str) -> Path:
-    """As `resolve_model`, but of a Hugging Face repository only the configuration is downloaded, no weights."""
+    """The path of a model, as `resolve_model`; of a Hugging Face repository no weights are downloaded."""
     path = Path(model).expanduser()
     is_repository = not path.exists() and path.suffix != ".gguf" and _REPOSITORY_ID.fullmatch(model)
     return _snapshot(model, _CONFIGURATION_FILES) if is_repository else resolve_model(model)

@@ -180,7 +180,7 @@ class StoredTensors:
         return self._locations[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """That of a tensor, from its file's header.
+        """The shape of a tensor, from its file's header.
 
         Raises:
             CheckpointError: It is missing.

@@ -34,11 +34,11 @@ class Split(Protocol):
     """A rank's part of a layer that computes x Wᵀ + b."""
 
     def rows(self, out_features: int) -> slice:
-        """Of one of the matrices that W stacks."""
+        """Which rows of one of the matrices that W stacks are the rank's."""
         ...
 
     def columns(self, in_features: int) -> slice:
-        """Of W."""
+        """Which columns of W are the rank's."""
         ...
 
     def quantize(self, scheme: Scheme, weight: Weight) -> Tensors:
@@ -241,7 +241,7 @@ class _RowParallelIntegerSumMatmul:
 
 
 def row_parallel(group: TensorGroup, in_features: int, out_features: int, scheme: Scheme) -> Split:
-    """That of a layer behind a column-parallel one.
+    """The split of a layer behind a column-parallel one.
 
     Of the two forms with the bits of one rank, the one which sends fewer bytes: sums of integers where the scheme has
     them and the layer narrows (K > 2.06 N with two terms), else gathering.

@@ -32,7 +32,7 @@ from __future__ import annotations
 from engine.kernels.quantize import SPREAD_BLOCK
 
 FLOAT_BYTES = 4
-"""Of a float32, and of a sum of integers."""
+"""Bytes of a float32, and of a sum of integers."""
 
 
 def gather_bytes(num_bytes: int, size: int) -> int:
@@ -48,12 +48,12 @@ def all_reduce_bytes(num_bytes: int, size: int) -> int:
 
 
 def gathered_bytes(in_features: int, out_features: int, size: int) -> int:
-    """Of a layer whose inputs and outputs are gathered."""
+    """What a rank sends for a token of a layer whose inputs and outputs are gathered."""
     return gather_bytes(FLOAT_BYTES * in_features, size) + gather_bytes(FLOAT_BYTES * out_features, size)
 
 
 def integer_sum_bytes(in_features: int, out_features: int, size: int, terms: int) -> int:
-    """Of a layer whose products are summed as integers.
+    """What a rank sends for a token of a layer whose products are summed as integers.
 
     Args:
         terms: Of its activations.
@@ -64,5 +64,5 @@ def integer_sum_bytes(in_features: int, out_features: int, size: int, terms: int
 
 
 def float_sum_bytes(out_features: int, size: int, item_bytes: int = FLOAT_BYTES) -> int:
-    """Of a layer whose products are summed as floats of item_bytes."""
+    """What a rank sends for a token of a layer whose products are summed as floats of item_bytes."""
     return all_reduce_bytes(item_bytes * out_features, size)

@@ -38,7 +38,7 @@ class Exchange:
 def gathered(
     name: str, width: int, size: int, itemsize: int, of: Literal["token", "draw"] = "token"
 ) -> Exchange:
-    """Of shares of `width` numbers, padded to the largest."""
+    """The exchange that puts `width` numbers together, of which ranks have shares, padded to the largest."""
     return Exchange(name, "gather", of, Shard(0, size).largest(width) * itemsize)
 
 
@@ -47,12 +47,12 @@ def summed(name: str, width: int, itemsize: int) -> Exchange:
 
 
 def sent(name: str, width: int, itemsize: int) -> Exchange:
-    """From a stage to the next."""
+    """What goes from a stage to the next."""
     return Exchange(name, "send", "token", width * itemsize)
 
 
 def counted(exchanges: Iterable[Exchange]) -> list[Exchange]:
-    """Equal ones as one that is made so many times."""
+    """Exchanges of which equal ones have become one that is made so many times."""
     counts: dict[Exchange, int] = {}
     for exchange in exchanges:
         counts[exchange] = counts.get(exchange, 0) + exchange.count
@@ -63,7 +63,7 @@ def counted(exchanges: Iterable[Exchange]) -> list[Exchange]:
 
 
 def step_bytes(exchanges: Iterable[Exchange], num_tokens: int, num_draws: int) -> dict[str, int]:
-    """By kind, bytes that a rank hands over in a step."""
+    """Bytes that a rank hands over in a step, by kind of exchange."""
     total: dict[str, int] = {}
     for exchange in exchanges:
         total[exchange.kind] = total.get(exchange.kind, 0) + exchange.num_bytes(num_tokens, num_draws)

@@ -40,7 +40,7 @@ class RankPlace:
 
     @property
     def name(self) -> str:
-        """For what is kept of this rank's share of the weights; empty for a single rank."""
+        """Names this rank's share of the weights in the files that keep it; empty for a single rank."""
         if self.size == 1:
             return ""
         shard, exact = self.group.shard, "-exact" if self.group.rank_invariant else ""

@@ -22,7 +22,7 @@ PLACE_BYTES = 2**20
 COUNTER_BYTES = 64
 
 NAPS = 1000
-"""Of 50 µs: after so many a rank that waits asks whether it still should."""
+"""Naps of 50 µs after which a rank that waits asks whether it still should."""
 
 
 class SharedPlaces:
@@ -41,7 +41,7 @@ class SharedPlaces:
 
     @staticmethod
     def num_bytes(size: int) -> int:
-        """Of the memory for so many ranks."""
+        """Bytes of the memory that so many ranks share."""
         return size * (COUNTER_BYTES + 2 * PLACE_BYTES)
 
     def exchange(

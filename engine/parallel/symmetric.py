@@ -20,7 +20,8 @@ from engine.errors import ConfigError
 from engine.parallel.shards import Shard
 
 MAX_BYTES = 512 * 1024
-"""Of a sum. Not measured: vLLM's custom all-reduce leaves its one-shot kernel here with 4 GPUs, at half with 8."""
+"""The largest sum that is made so. Not measured: vLLM's custom all-reduce leaves its one-shot kernel here with 4
+GPUs, at half with 8."""
 
 
 class OneShotSum:

@@ -289,14 +289,14 @@ def _check_room(directory: Path, needed: int) -> None:
 
 
 def cut_prompts(token_ids: Sequence[int], count: int, size: int) -> list[list[int]]:
-    """So many parts of a text, evenly apart."""
+    """`count` parts of a text of `size` tokens each, evenly apart."""
     last = len(token_ids) - size
     starts = [index * last // max(1, count - 1) for index in range(count)]
     return [list(token_ids[start : start + size]) for start in starts]
 
 
 def _apart(name: str, function: Callable[[In], Out], argument: In) -> Out:
-    """What the function makes of it, in a new process."""
+    """What the function makes of its argument, called in a new process."""
     try:
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
             return pool.submit(function, argument).result()

@@ -25,7 +25,7 @@ from engine.tokenizer.tokenizer import load_tokenizer
 
 NUM_WINDOWS = 64
 WINDOW_LENGTH = 512
-"""Of the calibration text, as `python -m engine.quant` takes them."""
+"""Tokens in a window of the calibration text, of which `NUM_WINDOWS` are taken, as `python -m engine.quant` does."""
 
 _WITHOUT_CALIBRATION = ("hadamard", "rtn", "percentile", "mse", "kl")
 _FINISHED = "config.json"

@@ -43,10 +43,10 @@ STEP_TOKENS = 512
 
 DECODE_TOKENS = 64
 REPETITIONS = 3
-"""Of the timed run, after the continuations, which warm up; the median counts."""
+"""How often the timed run is repeated, after the continuations, which warm up; the median counts."""
 
 ADMISSION = -3
-"""Of rows that no scheduler planned: a number that it never gives."""
+"""The admission of rows that no scheduler planned: a number that it never gives."""
 
 _DRAW = Draw(SamplingParams(temperature=0), seed=0, index=0, position=0)
 """Asks for a row's logits; nothing is drawn from them."""

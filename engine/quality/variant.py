@@ -32,7 +32,7 @@ _RULE = re.compile(r"[^:=]+=")
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One of what is compared.
+    """One of the choices that are compared.
 
     Attributes:
         name: As it was asked for.

@@ -127,7 +127,7 @@ class _Sums:
 
     @staticmethod
     def of(rows: torch.Tensor, importance: torch.Tensor) -> _Sums:
-        """Of rows [R, K] float32 and an importance [K] float64."""
+        """The sums of rows [R, K] float32 under an importance [K] float64."""
         ordered, order = rows.sort(dim=1)
         weight = importance[order]
         moment = weight * ordered

@@ -27,7 +27,7 @@ from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import CodebookWeight, Weight, to_float
 
 _TABLE_TOLERANCE = 1e-6
-"""By which a checkpoint's table may be off: NF4's values are written with seven digits."""
+"""How far a checkpoint's table may be off: NF4's values are written with seven digits."""
 
 
 @dataclass(frozen=True)

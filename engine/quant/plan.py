@@ -41,7 +41,7 @@ class QuantizationPlan:
     batch_invariant: bool = False
 
     def scheme(self, modules: Sequence[str]) -> Scheme:
-        """That of modules which share one product.
+        """The scheme of modules which share one product.
 
         Raises:
             ConfigError: They do not agree.
@@ -51,7 +51,7 @@ class QuantizationPlan:
 
     @property
     def table(self) -> TableScheme:
-        """That of the embedding."""
+        """The scheme of the embedding."""
         is_float = self.quant_spec.of(EMBEDDING).kind == "none"
         return Float(self.dtype, self.batch_invariant) if is_float else Int8Table()
 

@@ -10,7 +10,7 @@ BEAT_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """All in seconds.
+    """How long processes may be silent and steps may take, all in seconds.
 
     A process that is stuck as a whole is found by its silence. One that lives, and is stuck in a step of T tokens
     over W bytes of weights, is found after

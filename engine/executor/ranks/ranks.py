@@ -60,7 +60,7 @@ WATCH_SECONDS = 0.25
 """How often the watcher looks at ranks that say nothing."""
 
 GRACE_SECONDS = 5.0
-"""For a process to end that was told to, or killed."""
+"""How long a process may take to end that was told to, or killed."""
 
 Result = TypeVar("Result")
 
@@ -499,7 +499,7 @@ class _Awaited:
 
 @contextlib.contextmanager
 def _together(ranks: Ranks) -> Iterator[None]:
-    """What rank 0 does with the others it does whole, or all are ended.
+    """A step of rank 0 with the others is done whole, or all of them are ended.
 
     Raises:
         EngineError: Why they were.

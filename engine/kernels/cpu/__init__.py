@@ -70,7 +70,7 @@ LEVELS = {
     "portable": Level(("-march=native",), frozenset()),
     EMULATED: Level((*_AVX512, "-DEMULATE_TILES"), frozenset({"avx512_vnni"})),
 }
-"""By name, the best first; `$ENGINE_CPU_KERNELS` takes one of them, or "torch" for torch's operators."""
+"""Levels by name, the best first; `$ENGINE_CPU_KERNELS` takes one of them, or "torch" for torch's operators."""
 
 VARIABLE = "ENGINE_CPU_KERNELS"
 

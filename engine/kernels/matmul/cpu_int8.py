@@ -34,19 +34,19 @@ GROUP_SIZE = 32
 """Input features of an int4 weight that share a factor and an offset."""
 
 GROUP_BYTES = 2 * 2 * PANEL + GROUP_SIZE * PANEL // 2
-"""Of such a group in a panel."""
+"""Bytes of a group of an int4 weight in a panel: a factor and an offset a feature, and the codes."""
 
 FRACTION = 256
 """Steps of an int4 weight's factor and offset, and of a codebook's values, in one int8 code."""
 
 BLOCK_BYTES = SCALE_SIZE * PANEL // 2
-"""Of a codebook's codes for as many input features as share a scale, in a panel."""
+"""Bytes of a codebook's codes in a panel, for as many input features as share a scale."""
 
 LINE = 64
 """What starts in memory at a multiple of this many bytes is read fastest."""
 
 ROWS_AT_A_TIME = 1024
-"""Of a codebook's weight that torch's operators expand for a product, so that no copy is held."""
+"""Rows of a codebook's weight that torch's operators expand at a time, so that no copy of all is held."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,7 @@ class CompressedTensors:
         return make_weight(codes, zero, scale, scheme.bits, group_size, group_index)
 
     def _scheme_of(self, names: tuple[str, ...]) -> Scheme | None:
-        """That of a module, by its names; None if it is not quantized."""
+        """The scheme of a module, by its names; None if it is not quantized."""
         matches = [
             (rank, scheme) for targets, scheme in self.schemes if (rank := _match(targets, names)) is not None
         ]

@@ -35,7 +35,7 @@ from engine.quant_spec import EMBEDDING, QuantSpec, parse_quant_spec
 
 QUANT_METHOD = "llm-engine"
 TABLE_GROUP_SIZE = 32
-"""Of an int8 embedding: what `engine.quant.int8_table` keeps."""
+"""Elements along K that share a scale in an int8 embedding, as `engine.quant.int8_table` keeps it."""
 
 
 @dataclass(frozen=True)

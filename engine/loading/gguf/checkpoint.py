@@ -161,7 +161,7 @@ def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
 
 
 def _widened(part: slice, step: int) -> slice:
-    """To multiples of a step."""
+    """A slice, widened to multiples of a step."""
     return slice(part.start // step * step, -(-part.stop // step) * step)
 
 
