@@ -22,6 +22,7 @@ import torch
 
 from engine import LLM, EngineConfig, SamplingParams
 from engine.errors import EngineDeadError
+from engine.executor.ranks import rank_process
 from engine.frontend.async_engine import AsyncEngine
 from engine.tokenizer.files import byte_tokenizer
 from tests.executor.ranks.test_failures import DETECTION_SECONDS, run, started, until
@@ -51,7 +52,7 @@ PARAMS = [
 ]
 LONG = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
 
-RANK = re.compile(r"engine\.executor\.ranks\.rank_process|^ray::RankActor")
+RANK = re.compile(rf"{re.escape(rank_process.__name__)}|^ray::RankActor")
 """Is found in the command of a rank's process, or in what Ray makes of it."""
 
 Drawn = tuple[list[int], list[Any]]
