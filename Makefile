@@ -2,11 +2,12 @@
 VENV := .venv
 PIP := $(VENV)/bin/pip
 PYTHON := $(VENV)/bin/python
+PYTEST := $(PYTHON) -m pytest
 MODEL ?= llama
 QUANT ?= int4
 OUT ?= gpu-check
 
-.PHONY: install models serve test test-all test-oldest-triton lint bench gpu-check clean
+.PHONY: install models serve test test-light test-fast test-all test-oldest-triton lint bench gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -32,18 +33,30 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-test: lint
-	$(PYTHON) -m pytest -m 'not slow'
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m 'not slow' tests/interpreted
+# Two processes share what needs no machine to itself; -n and the cores it stands for are those of CI.
+PARALLEL := -n 2 --dist worksteal
 
-test-all: lint test-oldest-triton
-	$(PYTHON) -m pytest
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/interpreted
+test: install
+	$(MAKE) --no-print-directory --jobs=2 lint test-light
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m 'not slow' tests/interpreted
+	$(PYTEST) -m 'process and not slow'
+
+test-light: install
+	$(PYTEST) $(PARALLEL) -m 'not process and not slow'
+
+test-fast: install  ## while one works
+	$(VENV)/bin/ruff check .
+	$(PYTEST) $(PARALLEL) -m 'not process and not slow and not compile' $(FAST)
+
+test-all: test test-oldest-triton
+	$(PYTEST) $(PARALLEL) -m 'slow and not process'
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m slow tests/interpreted
+	$(PYTEST) -m 'slow and process'
 
 # The interpreter of Triton 3.6 does what numpy 2.4 no longer allows.
 test-oldest-triton: .triton-3.6
-	PYTHONPATH=$< $(PYTHON) -m pytest tests/test_compile.py tests/executor/test_warmup.py
-	PYTHONPATH=$< TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/interpreted
+	PYTHONPATH=$< $(PYTEST) tests/test_compile.py tests/executor/test_warmup.py
+	PYTHONPATH=$< TRITON_INTERPRET=1 $(PYTEST) tests/interpreted
 
 .triton-3.6: install
 	$(PIP) install --disable-pip-version-check --no-deps --target $@ triton==3.6.0 numpy==2.3.5
@@ -57,4 +70,4 @@ gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
 
 clean:
-	rm -rf $(VENV) .triton-3.6 .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .triton-3.6 .test-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,10 +1,9 @@
-"""What holds for every test: idle threads do not spin, nothing is written to the user's cache, chance is seeded."""
+"""What holds for every test: marks by place, compiled kernels that sessions share, idle threads, seeded chance."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,56 @@ import pytest
 # spin while they wait would take them from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch
+TESTS = Path(__file__).parent
+
+COMPILED = TESTS.parent / ".test-cache"
+"""What compilers made for tests, by hashes of source, compiler and options; `make clean` removes it."""
+
+MARKS_OF_FIXTURES = {"server": "process", "cluster": "process", "compiler": "compile"}
+MARKS_OF_FOLDERS = {"executor/ranks": "process", "interpreted": "interpreted"}
+"""Marks that follow from what a test uses or where it is; other modules set `pytestmark`."""
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache_home() -> Iterator[Path]:
-    """An empty cache for this session's engines, those in child processes too."""
-    with (
-        tempfile.TemporaryDirectory(prefix="llm-engine-tests-") as directory,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setenv("XDG_CACHE_HOME", directory)
-        yield Path(directory)
+def take_one_core(worker: str) -> None:
+    """Gives a process of pytest-xdist a core: what takes as many threads as there are cores has one."""
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+take_one_core(os.environ.get("PYTEST_XDIST_WORKER", ""))
+
+import torch  # noqa: E402  (counts the cores)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """An empty cache for this session's engines, those in child processes too, but for compiled kernels."""
+    home = tempfile.TemporaryDirectory(prefix="llm-engine-tests-")
+    config.add_cleanup(home.cleanup)
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    patch.setenv("XDG_CACHE_HOME", home.name)
+    (COMPILED / "kernels").mkdir(parents=True, exist_ok=True)
+    (Path(home.name) / "llm-engine").mkdir()
+    (Path(home.name) / "llm-engine" / "kernels").symlink_to(COMPILED / "kernels")
+    if config.getoption("numprocesses", None):
+        # Once, before the processes start that would each build them.
+        from engine.kernels import cpu
+
+        cpu.library()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests, and has the longest come first: at the end no process waits for another's."""
+    for item in items:
+        for fixture in getattr(item, "fixturenames", ()):
+            if fixture in MARKS_OF_FIXTURES:
+                item.add_marker(MARKS_OF_FIXTURES[fixture])
+        place = item.path.relative_to(TESTS).as_posix()
+        for folder, mark in MARKS_OF_FOLDERS.items():
+            if place.startswith(f"{folder}/"):
+                item.add_marker(mark)
+    items.sort(key=lambda item: item.get_closest_marker("compile") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -62,18 +60,19 @@ from engine.kernels.operands import Int8Format, SumsFormat
 from engine.kernels.quantize import quantize_per_token
 from engine.kernels.rotary import rotate_and_write
 from engine.kernels.sample import Adjustments, DrawParameters, adjust_logits, draw_tokens, logprobs_of
+from tests.conftest import COMPILED
 
 SAMPLE = ("sm_90", "gfx942")
 
 
 @pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
-    """Processes that compile, with an empty disk cache unless TRITON_CACHE_DIR names one."""
+def compiler() -> Iterator[Executor]:
+    """Processes that compile; Triton's disk cache goes by source, version, chip and options, and outlives them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         if "TRITON_CACHE_DIR" not in os.environ:
-            patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            patch.setenv("TRITON_CACHE_DIR", str(COMPILED / "triton"))
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
             yield pool
 
 
@@ -264,8 +263,7 @@ def launches_of_a_model(compiler: Executor, monkeypatch: pytest.MonkeyPatch) -> 
 
     def launch_these(names: list[str]) -> None:
         recorded = {one.restore() for one in compiler.submit(record_for_command, names).result()}
-        stand_in = SimpleNamespace(record_launches=lambda config, arch: recorded)
-        monkeypatch.setitem(sys.modules, "engine.executor.warmup", stand_in)
+        monkeypatch.setattr("engine.compile.record_launches", lambda config, arch: recorded)
 
     return launch_these
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -54,18 +56,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each source by its name, compiled: a library of which one is broken is soon built of the others."""
+    loaded = cpu.library()
+    assert loaded is not None
+    directory = tmp_path_factory.mktemp("objects")
+    command = [os.environ.get("CC", "cc"), *cpu.LEVELS[loaded.level].flags, *cpu.FLAGS, "-c"]
+    subprocess.run([*command, *map(str, cpu.SOURCES)], cwd=directory, check=True)
+    return {source.name: directory / f"{source.stem}.o" for source in cpu.SOURCES}
+
+
 @pytest.fixture
 def broken_kernels(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, objects: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
     """The CPU's kernels with one of their sources broken."""
     line, replacement = BREAKS[request.param]
-    for file in cpu.SOURCES + cpu.HEADERS:
+    for file in cpu.HEADERS:
         shutil.copy(file, tmp_path)
-    source = tmp_path / request.param
-    assert source.read_text().count(line) == 1
-    source.write_text(source.read_text().replace(line, replacement))
-    monkeypatch.setattr(cpu, "SOURCES", sorted(tmp_path.glob("*.c")))
+    (original,) = (file for file in cpu.SOURCES if file.name == request.param)
+    assert original.read_text().count(line) == 1
+    broken = tmp_path / request.param
+    broken.write_text(original.read_text().replace(line, replacement))
+    monkeypatch.setattr(
+        cpu, "SOURCES", [broken if name == broken.name else objects[name] for name in objects]
+    )
     monkeypatch.setattr(cpu, "HEADERS", sorted(tmp_path.glob("*.h")))
     for cached in (cpu.library, cpu._pool):
         cached.cache_clear()

@@ -13,6 +13,8 @@ import pytest
 
 from tests.api.conftest import STOP_SECONDS, ServerProcess, free_port, start_server
 
+pytestmark = pytest.mark.process
+
 STREAM = {"prompt": "Once upon a time", "max_tokens": 5000, "ignore_eos": True, "stream": True}
 
 

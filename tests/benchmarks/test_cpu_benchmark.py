@@ -33,6 +33,8 @@ from engine.loading.resolve import resolve_model
 from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers.completions_server import CompletionsServer, running_server
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:

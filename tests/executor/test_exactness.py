@@ -29,8 +29,8 @@ LONGEST = 320
 VOCAB_SIZE = 320
 MAX_REQUESTS = 24
 
+SLOW = [("llama", "int8", "auto"), ("gemma3", "none", "int4")]
 VARIANTS = [
-    ("llama", "int8", "auto"),
     ("smollm2", "int4", "auto"),
     ("llama-biases", "none", "auto"),
     ("qwen3", "int8", "int8"),
@@ -38,7 +38,7 @@ VARIANTS = [
     ("gemma3", "int8", "float16"),
     ("qwen2-sliding", "none", "fp8_e4m3"),
     ("llama", "int8", "int4"),
-    ("gemma3", "none", "int4"),
+    *SLOW,
 ]
 """Family, weights, cache: groups of two, three and four heads, norms of heads, windows, biases, ragged sizes."""
 
@@ -120,7 +120,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: directory / family for family, *_ in VARIANTS}
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(one, marks=pytest.mark.slow if one in SLOW else (), id="-".join(one)) for one in VARIANTS],
+)
 def test_logits_do_not_depend_on_how_they_were_computed(
     checkpoints: dict[str, Path], variant: tuple[str, str, str]
 ) -> None:

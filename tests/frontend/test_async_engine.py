@@ -22,6 +22,8 @@ from engine import EngineConfig, SamplingParams
 from engine.errors import CheckpointError, ConfigError, EngineDeadError, ModelNotFoundError, RequestError
 from engine.frontend.async_engine import AsyncEngine
 
+pytestmark = pytest.mark.process
+
 CONFIG = EngineConfig(model="llama", quant="int8", kv_cache_memory="64MiB")
 LONG = SamplingParams(max_tokens=2000, temperature=0, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,12 @@ SAMPLE = ("smollm2", "qwen3", "gemma3", "llama-biases")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("interpreted")
     for name in FAMILIES:
-        write_checkpoint(directory / name, TINY_CONFIGS[name])
+        config = deepcopy(TINY_CONFIGS[name])
+        # A layer of each kind: the interpreter takes a second for one.
+        config.num_hidden_layers = 2
+        if getattr(config, "layer_types", None):
+            config.layer_types = (sorted(set(config.layer_types)) * 2)[:2]
+        write_checkpoint(directory / name, config)
     return {name: directory / name for name in FAMILIES}
 
 

@@ -19,6 +19,8 @@ import torch
 from engine.kernels import cpu
 from tests.helpers.c_operations import write_sources
 
+pytestmark = pytest.mark.process
+
 SIGNATURES = """
 SIGNATURE(late_add,
     WRITES(float, x)          // [M, H]: x += delta

@@ -187,7 +187,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         pytest.skip("there is no C compiler on this machine")
     directory = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "PYTHONPATH": ROOT}
-    command = [sys.executable, "-m", "tests.models.test_row_parallel", str(directory)]
+    command = [sys.executable, "-m", __name__, str(directory)]
     processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(max(SIZES))]
     while not any(process.poll() for process in processes) and None in [
         process.poll() for process in processes
@@ -205,6 +205,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("size", SIZES)
 def test_layers_have_the_bits_of_one_rank_and_send_what_they_cost(size: int, results: Results) -> None:
     for index, case in enumerate(cases(size)):
@@ -226,6 +227,7 @@ def test_layers_have_the_bits_of_one_rank_and_send_what_they_cost(size: int, res
                 assert sent == num_tokens * planned
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("size", SIZES)
 def test_summed_floats_are_as_near_as_those_of_one_rank(size: int, results: Results) -> None:
     # Their bits are others: each rank rounds its part, and the floats are added in another order.

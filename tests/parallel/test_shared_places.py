@@ -16,7 +16,10 @@ from engine.parallel.group import TensorGroup
 from engine.parallel.shards import Shard
 from engine.parallel.shared_places import PLACE_BYTES, SharedPlaces, share_places
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="there are no C kernels here")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(cpu.library() is None, reason="there are no C kernels here"),
+]
 
 SIZE = 3
 

@@ -44,6 +44,8 @@ from engine.executor.ranks.ray_ranks import RayLauncher  # noqa: E402
 from engine.router.replicas import STATS_SECONDS  # noqa: E402
 from tests.helpers.round_robin import RoundRobinRouter  # noqa: E402
 
+pytestmark = pytest.mark.process
+
 CHUNKS = [[40, 1, 1], [17, 20, 1], [1, 1, 1]]
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 

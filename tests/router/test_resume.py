@@ -6,8 +6,12 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing
 
+import pytest
+
 from engine import EngineConfig, SamplingParams
 from engine.frontend.async_engine import AsyncEngine
+
+pytestmark = pytest.mark.process
 
 PROMPT = "Once upon a time, in a village at the edge of a dark forest, there lived"
 CASES = [
