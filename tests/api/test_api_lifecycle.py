@@ -36,7 +36,7 @@ def test_a_failed_start_is_the_last_thing_on_the_screen(tmp_path: Path) -> None:
     assert str(model) in result.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_open_streams_with_an_error(tmp_path: Path, number: signal.Signals) -> None:
     with start_server(tmp_path) as server:
         server.wait_until_ready()

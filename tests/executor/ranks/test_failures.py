@@ -184,10 +184,11 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize(
     "blows",
     [
-        [(1, signal.SIGKILL), (2, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)],
+        [(0, signal.SIGKILL), (1, signal.SIGSTOP)],
+        pytest.param([(1, signal.SIGKILL), (2, signal.SIGKILL)], marks=pytest.mark.slow),
         pytest.param([(0, signal.SIGSTOP), (2, signal.SIGSTOP)], marks=pytest.mark.slow),
     ],
-    ids=["killed and stopped", "stopped"],
+    ids=["killed and stopped", "killed", "stopped"],
 )
 def test_a_rank_that_is_struck_under_load_ends_the_engine_and_the_next_one_starts(
     blows: list[tuple[int, signal.Signals]], expected: list[list[int]], temporary: Path
@@ -551,10 +552,11 @@ def test_what_a_rank_fails_with_in_a_step_is_told(
     ("act", "error", "message"),
     [
         ("raise ConfigError('no such option here')", ConfigError, "^rank 2: no such option here$"),
-        (
+        pytest.param(
             "raise MemoryError('3 GiB')",
             RankFailedError,
             "^rank 2 failed while it started: MemoryError: 3 GiB$",
+            marks=pytest.mark.slow,
         ),
         ("os._exit(7)", RankFailedError, "^rank 2 exited with status 7 while it started$"),
     ],

@@ -161,8 +161,8 @@ async def collect(engine: AsyncEngine, prompt: list[int], params: SamplingParams
 @pytest.mark.parametrize(
     ("backend", "tensor", "pipeline", "strike", "cause"),
     [
-        ("mp", 2, 1, Hosts.cut_link, "has been silent for 5 s"),
         ("mp", 1, 2, Hosts.kill_rank, "was killed by SIGKILL"),
+        pytest.param("mp", 2, 1, Hosts.cut_link, "has been silent for 5 s", marks=pytest.mark.slow),
         pytest.param("mp", 2, 1, Hosts.kill_rank, "was killed by SIGKILL", marks=pytest.mark.slow),
         pytest.param("mp", 1, 2, Hosts.cut_link, "has been silent for 5 s", marks=pytest.mark.slow),
         pytest.param("ray", 2, 1, Hosts.kill_rank, "has lost its actor: ", marks=pytest.mark.slow),
