@@ -40,7 +40,9 @@ def test_a_failed_start_is_the_last_thing_on_the_screen(tmp_path: Path) -> None:
 def test_a_signal_ends_open_streams_with_an_error(tmp_path: Path, number: signal.Signals) -> None:
     with start_server(tmp_path) as server:
         server.wait_until_ready()
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=STREAM, timeout=60) as response:
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json=STREAM, timeout=STOP_SECONDS
+        ) as response:
             lines = (line for line in response.iter_lines() if line)
             next(lines)
             children = server.children()
@@ -61,7 +63,9 @@ def test_health_follows_the_engine(tmp_path: Path) -> None:
             except httpx.ConnectError:
                 continue
         assert statuses[0] == 503
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=STREAM, timeout=60) as response:
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json=STREAM, timeout=STOP_SECONDS
+        ) as response:
             lines = (line for line in response.iter_lines() if line)
             next(lines)
             engine = max(server.children(), key=lambda child: child.memory_info().rss)

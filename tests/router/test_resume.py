@@ -76,4 +76,4 @@ def test_a_resumed_request_is_the_one_that_was_not_interrupted() -> None:
         finally:
             await engine.shutdown()
 
-    asyncio.run(asyncio.wait_for(check(), 120))
+    asyncio.run(asyncio.wait_for(check(), 600))
