@@ -6,7 +6,6 @@ import importlib.util
 import json
 import re
 import shlex
-import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -48,11 +47,9 @@ def install_command(extra: str, root: Path = ROOT) -> str:
 
 
 def _is_checkout(root: Path) -> bool:
-    try:
-        settings = tomllib.loads((root / "pyproject.toml").read_text())
-    except FileNotFoundError:
-        return False
-    return bool(settings.get("project", {}).get("name") == DISTRIBUTION)
+    # Packages may also have been installed into another project's directory.
+    settings = root / "pyproject.toml"
+    return settings.is_file() and f'\nname = "{DISTRIBUTION}"\n' in settings.read_text()
 
 
 def check_api() -> None:

@@ -198,6 +198,6 @@ def test_what_is_missing_is_named_with_the_command(
 
 
 def test_no_advice_names_a_distribution_that_nobody_published() -> None:
-    papers = [ROOT / "README.md", *ROOT.glob("*/*.md")]
+    papers = [path for name in ("README.md", "CONTRIBUTING.md", "*/*.md") for path in ROOT.glob(name)]
     sources = [path for package in ("engine", "api", "benchmarks") for path in (ROOT / package).rglob("*.py")]
     assert [str(path) for path in papers + sources if "llm-engine[" in path.read_text()] == []
