@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.bodies import Model, ModelList
@@ -17,6 +19,7 @@ from api.body import json_response
 from api.chat import create_chat_completion
 from api.completions import create_completion
 from api.errors import ApiError, add_error_handlers, error_response
+from api.http import HeadMiddleware, RequestIdMiddleware
 from api.metrics import Metrics
 from api.service import Service
 
@@ -25,16 +28,17 @@ if TYPE_CHECKING:
 
 
 class ApiKeyMiddleware:
-    """Lets requests to /v1 pass that carry the key as their bearer token."""
+    """Lets requests to /v1 pass that carry the key as their bearer token, "bearer" in any case (RFC 9110, 11.1)."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self._app = app
-        self._expected = f"Bearer {api_key}".encode()
+        self._key = api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1"):
-            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-            if not secrets.compare_digest(given, self._expected):
+            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            is_key = secrets.compare_digest(key.strip(" ").encode("latin-1"), self._key)
+            if scheme.lower() != "bearer" or not is_key:
                 error = ApiError(
                     401,
                     "a valid API key is needed in the header Authorization: Bearer <key>",
@@ -46,17 +50,35 @@ class ApiKeyMiddleware:
         await self._app(scope, receive, send)
 
 
-def create_app(engine: ServedEngine, *, served_model_names: list[str], api_key: str | None = None) -> FastAPI:
+def create_app(
+    engine: ServedEngine,
+    *,
+    served_model_names: list[str],
+    api_key: str | None = None,
+    cors_origins: Sequence[str] = (),
+) -> FastAPI:
     """The application in front of `engine`, which may still be starting.
 
     Args:
         served_model_names: Names that requests may give as `model`; the first stands in metrics.
         api_key: If set, what /v1 asks for.
+        cors_origins: Whose pages may ask from a browser, "*" for all; none by default.
     """
     app = FastAPI(openapi_url=None)
     add_error_handlers(app)
     if api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=api_key)
+    if cors_origins:
+        # Outside the key's: a browser asks without it whether it may ask.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_middleware(HeadMiddleware)
+    app.add_middleware(RequestIdMiddleware)
     service = Service(engine, Metrics(engine, served_model_names[0]), served_model_names)
 
     @app.post("/v1/completions")

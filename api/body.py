@@ -15,9 +15,16 @@ async def read_body(request: Request) -> bytes:
     """The whole body.
 
     Raises:
-        ApiError: 413, the body is longer than MAX_BODY_BYTES.
+        ApiError: 413, the body is longer than MAX_BODY_BYTES; 415, it is compressed.
         ClientDisconnected: The client hung up while it sent.
     """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() not in ("identity", ""):
+        raise ApiError(
+            415,
+            f"a body of Content-Encoding {encoding} is not read by this server; send it uncompressed",
+            code="unsupported_content_encoding",
+        )
     too_large = ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:

@@ -64,7 +64,7 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
     except RequestError as error:
         if error.field != "prompt":
             raise
-        raise RequestError(f"messages: {error}", "messages") from None
+        raise RequestError(f"messages: {error}", "messages", error.code) from None
 
 
 def _params(service: Service, request: ChatCompletionRequest) -> SamplingParams:

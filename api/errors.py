@@ -65,7 +65,7 @@ def to_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case RequestError():
-            return ApiError(400, str(error), param=error.field)
+            return ApiError(400, str(error), param=error.field, code=error.code)
         case EngineDeadError():
             return ApiError(503, str(error), code="engine_dead")
     return ApiError(500, f"internal error ({type(error).__name__}); the server's log has the details")

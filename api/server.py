@@ -8,13 +8,14 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from api.app import create_app
+from api.http import HttpProtocol
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,7 +61,13 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def serve(
-    engine: AsyncEngine, host: str, port: int, *, served_model_names: list[str], api_key: str | None = None
+    engine: AsyncEngine,
+    host: str,
+    port: int,
+    *,
+    served_model_names: list[str],
+    api_key: str | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> None:
     """Serves `engine` on `host`:`port` until SIGINT or SIGTERM; starts the engine and shuts it down.
 
@@ -72,11 +79,13 @@ async def serve(
         EngineStartError: The engine did not start; the server has stopped.
     """
     listener = _listen(host, port)
-    app = create_app(engine, served_model_names=served_model_names, api_key=api_key)
+    app = create_app(
+        engine, served_model_names=served_model_names, api_key=api_key, cors_origins=cors_origins
+    )
     server = Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=HttpProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

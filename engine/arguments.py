@@ -29,6 +29,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--served-model-name", nargs="+", help="names of the model in the API; default: --model"
     )
     parser.add_argument("--api-key", help="key that requests must carry; default: $ENGINE_API_KEY, if set")
+    parser.add_argument(
+        "--cors-origins",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="origins whose pages may ask from a browser, e.g. http://localhost:3000, or '*' for all; default: none",
+    )
     add_engine_options(parser)
     return parser
 

@@ -12,11 +12,12 @@ class RequestError(EngineError, ValueError):
 
     Attributes:
         field: The request field at fault (an OpenAI parameter name), or None for the whole body.
+        code: A word that programs can test for.
     """
 
-    def __init__(self, message: str, field: str | None = None) -> None:
+    def __init__(self, message: str, field: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.field = field
+        self.field, self.code = field, code
 
 
 class ConfigError(EngineError, ValueError):

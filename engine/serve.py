@@ -20,8 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     host, port = options.pop("host"), options.pop("port")
     api_key = options.pop("api_key") or os.environ.get("ENGINE_API_KEY")
     names = options.pop("served_model_name") or [options["model"]]
+    origins = options.pop("cors_origins")
     try:
-        _serve(EngineConfig(**options), host, port, names, api_key)
+        _serve(EngineConfig(**options), host, port, names, api_key, origins)
     except KeyboardInterrupt:
         return 130
     except EngineError as error:
@@ -30,7 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _serve(config: EngineConfig, host: str, port: int, names: list[str], api_key: str | None) -> None:
+def _serve(
+    config: EngineConfig,
+    host: str,
+    port: int,
+    names: list[str],
+    api_key: str | None,
+    cors_origins: list[str],
+) -> None:
     check_api()
     try:
         import uvloop
@@ -40,7 +48,10 @@ def _serve(config: EngineConfig, host: str, port: int, names: list[str], api_key
         raise missing_package(error, "serve") from error
     from engine.frontend.async_engine import AsyncEngine
 
-    uvloop.run(serve(AsyncEngine(config), host, port, served_model_names=names, api_key=api_key))
+    engine = AsyncEngine(config)
+    uvloop.run(
+        serve(engine, host, port, served_model_names=names, api_key=api_key, cors_origins=cors_origins)
+    )
 
 
 if __name__ == "__main__":

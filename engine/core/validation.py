@@ -5,6 +5,9 @@ from __future__ import annotations
 from engine.core.sampling_params import SamplingParams
 from engine.errors import RequestError
 
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+"""OpenAI's code, on which agents shorten a conversation and try again."""
+
 
 def validate_request(
     prompt_token_ids: list[int], params: SamplingParams, max_model_len: int, vocab_size: int
@@ -21,6 +24,7 @@ def validate_request(
             f"prompt has {len(prompt_token_ids)} tokens; the context holds {max_model_len}, "
             "at least one of them for the output",
             "prompt",
+            CONTEXT_LENGTH_EXCEEDED,
         )
     _check_ids("prompt", prompt_token_ids, vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
