@@ -65,7 +65,7 @@ class Role:
     factor: str | None = None
 
     def out_features(self, config: ModelConfig) -> int:
-        """Of all its projections together."""
+        """Output features of all its projections together."""
         return sum(projection.out_features(config) for projection in self.projections)
 
     def modules(self, layer: str) -> list[str]:

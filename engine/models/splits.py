@@ -190,7 +190,7 @@ class RowParallelIntegerSum:
     def of(
         group: TensorGroup, in_features: int, out_features: int, scheme: Scheme
     ) -> RowParallelIntegerSum | None:
-        """That of a layer, if there can be one."""
+        """The split of a layer into integer sums; None if the scheme or the kernels do not allow it."""
         sums = scheme.integer_sums
         if not group.has_integer_sums or sums is None:
             return None

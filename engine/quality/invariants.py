@@ -37,10 +37,10 @@ from engine.models.config import ModelConfig
 
 NUM_REQUESTS = 24
 NUM_ELSEWHERE = 5
-"""So many of the shorter ones run on other kernels and threads."""
+"""How many of the shorter requests also run on other kernels and threads."""
 
 SEED = 0
-"""Of the workload."""
+"""Seeds the workload: which requests there are."""
 
 LONGEST = 384
 """Tokens of the longest sequence: more than a segment of attention on a CPU."""

@@ -67,7 +67,7 @@ class IntegerSums(Protocol):
 
     @property
     def format(self) -> SparseInt8Format:
-        """Of the activations."""
+        """The format of the activations that are summed."""
         ...
 
     def quantize(self, weight: Weight, largest_of_row: LargestOfRow) -> Tensors:

@@ -18,7 +18,7 @@ Tokens = Sequence[SampledToken | RowFailure | None]
 
 
 def digest_of(order: bytes, tokens: Tokens) -> bytes:
-    """Of a step, as it was ordered, and what came of it: the same on all ranks that agree."""
+    """A hash of a step, as it was ordered, and of what came of it: the same on all ranks that agree."""
     token_ids = [row.token_id if isinstance(row, SampledToken) else None for row in tokens]
     return hashlib.blake2b(msgspec.msgpack.encode((order, token_ids)), digest_size=16).digest()
 
@@ -41,7 +41,7 @@ class Standing:
 
     @classmethod
     def of(cls, record: WaitRecord, thread_id: int) -> Standing:
-        """Of this process, whose steps that thread runs."""
+        """Where this process stands, whose steps that thread runs."""
         now = record.now
         places = whereabouts(thread_id)
         seconds = time.monotonic() - now.since if now.ranks else 0.0

@@ -32,7 +32,7 @@ class Parameter:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """That of a tensor; None where any will do, and for numbers."""
+        """The dtype that a tensor must have; None where any will do, and for numbers."""
         return None if self.kind in ("int", "float", "any") else getattr(torch, self.kind)
 
     @property
