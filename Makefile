@@ -44,7 +44,11 @@ test: install
 test-light: install
 	$(PYTEST) $(PARALLEL) -m 'not process and not slow'
 
-test-fast: install  ## while one works
+# What starts no engine; all levels of C kernels take a minute to build.
+FAST := tests/test_architecture.py tests/test_quant_spec.py tests/test_readme.py tests/api tests/core tests/kernels \
+	tests/quant tests/tokenizer tests/frontend/test_output_processor.py --ignore tests/kernels/test_cpu_levels.py
+
+test-fast: install  ## for a person at work
 	$(VENV)/bin/ruff check .
 	$(PYTEST) $(PARALLEL) -m 'not process and not slow and not compile' $(FAST)
 
