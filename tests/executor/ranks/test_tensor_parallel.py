@@ -94,10 +94,10 @@ def test_logits_are_those_of_one_rank_to_the_bit(family: str, quant: str, size: 
     write_checkpoint(tmp_path, config)
     alone = make_runner(tmp_path, quant=quant)
     with shared(tmp_path, size, quant=quant) as together:
-        assert together.model.runner.model.num_bytes < 0.7 * alone.model.num_bytes
+        assert together.runner.model.num_bytes < 0.7 * alone.model.num_bytes
         check_logits(alone, together)
         assert together.group.num_bytes["gather"] > 0
-        down = together.model.runner.model.layers[0].mlp.down
+        down = together.runner.model.layers[0].mlp.down
         sums_integers = isinstance(down.split, RowParallelIntegerSum)
         if quant.startswith("int8") and cpu.library() is not None:
             assert sums_integers == (size < 4 and "weight-only" not in quant)
