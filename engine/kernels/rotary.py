@@ -305,9 +305,9 @@ def torch_rotate_and_write(
         assert isinstance(normed_queries, torch.Tensor)
         assert isinstance(normed_keys, torch.Tensor)
         heads = torch.cat((normed_queries, normed_keys, values), dim=1)
-    c, s = (table.index_select(0, positions)[:, None].to(heads.dtype) for table in (cosine, sine))
-    c, s = torch.cat((c, c), dim=-1), torch.cat((-s, s), dim=-1)
-    rotated = apply_rotary(heads[:, :-num_kv_heads], c, s)
+    c, s = cosine.index_select(0, positions), sine.index_select(0, positions)
+    waves = torch.cat((c, c, -s, s), dim=-1).to(heads.dtype).unsqueeze(1)
+    rotated = apply_rotary(heads[:, :-num_kv_heads], *waves.chunk(2, dim=-1))
     layer.write(slots.long(), rotated[:, num_heads:], heads[:, -num_kv_heads:])
     return rotated[:, :num_heads]
 

@@ -49,7 +49,7 @@ def _attend(
     group, end = num_heads // num_kv_heads, start + num_queries
     # The oldest key that the first query sees.
     oldest = 0 if window is None else max(0, start - window + 1)
-    keys, values = (x[None].to(queries.dtype) for x in _read(layer, block_table, oldest, end))
+    keys, values = _read(layer, block_table, oldest, end).to(queries.dtype).split(1)
     # The query heads that share a key head become more query rows of it: [1, kv_heads, group * Q, D].
     folded = queries.view(num_queries, num_kv_heads, group, head_dim)
     folded = folded.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * num_queries, head_dim)
@@ -61,20 +61,17 @@ def _attend(
     return result.reshape(num_queries, num_heads, head_dim)
 
 
-def _read(
-    layer: KVLayer, block_table: torch.Tensor, first: int, end: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the positions first … end - 1, [kv_heads, end - first, head_dim] each."""
+def _read(layer: KVLayer, block_table: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    """Keys and values of the positions first … end - 1, [2, kv_heads, end - first, head_dim]."""
     first_block = first // layer.block_size
     block_ids = block_table[first_block : -(-end // layer.block_size)]
     kept = slice(first - first_block * layer.block_size, end - first_block * layer.block_size)
     if layer.data.itemsize > 1:
         # Whole blocks are copied faster than slots.
-        keys, values = (half.index_select(0, block_ids).flatten(0, 1)[kept] for half in layer.data)
-    else:
-        offsets = torch.arange(layer.block_size)
-        keys, values = layer.read((block_ids[:, None].long() * layer.block_size + offsets).flatten()[kept])
-    return keys.transpose(0, 1), values.transpose(0, 1)
+        return layer.data.index_select(1, block_ids).flatten(1, 2)[:, kept].transpose(1, 2)
+    offsets = torch.arange(layer.block_size)
+    slots = (block_ids[:, None].long() * layer.block_size + offsets).flatten()[kept]
+    return torch.stack(layer.read(slots)).transpose(1, 2)
 
 
 def _mask(
