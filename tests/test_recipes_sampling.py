@@ -52,7 +52,7 @@ from engine.core.sampling_params import SamplingParams
 from engine.errors import RequestError
 from engine.executor.start import start_engine
 from engine.executor.warmup import FULL
-from engine.selftest import PARAMS
+from engine.quality.invariants import PARAMS
 
 path = Path(sys.argv[1])
 limits = {"kv_cache_memory": "4MiB", "num_threads": 1, "max_num_seqs": 4, "max_num_batched_tokens": 16}

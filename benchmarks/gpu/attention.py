@@ -32,7 +32,7 @@ class Variant:
         text += f" kv {kinds[heads.cache_dtype]}"
         text += f" window {self.window}" if self.window else ""
         text += f" cap {self.soft_cap:g}" if self.soft_cap else ""
-        return text + (" batch-invariant" if self.batch_invariant else "")
+        return text + (" pinned" if self.batch_invariant else "")
 
 
 LLAMA = Heads(32, 8, 128, BF16, BF16)

@@ -70,9 +70,7 @@ OTHER_CASES: dict[tuple[str, str], CaseMaker] = {
     ("weight-only int8", "8192x8192"): lambda device: weight_only_cases(
         SQUARE, True, (1, 16, 64, 1024), device
     ),
-    ("batch-invariant bf16", "8192x8192"): lambda device: weight_only_cases(
-        SQUARE, False, (1, 16, 64, 1024), device
-    ),
+    ("pinned bf16", "8192x8192"): lambda device: weight_only_cases(SQUARE, False, (1, 16, 64, 1024), device),
     **{
         ("rows", kind): partial(row_cases, kind, (1, 32, 4096))
         for kind in (

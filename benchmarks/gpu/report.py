@@ -226,7 +226,7 @@ def _lines(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> list[lis
     if any("batch_invariant" in row for row in rows):
         lines.append(
             line(
-                "batch_invariant us",
+                "pinned us",
                 lambda row: _three_digits(row["batch_invariant"] * 1e6) if "batch_invariant" in row else "-",
             )
         )
