@@ -7,44 +7,8 @@ import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD_BYTES = 64 * 2**10
-"""A longer head is passed on as it came."""
-
-_END_OF_HEAD = b"\r\n\r\n"
-_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-
-
-class HttpProtocol(HttpToolsProtocol):
-    """Ignores requests to upgrade, as a server may (section 7.8).
-
-    httptools takes what follows such a request's head for the other protocol's, so that its body is lost; every
-    client of the Java Development Kit asks for HTTP/2 with its first request.
-    """
-
-    _is_in_head = True
-    _held = b""
-
-    def data_received(self, data: bytes) -> None:
-        if self._is_in_head:
-            data = self._held + data
-            end = data.find(_END_OF_HEAD)
-            if end < 0 and len(data) <= MAX_HEAD_BYTES:
-                self._held = data
-                return
-            self._held = b""
-            data = _UPGRADE.sub(b"", data[:end]) + data[end:] if end >= 0 else data
-        super().data_received(data)
-
-    def on_headers_complete(self) -> None:
-        self._is_in_head = False
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        self._is_in_head = True
-        super().on_message_complete()
 
 
 class HeadMiddleware:

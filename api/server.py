@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from api.app import create_app
-from api.http import HttpProtocol
+from api.upgrades import HttpProtocol
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:

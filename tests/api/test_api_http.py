@@ -6,12 +6,15 @@ import json
 import re
 import socket
 from collections.abc import AsyncGenerator
+from itertools import pairwise
 
 import httpx
 import pytest
 from starlette.testclient import TestClient
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from api.app import create_app
+from api.upgrades import HttpProtocol
 from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import SamplingParams
 from tests.api.conftest import API_KEY, ServerProcess
@@ -42,7 +45,7 @@ def post(headers: str, body: bytes, length: str | None = None) -> bytes:
     return head.encode() + body
 
 
-@pytest.mark.parametrize("pieces", [1, 7])
+@pytest.mark.parametrize("pieces", [1, 7, 1000])
 def test_a_request_to_upgrade_is_answered_as_if_it_did_not_ask(server: ServerProcess, pieces: int) -> None:
     body = json.dumps(COMPLETION).encode()
     first = post(JAVA_HEADERS, body)
@@ -62,6 +65,30 @@ def test_a_request_to_upgrade_is_answered_as_if_it_did_not_ask(server: ServerPro
                 answer += data
             assert answer.startswith(b"HTTP/1.1 200")
             assert b" Paris." in answer
+
+
+def test_only_the_heads_line_is_left_out_wherever_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = (
+        b"POST / HTTP/1.1\r\nHost: x\r\nUPGRADE: h2c\r\nUpgrade-Insecure-Requests: 1\r\nConnection: Upgrade\r\n\r\n"
+        b"a\r\nupgrade: no\r\n\r\n"
+    )
+    expected = request.replace(b"\r\nUPGRADE: h2c", b"")
+    cuts = [[0, cut, len(request)] for cut in range(1, len(request))] + [list(range(len(request) + 1))]
+    for cut in cuts:
+        passed: list[bytes] = []
+        monkeypatch.setattr(
+            HttpToolsProtocol, "data_received", lambda self, data, passed=passed: passed.append(data)
+        )
+        protocol = HttpProtocol.__new__(HttpProtocol)
+        for first, last in pairwise(cut):
+            protocol.data_received(request[first:last])
+            if b"\r\n\r\n" in b"".join(passed):
+                protocol._is_in_head = False  # as the parser says
+        assert b"".join(passed) == expected
+
+
+def test_what_is_no_request_is_answered_at_once(server: ServerProcess) -> None:
+    assert exchange(server.port, b"nonsense\r\n").startswith(b"HTTP/1.1 400")
 
 
 @pytest.mark.parametrize("path", ["/health", "/version", "/metrics", "/v1/models", "/v1/models/llama"])
