@@ -17,6 +17,9 @@ TESTS = Path(__file__).parent
 COMPILED = TESTS.parent / ".test-cache"
 """What compilers made for tests, by hashes of source, compiler and options; `make clean` removes it."""
 
+LONG = ("test_soak", "test_exactness")
+"""Modules whose tests take a minute each."""
+
 MARKS_OF_FIXTURES = {"server": "process", "cluster": "process", "compiler": "compile"}
 MARKS_OF_FOLDERS = {"executor/ranks": "process", "interpreted": "interpreted"}
 """Marks that follow from what a test uses or where it is; other modules set `pytestmark`."""
@@ -61,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for folder, mark in MARKS_OF_FOLDERS.items():
             if place.startswith(f"{folder}/"):
                 item.add_marker(mark)
-    items.sort(key=lambda item: item.get_closest_marker("compile") is None)
+    items.sort(key=lambda item: item.get_closest_marker("compile") is None and item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True)
