@@ -7,7 +7,7 @@ MODEL ?= llama
 QUANT ?= int4
 OUT ?= gpu-check
 
-.PHONY: install models serve test test-light test-fast test-all test-oldest-triton lint bench gpu-check clean
+.PHONY: install models serve test test-light test-interpreted test-process test-fast test-all test-oldest-triton lint bench gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -38,11 +38,17 @@ PARALLEL := -n 2 --dist worksteal
 
 test: install
 	$(MAKE) --no-print-directory --jobs=2 lint test-light
-	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m 'not slow' tests/interpreted
-	$(PYTEST) -m 'process and not slow'
+	$(MAKE) --no-print-directory --jobs=2 test-interpreted test-process
 
 test-light: install
 	$(PYTEST) $(PARALLEL) -m 'not process and not slow'
+
+test-interpreted: install
+	TRITON_INTERPRET=1 $(PYTEST) -m 'not slow' tests/interpreted
+
+# Engines with processes of their own wait for each other half of the time: another core's worth fits beside them.
+test-process: install
+	$(PYTEST) -m 'process and not slow'
 
 # What starts no engine; all levels of C kernels take a minute to build.
 FAST := tests/test_architecture.py tests/test_quant_spec.py tests/test_readme.py tests/api tests/core tests/kernels \

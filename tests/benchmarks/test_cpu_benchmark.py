@@ -119,6 +119,13 @@ def test_processes_are_counted_with_their_descendants() -> None:
     assert proportional_memory(tree) == processor_seconds(tree) == 0
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of quiet between runs, which only figures need."""
+    monkeypatch.setattr("benchmarks.cpu._PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("benchmarks.cpu._IDLE_SECONDS", 0.5)
+
+
 @pytest.mark.parametrize("has_ignore_eos", [True, False])
 def test_a_run_against_a_peer(
     peer: CompletionsServer, has_ignore_eos: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]

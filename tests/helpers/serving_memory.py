@@ -12,7 +12,7 @@ import torch
 
 from engine import LLM, SamplingParams
 
-NUM_REQUESTS = 100
+NUM_REQUESTS = 40
 MAX_PROMPT = 48
 MAX_TOKENS = 8
 

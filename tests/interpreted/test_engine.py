@@ -28,16 +28,18 @@ FAMILIES = ["llama", "smollm2", "mistral", "qwen2-sliding", "qwen3", "gemma3", "
 SAMPLE = ("smollm2", "qwen3", "gemma3", "llama-biases")
 """Groups of three, norms of heads, two windows, biases; the others are slow."""
 
+ONE_LAYER = ("llama", "smollm2", "llama-biases")
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("interpreted")
     for name in FAMILIES:
         config = deepcopy(TINY_CONFIGS[name])
-        # A layer of each kind: the interpreter takes a second for one.
-        config.num_hidden_layers = 2
+        # The interpreter takes a second for a layer: one, or two where there are several kinds or norms of heads.
+        config.num_hidden_layers = 1 if name in ONE_LAYER else 2
         if getattr(config, "layer_types", None):
-            config.layer_types = (sorted(set(config.layer_types)) * 2)[:2]
+            config.layer_types = (sorted(set(config.layer_types)) * 2)[: config.num_hidden_layers]
         write_checkpoint(directory / name, config)
     return {name: directory / name for name in FAMILIES}
 
@@ -82,14 +84,21 @@ def test_quantized_logits_are_those_of_the_dequantized_weights(
         assert relative_error(reference_logits(original, sequence)[list(computed)], expected) > 8e-3
 
 
+@pytest.fixture(scope="module")
+def with_float_cache(checkpoints: dict[str, Path]) -> list[dict[int, torch.Tensor]]:
+    return logits_of(make_runner(checkpoints["llama"], kv_cache_dtype="float32"), CHUNKS)
+
+
 # Triton's interpreter rounds an fp8 to half where a carry goes into the exponent; test_models.py has 0.15.
 @pytest.mark.parametrize(("cache_type", "bound"), [("int8", 0.03), ("int4", 0.4), ("fp8_e4m3", 0.3)])
-def test_a_quantized_cache_costs_little(checkpoints: dict[str, Path], cache_type: str, bound: float) -> None:
-    exact, rounded = (
-        logits_of(make_runner(checkpoints["llama"], kv_cache_dtype=name), CHUNKS)
-        for name in ("float32", cache_type)
-    )
-    for expected, computed in zip(exact, rounded, strict=True):
+def test_a_quantized_cache_costs_little(
+    checkpoints: dict[str, Path],
+    with_float_cache: list[dict[int, torch.Tensor]],
+    cache_type: str,
+    bound: float,
+) -> None:
+    rounded = logits_of(make_runner(checkpoints["llama"], kv_cache_dtype=cache_type), CHUNKS)
+    for expected, computed in zip(with_float_cache, rounded, strict=True):
         a, b = (torch.stack(list(logits.values())) for logits in (computed, expected))
         assert 0 < relative_error(a, b) < bound
 
@@ -129,7 +138,7 @@ def device_core(path: Path, **options: Any) -> EngineCore:
 def shortened(request: Request) -> Request:
     params = request.params
     params = replace(params, max_tokens=min(params.max_tokens or 6, 6), min_tokens=min(params.min_tokens, 4))
-    return replace(request, prompt_token_ids=request.prompt_token_ids[:20], params=params)
+    return replace(request, prompt_token_ids=request.prompt_token_ids[:12], params=params)
 
 
 def test_padding_and_overlap_bring_the_same_tokens(checkpoints: dict[str, Path]) -> None:
@@ -140,7 +149,8 @@ def test_padding_and_overlap_bring_the_same_tokens(checkpoints: dict[str, Path])
     core = device_core(path, overlap=True)
     graphs = core.model.runner.executor.graphs = UncapturedGraphs(core.model.runner.executor)  # type: ignore[attr-defined, assignment, arg-type]
     assert run(core, requests) == expected
-    assert set(graphs.replayed) >= {1, 8}
+    # Six and seven rows are padded to eight.
+    assert set(graphs.replayed) >= {2, 8}
     assert {result[-1][0] for result in expected.values()} == {"stop", "length"}
 
 

@@ -22,10 +22,8 @@ PACKED = 0.7
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize(
-    "quant",
-    ["int8", pytest.param("int4", marks=pytest.mark.slow), pytest.param("none", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["int8", "int4", "none"])
 def test_resident_memory_is_what_the_plan_says(quant: str, tmp_path: Path) -> None:
     sizes = {"embedding_length": 48, "head_count": 3, "head_count_kv": 3, "feed_forward_length": 48}
     tiny = write_gguf(
