@@ -55,13 +55,17 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
     # In a thread: a long chat takes long enough to be felt by the streams of others.
     token_ids = await asyncio.to_thread(encode_messages, service.engine.tokenizer, request)
     job = ChatJob(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model, request, params, token_ids)
-    outputs = generate(service, [token_ids], params, job.request_id, request.priority)
+    outputs = generate(service, [token_ids], [params], job.request_id, request.priority)
     headers = {"x-request-id": job.request_id}
     try:
         if request.stream:
             return await event_stream(http_request.receive, _events(job, outputs), headers)
         return json_response(await until_disconnect(http_request.receive, _whole(job, outputs)), headers)
     except RequestError as error:
+        if error.field == "max_tokens" and request.max_completion_tokens is not None:
+            raise RequestError(
+                f"max_completion_tokens: {error}", "max_completion_tokens", error.code
+            ) from None
         if error.field != "prompt":
             raise
         raise RequestError(f"messages: {error}", "messages", error.code) from None

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
@@ -69,7 +69,7 @@ async def create_completion(service: Service, http_request: Request) -> Response
     job = CompletionJob(
         f"cmpl-{uuid.uuid4().hex}", int(time.time()), model, request, params, prompts, token_ids
     )
-    outputs = generate(service, token_ids, params, job.request_id, request.priority)
+    outputs = generate(service, token_ids, _fitted(service, job), job.request_id, request.priority)
     headers = {"x-request-id": job.request_id}
     if request.stream:
         return await event_stream(http_request.receive, _events(service, job, outputs), headers)
@@ -89,6 +89,14 @@ def _params(service: Service, request: CompletionRequest) -> SamplingParams:
     if request.echo and request.logprobs is not None:
         raise not_supported("logprobs with echo", "logprobs")
     return params
+
+
+def _fitted(service: Service, job: CompletionJob) -> list[SamplingParams]:
+    """The parameters of each prompt: a max_tokens that nobody asked for takes what room there is."""
+    if job.request.max_tokens is not None:
+        return [job.params] * len(job.prompt_token_ids)
+    rooms = (service.engine.max_model_len - len(token_ids) for token_ids in job.prompt_token_ids)
+    return [replace(job.params, max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room))) for room in rooms]
 
 
 def split_prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:

@@ -54,9 +54,16 @@ class UsageCounter:
 
 
 async def generate(
-    service: Service, prompts: Prompts, params: SamplingParams, request_id: str, priority: int | None
+    service: Service,
+    prompts: Prompts,
+    params: Sequence[SamplingParams],
+    request_id: str,
+    priority: int | None,
 ) -> PromptOutputs:
     """Runs all prompts at once and yields what is new as (index of the prompt, output).
+
+    Args:
+        params: One for each prompt.
 
     Closing it, or the failure of one prompt, aborts all of them.
 
@@ -67,11 +74,11 @@ async def generate(
     """
     streams = [
         service.metrics.observe(
-            service.engine.generate(prompt, params, f"{request_id}-{index}", priority or 0),
+            service.engine.generate(prompt, prompt_params, f"{request_id}-{index}", priority or 0),
             len(prompt),
-            params.n,
+            prompt_params.n,
         )
-        for index, prompt in enumerate(prompts)
+        for index, (prompt, prompt_params) in enumerate(zip(prompts, params, strict=True))
     ]
     merged = _numbered(streams[0]) if len(streams) == 1 else _merge(streams)
     async with aclosing(merged):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from api.errors import ApiError, not_supported
 from api.protocol import ChatCompletionRequest, Message
+from engine.errors import RequestError
 
 if TYPE_CHECKING:
     from engine.tokenizer.tokenizer import Tokenizer
@@ -44,22 +45,20 @@ def _encode_open_end(
     arguments: dict[str, Any],
 ) -> list[int]:
     """The prompt up to the end of the last message's content, which the model then goes on with."""
-    content = messages[-1]["content"].strip()
     if request.add_generation_prompt:
         problem = "continue_final_message excludes add_generation_prompt"
-    elif messages[-1]["role"] != "assistant" or not content:
+    elif messages[-1]["role"] != "assistant":
         problem = "continue_final_message needs an assistant's message with text at the end"
     else:
-        text = tokenizer.apply_chat_template(messages, **arguments, add_generation_prompt=False)
-        end = text.rfind(content) + len(content)
-        if end >= len(content):
-            return tokenizer.encode(text[:end], add_special_tokens=False)
-        problem = "continue_final_message: the chat template rewrites the last message"
+        try:
+            return tokenizer.encode_chat(messages, continue_final_message=True, **arguments)
+        except RequestError as error:
+            problem = str(error)
     raise ApiError(400, problem, param="continue_final_message")
 
 
 def _plain_message(message: Message, where: str) -> dict[str, Any]:
-    """The message with its content as one string; `where` names it in errors."""
+    """The message as templates take it; `where` names it in errors."""
     if message.role in ("tool", "function"):
         raise not_supported(f"{where}.role {message.role!r}", f"{where}.role")
     if message.role not in ROLES:
@@ -79,15 +78,20 @@ def _plain_message(message: Message, where: str) -> dict[str, Any]:
     return plain
 
 
-def _plain_content(message: Message, where: str) -> str:
+def _plain_content(message: Message, where: str) -> str | list[dict[str, str]] | None:
+    """Text, or parts of text; an assistant's may be null."""
     if isinstance(message.content, str):
         return message.content
     if message.content is None:
+        if message.role == "assistant":
+            return None
         raise ApiError(400, f"missing field: {where}.content", param=f"{where}.content")
+    parts = []
     for index, part in enumerate(message.content):
         place = f"{where}.content[{index}]"
         if part.type != "text":
             raise not_supported(f"{place}.type {part.type!r}", f"{place}.type")
         if part.text is None:
             raise ApiError(400, f"missing field: {place}.text", param=f"{place}.text")
-    return "\n".join(part.text or "" for part in message.content)
+        parts.append({"type": "text", "text": part.text})
+    return parts

@@ -90,6 +90,9 @@ class EngineConfig:
     max_model_len: int | None = _option(
         None, "longest sequence, prompt and output; default: the model's, or less if the cache is smaller"
     )
+    clip_max_tokens: bool = _option(
+        False, "lower a max_tokens that does not fit beside its prompt, instead of refusing the request"
+    )
     max_num_seqs: int | None = _option(None, "most sequences in a step; default: 64 on a CPU, 256 on a GPU")
     max_num_batched_tokens: int | None = _option(
         None, "most tokens in a step; default: 512 on a CPU, 4096 on a GPU"
@@ -109,7 +112,8 @@ class EngineConfig:
     enable_prefix_caching: bool = _option(True, "find the blocks of equal prompt prefixes again")
     seed: int | None = _option(None, "seed from which requests without one get theirs; default: random")
     cache_dir: str | None = _option(
-        None, "where parsed weights are kept between starts; default: $XDG_CACHE_HOME/llm-engine"
+        None,
+        "where parsed weights, joined models and compiled kernels are kept; default: $XDG_CACHE_HOME/llm-engine",
     )
 
     def __post_init__(self) -> None:

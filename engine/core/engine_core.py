@@ -91,6 +91,11 @@ class EngineCore(Generic[Model]):
         """Ends a request, or one sample of it; its blocks are free for the next step."""
         self.scheduler.abort(request_id, index)
 
+    def reset(self) -> None:
+        """Ends all requests, and forgets the steps in flight: for after a step that failed anywhere."""
+        self.scheduler.reset()
+        self._in_flight.clear()
+
     def step(self) -> list[EngineOutput]:
         """Plans and launches a step and takes in a finished one; call while there is work."""
         if self.num_stages > 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from types import NoneType
+from numbers import Integral, Real
+from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
 from engine.errors import RequestError
@@ -60,15 +62,70 @@ class Parameter:
     is_recommended: bool = False
     example: Any = None
 
-    def check(self, value: Any) -> None:
-        """
+    def read(self, value: Any) -> Any:
+        """The value as its own type: numpy's numbers are such, too.
+
         Raises:
-            RequestError: The value is out of range.
+            RequestError: It is of another type, or out of range.
         """
-        if self.limits is None or (value is None and NoneType in get_args(self.kind)):
-            return
-        if value not in self.limits:
+        kinds = self._kinds
+        if value is None and NoneType in kinds:
+            return None
+        kind, wanted = next((one, _WORDS[one]) for one in kinds if one in _WORDS)
+        abstract = {bool: bool, int: Integral, float: Real}[kind]
+        # True is an int to Python, and nobody's number of tokens.
+        if not isinstance(value, abstract) or (isinstance(value, bool) and kind is not bool):
+            raise RequestError(f"{self.name} must be {wanted}, got {value!r}", self.name)
+        if self.limits is not None and kind(value) not in self.limits:
             raise RequestError(f"{self.name} must be {self.limits}, got {value}", self.name)
+        return kind(value)
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether it is one number or flag."""
+        return any(kind in _WORDS for kind in self._kinds)
+
+    @property
+    def _kinds(self) -> tuple[Any, ...]:
+        return get_args(self.kind) if isinstance(self.kind, UnionType) else (self.kind,)
+
+
+_WORDS: dict[type, str] = {bool: "True or False", int: "an integer", float: "a number"}
+"""How the types of scalar parameters are called."""
+
+
+def _strings(value: Any, name: str) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else _elements(value, name, "strings")
+    if any(not isinstance(text, str) or not text for text in texts):
+        raise RequestError(f"{name} must hold non-empty strings", name)
+    return texts
+
+
+def _ids(value: Any, name: str) -> tuple[int, ...]:
+    ids = _elements(value, name, "token ids")
+    if any(not isinstance(token_id, Integral) or isinstance(token_id, bool) for token_id in ids):
+        raise RequestError(f"{name} must hold token ids, got {value!r}", name)
+    return tuple(map(int, ids))
+
+
+def _elements(value: Any, name: str, wanted: str) -> tuple[Any, ...]:
+    """None, or what can be iterated over, but text."""
+    if value is None:
+        return ()
+    if isinstance(value, str | bytes | dict) or not isinstance(value, Iterable):
+        raise RequestError(f"{name} must hold {wanted}, got {value!r}", name)
+    return tuple(value)
+
+
+def _biases(value: Any, name: str) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise RequestError(f"{name} must be a dictionary of numbers by token id, got {value!r}", name)
+    for token_id, bias in value.items():
+        if not isinstance(token_id, Integral) or not isinstance(bias, Real) or isinstance(bias, bool):
+            raise RequestError(f"{name} must hold numbers by token id, got {bias!r} for {token_id!r}", name)
+    return {int(token_id): float(bias) for token_id, bias in value.items()}
 
 
 def _parameter(default: Any, limits: Range, *, is_recommended: bool = False, example: Any = None) -> Any:
@@ -89,7 +146,7 @@ class SamplingParams:
         min_tokens: No end-of-sequence or stop token before this many.
         temperature: 0 is greedy.
         top_k: Keep the k likeliest tokens; 0 keeps all.
-        top_p: Keep the likeliest tokens whose probabilities sum to at least this.
+        top_p: Keep the likeliest tokens whose probabilities sum to at least this; 0 is greedy.
         min_p: Drop tokens below this fraction of the likeliest one's probability.
         repetition_penalty: Divides (multiplies) positive (negative) logits of tokens seen in prompt or output.
         presence_penalty: Subtracted once from the logit of each token in the output.
@@ -109,7 +166,7 @@ class SamplingParams:
     min_tokens: int = _parameter(0, Range(low=0))
     temperature: float = _parameter(1.0, Range(low=0.0, high=2.0), is_recommended=True)
     top_k: int = _parameter(0, Range(low=0), is_recommended=True, example=40)
-    top_p: float = _parameter(1.0, Range(above=0, high=1), is_recommended=True, example=0.9)
+    top_p: float = _parameter(1.0, Range(low=0, high=1), is_recommended=True, example=0.9)
     min_p: float = _parameter(0.0, Range(low=0.0, high=1.0), is_recommended=True, example=0.01)
     repetition_penalty: float = _parameter(1.0, Range(above=0, high=10), is_recommended=True, example=1.2)
     presence_penalty: float = _parameter(0.0, Range(low=-2.0, high=2.0))
@@ -124,22 +181,16 @@ class SamplingParams:
     logprobs: int | None = _parameter(None, Range(low=0, high=MAX_LOGPROBS))
 
     def __post_init__(self) -> None:
-        # A user may write stop="\n", stop=["\n"] or top_k=-1; the fields hold one form.
-        stop: Any = self.stop
-        if stop is None or isinstance(stop, str):
-            object.__setattr__(self, "stop", () if stop is None else (stop,))
-        elif isinstance(stop, list):
-            object.__setattr__(self, "stop", tuple(stop))
-        if isinstance(self.stop_token_ids, list):
-            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        # A user may write stop="\n", stop=["\n"] or top_k=-1; the fields hold one form, and no list of the user's.
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         for parameter in SAMPLING_PARAMETERS:
-            parameter.check(getattr(self, parameter.name))
+            if parameter.is_scalar:
+                object.__setattr__(self, parameter.name, parameter.read(getattr(self, parameter.name)))
+        for name, read in (("stop", _strings), ("stop_token_ids", _ids), ("logit_bias", _biases)):
+            object.__setattr__(self, name, read(getattr(self, name), name))
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", "stop")
-        if any(not isinstance(text, str) or not text for text in self.stop):
-            raise RequestError("stop must hold non-empty strings", "stop")
         for token_id, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
                 raise RequestError(
@@ -153,7 +204,7 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         # Below this a float32 quotient can overflow, and the likeliest token is all that could be drawn.
-        return self.temperature < 1e-5
+        return self.temperature < 1e-5 or self.top_p == 0
 
     @property
     def has_penalties(self) -> bool:

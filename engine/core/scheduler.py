@@ -114,6 +114,15 @@ class Scheduler:
             if index is None or sequence.index == index:
                 self._finish(sequence)
 
+    def reset(self) -> None:
+        """Ends all requests, whatever a step amid which something failed has left of them.
+
+        Blocks of finished chunks stay in the cache: they are registered once they are computed.
+        """
+        for request_id in list(self.requests):
+            self.abort(request_id)
+        self._in_flight.clear()
+
     def schedule(self) -> Batch:
         """Plans the next step, perhaps while one is in flight.
 

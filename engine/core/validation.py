@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from engine.core.sampling_params import SamplingParams
 from engine.errors import RequestError
 
@@ -10,9 +12,17 @@ CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 
 
 def validate_request(
-    prompt_token_ids: list[int], params: SamplingParams, max_model_len: int, vocab_size: int
+    prompt_token_ids: list[int],
+    params: SamplingParams,
+    max_model_len: int,
+    vocab_size: int,
+    eos_token_ids: Collection[int],
+    clips_max_tokens: bool,
 ) -> None:
     """Checks what depends on the model; `SamplingParams` has checked the rest.
+
+    Args:
+        clips_max_tokens: A sequence that wants more than fits beside its prompt gets what fits.
 
     Raises:
         RequestError: Names the field, the value and the limit.
@@ -26,9 +36,23 @@ def validate_request(
             "prompt",
             CONTEXT_LENGTH_EXCEEDED,
         )
+    room = max_model_len - len(prompt_token_ids)
+    if params.max_tokens is not None and params.max_tokens > room and not clips_max_tokens:
+        raise RequestError(
+            f"max_tokens is {params.max_tokens} and the prompt has {len(prompt_token_ids)} tokens; the context holds "
+            f"{max_model_len}: at most {room} fit beside it (--clip-max-tokens lowers such a max_tokens)",
+            "max_tokens",
+            CONTEXT_LENGTH_EXCEEDED,
+        )
     _check_ids("prompt", prompt_token_ids, vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
     _check_ids("logit_bias", params.logit_bias, vocab_size)
+    if params.min_tokens > 0 and len({*eos_token_ids, *params.stop_token_ids}) >= vocab_size:
+        raise RequestError(
+            f"stop_token_ids and the end tokens are all {vocab_size} tokens, and none may come before min_tokens "
+            f"({params.min_tokens})",
+            "stop_token_ids",
+        )
 
 
 def _check_ids(

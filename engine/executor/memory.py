@@ -98,6 +98,22 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class _Division:
+    """How memory is divided if the longest sequence has so many tokens; bytes.
+
+    Attributes:
+        room: What weights, activations and graphs leave.
+        kv_cache: What the cache gets of it, if it fits.
+    """
+
+    scheduler: SchedulerConfig
+    activations: int
+    graphs: int
+    room: int
+    kv_cache: int
+
+
 def plan_memory(
     config: EngineConfig,
     model: ModelConfig,
@@ -129,23 +145,43 @@ def plan_memory(
             f"kv_cache_dtype: int4 needs heads of a multiple of {INT4_MULTIPLE} elements, this model's have "
             f"{model.head_dim}; use int8"
         )
-    scheduler = SchedulerConfig.resolve(config, requested, device.type)
-    estimate = _cpu_activation_bytes if device.type == "cpu" else _device_activation_bytes
-    activations = estimate(model, scheduler) if measured_activations is None else measured_activations
-    if measured_activations is None and config.tensor_parallel_size > 1 and config.exact_reduce:
-        activations += _gathered_bytes(config, model, scheduler)
-    graphs = 0
-    if device.type == "cuda" and config.captures_graphs:
-        decodes = replace(scheduler, max_num_batched_tokens=scheduler.max_num_seqs)
-        graphs = _device_activation_bytes(model, decodes)
     block = block_bytes(model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, cache_dtype)
-    room = available - weight_bytes - copies - activations - graphs
-    if config.kv_cache_memory is not None:
-        kv_cache = parse_bytes(config.kv_cache_memory)
-    elif device.type == "cpu":
-        kv_cache = min(int(DEFAULT_CPU_CACHE_SHARE * max(room, 0)), DEFAULT_CPU_CACHE_LIMIT)
-    else:
-        kv_cache = room
+
+    def divide(max_model_len: int) -> _Division:
+        scheduler = SchedulerConfig.resolve(config, max_model_len, device.type)
+        estimate = _cpu_activation_bytes if device.type == "cpu" else _device_activation_bytes
+        activations = estimate(model, scheduler) if measured_activations is None else measured_activations
+        if measured_activations is None and config.tensor_parallel_size > 1 and config.exact_reduce:
+            activations += _gathered_bytes(config, model, scheduler)
+        graphs = 0
+        if device.type == "cuda" and config.captures_graphs:
+            decodes = replace(scheduler, max_num_batched_tokens=scheduler.max_num_seqs)
+            graphs = _device_activation_bytes(model, decodes)
+        room = available - weight_bytes - copies - activations - graphs
+        if config.kv_cache_memory is not None:
+            kv_cache = parse_bytes(config.kv_cache_memory)
+        elif device.type == "cpu":
+            kv_cache = min(int(DEFAULT_CPU_CACHE_SHARE * max(room, 0)), DEFAULT_CPU_CACHE_LIMIT)
+        else:
+            kv_cache = room
+        return _Division(scheduler, activations, graphs, room, kv_cache)
+
+    def holds(max_model_len: int) -> bool:
+        division = divide(max_model_len)
+        num_tokens = (min(division.kv_cache, division.room) // block - 1) * config.block_size
+        return num_tokens >= max_model_len
+
+    # Tables and partial sums grow with the longest sequence: those of one that the cache can hold are planned.
+    length = requested
+    if not holds(requested):
+        low, high = 1, requested
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if holds(middle) else (low, middle)
+        length = low
+    division = divide(length)
+    scheduler, activations, graphs = division.scheduler, division.activations, division.graphs
+    room, kv_cache = division.room, division.kv_cache
     # More than every sequence at full length is never used.
     useful_blocks = scheduler.max_num_seqs * -(-requested // config.block_size)
     num_blocks = min(kv_cache // block - 1, useful_blocks)
@@ -174,7 +210,7 @@ def plan_memory(
         block=block,
         block_size=config.block_size,
         num_blocks=num_blocks,
-        max_model_len=min(requested, num_blocks * config.block_size),
+        max_model_len=min(length, num_blocks * config.block_size),
         requested_max_len=requested,
     )
 
@@ -202,20 +238,24 @@ def _cpu_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int
         group = model.num_heads // model.num_kv_heads
         masks = 4 * scheduler.max_num_batched_tokens * scheduler.max_model_len * (group + 2)
     sampler = SAMPLER_BYTES * model.vocab_size
-    return scheduler.max_num_batched_tokens * (floats + codes) + logits + partials + masks + sampler
+    rotary = _rotary_bytes(model, scheduler)
+    return scheduler.max_num_batched_tokens * (floats + codes) + logits + partials + masks + sampler + rotary
 
 
 def _device_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
     """Peak of a step on a GPU: 16-bit activations with what the next product takes, and float32 logits.
 
-    The tables of rotary embeddings, which are as long as the longest sequence, are counted in. The logits are
-    there as the product's output, as float32 and, where log-probabilities are asked for, once more; the sampler's
-    buffers are a small part of that.
+    The logits are there as the product's output, as float32 and, where log-probabilities are asked for, once more;
+    the sampler's buffers are a small part of that.
     """
     width = 2 * (6 * model.hidden_size + 2 * split_outputs(model))
     logits = scheduler.max_num_seqs * model.vocab_size * (2 + 4 + 4)
-    rotary = len(set(model.ropes)) * scheduler.max_model_len * model.head_dim * 4
-    return scheduler.max_num_batched_tokens * width + logits + rotary
+    return scheduler.max_num_batched_tokens * width + logits + _rotary_bytes(model, scheduler)
+
+
+def _rotary_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
+    """The tables of rotary embeddings, which are as long as the longest sequence."""
+    return len(set(model.ropes)) * scheduler.max_model_len * model.head_dim * 4
 
 
 def _gathered_bytes(config: EngineConfig, model: ModelConfig, scheduler: SchedulerConfig) -> int:

@@ -18,6 +18,7 @@ import zmq
 import zmq.asyncio
 
 import engine.errors
+from engine.cache_directory import caching_in, socket_directory
 from engine.config import EngineConfig
 from engine.core.outputs import RequestOutput
 from engine.core.random import derive_seed
@@ -127,11 +128,13 @@ class AsyncEngine:
             EngineError: Of the type the engine failed with; EngineStartError if it is none of ours.
         """
         try:
-            path = await _in_daemon_thread(lambda: resolve_model(self.config.model))
+            with caching_in(self.config.cache_dir):
+                path = await _in_daemon_thread(lambda: resolve_model(self.config.model))
             self.tokenizer = await _in_daemon_thread(
                 lambda: load_tokenizer(path, self.config.load_format == "dummy")
             )
-            await self._spawn()
+            with caching_in(self.config.cache_dir):
+                await self._spawn()
             start = Start(
                 options=dataclasses.asdict(self.config),
                 path=str(path),
@@ -197,7 +200,14 @@ class AsyncEngine:
         """
         self._check_ready()
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        validate_request(token_ids, params, self.max_model_len, self.vocab_size)
+        validate_request(
+            token_ids,
+            params,
+            self.max_model_len,
+            self.vocab_size,
+            self.tokenizer.eos_token_ids,
+            self.config.clip_max_tokens,
+        )
         request = Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -248,7 +258,7 @@ class AsyncEngine:
 
     async def _spawn(self) -> None:
         # In a directory that only this user can enter, and gone from there once both ends hold the socket.
-        self._directory = tempfile.TemporaryDirectory(prefix="llm-engine-")
+        self._directory = socket_directory()
         address = f"ipc://{self._directory.name}/engine"
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)

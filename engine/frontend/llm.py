@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import count
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from tqdm import tqdm
 
+from engine.cache_directory import caching_in
 from engine.config import EngineConfig
 from engine.core.outputs import CompletionOutput, RequestOutput
 from engine.core.random import derive_seed
 from engine.core.request import Request
 from engine.core.sampling_params import SamplingParams
 from engine.core.validation import validate_request
-from engine.errors import RequestError
+from engine.errors import ConfigError, RequestError
 from engine.executor.start import start_engine
 from engine.frontend.output_processor import OutputProcessor
+from engine.frontend.prompts import Prompt, read_prompts
+from engine.frontend.step_thread import Call, StepThread
 from engine.loading.resolve import resolve_model
 from engine.tokenizer.tokenizer import load_tokenizer
 
-Prompt = str | list[int]
+logger = logging.getLogger(__name__)
+
 Message = dict[str, Any]
 
 
@@ -40,13 +46,18 @@ class LLM:
         ConfigError, ModelNotFoundError, CheckpointError: Says which option, and what would work.
     """
 
+    _process_id: ClassVar[int | None] = None
+
     def __init__(self, model: str = "llama", **options: Any) -> None:
+        self._check_process()
         self.config = EngineConfig.from_options(model=model, **options)
-        path = resolve_model(self.config.model)
-        self.tokenizer = load_tokenizer(path, may_stand_in=self.config.load_format == "dummy")
-        self.core = start_engine(self.config, path, self.tokenizer.eos_token_ids)
+        with caching_in(self.config.cache_dir):
+            path = resolve_model(self.config.model)
+            self.tokenizer = load_tokenizer(path, may_stand_in=self.config.load_format == "dummy")
+            self.core = start_engine(self.config, path, self.tokenizer.eos_token_ids)
         print(self.core.info.memory_plan, file=sys.stderr)
         self._request_ids = map(str, count())
+        self._steps = StepThread(self.core)
 
     def close(self) -> None:
         """Ends the processes of other ranks. May be called twice; with them nothing can be generated afterwards."""
@@ -58,6 +69,24 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @classmethod
+    def _check_process(cls) -> None:
+        """Refuses a process that was forked from one with an LLM: its threads, and their locks, were left there.
+
+        Raises:
+            ConfigError: It is one.
+        """
+        if cls._process_id not in (None, os.getpid()):
+            raise ConfigError(
+                "an LLM cannot run in a process forked from one that has used an LLM: its threads are not there; "
+                'start it with multiprocessing.get_context("spawn")'
+            )
+        cls._process_id = os.getpid()
+
+    def _is_clipped(self, request: Request) -> bool:
+        room = self.core.info.max_model_len - len(request.prompt_token_ids)
+        return request.params.max_tokens is not None and request.params.max_tokens > room
+
     @property
     def default_params(self) -> SamplingParams:
         """The sampling parameters that the model's generation_config.json recommends."""
@@ -65,24 +94,33 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Any,
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Generates for one prompt or a list, text or token ids, and returns results in their order.
+        """Generates for one prompt or several, text or token ids, and returns results in their order.
+
+        Calls of several threads share steps, each with its own results. One that is interrupted takes its requests
+        with it.
 
         Args:
+            prompts: As `engine.frontend.prompts.read_prompts` takes them: text, token ids, or many of either. A
+                max_tokens that does not fit beside a prompt is lowered, with one warning.
             params: One for all, or one a prompt; None for the model's own defaults.
             use_tqdm: Show a progress bar with tokens/s.
 
         Raises:
             RequestError: A prompt or parameter that cannot be served; nothing is generated then.
         """
-        prompt_list = _as_list(prompts)
+        self._check_process()
+        prompt_list = read_prompts(prompts)
         if params is None:
             params = self.default_params
         params_list = [params] * len(prompt_list) if isinstance(params, SamplingParams) else list(params)
+        wrong = next((one for one in params_list if not isinstance(one, SamplingParams)), None)
+        if wrong is not None:
+            raise RequestError(f"params: expected SamplingParams, found {wrong!r}")
         if len(params_list) != len(prompt_list):
             raise RequestError(
                 f"{len(params_list)} params for {len(prompt_list)} prompts: give one, or one each"
@@ -91,13 +129,21 @@ class LLM:
             self._make_request(index, prompt, prompt_params)
             for index, (prompt, prompt_params) in enumerate(zip(prompt_list, params_list, strict=True))
         ]
+        num_clipped = sum(map(self._is_clipped, requests))
+        if num_clipped:
+            logger.warning(
+                "max_tokens of %d of %d prompts exceed what the context of %d tokens leaves: lowered to that",
+                num_clipped,
+                len(requests),
+                self.core.info.max_model_len,
+            )
         texts = [prompt if isinstance(prompt, str) else None for prompt in prompt_list]
         return self._run(requests, texts, use_tqdm)
 
     def chat(
         self,
         messages: list[Message] | list[list[Message]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
         **template_arguments: Any,
@@ -109,15 +155,23 @@ class LLM:
             template_arguments: Passed to the model's chat template.
         """
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts: list[Prompt] = [
+        prompts = [
             self.tokenizer.encode_chat(conversation, **template_arguments)  # type: ignore[arg-type]
             for conversation in conversations
         ]
         return self.generate(prompts, params, use_tqdm=use_tqdm)
 
     def _make_request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        validate_request(token_ids, params, self.core.info.max_model_len, self.core.info.vocab_size)
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        info = self.core.info
+        validate_request(
+            token_ids,
+            params,
+            info.max_model_len,
+            info.vocab_size,
+            self.tokenizer.eos_token_ids,
+            clips_max_tokens=True,
+        )
         seed = params.seed
         if seed is None:
             seed = secrets.randbits(63) if self.config.seed is None else derive_seed(self.config.seed, index)
@@ -131,45 +185,22 @@ class LLM:
         for request, prompt in zip(requests, prompts, strict=True):
             processors[request.request_id] = OutputProcessor(request, prompt, self.tokenizer)
             results[request.request_id] = _empty_result(request, prompt)
-            self.core.add_request(request)
-        progress = tqdm(total=len(requests), desc="Generating", unit="prompt", disable=not use_tqdm)
-        try:
-            with progress:
-                self._run_steps(processors, results, progress)
-        finally:
-            # After an interrupt the engine must not go on with what nobody waits for.
-            for request_id in processors:
-                self.core.abort(request_id)
+        if not requests:
+            return []
+        call = Call(
+            requests, processors, lambda addition: _extend_result(results[addition.request_id], addition)
+        )
+        with tqdm(total=len(requests), desc="Generating", unit="prompt", disable=not use_tqdm) as progress:
+
+            def show(call: Call) -> None:
+                elapsed = progress.format_dict["elapsed"]
+                progress.set_postfix_str(
+                    f"{call.num_tokens / max(elapsed, 1e-9):.1f} tokens/s", refresh=False
+                )
+                progress.update(call.num_finished - progress.n)
+
+            self._steps.run(call, show)
         return list(results.values())
-
-    def _run_steps(
-        self,
-        processors: dict[str, OutputProcessor],
-        results: dict[str, RequestOutput],
-        progress: tqdm[Any],
-    ) -> None:
-        num_tokens = 0
-        while self.core.has_work:
-            for output in self.core.step():
-                processor = processors[output.request_id]
-                addition = processor.process(output)
-                for index in processor.stopped_samples:
-                    self.core.abort(output.request_id, index)
-                processor.stopped_samples.clear()
-                if addition is None:
-                    continue
-                _extend_result(results[output.request_id], addition)
-                num_tokens += len(output.tokens)
-                if addition.finished:
-                    progress.update()
-            elapsed = progress.format_dict["elapsed"]
-            progress.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.1f} tokens/s", refresh=False)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
 
 
 def _empty_result(request: Request, prompt: str | None) -> RequestOutput:

@@ -56,6 +56,7 @@ class ReplicaInfo:
     max_model_len: int
     vocab_size: int
     default_params: dict[str, Any]
+    clips_max_tokens: bool
 
 
 class Replica:
@@ -75,7 +76,9 @@ class Replica:
 
     async def info(self) -> ReplicaInfo:
         engine = self._engine
-        return ReplicaInfo(engine.max_model_len, engine.vocab_size, engine.default_params)
+        return ReplicaInfo(
+            engine.max_model_len, engine.vocab_size, engine.default_params, engine.config.clip_max_tokens
+        )
 
     async def stats(self) -> EngineStats:
         return self._engine.stats
@@ -149,7 +152,14 @@ class Replicas:
             EngineDeadError: Several replicas have died under the request.
         """
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        validate_request(token_ids, params, self.max_model_len, self.vocab_size)
+        validate_request(
+            token_ids,
+            params,
+            self.max_model_len,
+            self.vocab_size,
+            self.tokenizer.eos_token_ids,
+            self._clips_max_tokens,
+        )
         request = Resumable(request_id, token_ids, replace(params, seed=self._seed(params)), priority)
         sent: list[list[int] | None] = [[] for _ in range(params.n)]
         num_cached_tokens: int | None = None
@@ -208,6 +218,7 @@ class Replicas:
             self.status, self.error = "dead", f"{type(error).__name__}: {_first_line(error)}"
             raise
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
+        self._clips_max_tokens = info.clips_max_tokens
         self.default_params = info.default_params
         while True:
             try:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from engine.core.sampling_params import EXAMPLES, SAMPLING_PARAMETERS, SamplingParams
@@ -21,8 +22,8 @@ from engine.errors import RequestError
         ("temperature", -0.1, "between 0.0 and 2.0"),
         ("temperature", math.nan, "between 0.0 and 2.0"),
         ("top_k", -2, "at least 0"),
-        ("top_p", 0.0, "greater than 0 and at most 1, got 0.0"),
-        ("top_p", math.nan, "greater than 0"),
+        ("top_p", -0.1, "between 0 and 1, got -0.1"),
+        ("top_p", math.nan, "between 0 and 1"),
         ("min_p", 1.5, "between 0.0 and 1.0"),
         ("repetition_penalty", 0.0, "greater than 0 and at most 10, got 0.0"),
         ("repetition_penalty", 10.5, "greater than 0 and at most 10"),
@@ -61,8 +62,56 @@ def test_none_is_refused_but_where_it_stands_for_something() -> None:
         if parameter.name in optional:
             assert getattr(SamplingParams(**{parameter.name: None}), parameter.name) is None
         elif parameter.limits is not None:
-            with pytest.raises(TypeError):
+            with pytest.raises(RequestError, match=f"{parameter.name} must be .*, got None"):
                 SamplingParams(**{parameter.name: None})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("temperature", "0.5", "a number, got '0.5'"),
+        ("top_p", None, "a number, got None"),
+        ("max_tokens", 4.0, "an integer, got 4.0"),
+        ("max_tokens", True, "an integer, got True"),
+        ("ignore_eos", 1, "True or False, got 1"),
+        ("seed", "7", "an integer, got '7'"),
+        ("stop", 5, "must hold strings, got 5"),
+        ("stop", [b"x"], "non-empty strings"),
+        ("stop_token_ids", 5, "token ids, got 5"),
+        ("stop_token_ids", ["a"], "token ids"),
+        ("logit_bias", [5], "a dictionary of numbers by token id"),
+        ("logit_bias", {"5": 1.0}, "numbers by token id, got 1.0 for '5'"),
+        ("logit_bias", {5: "1"}, "numbers by token id, got '1' for 5"),
+    ],
+)
+def test_other_types_are_named(field: str, value: Any, words: str) -> None:
+    with pytest.raises(RequestError, match=words) as raised:
+        SamplingParams(**{field: value})
+    assert raised.value.field == field
+
+
+def test_what_is_given_is_copied_and_has_plain_types() -> None:
+    stop, ids, bias = ["a"], [3], {5: 1}
+    params = SamplingParams(
+        stop=stop,  # type: ignore[arg-type]
+        stop_token_ids=ids,  # type: ignore[arg-type]
+        logit_bias=bias,  # type: ignore[arg-type]
+        temperature=np.float32(0.5),  # type: ignore[arg-type]
+        max_tokens=np.int64(4),  # type: ignore[arg-type]
+        top_p=1,
+    )
+    stop.append("b"), ids.append(4), bias.update({6: 1})
+    assert (params.stop, params.stop_token_ids, params.logit_bias) == (("a",), (3,), {5: 1.0})
+    assert [type(value) for value in (params.temperature, params.max_tokens, params.top_p)] == [
+        float,
+        int,
+        float,
+    ]
+
+
+def test_top_p_of_0_is_greedy() -> None:
+    assert SamplingParams(temperature=1.0, top_p=0).is_greedy
+    assert not SamplingParams(temperature=1.0, top_p=0.01).is_greedy
 
 
 def test_the_list_is_of_all_parameters_and_its_examples_are_valid() -> None:

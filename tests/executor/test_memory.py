@@ -71,3 +71,17 @@ def test_a_quantized_cache_holds_more() -> None:
     assert blocks[torch.int8] * 16 == blocks[torch.float8_e4m3fn] * 20
     # Eight bytes of codes, and two halves for the one group.
     assert blocks[INT4] * 16 == blocks[torch.float8_e4m3fn] * 12
+
+
+def test_tables_are_planned_for_what_the_cache_holds() -> None:
+    """A context of 10^9 needs no room for tables that no sequence could use."""
+    model = replace(ModelConfig.from_dict(TINY_CONFIGS["llama"].to_dict()), max_position_embeddings=10**9)
+    for options in ({"kv_cache_memory": "16MiB"}, {}):
+        config = EngineConfig(model="llama", **options)
+        plan = plan_memory(config, model, 2**20, torch.float32, torch.device("cpu"), 2**33)
+        assert plan.max_model_len <= plan.num_blocks * config.block_size
+        # One token more would not fit, or its tables would not.
+        longer = plan.max_model_len + config.block_size
+        room = plan.available - plan.weights - plan.activations
+        assert longer > plan.num_blocks * config.block_size or plan.kv_cache > room - plan.block
+        assert plan.activations + plan.weights + plan.kv_cache <= plan.available

@@ -1,11 +1,21 @@
-"""Offline generation with the real default model, as a user calls it."""
+"""Offline generation with the real default model, as a user calls it; interrupts and threads with a tiny one."""
 
 from __future__ import annotations
+
+import _thread
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from engine import LLM, SamplingParams
 from engine.errors import ConfigError, ModelNotFoundError, RequestError
+from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
 
@@ -191,3 +201,105 @@ def test_options_are_refused_with_what_would_work(options: dict[str, object], me
 def test_an_unknown_model_says_what_to_do() -> None:
     with pytest.raises(ModelNotFoundError, match="nowhere"):
         LLM(model="/nowhere/at/all")
+
+
+def tiny_llm(path: Path, **options: Any) -> LLM:
+    write_checkpoint(path, TINY_CONFIGS["llama"])
+    return LLM(str(path), load_format="dummy", kv_cache_memory="4MiB", **options)
+
+
+LONG = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+
+
+def tokens(llm: LLM, prompt: Any, params: SamplingParams = SHORT) -> list[list[int]]:
+    return [result.outputs[0].token_ids for result in llm.generate(prompt, params, use_tqdm=False)]
+
+
+def generate_until_interrupted(llm: LLM, seconds: float) -> None:
+    threading.Timer(seconds, _thread.interrupt_main).start()
+    while True:
+        llm.generate(["abc"] * 8, LONG, use_tqdm=False)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_interrupted_call_leaves_the_llm_whole(tmp_path: Path, overlap: bool) -> None:
+    llm = tiny_llm(tmp_path, overlap=overlap)
+    expected = tokens(llm, "abc")
+    for seconds in (0.0, 0.01, 0.05, 0.2):
+        with pytest.raises(KeyboardInterrupt):
+            generate_until_interrupted(llm, seconds)
+        assert tokens(llm, "abc") == expected
+    assert not llm.core.has_work
+
+
+def test_a_step_that_fails_anywhere_leaves_the_llm_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = tiny_llm(tmp_path)
+    expected = tokens(llm, "abc")
+    for place in ("schedule", "draws", "update"):
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.core.scheduler, place, Mock(side_effect=MemoryError(place)))
+            with pytest.raises(MemoryError, match=place):
+                tokens(llm, ["abc", "d"])
+        assert not llm.core.has_work
+        assert tokens(llm, "abc") == expected
+
+
+def test_calls_of_threads_share_steps(tmp_path: Path) -> None:
+    llm = tiny_llm(tmp_path)
+    prompts = [f"prompt {index}" for index in range(6)]
+    alone = [tokens(llm, prompt, LONG) for prompt in prompts]
+    before = llm.core.stats.num_steps
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(lambda prompt: tokens(llm, prompt, LONG), prompts))
+    assert together == alone
+    # One after the other they would take 200 steps each.
+    assert llm.core.stats.num_steps - before < 200 * len(prompts) / 2
+
+
+def test_max_tokens_beyond_the_context_are_lowered_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = tiny_llm(tmp_path)
+    params = SamplingParams(max_tokens=10_000, ignore_eos=True)
+    results = llm.generate([[1] * 250, [1] * 251], params, use_tqdm=False)
+    assert [(len(result.outputs[0].token_ids), result.outputs[0].finish_reason) for result in results] == [
+        (6, "length"),
+        (5, "length"),
+    ]
+    (record,) = caplog.records
+    assert "max_tokens of 2 of 2 prompts" in record.getMessage()
+
+
+FORKED = """
+import multiprocessing, sys
+from engine import LLM, SamplingParams
+from engine.errors import ConfigError
+
+def child(path):
+    for use in (lambda: LLM(path, load_format="dummy"), lambda: llm.generate("a", use_tqdm=False)):
+        try:
+            use()
+        except ConfigError as error:
+            print(error)
+
+llm = LLM(sys.argv[1], load_format="dummy", kv_cache_memory="1MiB")
+process = multiprocessing.get_context("fork").Process(target=child, args=sys.argv[1:])
+process.start()
+process.join()
+"""
+
+
+def test_a_forked_process_is_told_to_spawn(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, TINY_CONFIGS["llama"])
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert done.stdout.count('multiprocessing.get_context("spawn")') == 2, done.stderr
+
+
+def test_other_params_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="expected SamplingParams, found"):
+        tiny_llm(tmp_path).generate("a", {"max_tokens": 4})  # type: ignore[arg-type]
