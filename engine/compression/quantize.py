@@ -35,10 +35,11 @@ from engine.loading.checkpoint import Checkpoint
 from engine.loading.formats import QUANTIZATION_KEYS, WeightFormat, weight_format
 from engine.loading.formats.own import TABLE_GROUP_SIZE, own_config, own_parts
 from engine.loading.formats.stored import StoredModule
+from engine.loading.model_config import read_model_config
 from engine.loading.weights import checkpoint_key
 from engine.models.config import ModelConfig
 from engine.models.modules import ROLES, module_names
-from engine.models.shapes import tensor_shape
+from engine.models.shapes import tensor_names, tensor_shape
 from engine.quant.weight import GridWeight, Weight, to_float
 from engine.quant_spec import EMBEDDING, LM_HEAD, SchemeSpec
 
@@ -115,7 +116,7 @@ def quantize_checkpoint(
     """
     if any(checkpoint.config.get(key) for key in QUANTIZATION_KEYS):
         raise ConfigError(f"{checkpoint.path}: is quantized already; start from the float checkpoint")
-    config = _model_config(checkpoint)
+    config = read_model_config(checkpoint)
     recipe.check_model(config)
     record: dict[str, object] = {
         "source": str(checkpoint.path),
@@ -125,7 +126,7 @@ def quantize_checkpoint(
     }
     if recipe.rotates:
         checkpoint = RotatedCheckpoint(checkpoint, config)
-        config = _model_config(checkpoint)
+        config = read_model_config(checkpoint)
     layout = Layout.choose(recipe, config)
     errors = _open_directory(directory, record)
     known = {layer for layer in range(config.num_layers) if (directory / _shard(layer)).exists()}
@@ -137,7 +138,7 @@ def quantize_checkpoint(
     for layer in progress:
         path = directory / _shard(layer.index)
         if layer.index not in known:
-            tensors, new_errors = _quantize_layer(layer, layout, checkpoint)
+            tensors, new_errors = _quantize_layer(layer, layout, checkpoint, config)
             write_shard(tensors, path)
             errors |= new_errors
             _write_record(directory, record, errors)
@@ -160,24 +161,19 @@ def quantize_checkpoint(
     )
 
 
-def _model_config(checkpoint: Checkpoint) -> ModelConfig:
-    ties = checkpoint.config.get("tie_word_embeddings") or "lm_head.weight" not in checkpoint.names()
-    return ModelConfig.from_dict({**checkpoint.config, "tie_word_embeddings": ties})
-
-
 def _shard(layer: int) -> str:
     return f"model-layer-{layer:05d}.safetensors"
 
 
 def _quantize_layer(
-    layer: CalibratedLayer, layout: Layout, checkpoint: Checkpoint
+    layer: CalibratedLayer, layout: Layout, checkpoint: Checkpoint, config: ModelConfig
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """All tensors of a layer, quantized modules' parts and the rest as floats, and the modules' errors."""
     quantized = quantize_layer(layer, layout.recipe)
     tensors: dict[str, torch.Tensor] = {}
     for module, weight in quantized.weights.items():
         tensors |= layout.tensors(module, weight)
-    for name in checkpoint.names():
+    for name in sorted(tensor_names(config)):
         if (
             name.startswith(f"model.layers.{layer.index}.")
             and name.removesuffix(".weight") not in quantized.weights
@@ -196,7 +192,7 @@ def _quantize_rest(
     """
     tensors: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
-    for name in sorted(checkpoint.names()):
+    for name in sorted(tensor_names(config)):
         is_end = name in (f"{LM_HEAD}.weight", f"{EMBEDDING}.weight")
         if not (is_end or name.startswith("model.layers.")):
             tensors[name] = to_float(checkpoint.tensor(name)).to(torch.float16)

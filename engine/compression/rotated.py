@@ -60,6 +60,9 @@ class RotatedCheckpoint:
     def names(self) -> set[str]:
         return self._checkpoint.names() | {_HEAD}
 
+    def other_names(self) -> set[str]:
+        return set()
+
     @property
     def num_bytes_read(self) -> int:
         return self._checkpoint.num_bytes_read

@@ -25,7 +25,8 @@ from engine.executor.warmup import GREEDY, dummy_batch, largest_batch, warm_up
 from engine.kernels import cpu
 from engine.kernels.attention.kv_layer import KVCache
 from engine.kernels.launch import CompilationCounter, Target, target_of
-from engine.loading.checkpoint import Checkpoint, stored_schemes
+from engine.loading.checkpoint import Checkpoint, auto_schemes, stored_schemes
+from engine.loading.model_config import read_model_config
 from engine.loading.weights import checkpoint_key, load_weights
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
@@ -69,8 +70,7 @@ class ModelRunner:
         record: WaitRecord | None = None,
     ) -> None:
         base_bytes = private_bytes()
-        ties = checkpoint.config.get("tie_word_embeddings") or "lm_head.weight" not in checkpoint.names()
-        self.model_config = ModelConfig.from_dict({**checkpoint.config, "tie_word_embeddings": ties})
+        self.model_config = read_model_config(checkpoint)
         self.config = config = _resolve_quantization(config, self.model_config, checkpoint)
         self.device = resolve_device(config)
         check_shards(self.model_config, config.tensor_parallel_size)
@@ -229,10 +229,11 @@ def _resolve_quantization(config: EngineConfig, model: ModelConfig, checkpoint: 
         ConfigError: The checkpoint is quantized, and otherwise than asked for; or a pattern names no module.
     """
     modules = module_names(model)
-    stored = {} if config.load_format == "dummy" else stored_schemes(checkpoint, modules)
     if config.quant == "auto":
-        return replace(config, quant=str(QuantSpec.covering(stored, modules)) if stored else "none")
+        schemes = {} if config.load_format == "dummy" else auto_schemes(checkpoint, modules)
+        return replace(config, quant=str(QuantSpec.covering(schemes, modules)) if schemes else "none")
     config.quant_spec.check(modules)
+    stored = {} if config.load_format == "dummy" else stored_schemes(checkpoint, modules)
     for module, words in stored.items():
         wanted = config.quant_spec.of(module)
         if wanted.kind != "none" and wanted.storage != words.storage:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.errors import CheckpointError
+from engine.loading.file_kinds import is_gguf
 from engine.loading.safetensors import DirectoryCheckpoint
 from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight
@@ -28,6 +28,10 @@ class Checkpoint(Protocol):
 
     def names(self) -> set[str]:
         """The tensors' names, like "model.layers.0.self_attn.q_proj.weight"."""
+        ...
+
+    def other_names(self) -> set[str]:
+        """The names, as stored, of tensors beside the text model's."""
         ...
 
     @property
@@ -58,24 +62,35 @@ def stored_schemes(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, 
 
     GGUF files are such: their blocks are a way to store a model of floats, whatever `--quant` makes of it.
     """
+    return _schemes(checkpoint, modules, DirectoryCheckpoint.stored_scheme)
+
+
+def auto_schemes(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, SchemeSpec]:
+    """What `--quant auto` makes of some modules: the ones that it leaves as floats are left out."""
+    return _schemes(checkpoint, modules, DirectoryCheckpoint.auto_scheme)
+
+
+def _schemes(
+    checkpoint: Checkpoint,
+    modules: Iterable[str],
+    scheme: Callable[[DirectoryCheckpoint, str], str | None],
+) -> dict[str, SchemeSpec]:
     if not isinstance(checkpoint, DirectoryCheckpoint):
         return {}
-    found = {module: checkpoint.stored_scheme(module) for module in modules}
+    found = {module: scheme(checkpoint, module) for module in modules}
     schemes = {module: parse_scheme_spec(text) for module, text in found.items() if text is not None}
     return {module: words for module, words in schemes.items() if words.kind != "none"}
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a GGUF file or a model directory; reads the configuration, no weights.
+    """Open a GGUF file, a model directory, or one of its files of weights; reads the configuration, no weights.
 
     Raises:
         CheckpointError: The checkpoint is damaged, incomplete or of an unsupported kind.
     """
-    if path.is_dir():
+    if path.is_dir() or not is_gguf(path):
         return DirectoryCheckpoint(path)
-    if path.suffix == ".gguf":
-        # Directories load without the gguf package.
-        from engine.loading.gguf.checkpoint import GGUFCheckpoint
+    # Directories load without the gguf package.
+    from engine.loading.gguf.checkpoint import GGUFCheckpoint
 
-        return GGUFCheckpoint(path)
-    raise CheckpointError(f"{path}: neither a model directory nor a .gguf file")
+    return GGUFCheckpoint(path)

@@ -8,6 +8,7 @@ from typing import Any
 from engine.config import LoadFormat
 from engine.errors import CheckpointError
 from engine.loading.checkpoint import Checkpoint, open_checkpoint
+from engine.loading.file_kinds import is_gguf
 from engine.loading.json_file import read_json
 from engine.loading.safetensors import text_config
 from engine.parallel.shards import WHOLE, Slices
@@ -19,8 +20,9 @@ class DummyCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.is_dir():
-            self.config = text_config(read_json(path / "config.json", required=True))
+        if path.is_dir() or not is_gguf(path):
+            directory = path if path.is_dir() else path.parent
+            self.config = text_config(read_json(directory / "config.json", required=True))
             self.config.setdefault("tie_word_embeddings", False)
         else:
             self.config = open_checkpoint(path).config
@@ -28,6 +30,9 @@ class DummyCheckpoint:
 
     def names(self) -> set[str]:
         return set() if self.config["tie_word_embeddings"] else {"lm_head.weight"}
+
+    def other_names(self) -> set[str]:
+        return set()
 
     @property
     def num_bytes_read(self) -> int:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.cache_directory import cache_directory
-from engine.errors import ModelNotFoundError
+from engine.errors import CheckpointError, ModelNotFoundError
+from engine.loading.file_kinds import WEIGHT_SUFFIXES, foreign_error, foreign_kind, is_gguf, part_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,30 +56,31 @@ MODEL_ALIASES = {
 }
 
 _REPOSITORY_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_CONFIGURATION_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+_CONFIGURATION_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.tiktoken"]
 _HUB_TIMEOUT_SECONDS = 5.0
 
 
 def resolve_model(model: str) -> Path:
-    """The path of a model: a directory or a .gguf file.
+    """The path of a model: a directory, a GGUF file or a file of weights.
 
     Args:
-        model: An alias of MODEL_ALIASES, a directory, a .gguf file, or a Hugging Face repository id,
-            which is downloaded unless it is in the Hub's cache.
+        model: An alias of MODEL_ALIASES, a directory, a GGUF file of whatever name, a file of weights with its
+            config.json beside it, or a Hugging Face repository id, which is downloaded unless it is in the Hub's
+            cache.
 
     Raises:
         ModelNotFoundError: Nothing of that name is here or reachable; says what to do.
+        CheckpointError: It is a file of another kind.
     """
     if model in MODEL_ALIASES:
         return _resolve_alias(model, MODEL_ALIASES[model])
     path = Path(model).expanduser()
     if model and path.is_dir():
         return _gguf_only(path) or path
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelNotFoundError(f"{model}: not a .gguf file; give its directory or a .gguf file")
+    if model and path.exists():
+        _check_file(path)
         return path
-    if path.suffix != ".gguf" and _REPOSITORY_ID.fullmatch(model):
+    if path.suffix.lower() != ".gguf" and _REPOSITORY_ID.fullmatch(model):
         return _download(model)
     raise ModelNotFoundError(
         f"{model}: no such directory or .gguf file; the aliases are {', '.join(MODEL_ALIASES)},"
@@ -89,7 +91,7 @@ def resolve_model(model: str) -> Path:
 def resolve_configuration(model: str) -> Path:
     """The path of a model, as `resolve_model`; of a Hugging Face repository no weights are downloaded."""
     path = Path(model).expanduser()
-    is_repository = not path.exists() and path.suffix != ".gguf" and _REPOSITORY_ID.fullmatch(model)
+    is_repository = not path.exists() and path.suffix.lower() != ".gguf" and _REPOSITORY_ID.fullmatch(model)
     return _snapshot(model, _CONFIGURATION_FILES) if is_repository else resolve_model(model)
 
 
@@ -143,7 +145,7 @@ def _join_parts(model: PackagedModel, parts: list[Path]) -> Path:
                 raise
     except OSError as error:
         raise ModelNotFoundError(
-            f"{target}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to a directory with space"
+            f"{target}: cannot be written ({error.strerror}); name a directory with space with --cache-dir"
         ) from error
     return target
 
@@ -190,7 +192,30 @@ def _snapshot(repository: str, patterns: Iterable[str]) -> Path:
         raise ModelNotFoundError(f"{repository}: the download failed ({reason}); try again") from error
 
 
+def _check_file(path: Path) -> None:
+    """
+    Raises:
+        CheckpointError: The file is neither GGUF nor of weights with their configuration beside them.
+    """
+    if is_gguf(path):
+        return
+    kind = foreign_kind(path)
+    if kind is not None:
+        raise foreign_error(path, kind)
+    if path.suffix not in WEIGHT_SUFFIXES:
+        raise CheckpointError(
+            f"{path}: neither GGUF nor weights ({', '.join(WEIGHT_SUFFIXES)}); give its directory, or one of these"
+        )
+    if not (path.parent / "config.json").exists():
+        raise CheckpointError(
+            f"{path}: there is no config.json beside it, which says what model its weights are of"
+        )
+
+
 def _gguf_only(directory: Path) -> Path | None:
-    """The .gguf file of a directory that holds one and no config.json."""
-    files = sorted(directory.glob("*.gguf"))
-    return files[0] if len(files) == 1 and not (directory / "config.json").exists() else None
+    """The GGUF file of a directory that holds one, perhaps in parts, and no config.json."""
+    if (directory / "config.json").exists():
+        return None
+    files = sorted(file for file in directory.iterdir() if file.suffix.lower() == ".gguf")
+    first = [file for file in files if part_number(file) in (None, 1)]
+    return first[0] if len(first) == 1 else None

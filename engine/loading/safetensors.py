@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import logging
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from engine.errors import CheckpointError
-from engine.loading.formats import weight_format
+from engine.loading.formats import auto_scheme, weight_format
+from engine.loading.formats.float8 import FLOAT8_NOTE
 from engine.loading.formats.stored import FLOATS, StoredModule
 from engine.loading.json_file import read_json
 from engine.loading.slices import check_shape, take_slices
+from engine.loading.weight_files import Locations, locate_text_model, open_weight_file
 from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight
+from engine.quant_spec import EMBEDDING, LM_HEAD
 
 logger = logging.getLogger(__name__)
 
-# (single file, index of a sharded one), the preferred format first.
-_WEIGHT_FILES = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
-
-# Where multimodal wrappers keep the text model, and its name without the wrapper.
-_TEXT_MODEL_PREFIXES = (
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "model."),
-    ("lm_head.", "lm_head."),
-)
+_TABLE, _HEAD = f"{EMBEDDING}.weight", f"{LM_HEAD}.weight"
 
 # Published Gemma 3 files leave out what equals the defaults of transformers' Gemma3TextConfig.
 _GEMMA3_TEXT_DEFAULTS = {
@@ -53,18 +42,24 @@ _GEMMA3_ROPE_DEFAULTS = {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_0
 
 
 class DirectoryCheckpoint:
-    """The weights and configuration of a directory; see `engine.loading.checkpoint.Checkpoint`."""
+    """The weights and configuration of a directory; see `engine.loading.checkpoint.Checkpoint`.
+
+    Args:
+        path: The directory, or one file of weights that its configuration lies beside.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        raw_config = read_json(path / "config.json", required=True)
-        self.config = text_config(raw_config)
-        self.generation_config = read_json(path / "generation_config.json")
-        self._format = weight_format(path, self.config)
-        self._stored = StoredTensors(path, _locate_tensors(path, is_wrapper="text_config" in raw_config))
-        self.config.setdefault("tie_word_embeddings", "lm_head.weight" not in self.names())
+        self.path, directory = path, path if path.is_dir() else path.parent
+        self.config = text_config(read_json(directory / "config.json", required=True))
+        self.generation_config = read_json(directory / "generation_config.json")
+        self._format = weight_format(directory, self.config)
+        locations, self._others = locate_text_model(path)
+        if self.config.get("tie_word_embeddings") and _TABLE not in locations and _HEAD in locations:
+            locations[_TABLE] = locations.pop(_HEAD)
+        self._stored = StoredTensors(path, locations)
+        self.config.setdefault("tie_word_embeddings", _HEAD not in self.names())
         if self._format is not None:
-            self._log_floats()
+            self._log_rounded()
 
     def names(self) -> set[str]:
         names = self._stored.names()
@@ -81,6 +76,9 @@ class DirectoryCheckpoint:
         }
         return names - companions | weights
 
+    def other_names(self) -> set[str]:
+        return set(self._others)
+
     @property
     def num_bytes_read(self) -> int:
         return self._stored.num_bytes_read
@@ -92,9 +90,15 @@ class DirectoryCheckpoint:
             if stored_part is not None:
                 return self._quantized(module, stored_part, part, shape)
         check_shape(self.path, name, self._stored.shape(name), shape)
-        if self._format is None or module == name:
-            return self._stored.read(name, part)
-        return StoredModule(_Parts(self._stored, part), module).read("weight", FLOATS)
+        tensor = self._stored.read(name, part)
+        if tensor.dtype not in FLOATS:
+            file, stored_name = self._stored.locate(name)
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{file}: tensor {stored_name!r}: expected float32, float16 or bfloat16, found {kind}, and no "
+                "settings of config.json say by which scales its numbers are to be multiplied"
+            )
+        return tensor
 
     def _quantized(
         self, module: str, stored_part: str, part: Slices, shape: tuple[int, ...] | None
@@ -130,28 +134,45 @@ class DirectoryCheckpoint:
         part = self._quantized_part(stored)
         return "none" if part is None else self._format.scheme(stored.names(part))
 
+    def auto_scheme(self, module: str) -> str | None:
+        """As `stored_scheme`, but for FP8, which no scheme keeps: the one that it gets under `--quant auto`."""
+        if self._format is None:
+            return None
+        stored = StoredModule(self._stored, module)
+        part = self._quantized_part(stored)
+        return "none" if part is None else auto_scheme(self._format, stored.names(part))
+
     def _quantized_part(self, module: StoredModule) -> str | None:
         assert self._format is not None
         return next((part for part in self._format.parts if module.has(part)), None)
 
-    def _log_floats(self) -> None:
+    def _log_rounded(self) -> None:
         """Says what becomes of quantized weights that no scheme keeps."""
         modules = [name.removesuffix(".weight") for name in self.names() if name.endswith(".weight")]
-        quantized = [
-            module
+        quantized = {
+            module: part
             for module in modules
-            if self._quantized_part(StoredModule(self._stored, module)) is not None
-        ]
-        floats = sorted(module for module in quantized if self.stored_scheme(module) == "none")
-        if floats:
-            logger.warning(
-                "%s: %d of %d quantized matrices, %s for one, are on grids that no scheme keeps: they are floats, "
-                "unless --quant rounds them anew (int8:g32 adds least to their error)",
-                self.path,
-                len(floats),
-                len(quantized),
-                floats[0],
-            )
+            if (part := self._quantized_part(StoredModule(self._stored, module))) is not None
+        }
+        rounded = sorted(module for module in quantized if self.stored_scheme(module) == "none")
+        floats = [module for module in rounded if self.auto_scheme(module) == "none"]
+        for names, note in (
+            (
+                floats,
+                "on grids that no scheme keeps: they are floats, unless --quant rounds them anew (int8:g32 adds "
+                "least to their error)",
+            ),
+            ([module for module in rounded if module not in set(floats)], FLOAT8_NOTE),
+        ):
+            if names:
+                logger.warning(
+                    "%s: %d of %d quantized matrices, %s for one, are %s",
+                    self.path,
+                    len(names),
+                    len(quantized),
+                    names[0],
+                    note,
+                )
 
 
 class StoredTensors:
@@ -164,7 +185,7 @@ class StoredTensors:
         num_bytes_read: As `engine.loading.checkpoint.Checkpoint` has it.
     """
 
-    def __init__(self, path: Path, locations: dict[str, tuple[Path, str]]) -> None:
+    def __init__(self, path: Path, locations: Locations) -> None:
         self._path, self._locations, self.num_bytes_read = path, locations, 0
         self._shards: dict[Path, Any] = {}
 
@@ -203,7 +224,7 @@ class StoredTensors:
         """A tensor that is mapped, or a slice of a safetensors file."""
         file, stored_name = self.locate(name)
         if file not in self._shards:
-            self._shards[file] = _open_shard(file)
+            self._shards[file] = open_weight_file(file)
         shard = self._shards[file]
         try:
             stored = shard[stored_name] if isinstance(shard, dict) else shard.get_slice(stored_name)
@@ -244,49 +265,3 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
         rope_defaults = {} if "rope_parameters" in config else _GEMMA3_ROPE_DEFAULTS
         config = {**_GEMMA3_TEXT_DEFAULTS, **rope_defaults, **config}
     return config
-
-
-def _locate_tensors(path: Path, is_wrapper: bool) -> dict[str, tuple[Path, str]]:
-    """(file, name in the file) of every tensor of the text model."""
-    locations = {}
-    for stored_name, file in _stored_tensors(path).items():
-        if not is_wrapper:
-            locations[stored_name] = (file, stored_name)
-            continue
-        for prefix, replacement in _TEXT_MODEL_PREFIXES:
-            if stored_name.startswith(prefix):
-                locations[replacement + stored_name.removeprefix(prefix)] = (file, stored_name)
-                break
-    return locations
-
-
-def _stored_tensors(path: Path) -> dict[str, Path]:
-    """The file of every tensor, by the name that it has there."""
-    for single, index in _WEIGHT_FILES:
-        if (path / single).exists():
-            shard = _open_shard(path / single)
-            return dict.fromkeys(shard.keys(), path / single)
-        if (path / index).exists():
-            weight_map = read_json(path / index).get("weight_map", {})
-            missing = sorted({file for file in weight_map.values() if not (path / file).exists()})
-            if missing:
-                raise CheckpointError(f"{path}: {missing[0]} is missing ({len(missing)} of its shards are)")
-            return {name: path / file for name, file in weight_map.items()}
-    raise CheckpointError(f"{path}: neither model.safetensors nor pytorch_model.bin is there")
-
-
-def _open_shard(file: Path) -> Any:
-    """A lazy reader of one weight file: safe_open's handle, or a dictionary of memory-mapped tensors."""
-    try:
-        if file.suffix == ".safetensors":
-            return safe_open(file, framework="pt")  # type: ignore[no-untyped-call, unused-ignore]
-        # Files of torch < 1.6 are no zip archives and cannot be mapped.
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{file}: damaged or unreadable ({reason}); download it again") from error
-    if not isinstance(tensors, dict):
-        raise CheckpointError(
-            f"{file}: expected a dictionary of tensors by name, found {type(tensors).__name__}"
-        )
-    return tensors

@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import mmap
 import os
 import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from engine.cache_directory import cache_directory
-from engine.errors import ConfigError
+from engine.errors import CheckpointError
+from engine.kernels.checksum import checksum
 from engine.loading.checkpoint import Checkpoint
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.shapes import tensor_shape
 from engine.parallel.shards import WHOLE, Slices
-from engine.quant.weight import Weight
+from engine.quant.weight import CodebookWeight, GridWeight, Weight
 
-CACHE_FORMAT = 1
+logger = logging.getLogger(__name__)
+
+CACHE_FORMAT = 2
 """Part of every cache key; goes up when what is stored under a scheme's name changes."""
+
+
+_FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json")
 
 
 def checkpoint_key(checkpoint: Checkpoint) -> str:
     """Identifies a checkpoint's content: paths, sizes and modification times of its files, hashed."""
     path = checkpoint.path.resolve()
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if file.suffix in _FILES]
+    else:
+        files = [path, *sorted(path.parent.glob("*.json"))]
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        if file.suffix in (".gguf", ".safetensors", ".bin", ".json"):
+        if file.is_file():
             status = file.stat()
             digest.update(f"{file}:{status.st_size}:{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
@@ -44,9 +54,27 @@ def read_checked(checkpoint: Checkpoint, config: ModelConfig, name: str, part: S
 
     Raises:
         CheckpointError: It is missing, damaged, of an unsupported type, or of another shape; or the part cuts groups
-            that share a scale.
+            that share a scale; or a number of it is infinite or not a number.
     """
-    return checkpoint.tensor(name, part, tensor_shape(config, name))
+    weight = checkpoint.tensor(name, part, tensor_shape(config, name))
+    numbers = _floats_of(weight)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in numbers):
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {name!r} holds numbers that are infinite or not numbers (NaN): every answer "
+            "would be; take another copy of the model"
+        )
+    return weight
+
+
+def _floats_of(weight: Weight) -> list[torch.Tensor]:
+    """The numbers that a weight is made of, besides codes."""
+    match weight:
+        case torch.Tensor():
+            return [weight]
+        case GridWeight():
+            return [part for part in (weight.scale, weight.minimum) if part is not None]
+        case CodebookWeight():
+            return [part for part in (weight.codebook, weight.scale) if part is not None]
 
 
 def load_weights(
@@ -60,12 +88,12 @@ def load_weights(
 
     Raises:
         CheckpointError: As `read_checked`.
-        ConfigError: The cache cannot be written.
     """
     directory = (cache_dir or cache_directory()) / "weights"
     path = directory / f"{checkpoint_key(checkpoint)}-{name}-v{CACHE_FORMAT}.safetensors"
     # What one rank parses, all do: they quantize some weights together.
-    is_missing = torch.tensor([not _is_whole(path, model)], dtype=torch.int32, device=device)
+    found = None if device.type != "cpu" and not path.exists() else _read(path, model, device)
+    is_missing = torch.tensor([found is None], dtype=torch.int32, device=device)
     if model.group.largest(is_missing):
         names = tqdm(
             total=sum(1 for _ in model.buffers()), desc="Parsing weights", unit="tensor", leave=False
@@ -77,27 +105,42 @@ def load_weights(
                 return read_checked(checkpoint, model.config, tensor_name, part)
 
             model.load(read)
-        try:
-            _save(model.state_dict(), path)
-        except OSError as error:
-            raise ConfigError(
-                f"cache_dir: parsed weights cannot be written to {directory} ({error}); "
-                "name another directory with --cache-dir"
-            ) from error
-    # Also after parsing: the mapped file then backs the weights, and what parsing allocated is released.
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        model.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, assign=True)  # noqa: SIM118
+        # The mapped file then backs the weights, and what parsing allocated is released.
+        found = _read(path, model, device) if _save(model.state_dict(), path) else None
+    if found is not None:
+        model.load_state_dict(found, assign=True)
+    elif device.type != "cpu":
+        model.load_state_dict(
+            {name: tensor.to(device) for name, tensor in model.state_dict().items()}, assign=True
+        )
     model.bind()
-    if device.type == "cpu":
+    if device.type == "cpu" and found is not None:
         _release(path)
 
 
-def _is_whole(path: Path, model: Decoder) -> bool:
-    """Whether an earlier start left every tensor of the model there; one of another version may know others."""
+def _read(path: Path, model: Decoder, device: torch.device) -> dict[str, torch.Tensor] | None:
+    """What an earlier start left there of the model, if that is all of it, and is what was written.
+
+    Whatever is wrong with the file (it was cut off, overwritten, or another version wrote it), the weights are parsed
+    anew.
+    """
     if not path.exists():
-        return False
-    with safe_open(path, framework="pt") as file:
-        return set(file.keys()) == set(model.state_dict())
+        return None
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+            checksums = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} != expected:
+            return None
+        damaged = [name for name, tensor in tensors.items() if checksums.get(name) != checksum(tensor)]
+        reason = f"{damaged[0]} is not what was written" if damaged else ""
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+    if reason:
+        logger.warning("%s: damaged (%s): the weights are parsed again", path, reason)
+        return None
+    return tensors
 
 
 def _release(path: Path) -> None:
@@ -119,13 +162,29 @@ def _release(path: Path) -> None:
     functions.malloc_trim(0)
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes beside the target and renames: another engine sees the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
-    os.close(handle)
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> bool:
+    """Writes beside the target and renames: another engine sees the whole file or none.
+
+    Returns:
+        False where it cannot be written: the next start parses the weights again.
+    """
+    temporary = None
     try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
+        os.close(handle)
+        contiguous = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, temporary, {key: checksum(tensor) for key, tensor in contiguous.items()})
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        logger.warning(
+            "parsed weights cannot be kept in %s (%s), and are parsed at each start; name a directory with space "
+            "with --cache-dir",
+            path.parent,
+            str(error).split("\n")[0],
+        )
+        return False
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+    return True

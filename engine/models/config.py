@@ -10,6 +10,30 @@ from engine.errors import CheckpointError
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
+# What transformers' configurations assume of a key that is left out, where published files do leave it out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "mistral": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_window_layers": 28,
+    },
+}
+
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
@@ -76,7 +100,7 @@ class ModelConfig:
                 f"config.json: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
             )
         try:
-            return cls._from_known_family(family, config)
+            return cls._from_known_family(family, {**_DEFAULTS.get(family, {}), **config})
         except KeyError as error:
             raise CheckpointError(f"config.json: key {error} is missing for model_type {family!r}") from error
 
@@ -108,9 +132,10 @@ class ModelConfig:
             sliding_windows=windows,
             ropes=tuple(_rope(config, kind) for kind in layer_types),
             attention_scale=attention_scale**-0.5,
-            has_qkv_bias=config.get("attention_bias", family == "qwen2"),
-            has_output_bias=config.get("attention_bias", False) and family != "qwen2",
-            has_mlp_bias=config.get("mlp_bias", False),
+            # Qwen2 has them whatever attention_bias says.
+            has_qkv_bias=family == "qwen2" or bool(config.get("attention_bias")),
+            has_output_bias=family != "qwen2" and bool(config.get("attention_bias")),
+            has_mlp_bias=bool(config.get("mlp_bias")),
             has_query_key_norm=family in ("qwen3", "gemma3_text"),
             has_post_norms=is_gemma,
             norm_offset=1.0 if is_gemma else 0.0,

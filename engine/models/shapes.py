@@ -1,4 +1,4 @@
-"""The shape of every tensor that a model reads, by its Hugging Face name.
+"""The tensors that a model reads, by their Hugging Face names, and the shape of each.
 
 A tensor of another shape would go unnoticed where matrices are stacked, and fail far from its cause elsewhere.
 """
@@ -36,3 +36,21 @@ def tensor_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
     # The others are norms over hidden states.
     shape = shapes.get(_LAYER.sub("", module), (hidden,))
     return shape[:1] if kind == "bias" else shape
+
+
+def tensor_names(config: ModelConfig) -> set[str]:
+    """The tensors that a model reads, whatever they are stored as: a tied head is none."""
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if config.has_post_norms:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    if config.has_query_key_norm:
+        norms += ["self_attn.q_norm", "self_attn.k_norm"]
+    names = {f"{EMBEDDING}.weight", "model.norm.weight"}
+    if not config.ties_embeddings:
+        names.add(f"{LM_HEAD}.weight")
+    for layer in (f"model.layers.{index}" for index in range(config.num_layers)):
+        names |= {f"{layer}.{norm}.weight" for norm in norms}
+        for role in ROLES:
+            kinds = ("weight", "bias") if role.has_bias(config) else ("weight",)
+            names |= {f"{module}.{kind}" for module in role.modules(layer) for kind in kinds}
+    return names

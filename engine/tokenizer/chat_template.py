@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from functools import cached_property
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
@@ -12,6 +13,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import RequestError
+
+# Its blank tells whether a template trims what it gets. No client writes code points for private use.
+_MARK = "\ue000end of the content\ue000 "
 
 
 class ChatTemplate:
@@ -48,6 +52,48 @@ class ChatTemplate:
         except Exception as error:  # the template is a program over the client's data: it may raise anything
             reason = str(error) or type(error).__name__
             raise RequestError(f"the chat template cannot render messages: {reason}", "messages") from error
+
+    def render_open(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
+        """The prompt up to the end of the last message's content, for the model to go on with.
+
+        Where that is, a mark at its end tells: the content itself may occur elsewhere, too ("<").
+
+        Raises:
+            RequestError: As `render`; or there is no such text, or the template rewrites it.
+        """
+        last = messages[-1] if messages else {}
+        content = last.get("content")
+        if isinstance(content, list) and content:
+            text = content[-1]["text"]
+            marked: Any = [*content[:-1], {**content[-1], "text": text + _MARK}]
+        else:
+            text = content
+            marked = f"{content}{_MARK}"
+        if not isinstance(text, str) or not text.strip():
+            raise RequestError("continue_final_message needs a message with text at the end", "messages")
+        rendered = self.render([*messages[:-1], {**last, "content": marked}], **arguments)
+        start = rendered.rfind(_MARK.strip())
+        if start < 0 or text.strip() not in rendered:
+            raise RequestError(
+                "continue_final_message: the chat template rewrites the last message", "messages"
+            )
+        # A template that trims the mark's own blank would have trimmed the content's.
+        is_trimmed = not rendered.startswith(_MARK, start)
+        return rendered[:start].rstrip() if is_trimmed else rendered[:start]
+
+    @cached_property
+    def walks_parts(self) -> bool:
+        """Whether the template takes a content that is a list of parts of text: tried out with one."""
+        words = ("first-part", "second-part")
+        parts = [{"type": "text", "text": word} for word in words]
+        try:
+            rendered = self.render([{"role": "user", "content": parts}], add_generation_prompt=True)
+        except RequestError:
+            return False
+        # The others add the list to a text, which fails, or write it as Python does.
+        return (
+            all(word in rendered for word in words) and "'text'" not in rendered and '"text"' not in rendered
+        )
 
 
 class _GenerationBlock(Extension):

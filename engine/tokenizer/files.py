@@ -10,13 +10,19 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from engine.errors import CheckpointError
+from engine.loading.file_kinds import check_regular, is_gguf
 from engine.loading.json_file import read_json
+from engine.tokenizer.added_tokens import add_tokens, read_named_tokens
 
+# Roles of tokens as transformers names them, and GGUF.
 _GGUF_KEYS = {
-    "bos_token": "tokenizer.ggml.bos_token_id",
-    "eos_token": "tokenizer.ggml.eos_token_id",
-    "unk_token": "tokenizer.ggml.unknown_token_id",
-    "pad_token": "tokenizer.ggml.padding_token_id",
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+    "sep_token": "seperator_token_id",
+    "cls_token": "cls_token_id",
+    "mask_token": "mask_token_id",
 }
 
 
@@ -36,12 +42,14 @@ class TokenizerSettings:
 
 
 def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
-    """The tokenizer of a GGUF file or a model directory.
+    """The tokenizer of a GGUF file, a model directory, or the directory of a file of weights.
 
     Raises:
         CheckpointError: The tokenizer's files are missing, damaged or of an unsupported kind.
     """
-    return _read_directory(path) if path.is_dir() else _read_gguf(path)
+    if path.is_dir():
+        return _read_directory(path)
+    return _read_gguf(path) if is_gguf(path) else _read_directory(path.parent)
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -51,7 +59,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 def _read_gguf(path: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
     # Directories load without the gguf package.
-    from engine.loading.gguf.config import end_token_ids
+    from engine.loading.gguf.config import end_token_ids, token_id
     from engine.loading.gguf.file import GGUFFile
     from engine.tokenizer.gguf import build_tokenizer
 
@@ -60,7 +68,11 @@ def _read_gguf(path: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
     try:
         tokens = file["tokenizer.ggml.tokens"]
         settings = TokenizerSettings(
-            special_tokens={role: tokens[file[key]] for role, key in _GGUF_KEYS.items() if key in file},
+            special_tokens={
+                role: tokens[index]
+                for role, key in _GGUF_KEYS.items()
+                if (index := token_id(file, key)) is not None
+            },
             eos_token_ids=tuple(end_token_ids(file)),
             chat_templates={"default": template} if template else {},
         )
@@ -73,13 +85,10 @@ def _read_gguf(path: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
 
 def _read_directory(path: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
     backend = _read_backend(path)
-    config = read_json(path / "special_tokens_map.json") | read_json(path / "tokenizer_config.json")
-    special_tokens: dict[str, str] = {}
-    for role in _GGUF_KEYS:
-        token = config.get(role)
-        text = token.get("content") if isinstance(token, dict) else token
-        if text is not None:
-            special_tokens[role] = text
+    config = read_json(path / "tokenizer_config.json")
+    named = read_named_tokens(path, config)
+    add_tokens(backend, named, path)
+    special_tokens = {role: token.content for role, token in named.roles.items()}
     settings = TokenizerSettings(
         special_tokens=special_tokens,
         eos_token_ids=_directory_eos_token_ids(
@@ -94,10 +103,14 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     file = path / "tokenizer.json"
     if not file.exists():
         return _convert_with_transformers(path)
+    check_regular(file)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust side raises bare Exception
-        raise CheckpointError(f"{file}: not a valid tokenizer ({error})") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust side raises bare Exception, and panics that are none
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{file}: not a valid tokenizer ({reason})") from error
     # Some files keep the settings of the training run.
     backend.no_truncation()
     backend.no_padding()
@@ -128,19 +141,43 @@ def _directory_eos_token_ids(path: Path, tokenizer_eos: int | None) -> tuple[int
         value = source.get("eos_token_id")
         if value is not None:
             ids = value if isinstance(value, list) else [value]
+            if not all(type(index) is int for index in ids):
+                raise CheckpointError(f"{path}: eos_token_id: expected ids of tokens, found {value!r}")
             break
     return tuple(dict.fromkeys([*ids, *([] if tokenizer_eos is None else [tokenizer_eos])]))
 
 
 def _directory_chat_templates(path: Path, configured: Any) -> dict[str, str]:
-    file = path / "chat_template.jinja"
-    if file.exists():
-        return {"default": file.read_text(encoding="utf-8")}
+    """Templates by name: files of their own come before what tokenizer_config.json has."""
+    templates: dict[str, str] = {}
     if configured is None:
         configured = read_json(path / "chat_template.json").get("chat_template")
     if isinstance(configured, list):
-        return {entry["name"]: entry["template"] for entry in configured}
-    return {} if configured is None else {"default": configured}
+        templates = {
+            entry["name"]: entry["template"]
+            for entry in configured
+            if isinstance(entry, dict) and {"name", "template"} <= entry.keys()
+        }
+    elif configured is not None:
+        templates = {"default": configured}
+    for name, file in [
+        ("default", path / "chat_template.jinja"),
+        *((file.stem, file) for file in sorted((path / "additional_chat_templates").glob("*.jinja"))),
+    ]:
+        if file.exists():
+            templates[name] = _read_text(file)
+    wrong = next((name for name, template in templates.items() if not isinstance(template, str)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: chat template {wrong!r}: expected text, found {templates[wrong]!r}")
+    return templates
+
+
+def _read_text(file: Path) -> str:
+    check_regular(file)
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from error
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:

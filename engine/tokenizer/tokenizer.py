@@ -70,10 +70,18 @@ class Tokenizer:
             data = self._bytes[token_id] = self._pieces.decode(token_id)
         return data
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **template_arguments: Any) -> str:
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        continue_final_message: bool = False,
+        **template_arguments: Any,
+    ) -> str:
         """The prompt's text for `messages`, which ends where the assistant's answer begins.
 
         Args:
+            messages: Contents are text, or parts of text, which reach templates that walk them as they are, and
+                others as one text, a line a part. Keys that are None are left out.
+            continue_final_message: The text ends where the last message's content does.
             template_arguments: Passed on to the template: tools, enable_thinking, and
                 add_generation_prompt, which is True by default.
 
@@ -88,14 +96,22 @@ class Tokenizer:
         name = "tool_use" if template_arguments.get("tools") and "tool_use" in templates else "default"
         if name not in templates:
             raise RequestError("the model's chat templates have no default", "messages")
-        texts = [_with_plain_text(message) for message in messages]
+        template = templates[name]
+        plain = [_checked(message, template.walks_parts) for message in messages]
         # Templates ask whether tools and documents are none, not whether they are defined.
-        defaults = {"add_generation_prompt": True, "tools": None, "documents": None}
-        return templates[name].render(texts, **{**defaults, **template_arguments})
+        arguments = {"add_generation_prompt": True, "tools": None, "documents": None, **template_arguments}
+        if not continue_final_message:
+            return template.render(plain, **arguments)
+        return template.render_open(plain, **{**arguments, "add_generation_prompt": False})
 
-    def encode_chat(self, messages: list[dict[str, Any]], **template_arguments: Any) -> list[int]:
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        continue_final_message: bool = False,
+        **template_arguments: Any,
+    ) -> list[int]:
         """The token ids of `apply_chat_template`; templates write BOS themselves, so none is added."""
-        text = self.apply_chat_template(messages, **template_arguments)
+        text = self.apply_chat_template(messages, continue_final_message, **template_arguments)
         return self._encode(text, add_special_tokens=False, field="messages")
 
     def strip_start(self, data: bytes) -> bytes:
@@ -171,13 +187,16 @@ def load_tokenizer(path: Path, may_stand_in: bool = False) -> Tokenizer:
     return Tokenizer(*read_tokenizer(path))
 
 
-def _with_plain_text(message: Any) -> dict[str, Any]:
-    """The message with its content as one string, the form that every template of a text model takes."""
+def _checked(message: Any, walks_parts: bool) -> dict[str, Any]:
+    """The message without what is None, its parts joined unless the template takes them."""
     if not isinstance(message, dict):
         raise RequestError("each message must be an object", "messages")
+    message = {key: value for key, value in message.items() if value is not None}
     parts = message.get("content")
     if not isinstance(parts, list):
         return message
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
         raise RequestError("the model takes text only: content parts must be of type text", "messages")
+    if walks_parts:
+        return message
     return {**message, "content": "\n".join(part["text"] for part in parts)}

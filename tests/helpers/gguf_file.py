@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,9 +16,18 @@ Tensor = Float | tuple[Float, gguf.GGMLQuantizationType]
 
 
 def write_gguf(
-    path: Path, architecture: str = "llama", tensors: dict[str, Tensor] | None = None, **metadata: object
+    path: Path,
+    architecture: str = "llama",
+    tensors: dict[str, Tensor] | None = None,
+    metadata: dict[str, Any] | None = None,
+    **named_metadata: object,
 ) -> Path:
-    """Writes a GGUF file with an embedding, the given tensors and metadata; returns its path."""
+    """Writes a GGUF file with an embedding, the given tensors and metadata; returns its path.
+
+    Args:
+        metadata: Values by their whole keys.
+        named_metadata: Values by what the writer's functions call them.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     defaults = {
         "block_count": 12,
@@ -29,8 +39,11 @@ def write_gguf(
         "context_length": 512,
         "layer_norm_rms_eps": 1e-5,
     }
-    for key, value in (defaults | metadata).items():
+    for key, value in (defaults | named_metadata).items():
         getattr(writer, f"add_{key}")(value)
+    for key, value in (metadata or {}).items():
+        kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+        getattr(writer, f"add_{kinds[type(value)]}")(key, value)
     embedding = np.random.default_rng(0).standard_normal((VOCAB, HIDDEN), dtype=np.float32)
     for name, tensor in {"token_embd.weight": embedding, **(tensors or {})}.items():
         if isinstance(tensor, tuple):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -279,14 +281,14 @@ def test_linear_and_yarn_scaling(write: Write) -> None:
 def test_generation_config_names_every_end_token(write: Write) -> None:
     path = write(
         tokenizer_model="gpt2",
-        token_list=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "<|eot_id|>"],
-        token_types=[3, 3, 3, 1, 1],
+        token_list=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "</s>", "<|eot_id|>", "<end_of_turn>"],
+        token_types=[3, 3, 3, 1, 1, 4],
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
     )
-    # "<|eot_id|>" is ordinary text in this vocabulary.
-    expected = {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 0}
+    # By their text, whatever their type; but a tag of HTML is ordinary text in this vocabulary.
+    expected = {"bos_token_id": 1, "eos_token_id": [2, 0, 4, 5], "pad_token_id": 0}
     assert open_checkpoint(path).generation_config == expected
 
 
@@ -366,4 +368,100 @@ def test_damaged_files_are_refused(write: Write, tmp_path: Path) -> None:
     other.write_bytes(b"not a model" * 100)
     assert_refused(other)
     assert_refused(tmp_path / "absent.gguf")
-    assert_refused(tmp_path / "model.onnx", ".gguf")
+    assert_refused(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({"llama.rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"llama.rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"llama.rope.scaling.factor": 1.0}, None),
+        ({"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": "none"}, None),
+        (
+            {
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.yarn_beta_fast": 16.0,
+                "llama.rope.scaling.yarn_beta_slow": 2.0,
+            },
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 512,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+            },
+        ),
+        (
+            {
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.attn_factor": 0.5,
+            },
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 512,
+                "attention_factor": 0.5 * (0.1 * math.log(4.0) + 1.0),
+            },
+        ),
+    ],
+)
+def test_rope_scaling_as_llama_cpp_reads_it(
+    write: Write, metadata: dict[str, Any], scaling: dict[str, Any] | None
+) -> None:
+    assert open_checkpoint(write(metadata=metadata)).config["rope_scaling"] == scaling
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("logit_scale", 1.0),
+        ("expert_count", 0),
+        ("attention.causal", True),
+        ("attention.scale", HEAD_DIM**-0.5),
+        ("attention.value_length", HEAD_DIM),
+        ("attention.sliding_window", 512),
+        ("rope.scaling.finetuned", True),
+        ("tensor_data_layout", "Meta AI original pth"),
+        ("vocab_size", VOCAB),
+    ],
+)
+def test_keys_that_change_nothing(write: Write, key: str, value: Any) -> None:
+    plain = open_checkpoint(write()).config
+    assert open_checkpoint(write(metadata={f"llama.{key}": value})).config == plain
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("logit_scale", 0.5),
+        ("embedding_scale", 12.0),
+        ("expert_count", 8),
+        ("attention.causal", False),
+        ("attention.scale", 0.1),
+        ("attention.value_length", 2 * HEAD_DIM),
+        ("final_logit_softcapping", 30.0),
+        ("rope.scaling.attn_factor", 0.5),
+        ("rope.scaling.alpha", 2.0),
+        ("rope.dimension_sections", [1, 2, 3]),
+        ("rope.dimension_count_swa", 8),
+        ("something.new", 1),
+    ],
+)
+def test_keys_that_make_another_model(write: Write, key: str, value: Any) -> None:
+    assert_refused(write(metadata={f"llama.{key}": value}), f"llama.{key}")
+
+
+def test_a_window_of_files_that_say_llama(write: Write) -> None:
+    config = open_checkpoint(write(sliding_window=64)).config
+    assert (config["model_type"], config["sliding_window"]) == ("mistral", 64)
+    assert_refused(write("qwen2", sliding_window=64), "qwen2.attention.sliding_window")
+
+
+def test_layers_with_windows_by_layer(write: Write) -> None:
+    pattern = [True, False] * 6
+    metadata = {"gemma3.attention.sliding_window_pattern": pattern}
+    config = open_checkpoint(write("gemma3", sliding_window=16, rope_freq_base=1e6, metadata=metadata)).config
+    assert config["layer_types"] == ["sliding_attention", "full_attention"] * 6

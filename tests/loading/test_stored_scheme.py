@@ -144,13 +144,13 @@ def test_without_quantization() -> None:
 @pytest.mark.parametrize(
     ("quantization", "words"),
     [
-        ({"quant_method": "fp8"}, ["'fp8'", "compressed-tensors"]),
+        ({"quant_method": "fp6"}, ["'fp6'", "compressed-tensors"]),
         (gptq(bits=3), ["bits", "3", "4, 8"]),
         (gptq(desc_act="yes"), ["desc_act", "yes"]),
         (gptq(modules_in_block_to_quantize=[[1]]), ["modules_in_block_to_quantize", "strings"]),
         (four_bits(bnb_4bit_quant_type="int4"), ["bnb_4bit_quant_type", "int4", "nf4"]),
         (awq(modules_to_not_convert="lm_head"), ["modules_to_not_convert", "list of strings"]),
-        (compressed(group(8, ["Linear"], type="float")), ["group_0.weights.type", "float"]),
+        (compressed(group(4, ["Linear"], type="float")), ["group_0.weights.type", "float"]),
     ],
 )
 def test_unsupported_settings_are_refused(quantization: dict[str, Any], words: list[str]) -> None:

@@ -185,3 +185,71 @@ def test_bos_is_written_once() -> None:
     tokenizer = Tokenizer(backend, settings)
     assert tokenizer.encode("hello")[0] == 1
     assert tokenizer.encode_chat(MESSAGES) == tokenizer.encode("hello")
+
+
+WALKS = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'text' %}[{{ part.text | trim }}]{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+JOINS = "{% for m in messages %}<{{ m.role }}>{{ m['content'] + '|' }}{% endfor %}"
+WRITES = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "rendered"), [(WALKS, "[a][b]"), (JOINS, "<user>a \nb|"), (WRITES, "a \nb")]
+)
+def test_parts_reach_templates_that_walk_them(template: str, rendered: str) -> None:
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    tokenizer = with_templates(default=template)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": parts}]) == rendered
+
+
+def test_null_is_left_out() -> None:
+    tokenizer = with_templates(
+        default="{% for m in messages %}{{ m.content }}{{ m.content is defined }}{% endfor %}"
+    )
+    messages = [{"role": "assistant", "content": None}, {"role": "user", "content": "x"}]
+    assert tokenizer.apply_chat_template(messages) == "FalsexTrue"
+
+
+OPEN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+TRIMS = OPEN.replace("m.content", "m.content | trim")
+
+
+@pytest.mark.parametrize("content", ["The answer is ", "end", "<", "im", "a\nb\n", "user"])
+@pytest.mark.parametrize(("template", "is_trimmed"), [(OPEN, False), (TRIMS, True)])
+def test_the_last_message_stays_open(content: str, template: str, is_trimmed: bool) -> None:
+    tokenizer = with_templates(default=template)
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+    text = tokenizer.apply_chat_template(messages, continue_final_message=True)
+    first, last = (content.strip(), content.strip()) if is_trimmed else (content, content)
+    assert text == f"<|im_start|>user\n{first}<|im_end|>\n<|im_start|>assistant\n{last}"
+
+
+def test_a_last_part_stays_open() -> None:
+    content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    text = with_templates(default=WALKS).apply_chat_template(
+        [{"role": "assistant", "content": content}], continue_final_message=True
+    )
+    assert text == "[a][b"
+
+
+def test_what_cannot_stay_open() -> None:
+    messages = [{"role": "assistant", "content": "x"}]
+    with pytest.raises(RequestError, match="rewrites the last message"):
+        with_templates(default="nothing of it").apply_chat_template(messages, continue_final_message=True)
+    with pytest.raises(RequestError, match="text at the end"):
+        with_templates(default=OPEN).apply_chat_template(
+            [{"role": "assistant", "content": " "}], continue_final_message=True
+        )
+
+
+def test_additional_templates(tmp_path: Path) -> None:
+    smollm2_backend().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("plain")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.apply_chat_template(MESSAGES) == "plain"
+    assert tokenizer.apply_chat_template(MESSAGES, tools=TOOLS) == "tools"

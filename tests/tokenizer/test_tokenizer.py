@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
+import unicodedata
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from engine.errors import CheckpointError, ModelNotFoundError, RequestError
 from engine.loading.gguf.file import GGUFFile
 from engine.loading.resolve import resolve_model
+from engine.tokenizer.gguf import _PRE_TOKENIZERS
 from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -203,8 +206,8 @@ def test_special_tokens_in_text_become_their_ids(byte_level_tokenizers: dict[str
 
 
 def test_unsupported_tokenizers_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="viking"):
-        load_tokenizer(BYTE_LEVEL.write(tmp_path / "a.gguf", tokenizer_pre="viking"))
+    with pytest.raises(CheckpointError, match="kimi-k2"):
+        load_tokenizer(BYTE_LEVEL.write(tmp_path / "a.gguf", tokenizer_pre="kimi-k2"))
     with pytest.raises(CheckpointError, match="rwkv"):
         load_tokenizer(write_gguf(tmp_path / "b.gguf", "rwkv", ["a"], [NORMAL]))
 
@@ -416,3 +419,63 @@ def test_directories_without_a_usable_tokenizer_are_refused(tmp_path: Path) -> N
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="WordPiece"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("pre", sorted(_PRE_TOKENIZERS))
+def test_every_pre_tokenizer_keeps_the_text(pre: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(BYTE_LEVEL.write(tmp_path / "a.gguf", tokenizer_pre=pre, add_bos_token=False))
+    for text in ("Don't  stop\n\n\t1234567 is 3.5€, 你好 e\u0301 — f(x) == {y};\r\n  end  ", "", " ", "'S"):
+        expected = unicodedata.normalize("NFC", text) if _PRE_TOKENIZERS[pre].normalize else text
+        assert tokenizer.decode(tokenizer.encode(text)) == expected
+
+
+@pytest.mark.parametrize("kind", [CONTROL, 4, NORMAL], ids=["control", "user-defined", "normal"])
+def test_what_ends_a_turn_whatever_its_type(kind: int, tmp_path: Path) -> None:
+    tokens = ["a", "b", "<|im_end|>", "ab", "</s>"]
+    tokenizer = load_tokenizer(
+        write_gguf(
+            tmp_path / "a.gguf", "gpt2", tokens, [NORMAL, NORMAL, kind, NORMAL, NORMAL], token_merges=["a b"]
+        )
+    )
+    assert tokenizer.eos_token_ids == (2,)
+    assert 2 in tokenizer.special_token_ids
+    assert tokenizer.encode("ab<|im_end|>") == [3, 2]
+
+
+def test_types_are_optional_and_ids_of_nothing_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b", "<end>", "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2**32 - 1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = load_tokenizer(tmp_path / "a.gguf")
+    assert tokenizer.eos_token_ids == (2,)
+    assert tokenizer.encode("ab<end>") == [3, 2]
+    assert "padding_token_id: 4294967295 is no token" in caplog.text
+
+
+VOCABULARIES = Path(os.environ.get("GGUF_VOCABULARIES", "absent"))
+"""The models directory of llama.cpp, which has vocabularies with golden encodings beside them."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VOCABULARIES.exists(), reason="GGUF_VOCABULARIES names no directory")
+def test_golden_encodings() -> None:
+    for path in sorted(VOCABULARIES.glob("ggml-vocab-*.gguf")):
+        texts = path.with_name(f"{path.name}.inp")
+        if not texts.exists() or "bert" in path.name:
+            continue
+        tokenizer = load_tokenizer(path)
+        golden = path.with_name(f"{path.name}.out").read_text().splitlines()
+        with texts.open(encoding="utf-8", newline="") as file:
+            pieces = file.read().split("\n__ggml_vocab_test__\n")
+        for text, ids in zip(pieces, golden, strict=False):
+            assert tokenizer.encode(text, add_special_tokens=False) == [
+                int(index) for index in ids.split()
+            ], path

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 import zmq
 
+from engine.cache_directory import socket_directory
 from engine.process import exit_cause
 
 
@@ -92,7 +92,7 @@ class ProcessLauncher:
 
     def __init__(self, command: Sequence[str] | None = None) -> None:
         self._command = command or (sys.executable, "-m", "engine.executor.ranks.rank_process")
-        self._directory = tempfile.TemporaryDirectory(prefix="llm-engine-")
+        self._directory = socket_directory()
         self.store = f"{self._directory.name}/store"
 
     def bind(self, socket: zmq.Socket[bytes], name: str) -> Link:

@@ -11,11 +11,13 @@ instead, so that a model's whole step becomes a list of calls with fixed address
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -28,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from engine.cache_directory import cache_directory
+from engine.cache_directory import cache_directory, is_private
 from engine.errors import ConfigError, EngineError
 from engine.kernels.cpu.signatures import Argument, Operation, read_operations
 
@@ -115,15 +117,17 @@ def library() -> Library | None:
     flags = processor_flags()
     if wanted and (missing := ", ".join(sorted(LEVELS[wanted].needs - flags))):
         raise ConfigError(f"{VARIABLE}={wanted}: this processor lacks {missing}")
-    command = os.environ.get("CC", "cc")
-    compiler = shutil.which(command)
-    if compiler is None:
-        logger.warning("there is no C compiler %s", command)
+    # As make takes it: a program with arguments ("ccache cc").
+    command = shlex.split(os.environ.get("CC") or "cc")
+    program = shutil.which(command[0]) if command else None
+    if program is None:
+        logger.warning("there is no C compiler %s", " ".join(command))
         return None
+    compiler = [program, *command[1:]]
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
     except (subprocess.CalledProcessError, OSError) as error:
-        logger.warning("%s could not build the CPU kernels: %s", compiler, error)
+        logger.warning("%s could not build the CPU kernels: %s", shlex.join(compiler), error)
         return None
     usable = [name for name, level in LEVELS.items() if level.needs <= flags and name != EMULATED]
     for name in [wanted] if wanted else usable:
@@ -133,13 +137,13 @@ def library() -> Library | None:
     return None
 
 
-def _load(compiler: str, version: bytes, name: str) -> ctypes.CDLL | None:
+def _load(compiler: list[str], version: bytes, name: str) -> ctypes.CDLL | None:
     """The kernels of a level; None where compiler or system cannot do it."""
     try:
         functions = ctypes.CDLL(str(_build(compiler, version, LEVELS[name])))
     except (subprocess.CalledProcessError, OSError) as error:
         cause = (getattr(error, "stderr", None) or str(error)).strip()
-        logger.warning("%s could not build the CPU kernels for %s: %s", compiler, name, cause)
+        logger.warning("%s could not build the CPU kernels for %s: %s", shlex.join(compiler), name, cause)
         return None
     for function, (returned, taken) in FUNCTIONS.items():
         getattr(functions, function).restype, getattr(functions, function).argtypes = returned, taken
@@ -175,7 +179,7 @@ def serves(*tensors: torch.Tensor) -> bool:
     return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors) and library() is not None
 
 
-def _build(compiler: str, version: bytes, level: Level) -> Path:
+def _build(compiler: list[str], version: bytes, level: Level) -> Path:
     """Compiles into the user's cache, once for a source, compiler and processor."""
     flags = [*level.flags, *FLAGS]
     key = hashlib.blake2b(version + " ".join(flags).encode(), digest_size=16)
@@ -183,23 +187,42 @@ def _build(compiler: str, version: bytes, level: Level) -> Path:
         key.update(" ".join(sorted(processor_flags())).encode())
     for file in SOURCES + HEADERS:
         key.update(file.read_bytes())
-    directory = cache_directory() / "kernels"
+    directory = _private_directory(cache_directory() / "kernels")
     path = directory / f"{key.hexdigest()}.so"
-    if path.exists():
+    if path.exists() and is_private(path):
         return path
-    directory.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=directory, suffix=".partial")
     os.close(handle)
     start = time.perf_counter()
-    logger.info("building the CPU kernels with %s (once)", compiler)
+    logger.info("building the CPU kernels with %s (once)", shlex.join(compiler))
     try:
-        command = [compiler, *flags, "-o", temporary, *map(str, SOURCES), "-lm"]
+        command = [*compiler, *flags, "-o", temporary, *map(str, SOURCES), "-lm"]
         subprocess.run(command, capture_output=True, check=True, text=True)
+        os.chmod(temporary, 0o700)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
     logger.info("built the CPU kernels in %.1f s", time.perf_counter() - start)
     return path
+
+
+def _private_directory(directory: Path) -> Path:
+    """The directory, which only this user can write to; else a temporary one, for this process alone."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if directory.stat().st_uid == os.geteuid():
+            directory.chmod(0o700)
+        if is_private(directory) and os.access(directory, os.W_OK):
+            return directory
+        reason = "it is not this user's alone"
+    except OSError as error:
+        reason = str(error.strerror)
+    logger.warning(
+        "%s: CPU kernels cannot be kept there (%s): they are built for each start", directory, reason
+    )
+    temporary = tempfile.TemporaryDirectory(prefix="llm-engine-")
+    atexit.register(temporary.cleanup)
+    return Path(temporary.name)
 
 
 @functools.cache

@@ -122,6 +122,32 @@ OPERATION(argmax) {
     }
 }
 
+enum { CHECKSUM_LANES = 1024, CHECKSUM_ROWS = 256 };
+
+INLINE void checksum_row(uint32_t *h, const uint32_t *words) {
+    for (int64_t lane = 0; lane < CHECKSUM_LANES; lane++) h[lane] = (h[lane] ^ words[lane]) * 2654435761u;
+}
+
+OPERATION(checksum) {
+    const int64_t blocks = count(args->num_rows), row_bytes = 4 * CHECKSUM_LANES;
+    const int64_t rows = args->num_bytes / row_bytes, rest = args->num_bytes % row_bytes;
+    const uint8_t *data = args->data;
+    FOR_TASKS(m, blocks) {
+        uint32_t h[CHECKSUM_LANES], sum = 0;
+        for (int64_t lane = 0; lane < CHECKSUM_LANES; lane++) h[lane] = (uint32_t)m;
+        const int64_t start = m * CHECKSUM_ROWS;
+        for (int64_t row = start; row < start + CHECKSUM_ROWS && row < rows; row++)
+            checksum_row(h, (const uint32_t *)(data + row * row_bytes));
+        if (rest && rows >= start && rows < start + CHECKSUM_ROWS) {
+            uint32_t last[CHECKSUM_LANES] = {0};
+            memcpy(last, data + rows * row_bytes, rest);
+            checksum_row(h, last);
+        }
+        for (int64_t lane = 0; lane < CHECKSUM_LANES; lane++) sum += h[lane] * (2 * (uint32_t)lane + 1);
+        args->sums[m] = (int32_t)sum;
+    }
+}
+
 INLINE uint16_t to_bfloat16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);

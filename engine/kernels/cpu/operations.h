@@ -73,6 +73,12 @@ SIGNATURE(argmax,
     WRITES(int32_t, tokens)        // [M]: the first of the largest; -1 where one is NaN or that infinite
 )
 
+SIGNATURE(checksum,
+    READS(void, data)              // [num_bytes], in M blocks of 2^20, the last one perhaps shorter
+    INTEGER(num_bytes)
+    WRITES(int32_t, sums)          // [M], see checksum.py
+)
+
 SIGNATURE(rotate_and_write,
     WRITES(float, heads)           // [M, H + 2 * G, D]: queries and keys are rotated in place
     READS(int32_t, positions)      // [M]

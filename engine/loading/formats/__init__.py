@@ -13,10 +13,12 @@ from typing import Any, ClassVar, Protocol
 from engine.errors import CheckpointError
 from engine.loading.formats.awq import open_awq
 from engine.loading.formats.bitsandbytes import open_bitsandbytes
-from engine.loading.formats.compressed_tensors import open_compressed_tensors
+from engine.loading.formats.compressed_tensors import CompressedTensors, open_compressed_tensors
+from engine.loading.formats.float8 import Float8, open_float8, open_model_opt
 from engine.loading.formats.gptq import open_gptq
 from engine.loading.formats.own import QUANT_METHOD, open_own_format
 from engine.loading.formats.stored import Settings, StoredModule
+from engine.loading.json_file import read_json
 from engine.quant.weight import Weight
 
 
@@ -58,11 +60,17 @@ _FORMATS: dict[str, Callable[[Settings], WeightFormat]] = {
     "awq": open_awq,
     "bitsandbytes": open_bitsandbytes,
     "compressed-tensors": open_compressed_tensors,
+    "fbgemm_fp8": open_float8,
+    "fp8": open_float8,
     "gptq": open_gptq,
+    "modelopt": open_model_opt,
     QUANT_METHOD: open_own_format,
 }
 
 # The second is what compressed-tensors' first releases wrote.
+# ModelOpt's own file; since 0.30 config.json says the same.
+_MODEL_OPT_FILE = "hf_quant_config.json"
+
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
@@ -79,7 +87,8 @@ def weight_format(path: Path, config: dict[str, Any]) -> WeightFormat | None:
     file = path / "config.json"
     key = next((key for key in QUANTIZATION_KEYS if config.get(key)), None)
     if key is None:
-        return None
+        separate = read_json(path / _MODEL_OPT_FILE)
+        return open_model_opt(Settings(path / _MODEL_OPT_FILE, "$", separate)) if separate else None
     if not isinstance(config[key], dict):
         raise CheckpointError(f"{file}: {key}: expected an object, found {config[key]!r}")
     settings = Settings(file, key, config[key])
@@ -87,14 +96,28 @@ def weight_format(path: Path, config: dict[str, Any]) -> WeightFormat | None:
     if method is None and (settings.values.get("load_in_4bit") or settings.values.get("load_in_8bit")):
         # transformers < 4.31 named no method: there was one.
         method = "bitsandbytes"
+    if method is None and settings.values.get("quant_algo"):
+        method = "modelopt"
     if method not in _FORMATS:
         supported = ", ".join(_FORMATS)
         raise CheckpointError(f"{file}: weights quantized with {method!r} are not supported; {supported} are")
     return _FORMATS[method](settings)
 
 
+def auto_scheme(format: WeightFormat, names: tuple[str, ...]) -> str:
+    """The specification of the scheme that a quantized module gets under `--quant auto`: the one that keeps it, or,
+    of numbers that none keeps, one that adds little to their error.
+
+    Args:
+        names: As `WeightFormat.scheme` has them.
+    """
+    if isinstance(format, Float8 | CompressedTensors):
+        return format.runs_as(names)
+    return format.scheme(names)
+
+
 def stored_scheme(config: dict[str, Any], module: str) -> str | None:
-    """What config.json says of a module: the specification of the scheme that keeps it, None without quantization.
+    """A module's scheme under `--quant auto`, as config.json has it: its specification, None without quantization.
 
     Args:
         config: The keys of config.json.
@@ -104,4 +127,4 @@ def stored_scheme(config: dict[str, Any], module: str) -> str | None:
         CheckpointError: As `weight_format`.
     """
     found = weight_format(Path(), config)
-    return None if found is None else found.scheme((module,))
+    return None if found is None else auto_scheme(found, (module,))

@@ -1,11 +1,12 @@
-"""compressed-tensors, what llm-compressor writes: integer weights, packed in words or one a byte.
+"""compressed-tensors, what llm-compressor writes: integer weights, packed in words or one a byte, and FP8.
 
 "pack-quantized"                weight_packed [N, ceil(K bits / 32)] int32, along K from a word's lowest bits on
                                 weight_shape [2]: N, K
                                 weight_zero_point [ceil(N bits / 32), G] int32, packed along N
 "int-quantized",                weight [N, K] int8
 "naive-quantized"               weight_zero_point [N, G] int8
-all of them                     weight_scale [N, G] float; [1] for a whole tensor, one column for whole rows
+"float-quantized"               weight [N, K] FP8 (E4M3), weight_scale as below, or of blocks (`block_structure`)
+the integer ones                weight_scale [N, G] float; [1] for a whole tensor, one column for whole rows
                                 weight_g_idx [K] int32, the group of each column (`actorder`: "group")
 
 Codes are signed, -2^(bits - 1) to 2^(bits - 1) - 1; packed ones, zeros too, are stored larger by 2^(bits - 1).
@@ -21,6 +22,7 @@ from typing import ClassVar
 
 import torch
 
+from engine.loading.formats.float8 import RUNS_AS, Block, read_block, read_float8
 from engine.loading.formats.stored import (
     FLOATS,
     Settings,
@@ -32,8 +34,7 @@ from engine.loading.formats.stored import (
 )
 from engine.quant.weight import Weight
 
-_BYTE_FORMATS = ("int-quantized", "naive-quantized")
-_FORMATS = ("pack-quantized", *_BYTE_FORMATS)
+_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Scheme:
         strategy: What shares a scale: "tensor", "channel" (a row) or "group".
         group_size: With the strategy "group".
         is_ordered: Groups may be of columns that are not consecutive.
+        is_float: FP8.
+        block: Rows and columns that share a scale, with the strategy "block", which only FP8 has.
     """
 
     is_packed: bool
@@ -52,6 +55,8 @@ class Scheme:
     strategy: str
     group_size: int
     is_ordered: bool
+    is_float: bool = False
+    block: Block | None = None
 
     @property
     def offset(self) -> int:
@@ -80,12 +85,6 @@ class CompressedTensors:
         "input_zero_point",
         "output_scale",
         "output_zero_point",
-        "q_scale",
-        "k_scale",
-        "v_scale",
-        "q_zero_point",
-        "k_zero_point",
-        "v_zero_point",
     )
     has_rows: ClassVar[bool] = False
 
@@ -95,9 +94,14 @@ class CompressedTensors:
     def scheme(self, names: tuple[str, ...]) -> str:
         """See `engine.loading.formats.WeightFormat`."""
         scheme = self._scheme_of(names)
-        if scheme is None or scheme.is_ordered:
+        if scheme is None or scheme.is_ordered or scheme.is_float:
             return "none"
         return grid_scheme(scheme.bits, scheme.group_size, scheme.is_symmetric)
+
+    def runs_as(self, names: tuple[str, ...]) -> str:
+        """The scheme under `--quant auto`."""
+        scheme = self._scheme_of(names)
+        return RUNS_AS if scheme is not None and scheme.is_float else self.scheme(names)
 
     def read(self, module: StoredModule) -> Weight:
         """See `engine.loading.formats.WeightFormat`."""
@@ -105,6 +109,8 @@ class CompressedTensors:
         scheme = self._scheme_of(module.names(part))
         if scheme is None:
             raise module.error(part, "a module that the config_groups of config.json target", "another")
+        if scheme.is_float:
+            return read_float8(module, "weight_scale", scheme.block)
         codes = _read_packed(module, scheme) if scheme.is_packed else _read_bytes(module, scheme)
         rows, columns = codes.shape
         group_size = scheme.group_size if scheme.strategy == "group" else columns
@@ -143,6 +149,10 @@ def open_compressed_tensors(settings: Settings) -> CompressedTensors:
             continue
         layout_settings = group if group.values.get("format") else settings
         layout = layout_settings.choice("format", _FORMATS)
+        is_float = weights.values.get("type") == "float" and layout == "naive-quantized"
+        if layout == "float-quantized" or is_float:
+            schemes.append((_read_targets(group, "targets"), _open_float_scheme(weights)))
+            continue
         schemes.append((_read_targets(group, "targets"), _open_scheme(weights, layout == "pack-quantized")))
     return CompressedTensors(tuple(schemes), _read_targets(settings, "ignore"))
 
@@ -157,6 +167,16 @@ def _open_scheme(weights: Settings, is_packed: bool) -> Scheme:
     is_symmetric = weights.choice("symmetric", (True, False), True)
     is_ordered = strategy == "group" and weights.values.get("actorder") in ("group", "dynamic", True)
     return Scheme(is_packed, bits, is_symmetric, strategy, group_size, is_ordered)
+
+
+def _open_float_scheme(weights: Settings) -> Scheme:
+    weights.choice("type", ("float",))
+    weights.choice("num_bits", (8,))
+    strategy = weights.choice("strategy", ("tensor", "channel", "block"))
+    block = read_block(weights, "block_structure") if strategy == "block" else None
+    if strategy == "block" and block is None:
+        raise weights.error("block_structure", "two positive numbers")
+    return Scheme(False, 8, True, strategy, -1, is_ordered=False, is_float=True, block=block)
 
 
 def _read_targets(settings: Settings, key: str) -> tuple[str, ...]:

@@ -74,6 +74,9 @@ class GGUFCheckpoint:
     def names(self) -> set[str]:
         return set(self._gguf_names)
 
+    def other_names(self) -> set[str]:
+        return set()
+
     def tensor(self, name: str, part: Slices = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
         gguf_name = self._gguf_names.get(name)
         if gguf_name is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from engine.errors import CheckpointError
 from engine.loading.gguf.file import GGUFFile
+
+logger = logging.getLogger(__name__)
 
 # GGUF architecture -> (model_type, class name). Mistral's GGUF files say "llama".
 ARCHITECTURES = {
@@ -18,36 +21,90 @@ ARCHITECTURES = {
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
 
-# Control tokens that end a turn or a document. Metadata names at most a few of those a model emits.
-_END_TOKENS = frozenset(
+# What ends a turn or a document, whatever type a file says it has: metadata names at most a few of those that a model
+# emits.
+_END_MARKS = frozenset(
     [
         "<|im_end|>",
         "<|eot_id|>",
         "<|eom_id|>",
         "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|calls|>",
+        "<|flush|>",
         "<end_of_turn>",
+        "<turn|>",
         "<|endoftext|>",
         "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+        "[e~[",
     ]
 )
-_CONTROL = 3
+# The same, but only as a control token: in other vocabularies it is text, a tag of HTML.
+_END_WORDS = frozenset(["</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|tool_response>"])
+_NORMAL, _CONTROL = 1, 3
 
 # What every published Llama 3 with rope scaling uses; only the factor varies.
 _LLAMA3_LOW_FREQUENCY_FACTOR = 1.0
 _LLAMA3_HIGH_FREQUENCY_FACTOR = 4.0
 _LLAMA3_ORIGINAL_LENGTH = 8192
 
+# Of keys and values, in all layers and in those with a window.
+_HEAD_SIZES = (
+    "attention.key_length",
+    "attention.value_length",
+    "attention.key_length_swa",
+    "attention.value_length_swa",
+)
+
 _GEMMA3_LOCAL_ROPE_THETA = 10000.0
 _GEMMA3_SLIDING_WINDOW_PATTERN = 6
 _GEMMA3_27B_LAYERS = 62
+
+_YARN_BETA = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+# Keys of an architecture's own name space that change nothing here.
+_HARMLESS = frozenset(
+    [
+        "vocab_size",  # the embedding's table has it
+        "tensor_data_layout",
+        "pooling_type",  # of embeddings
+        "rope.scaling.finetuned",
+        "attention.layer_norm_epsilon",  # of norms that these architectures do not have
+    ]
+)
+# Keys that change nothing with one of these values, and with others make a model that these families are not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "use_parallel_residual": (False,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.shared_kv_layers": (0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "leading_dense_block_count": (0,),
+    "nextn_predict_layers": (0,),
+    "rope.scaling.alpha": (0.0,),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
+    "rope.scaling.yarn_attn_factor": (1.0, -1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+}
 
 
 def translate_config(file: GGUFFile) -> dict[str, Any]:
     """The file's metadata as a config.json dictionary.
 
     Raises:
-        CheckpointError: An unsupported architecture, a missing key, or a rope scaling that config.json
-            has no words for.
+        CheckpointError: An unsupported architecture, a missing key, or one that makes a model which config.json has
+            no words for.
     """
     if file.architecture not in ARCHITECTURES:
         raise CheckpointError(
@@ -79,42 +136,90 @@ def translate_config(file: GGUFFile) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
         "hidden_act": "silu",
-        "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": token_id(file, "bos_token_id"),
+        "eos_token_id": token_id(file, "eos_token_id"),
     }
-    rotary_dim = _scalar(file, "rope.dimension_count", head_dim)
-    if rotary_dim != head_dim:
+    for key in ("rope.dimension_count", "rope.dimension_count_swa", *_HEAD_SIZES):
+        size = _scalar(file, key, head_dim)
+        if size != head_dim:
+            raise CheckpointError(
+                f"{file.path}: {file.architecture}.{key}: expected the size of a head, {head_dim}, found {size}"
+            )
+    scale = _scalar(file, "attention.scale", 0.0)
+    if scale and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-6):
         raise CheckpointError(
-            f"{file.path}: rotary embedding over {rotary_dim} of {head_dim} dimensions is not supported"
+            f"{file.path}: {file.architecture}.attention.scale: expected {head_dim**-0.5:.6g}, found {scale:.6g}"
         )
     if file.architecture == "gemma3":
         config |= _gemma3_config(file, config)
-    elif f"{file.architecture}.attention.sliding_window" in file:
-        config["sliding_window"] = _scalar(file, "attention.sliding_window")
+    else:
+        config |= _window(file, config)
+    _check_keys(file)
     return config
+
+
+def _window(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+    """How far attention sees: of the files that say "llama", those of Mistral's first models have a window."""
+    length = config["max_position_embeddings"]
+    window = _scalar(file, "attention.sliding_window", 0)
+    if not 0 < window < length:
+        return {}
+    if file.architecture != "llama":
+        raise CheckpointError(
+            f"{file.path}: {file.architecture}.attention.sliding_window: expected none, or at least the context of "
+            f"{length}, found {window}: the file does not say in which layers it holds"
+        )
+    return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
+
+
+def _check_keys(file: GGUFFile) -> None:
+    """Refuses keys of the architecture that nobody has read, unless they change nothing."""
+    start = f"{file.architecture}."
+    for key in sorted(file.unread_keys(start)):
+        name = key.removeprefix(start)
+        if name in _HARMLESS:
+            continue
+        value = _scalar(file, name)
+        if name not in _NEUTRAL or value not in _NEUTRAL[name]:
+            raise CheckpointError(
+                f"{file.path}: metadata key {key!r} ({value!r}) makes another model than the "
+                f"{file.architecture} that is supported here"
+            )
 
 
 def translate_generation_config(file: GGUFFile) -> dict[str, Any]:
     """The file's metadata as a generation_config.json dictionary: its token ids."""
     return {
-        "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": token_id(file, "bos_token_id"),
         "eos_token_id": end_token_ids(file),
-        "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
+        "pad_token_id": token_id(file, "padding_token_id"),
     }
 
 
 def end_token_ids(file: GGUFFile) -> list[int]:
     """The ids that end a generation, the one that metadata calls end-of-sequence first."""
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    named = [file.get(f"tokenizer.ggml.{key}") for key in keys]
-    types = file.get("tokenizer.ggml.token_type", [])
+    named = [token_id(file, key) for key in keys]
     tokens = file.get("tokenizer.ggml.tokens", [])
+    types = file.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     known = [
-        token_id
-        for token_id, (token, kind) in enumerate(zip(tokens, types, strict=False))
-        if kind == _CONTROL and token in _END_TOKENS
+        index
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=False))
+        if token in _END_MARKS or (token in _END_WORDS and kind == _CONTROL)
     ]
-    return list(dict.fromkeys(token_id for token_id in [*named, *known] if token_id is not None))
+    return list(dict.fromkeys(index for index in [*named, *known] if index is not None))
+
+
+def token_id(file: GGUFFile, key: str) -> int | None:
+    """The id of a token with a role, "bos_token_id" for one; None if the file says none, or one that is no token."""
+    index = file.get(f"tokenizer.ggml.{key}")
+    if index is None or not isinstance(index, int):
+        return None
+    tokens = file.get("tokenizer.ggml.tokens")
+    if tokens is not None and not 0 <= index < len(tokens):
+        logger.warning("%s: tokenizer.ggml.%s: %d is no token: left out", file.path, key, index)
+        return None
+    return index
 
 
 def _scalar(file: GGUFFile, key: str, default: float | None = None) -> Any:
@@ -132,7 +237,11 @@ def _scalar(file: GGUFFile, key: str, default: float | None = None) -> Any:
 
 def _gemma3_config(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
-    pattern = _scalar(file, "attention.sliding_window_pattern", _GEMMA3_SLIDING_WINDOW_PATTERN)
+    pattern = file.get(
+        f"{file.architecture}.attention.sliding_window_pattern", _GEMMA3_SLIDING_WINDOW_PATTERN
+    )
+    is_listed = isinstance(pattern, list)
+    slides = pattern if is_listed else [bool((layer + 1) % pattern) for layer in range(layers)]
     # The attention scale is not in the metadata. It is the head size for all but the 27B model.
     is_27b = layers == _GEMMA3_27B_LAYERS
     scale = config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
@@ -142,25 +251,42 @@ def _gemma3_config(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
         "query_pre_attn_scalar": scale,
         "rope_local_base_freq": _scalar(file, "rope.freq_base_swa", _GEMMA3_LOCAL_ROPE_THETA),
         "sliding_window": _scalar(file, "attention.sliding_window"),
-        "layer_types": [
-            "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)
-        ],
+        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
     }
 
 
 def _rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any] | None:
+    """The scaling as llama.cpp reads it: a factor without a type is linear, and has an older name, too."""
+    factor = _scalar(file, "rope.scaling.factor", 0.0) or _scalar(file, "rope.scale_linear", 0.0)
+    kind = file.get(f"{file.architecture}.rope.scaling.type", "linear")
+    attention_factor = _scalar(file, "rope.scaling.attn_factor", 1.0)
+    original = _scalar(file, "rope.scaling.original_context_length", _scalar(file, "context_length"))
+    beta = {name: _scalar(file, f"rope.scaling.yarn_{name}", default) for name, default in _YARN_BETA.items()}
+    if kind not in ("none", "linear", "yarn"):
+        raise CheckpointError(f"{file.path}: rope scaling {kind!r} is not supported")
+    if kind != "yarn" and attention_factor != 1.0:
+        raise CheckpointError(
+            f"{file.path}: {file.architecture}.rope.scaling.attn_factor: expected 1 for rope scaling {kind!r}, "
+            f"found {attention_factor}"
+        )
     if "rope_freqs.weight" in file.tensors:
+        if kind != "none" and factor not in (0.0, 1.0):
+            raise CheckpointError(
+                f"{file.path}: rope_freqs.weight and rope scaling by {factor}: expected one of them"
+            )
         return _llama3_rope_scaling(file, head_dim)
-    kind = file.get(f"{file.architecture}.rope.scaling.type", "none")
-    if kind == "none":
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return None
-    scaling = {"rope_type": kind, "factor": _scalar(file, "rope.scaling.factor")}
-    if kind == "yarn":
-        original = _scalar(file, "rope.scaling.original_context_length")
-        return {**scaling, "original_max_position_embeddings": original}
+    scaling = {"rope_type": kind, "factor": factor or 1.0}
     if kind == "linear":
         return scaling
-    raise CheckpointError(f"{file.path}: rope scaling {kind!r} is not supported")
+    scaling["original_max_position_embeddings"] = original
+    scaling |= {name: value for name, value in beta.items() if value != _YARN_BETA[name]}
+    if attention_factor != 1.0:
+        # It multiplies what YaRN has anyway.
+        usual = 0.1 * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+        scaling["attention_factor"] = attention_factor * usual
+    return scaling
 
 
 def _llama3_rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any]:

@@ -146,6 +146,10 @@ class GGUFFile:
         """Lets go of all keys, and of the vocabulary with them."""
         self._fields, self._values = {}, {}
 
+    def unread_keys(self, start: str) -> set[str]:
+        """Metadata keys with this beginning whose values nobody has asked for."""
+        return {key for key in self._fields if key.startswith(start) and key not in self._values}
+
     def __contains__(self, key: str) -> bool:
         return key in self._fields
 
