@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,9 @@ from engine.executor.exchange_plan import plan_exchanges
 from engine.executor.memory import MemoryPlan, available_bytes, plan_memory, table_copies
 from engine.executor.options import resolve_cache_dtype, resolve_device, resolve_dtype
 from engine.kernels.launch import TARGETS
+from engine.loading.checkpoint import open_checkpoint
 from engine.loading.dummy import DummyCheckpoint
+from engine.loading.file_kinds import is_gguf
 from engine.loading.formats import stored_scheme
 from engine.loading.resolve import resolve_configuration
 from engine.models.config import ModelConfig
@@ -34,7 +36,7 @@ from engine.parallel.pipeline import Pipeline
 from engine.parallel.shards import Shard
 from engine.parallel.symmetric import check_device
 from engine.quant.plan import QuantizationPlan
-from engine.quant_spec import QuantSpec, parse_scheme_spec
+from engine.quant_spec import QuantSpec, SchemeSpec, parse_scheme_spec
 
 LENGTHS = (1024, 4096, 8192, 32768, 131072)
 """Contexts whose concurrency is shown, besides the longest."""
@@ -90,19 +92,25 @@ class EnginePlan:
         )
 
 
-def plan_engine(config: EngineConfig, settings: dict[str, Any], gpu_memory: int | None = None) -> EnginePlan:
+def plan_engine(
+    config: EngineConfig,
+    settings: dict[str, Any],
+    gpu_memory: int | None = None,
+    auto_schemes: Callable[[Iterable[str]], dict[str, SchemeSpec]] | None = None,
+) -> EnginePlan:
     """Plans every rank.
 
     Args:
         settings: The keys of config.json.
         gpu_memory: Bytes of each GPU; None for the device that is here.
+        auto_schemes: What "auto" makes of modules; None: as the settings say.
 
     Raises:
         ConfigError: The model cannot be cut into so many shares or stages, or does not fit.
         CheckpointError: config.json describes what is not supported.
     """
     model_config = ModelConfig.from_dict(settings)
-    config = _resolve_quantization(config, model_config, settings)
+    config = _resolve_quantization(config, model_config, settings, auto_schemes)
     check_shards(model_config, config.tensor_parallel_size)
     if not config.exact_reduce:
         check_columns(model_config, config.quant_spec, config.tensor_parallel_size)
@@ -143,12 +151,20 @@ def plan_engine(config: EngineConfig, settings: dict[str, Any], gpu_memory: int 
     return EnginePlan(config, dtype, cache_dtype, limits, plans)
 
 
-def _resolve_quantization(config: EngineConfig, model: ModelConfig, settings: dict[str, Any]) -> EngineConfig:
+def _resolve_quantization(
+    config: EngineConfig,
+    model: ModelConfig,
+    settings: dict[str, Any],
+    auto_schemes: Callable[[Iterable[str]], dict[str, SchemeSpec]] | None,
+) -> EngineConfig:
     """The options with what "auto" means for the model: here as its config.json says, and not its files."""
     modules = module_names(model)
     if config.quant != "auto":
         config.quant_spec.check(modules)
         return config
+    if auto_schemes is not None:
+        schemes = auto_schemes(modules)
+        return replace(config, quant=str(QuantSpec.covering(schemes, modules)) if schemes else "none")
     found = {module: text for module in modules if (text := stored_scheme(settings, module)) is not None}
     stored = {module: parse_scheme_spec(text) for module, text in found.items() if text != "none"}
     return replace(config, quant=str(QuantSpec.covering(stored, modules)) if stored else "none")
@@ -178,8 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu_memory = options.pop("gpu_memory")
     try:
         config = EngineConfig(**options)
-        settings = DummyCheckpoint(resolve_configuration(config.model)).config
-        print(plan_engine(config, settings, None if gpu_memory is None else parse_bytes(gpu_memory)))
+        path = resolve_configuration(config.model)
+        # Of a GGUF file the tensors' own types say what they run as.
+        is_file = not path.is_dir() and is_gguf(path)
+        checkpoint = open_checkpoint(path) if is_file else DummyCheckpoint(path)
+        memory = None if gpu_memory is None else parse_bytes(gpu_memory)
+        print(plan_engine(config, checkpoint.config, memory, checkpoint.auto_schemes if is_file else None))
     except EngineError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -6,6 +6,7 @@ them, and embedding and vocabulary projection, if they were one, become two. One
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from engine.models.config import ModelConfig
 from engine.models.modules import ROLES
 from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight, to_float
+from engine.quant_spec import SchemeSpec
 
 ROTATION_SEED = 0
 """Seeds the rotation's signs: the same model is always rotated the same way."""
@@ -62,6 +64,9 @@ class RotatedCheckpoint:
 
     def other_names(self) -> set[str]:
         return set()
+
+    def auto_schemes(self, modules: Iterable[str]) -> dict[str, SchemeSpec]:
+        return {}
 
     @property
     def num_bytes_read(self) -> int:

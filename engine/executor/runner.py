@@ -25,7 +25,7 @@ from engine.executor.warmup import GREEDY, dummy_batch, largest_batch, warm_up
 from engine.kernels import cpu
 from engine.kernels.attention.kv_layer import KVCache
 from engine.kernels.launch import CompilationCounter, Target, target_of
-from engine.loading.checkpoint import Checkpoint, auto_schemes, stored_schemes
+from engine.loading.checkpoint import Checkpoint, stored_schemes
 from engine.loading.model_config import read_model_config
 from engine.loading.weights import checkpoint_key, load_weights
 from engine.models.config import ModelConfig
@@ -230,7 +230,7 @@ def _resolve_quantization(config: EngineConfig, model: ModelConfig, checkpoint: 
     """
     modules = module_names(model)
     if config.quant == "auto":
-        schemes = {} if config.load_format == "dummy" else auto_schemes(checkpoint, modules)
+        schemes = {} if config.load_format == "dummy" else checkpoint.auto_schemes(modules)
         return replace(config, quant=str(QuantSpec.covering(schemes, modules)) if schemes else "none")
     config.quant_spec.check(modules)
     stored = {} if config.load_format == "dummy" else stored_schemes(checkpoint, modules)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ from engine.loading.file_kinds import is_gguf
 from engine.loading.safetensors import DirectoryCheckpoint
 from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight
-from engine.quant_spec import SchemeSpec, parse_scheme_spec
+from engine.quant_spec import SchemeSpec
 
 
 class Checkpoint(Protocol):
@@ -32,6 +32,10 @@ class Checkpoint(Protocol):
 
     def other_names(self) -> set[str]:
         """The names, as stored, of tensors beside the text model's."""
+        ...
+
+    def auto_schemes(self, modules: Iterable[str]) -> dict[str, SchemeSpec]:
+        """What `--quant auto` makes of some modules; empty if nothing is quantized."""
         ...
 
     @property
@@ -62,24 +66,7 @@ def stored_schemes(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, 
 
     GGUF files are such: their blocks are a way to store a model of floats, whatever `--quant` makes of it.
     """
-    return _schemes(checkpoint, modules, DirectoryCheckpoint.stored_scheme)
-
-
-def auto_schemes(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, SchemeSpec]:
-    """What `--quant auto` makes of some modules: the ones that it leaves as floats are left out."""
-    return _schemes(checkpoint, modules, DirectoryCheckpoint.auto_scheme)
-
-
-def _schemes(
-    checkpoint: Checkpoint,
-    modules: Iterable[str],
-    scheme: Callable[[DirectoryCheckpoint, str], str | None],
-) -> dict[str, SchemeSpec]:
-    if not isinstance(checkpoint, DirectoryCheckpoint):
-        return {}
-    found = {module: scheme(checkpoint, module) for module in modules}
-    schemes = {module: parse_scheme_spec(text) for module, text in found.items() if text is not None}
-    return {module: words for module, words in schemes.items() if words.kind != "none"}
+    return checkpoint.stored_schemes(modules) if isinstance(checkpoint, DirectoryCheckpoint) else {}
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from engine.loading.json_file import read_json
 from engine.loading.safetensors import text_config
 from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight
+from engine.quant_spec import SchemeSpec
 
 
 class DummyCheckpoint:
@@ -33,6 +35,9 @@ class DummyCheckpoint:
 
     def other_names(self) -> set[str]:
         return set()
+
+    def auto_schemes(self, modules: Iterable[str]) -> dict[str, SchemeSpec]:
+        return {}
 
     @property
     def num_bytes_read(self) -> int:

@@ -13,7 +13,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 """Suffixes of files that hold a model's weights, with its config.json beside them."""
 
 _GGUF_MAGIC = b"GGUF"
-_PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf", re.IGNORECASE)
+PART_NAME = re.compile(r"-(\d{5})-of-\d{5}\.gguf$", re.IGNORECASE)
+"""The end of the name of a part of a GGUF model."""
 
 # Programs and graphs of other systems: they hold no weights that a name could find.
 _FOREIGN_SUFFIXES = {
@@ -58,7 +59,7 @@ def is_gguf(file: Path) -> bool:
 
 def part_number(file: Path) -> int | None:
     """Which part of a GGUF model a file is, by its name, from 1 on; None if it is a whole one."""
-    match = _PART.search(file.name)
+    match = PART_NAME.search(file.name)
     return None if match is None else int(match[1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from engine.loading.slices import check_shape, take_slices
 from engine.loading.weight_files import Locations, locate_text_model, open_weight_file
 from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight
-from engine.quant_spec import EMBEDDING, LM_HEAD
+from engine.quant_spec import EMBEDDING, LM_HEAD, SchemeSpec, parse_scheme_spec
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,14 @@ class DirectoryCheckpoint:
         part = self._quantized_part(stored)
         return "none" if part is None else auto_scheme(self._format, stored.names(part))
 
+    def stored_schemes(self, modules: Iterable[str]) -> dict[str, SchemeSpec]:
+        """The schemes of the modules that one keeps as they are stored."""
+        return _quantized({module: self.stored_scheme(module) for module in modules})
+
+    def auto_schemes(self, modules: Iterable[str]) -> dict[str, SchemeSpec]:
+        """See `engine.loading.checkpoint.Checkpoint`."""
+        return _quantized({module: self.auto_scheme(module) for module in modules})
+
     def _quantized_part(self, module: StoredModule) -> str | None:
         assert self._format is not None
         return next((part for part in self._format.parts if module.has(part)), None)
@@ -250,6 +259,11 @@ class _Parts:
 
     def locate(self, name: str) -> tuple[Path, str]:
         return self.stored.locate(name)
+
+
+def _quantized(found: dict[str, str | None]) -> dict[str, SchemeSpec]:
+    schemes = {module: parse_scheme_spec(text) for module, text in found.items() if text is not None}
+    return {module: words for module, words in schemes.items() if words.kind != "none"}
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from engine.cache_directory import cache_directory
 from engine.errors import CheckpointError
 from engine.kernels.checksum import checksum
 from engine.loading.checkpoint import Checkpoint
+from engine.loading.file_kinds import part_number
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.shapes import tensor_shape
@@ -41,6 +42,8 @@ def checkpoint_key(checkpoint: Checkpoint) -> str:
         files = [file for file in sorted(path.iterdir()) if file.suffix in _FILES]
     else:
         files = [path, *sorted(path.parent.glob("*.json"))]
+        if part_number(path) is not None:
+            files += sorted(path.parent.glob("*-of-*.gguf"))
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         if file.is_file():

@@ -29,6 +29,10 @@ KEPT_PRECISION = 2**-10
 a step, where new codes would be off by up to half a step."""
 
 
+MOST_ZERO = 112
+"""Steps to the minimum of a grid of four bits whose codes eight bits hold without it."""
+
+
 @dataclass(frozen=True)
 class Int8Groups:
     """int8 weights with groups along K × int8 activations; the last group is shorter where K is no multiple.
@@ -64,6 +68,7 @@ class Int8Groups:
         }
 
     def quantize(self, weight: Weight) -> Tensors:
+        weight = _signed(weight)
         if self._is_own_grid(weight):
             assert isinstance(weight, GridWeight)
             return {"weight": weight.codes, "scale": weight.scale.to(torch.float16)}
@@ -116,6 +121,19 @@ class Int8Groups:
         scale = weight.scale.float()
         is_held = (scale.to(torch.float16).float() - scale).abs() <= KEPT_PRECISION * scale.abs()
         return weight.group_size == self.group_size and bool(is_held.all())
+
+
+def _signed(weight: Weight) -> Weight:
+    """A grid of four bits whose minimum is a whole number of steps, as Q4_0's are: the same numbers without one."""
+    if not isinstance(weight, GridWeight) or weight.codes.dtype != torch.uint8 or weight.minimum is None:
+        return weight
+    scale, minimum = weight.scale.float(), weight.minimum.float()
+    zero = (-minimum / scale.where(scale != 0, 1)).round()
+    if not torch.equal(-zero * scale, minimum) or bool((zero.abs() > MOST_ZERO).any()):
+        return weight
+    columns = weight.codes.shape[1]
+    zeros = zero.to(torch.int8).repeat_interleave(weight.group_size, dim=1)[:, :columns]
+    return GridWeight(weight.codes.view(torch.int8) - zeros, weight.scale, None, weight.group_size)
 
 
 def kernel_group_size(group_size: int) -> GroupSize:

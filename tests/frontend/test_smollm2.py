@@ -49,7 +49,7 @@ def reference() -> LlamaForCausalLM:
 def test_greedy_continuations_agree_with_transformers(reference: LlamaForCausalLM) -> None:
     """Given the same tokens so far, transformers chooses our next one, at every position: by induction
     its own greedy continuation is ours."""
-    llm = LLM("llama", dtype="float32", device="cpu", kv_cache_memory="128MiB")
+    llm = LLM("llama", quant="none", dtype="float32", device="cpu", kv_cache_memory="128MiB")
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     results = llm.generate(PROMPTS, params, use_tqdm=False)
     assert len({tuple(result.outputs[0].token_ids) for result in results}) == len(PROMPTS) == 20

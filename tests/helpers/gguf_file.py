@@ -7,6 +7,13 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
+from gguf.quants import quantize
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from engine.models.modules import ROLES
+from engine.tokenizer.files import byte_tokenizer
+from tests.helpers.tiny import randomize
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 4, 2, 16, 64, 96, 40
 
@@ -55,3 +62,71 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+_TENSORS = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    **{projection.name: projection.gguf for role in ROLES for projection in role.projections},
+}
+
+
+def write_gguf_model(
+    path: Path,
+    config: PreTrainedConfig,
+    kind: gguf.GGMLQuantizationType | None = None,
+    kinds: dict[str, gguf.GGMLQuantizationType] | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Writes a llama with random weights and a tokenizer of bytes, as llama.cpp's converter names and orders them.
+
+    Args:
+        kind: Of the matrices; None: floats.
+        kinds: Of the matrices whose GGUF names hold a word.
+
+    Returns:
+        The model of floats that it was made of.
+    """
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomize(model, seed)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    vocabulary = byte_tokenizer().get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    tokens += [f"<{index}>" for index in range(len(tokens), config.vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        module, _, part = name.rpartition(".")
+        layer = module.split(".")[2] if module.startswith("model.layers.") else None
+        local = module if layer is None else module.split(".", 3)[3]
+        if local == "lm_head" and config.tie_word_embeddings:
+            continue
+        short = _TENSORS[local]
+        data = tensor.numpy()
+        if short in heads:
+            rows = len(data) // heads[short] // 2
+            data = data.reshape(heads[short], 2, rows, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
+        stored = f"{short}.{part}" if layer is None else f"blk.{layer}.{short}.{part}"
+        of_tensor = next((one for word, one in (kinds or {}).items() if word in stored), kind)
+        if data.ndim == 1 or of_tensor is None:
+            writer.add_tensor(stored, data.astype(np.float32))
+        else:
+            writer.add_tensor(stored, quantize(data, of_tensor), raw_dtype=of_tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model

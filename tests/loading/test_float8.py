@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.errors import CheckpointError
-from engine.loading.checkpoint import Checkpoint, auto_schemes, open_checkpoint, stored_schemes
+from engine.loading.checkpoint import Checkpoint, open_checkpoint, stored_schemes
 from engine.loading.formats import stored_scheme
 from tests.helpers.quantized_directory import MODULE, assert_refused, write_directory
 
@@ -89,7 +89,7 @@ def test_runs_as_int8_and_says_so(layout: str, tmp_path: Path, caplog: pytest.Lo
     (record,) = caplog.records
     assert "1 of 1 quantized matrices" in record.getMessage()
     assert "run as int8:g32" in record.getMessage()
-    assert {module: str(words) for module, words in auto_schemes(checkpoint, [MODULE]).items()} == {
+    assert {module: str(words) for module, words in checkpoint.auto_schemes([MODULE]).items()} == {
         MODULE: "int8:g32"
     }
     # Whatever else is asked for is rounded anew: nothing is refused.
@@ -115,7 +115,7 @@ def test_hf_quant_config(tmp_path: Path) -> None:
     assert isinstance(weight, torch.Tensor)
     torch.testing.assert_close(weight, expected(scales()).float(), rtol=2**-23, atol=0)
     modules = [MODULE, "lm_head", MODULE.replace("down", "up")]
-    assert list(auto_schemes(checkpoint, modules)) == [MODULE]
+    assert list(checkpoint.auto_schemes(modules)) == [MODULE]
     settings["quantization"] = {**quantization, "quant_algo": "NVFP4"}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(settings))
     assert_refused(lambda: open_checkpoint(tmp_path), "quant_algo", "'NVFP4'", "hf_quant_config.json")

@@ -73,6 +73,22 @@ def q5_1(random: Random) -> Block:
     return data, [scale * code + minimum for code in codes]
 
 
+IQ4_VALUES = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def iq4_nl(random: Random) -> Block:
+    scale, codes = half(random), draw(random, 32, 4)
+    return struct.pack("<e16s", scale, nibbles(codes)), [scale * IQ4_VALUES[code] for code in codes]
+
+
+def mxfp4(random: Random) -> Block:
+    """E2M1 codes, their highest bit the sign, and an exponent with a bias of 127."""
+    exponent, codes = random.randrange(117, 130), draw(random, 32, 4)
+    values = [2.0 ** (exponent - 127) * E2M1[code & 7] * (-1 if code & 8 else 1) for code in codes]
+    return struct.pack("<B16s", exponent, nibbles(codes)), values
+
+
 def quarters(codes: list[int]) -> bytes:
     """The low two bits of 256 codes: byte l of a half holds its elements l, l + 32, l + 64 and l + 96."""
     return bytes(
@@ -156,6 +172,8 @@ BLOCK_TYPES: dict[Type, Callable[[Random], Block]] = {
     Type.Q4_0: q4_0,
     Type.Q4_1: q4_1,
     Type.Q5_0: q5_0,
+    Type.IQ4_NL: iq4_nl,
+    Type.MXFP4: mxfp4,
     Type.Q5_1: q5_1,
     Type.Q2_K: q2_k,
     Type.Q3_K: q3_k,
@@ -174,13 +192,16 @@ def read(path: Path, rows: list[list[Block]], kind: Type) -> tuple[Weight, torch
     return weight, torch.tensor(values, dtype=torch.float64)
 
 
+GRIDS = (Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.IQ4_NL, Type.MXFP4)
+
+
 @pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)
 def test_blocks_of_the_published_layout(tmp_path: Path, kind: Type) -> None:
     random = Random(kind.value)
     rows = [[BLOCK_TYPES[kind](random) for _ in range(BLOCKS)] for _ in range(ROWS)]
     weight, expected = read(tmp_path / "model.gguf", rows, kind)
     assert torch.equal(to_float(weight), expected.float())
-    assert isinstance(weight, GridWeight) == (kind in (Type.Q8_0, Type.Q4_0, Type.Q4_1))
+    assert isinstance(weight, GridWeight) == (kind in GRIDS)
     if isinstance(weight, GridWeight):
         assert weight.group_size == 32
 

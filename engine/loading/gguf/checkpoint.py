@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,26 @@ from engine.loading.slices import check_shape, take_slices
 from engine.models.modules import ROLES
 from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import GridWeight, Weight
+from engine.quant_spec import EMBEDDING, LM_HEAD, SchemeSpec, parse_scheme_spec
+
+logger = logging.getLogger(__name__)
 
 _BLOCK_SIZE = 32
 
 _FLOAT_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
-# Kept on their grid.
-_GRID_TYPES = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
-# Become float32: other numbers of bits, and scales that are products of more bits than fp16 holds.
-_OTHER_TYPES = (
+# Read as codes of their grid.
+_GRID_TYPES = (
+    GGMLQuantizationType.Q8_0,
+    GGMLQuantizationType.Q4_0,
+    GGMLQuantizationType.Q4_1,
     GGMLQuantizationType.Q5_0,
+    GGMLQuantizationType.IQ4_NL,
+    GGMLQuantizationType.MXFP4,
+)
+# Of these int8 in groups of 32 holds the very numbers: a scale for 32, no minimum, values of eight bits.
+_EXACT_TYPES = tuple(kind for kind in _GRID_TYPES if kind != GGMLQuantizationType.Q4_1)
+# Read as float32: groups of 16, minimums, or scales that are products of more bits than fp16 holds.
+_OTHER_TYPES = (
     GGMLQuantizationType.Q5_1,
     GGMLQuantizationType.Q2_K,
     GGMLQuantizationType.Q3_K,
@@ -35,7 +49,24 @@ _OTHER_TYPES = (
     GGMLQuantizationType.Q6_K,
     GGMLQuantizationType.TQ1_0,
     GGMLQuantizationType.TQ2_0,
+    GGMLQuantizationType.IQ1_S,
+    GGMLQuantizationType.IQ1_M,
+    GGMLQuantizationType.IQ2_XXS,
+    GGMLQuantizationType.IQ2_XS,
+    GGMLQuantizationType.IQ2_S,
+    GGMLQuantizationType.IQ3_XXS,
+    GGMLQuantizationType.IQ3_S,
+    GGMLQuantizationType.IQ4_XS,
 )
+_RUNS_AS = "int8:g32"
+
+_ROUNDING = (
+    "rounding them to eight bits in groups of 32 moves them by 0.5 % (RMS); --quant none makes floats of them"
+)
+
+# The sixteen values of IQ4_NL, and twice those of MXFP4's E2M1 (https://arxiv.org/abs/2310.10537), by code.
+_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _SUPPORTED_TYPES = (*_FLOAT_TYPES, *_GRID_TYPES, *_OTHER_TYPES)
 
 _GLOBAL_NAMES = {
@@ -70,12 +101,55 @@ class GGUFCheckpoint:
         for gguf_name in self._gguf_names.values():
             _check_type(self._file, self._file.tensors[gguf_name])
         self._file.forget_metadata()
+        self._log_rounded()
 
     def names(self) -> set[str]:
         return set(self._gguf_names)
 
     def other_names(self) -> set[str]:
         return set()
+
+    def auto_schemes(self, modules: Iterable[str]) -> dict[str, SchemeSpec]:
+        """What `--quant auto` makes of some modules: eight bits in groups of 32 of what is quantized here, floats of
+        the rest. Modules that share a product, of which one is of floats, are floats.
+        """
+        schemes = {
+            module: parse_scheme_spec("none" if self._is_float(module) else _RUNS_AS)
+            for module in modules
+            if f"{module}.weight" in self._gguf_names
+        }
+        for layer in range(self.config["num_hidden_layers"]):
+            for role in ROLES:
+                shared = [module for module in role.modules(f"model.layers.{layer}") if module in schemes]
+                if len({schemes[module] for module in shared}) > 1:
+                    schemes |= dict.fromkeys(shared, parse_scheme_spec("none"))
+        if self.config["tie_word_embeddings"] and EMBEDDING in schemes:
+            schemes[LM_HEAD] = schemes[EMBEDDING]
+        if any(words.kind != "none" for words in schemes.values()):
+            # A table of eight bits has one form, which the default stands for.
+            return {
+                name: words for name, words in schemes.items() if name != EMBEDDING or words.kind == "none"
+            }
+        return {}
+
+    def _is_float(self, module: str) -> bool:
+        return self._file.tensors[self._gguf_names[f"{module}.weight"]].tensor_type in _FLOAT_TYPES
+
+    def _log_rounded(self) -> None:
+        """Says which types `--quant auto` does not keep to the bit."""
+        kinds = Counter(
+            tensor.tensor_type.name
+            for tensor in self._file.tensors.values()
+            if len(tensor.shape) > 1 and tensor.tensor_type not in (*_FLOAT_TYPES, *_EXACT_TYPES)
+        )
+        if kinds:
+            logger.info(
+                "%s: without --quant, matrices of %s run as %s: %s",
+                self.path,
+                ", ".join(f"{name} ({count})" for name, count in sorted(kinds.items())),
+                _RUNS_AS,
+                _ROUNDING,
+            )
 
     def tensor(self, name: str, part: Slices = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
         gguf_name = self._gguf_names.get(name)
@@ -182,13 +256,8 @@ def _decode(kind: GGMLQuantizationType, data: np.ndarray[Any, np.dtype[Any]]) ->
         return torch.from_numpy(np.array(data))
     if kind == GGMLQuantizationType.BF16:
         return torch.from_numpy(np.array(data)).view(torch.bfloat16)
-    if data.ndim == 2:
-        if kind == GGMLQuantizationType.Q8_0:
-            return _decode_q8_0(data)
-        if kind == GGMLQuantizationType.Q4_0:
-            return _decode_q4_0(data)
-        if kind == GGMLQuantizationType.Q4_1:
-            return _decode_q4_1(data)
+    if data.ndim == 2 and kind in _DECODERS:
+        return _DECODERS[kind](data)
     return torch.from_numpy(dequantize(np.ascontiguousarray(data), kind))
 
 
@@ -210,6 +279,38 @@ def _decode_q4_1(data: np.ndarray[Any, np.dtype[np.uint8]]) -> GridWeight:
         minimum=torch.from_numpy(minimum),
         group_size=_BLOCK_SIZE,
     )
+
+
+def _decode_q5_0(data: np.ndarray[Any, np.dtype[np.uint8]]) -> GridWeight:
+    """Blocks of fp16 scale, 32 fifth bits and 16 bytes as in Q4_1: w = scale * (code - 16)."""
+    rows = data.shape[0]
+    blocks = data.reshape(rows, -1, 6 + _BLOCK_SIZE // 2)
+    fifth = np.unpackbits(_copy(blocks[..., 2:6]), axis=-1, bitorder="little").reshape(rows, -1)
+    codes = _unpack_nibbles(blocks[..., 6:]).numpy() | fifth << 4
+    return _signed(codes.astype(np.int8) - 16, _halves(blocks[..., :2]))
+
+
+def _decode_iq4_nl(data: np.ndarray[Any, np.dtype[np.uint8]]) -> GridWeight:
+    """Blocks as Q4_0's; a code says which of sixteen values: w = scale * value."""
+    blocks = data.reshape(data.shape[0], -1, 2 + _BLOCK_SIZE // 2)
+    values = np.array(_IQ4_VALUES, np.int8)[_unpack_nibbles(blocks[..., 2:]).numpy()]
+    return _signed(values, _halves(blocks[..., :2]))
+
+
+def _decode_mxfp4(data: np.ndarray[Any, np.dtype[np.uint8]]) -> GridWeight:
+    """Blocks of an exponent and 16 bytes of E2M1 codes: w = 2^(exponent - 128) * twice the value."""
+    blocks = data.reshape(data.shape[0], -1, 1 + _BLOCK_SIZE // 2)
+    values = np.array(_E2M1_TWICE, np.int8)[_unpack_nibbles(blocks[..., 1:]).numpy()]
+    return _signed(values, torch.from_numpy(np.exp2(blocks[..., 0].astype(np.float32) - 128)))
+
+
+def _signed(codes: np.ndarray[Any, np.dtype[np.int8]], scale: torch.Tensor) -> GridWeight:
+    return GridWeight(torch.from_numpy(np.ascontiguousarray(codes)), scale, None, _BLOCK_SIZE)
+
+
+def _halves(data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
+    """[N, blocks, 2] bytes → [N, blocks] fp16."""
+    return torch.from_numpy(_copy(data).view(np.float16)[..., 0])
 
 
 def _copy(data: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -236,3 +337,14 @@ def _decode_q8_0(data: np.ndarray[Any, np.dtype[np.uint8]]) -> GridWeight:
         minimum=None,
         group_size=_BLOCK_SIZE,
     )
+
+
+_DECODERS: dict[GGMLQuantizationType, Callable[[np.ndarray[Any, np.dtype[np.uint8]]], GridWeight]] = {
+    GGMLQuantizationType.Q8_0: _decode_q8_0,
+    GGMLQuantizationType.Q4_0: _decode_q4_0,
+    GGMLQuantizationType.Q4_1: _decode_q4_1,
+    GGMLQuantizationType.Q5_0: _decode_q5_0,
+    GGMLQuantizationType.IQ4_NL: _decode_iq4_nl,
+    GGMLQuantizationType.MXFP4: _decode_mxfp4,
+}
+"""By type, what makes a grid of rows of blocks."""

@@ -19,6 +19,7 @@ from gguf import (
 )
 
 from engine.errors import CheckpointError
+from engine.loading.file_kinds import PART_NAME, check_regular, part_number
 
 _LENGTH = struct.Struct("<Q")
 
@@ -114,33 +115,61 @@ class _Reader(GGUFReader):  # type: ignore[misc, unused-ignore]
             )
 
 
+def _open(path: Path) -> _Reader:
+    check_regular(path)
+    try:
+        return _Reader(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    except (ValueError, KeyError, IndexError, OverflowError, TypeError, MemoryError, struct.error) as error:
+        raise CheckpointError(f"{path}: not a valid GGUF file ({error}); download it again") from error
+
+
+def _other_parts(path: Path, number: int, count: int) -> list[Path]:
+    """The files of a model's other parts, beside that of the first.
+
+    Raises:
+        CheckpointError: It is not the first, or one is missing.
+    """
+    first = PART_NAME.sub(f"-00001-of-{count:05}.gguf", path.name)
+    if number != 0 or part_number(path) is None:
+        raise CheckpointError(f"{path}: part {number + 1} of {count}; the first, {first}, opens all of them")
+    parts = [
+        path.with_name(PART_NAME.sub(f"-{index:05}-of-{count:05}.gguf", path.name))
+        for index in range(2, count + 1)
+    ]
+    missing = [part.name for part in parts if not part.exists()]
+    if missing:
+        raise CheckpointError(f"{path}: {missing[0]} is missing ({len(missing)} of its {count} parts are)")
+    return parts
+
+
 class GGUFFile:
-    """An open GGUF file; tensor data is memory-mapped.
+    """An open GGUF file, with all parts of a model; tensor data is memory-mapped.
 
     Attributes:
         architecture: `general.architecture`, the prefix of the model's own keys.
         tensors: The tensors by their GGUF names, as stored.
 
     Raises:
-        CheckpointError: The file is not GGUF, damaged, or one part of several.
+        CheckpointError: The file is not GGUF, damaged, big-endian, or not the first part of several.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            reader = _Reader(path)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
-        except (ValueError, KeyError, IndexError, struct.error) as error:
-            raise CheckpointError(f"{path}: not a valid GGUF file ({error}); download it again") from error
+        reader = _open(path)
         self._fields: dict[str, ReaderField] = reader.fields
         self._values: dict[str, Any] = {}
         self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
-        self.architecture: str = self["general.architecture"]
-        if self.get("split.count", 0) > 1:
+        if reader.byte_order != "I":
             raise CheckpointError(
-                f"{path}: one of {self.get('split.count')} parts; join them with `llama-gguf-split --merge`"
+                f"{path}: numbers are big-endian, for machines that are; convert it with gguf-convert-endian"
             )
+        num_parts = self.get("split.count", 0)
+        if num_parts > 1:
+            for part in _other_parts(path, self.get("split.no", 0), num_parts):
+                self.tensors |= {tensor.name: tensor for tensor in _open(part).tensors}
+        self.architecture: str = self["general.architecture"]
 
     def forget_metadata(self) -> None:
         """Lets go of all keys, and of the vocabulary with them."""
