@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,14 @@ from engine.errors import CheckpointError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+# Of each type, the numbers that it needs; and those that YaRN may have.
+_ROPE_NUMBERS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+_OPTIONAL_ROPE_NUMBERS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 # What transformers' configurations assume of a key that is left out, where published files do leave it out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -99,8 +109,10 @@ class ModelConfig:
             raise CheckpointError(
                 f"config.json: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
             )
+        config = {**_DEFAULTS.get(family, {}), **config}
+        _check_values(config)
         try:
-            return cls._from_known_family(family, {**_DEFAULTS.get(family, {}), **config})
+            return cls._from_known_family(family, config)
         except KeyError as error:
             raise CheckpointError(f"config.json: key {error} is missing for model_type {family!r}") from error
 
@@ -109,6 +121,13 @@ class ModelConfig:
         num_layers, num_heads = config["num_hidden_layers"], config["num_attention_heads"]
         hidden_size = config["hidden_size"]
         head_dim = config.get("head_dim") or hidden_size // num_heads
+        num_kv_heads = config.get("num_key_value_heads") or num_heads
+        if num_heads % num_kv_heads:
+            raise CheckpointError(
+                f"config.json: num_key_value_heads: expected a divisor of {num_heads} heads, found {num_kv_heads}"
+            )
+        if head_dim < 2 or head_dim % 2:
+            raise CheckpointError(f"config.json: head_dim: expected an even number, found {head_dim}")
         is_gemma = family == "gemma3_text"
         layer_types = _layer_types(family, config)
         windows = tuple(
@@ -125,9 +144,9 @@ class ModelConfig:
             intermediate_size=config["intermediate_size"],
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            norm_epsilon=config["rms_norm_eps"],
+            norm_epsilon=float(config["rms_norm_eps"]),
             max_position_embeddings=config["max_position_embeddings"],
             sliding_windows=windows,
             ropes=tuple(_rope(config, kind) for kind in layer_types),
@@ -145,11 +164,74 @@ class ModelConfig:
         )
 
 
+def _is_count(value: Any, most: int = 2**31) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or type(value) is bool
+
+
+def _is_object(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern")
+_MAX_LAYERS = 10_000
+
+# By key: what it must be, if it is there, and how that is called.
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_SIZES, (_is_count, "a positive integer")),
+    **dict.fromkeys(
+        _OPTIONAL_SIZES, (lambda value: value is None or _is_count(value), "a positive integer or null")
+    ),
+    "num_hidden_layers": (lambda value: _is_count(value, _MAX_LAYERS), f"an integer of 1 to {_MAX_LAYERS}"),
+    "max_window_layers": (lambda value: type(value) is int and value >= 0, "an integer of 0 or more"),
+    **dict.fromkeys(
+        ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"),
+        (_is_number, "a positive number"),
+    ),
+    **dict.fromkeys(
+        ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"),
+        (_is_flag, "true or false"),
+    ),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (_is_object, "an object or null")),
+    **dict.fromkeys(
+        ("hidden_act", "hidden_activation"), (lambda value: isinstance(value, str | None), "a name")
+    ),
+}
+
+
+def _check_values(config: dict[str, Any]) -> None:
+    """
+    Raises:
+        CheckpointError: A value is of another type, or out of range.
+    """
+    for key, (is_expected, words) in _EXPECTED.items():
+        if key in config and not is_expected(config[key]):
+            raise CheckpointError(f"config.json: {key}: expected {words}, found {config[key]!r}")
+
+
 def _layer_types(family: str, config: dict[str, Any]) -> list[str]:
     """ "full_attention" or "sliding_attention" for each layer."""
     num_layers = config["num_hidden_layers"]
     if config.get("layer_types"):
-        return list(config["layer_types"])
+        layer_types = config["layer_types"]
+        known = ("full_attention", "sliding_attention")
+        is_list = isinstance(layer_types, list) and len(layer_types) == num_layers
+        if not is_list or any(kind not in known for kind in layer_types):
+            raise CheckpointError(
+                f"config.json: layer_types: expected {' or '.join(known)} for each of {num_layers} layers, "
+                f"found {layer_types!r}"
+            )
+        if "sliding_attention" in layer_types and config.get("sliding_window") is None:
+            raise CheckpointError("config.json: sliding_window: expected a positive integer, found none")
+        return list(layer_types)
     window = config.get("sliding_window")
     if family == "gemma3_text":
         pattern = config.get("sliding_window_pattern", 6)
@@ -165,7 +247,7 @@ def _layer_types(family: str, config: dict[str, Any]) -> list[str]:
 def _rope(config: dict[str, Any], layer_type: str) -> RopeConfig:
     """The rotary embedding of a layer type, from `rope_parameters` (transformers 5) or the older keys."""
     parameters = config.get("rope_parameters") or {}
-    if layer_type in parameters:
+    if isinstance(parameters.get(layer_type), dict):
         parameters = parameters[layer_type]
     if "rope_theta" in parameters:
         theta, scaling = parameters["rope_theta"], dict(parameters)
@@ -173,6 +255,8 @@ def _rope(config: dict[str, Any], layer_type: str) -> RopeConfig:
         theta, scaling = config["rope_local_base_freq"], {}
     else:
         theta, scaling = config.get("rope_theta", 10000.0), dict(config.get("rope_scaling") or {})
+    if not _is_number(theta):
+        raise CheckpointError(f"config.json: rope_theta: expected a positive number, found {theta!r}")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise CheckpointError(
@@ -184,6 +268,14 @@ def _rope(config: dict[str, Any], layer_type: str) -> RopeConfig:
         return RopeConfig(float(theta))
     scaling["rope_type"] = kind
     scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    for key in _ROPE_NUMBERS[kind]:
+        if not _is_number(scaling.get(key)):
+            raise CheckpointError(
+                f"config.json: {key} of rope type {kind!r}: expected a positive number, found {scaling.get(key)!r}"
+            )
+    for key in _OPTIONAL_ROPE_NUMBERS:
+        if scaling.get(key) is not None and not _is_number(scaling[key]):
+            raise CheckpointError(f"config.json: {key}: expected a positive number, found {scaling[key]!r}")
     numbers = {
         key: value
         for key, value in scaling.items()

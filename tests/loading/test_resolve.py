@@ -117,7 +117,7 @@ def test_damaged_parts_are_refused_and_leave_nothing(parts: dict[str, str], tmp_
 
 def test_a_cache_that_cannot_be_written(parts: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, not a directory")
-    assert "XDG_CACHE_HOME" in finish(start(RESOLVE_PARTS, "0" * 64, **parts))
+    assert "--cache-dir" in finish(start(RESOLVE_PARTS, "0" * 64, **parts))
 
 
 def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def weight_format(path: Path, config: dict[str, Any]) -> WeightFormat | None:
         method = "bitsandbytes"
     if method is None and settings.values.get("quant_algo"):
         method = "modelopt"
-    if method not in _FORMATS:
+    if not isinstance(method, str) or method not in _FORMATS:
         supported = ", ".join(_FORMATS)
         raise CheckpointError(f"{file}: weights quantized with {method!r} are not supported; {supported} are")
     return _FORMATS[method](settings)
