@@ -63,7 +63,7 @@ class StepThread:
         try:
             with self._lock:
                 self._arrived.append(call)
-                if self._thread is None:
+                if self._thread is None or not self._thread.is_alive():
                     self._thread = threading.Thread(target=self._run, name="engine steps")
                     self._thread.start()
             while not call.done.wait(POLL_SECONDS):
@@ -97,11 +97,13 @@ class StepThread:
                     self._step(open_calls)
             except BaseException as error:
                 # Nobody knows how far the step came: what was open ends with it, and the next call finds nothing.
-                self._core.reset()
-                for call in {id(call): call for call in [*open_calls.values(), *arrived]}.values():
-                    call.error = error
-                    call.done.set()
-                open_calls.clear()
+                try:
+                    self._core.reset()
+                finally:
+                    for call in {id(call): call for call in [*open_calls.values(), *arrived]}.values():
+                        call.error = error
+                        call.done.set()
+                    open_calls.clear()
 
     def _step(self, open_calls: dict[str, Call]) -> None:
         for output in self._core.step():

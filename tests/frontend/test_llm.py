@@ -216,20 +216,28 @@ def tokens(llm: LLM, prompt: Any, params: SamplingParams = SHORT) -> list[list[i
     return [result.outputs[0].token_ids for result in llm.generate(prompt, params, use_tqdm=False)]
 
 
-def generate_until_interrupted(llm: LLM, seconds: float) -> None:
-    threading.Timer(seconds, _thread.interrupt_main).start()
-    while True:
-        llm.generate(["abc"] * 8, LONG, use_tqdm=False)
+def is_interrupted(llm: LLM, seconds: float) -> bool:
+    """Whether a Ctrl-C after so long ends a call: Python drops one that comes amid an object's end, of a bar's say."""
+    timer = threading.Timer(seconds, _thread.interrupt_main)
+    try:
+        timer.start()
+        while timer.is_alive():
+            llm.generate(["abc"] * 8, LONG, use_tqdm=False)
+        llm.generate("abc", SHORT, use_tqdm=False)
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_an_interrupted_call_leaves_the_llm_whole(tmp_path: Path, overlap: bool) -> None:
     llm = tiny_llm(tmp_path, overlap=overlap)
     expected = tokens(llm, "abc")
-    for seconds in (0.0, 0.01, 0.05, 0.2):
-        with pytest.raises(KeyboardInterrupt):
-            generate_until_interrupted(llm, seconds)
+    num_interrupted = 0
+    for seconds in (0.001, 0.01, 0.02, 0.05, 0.2):
+        num_interrupted += is_interrupted(llm, seconds)
         assert tokens(llm, "abc") == expected
+    assert num_interrupted > 0
     assert not llm.core.has_work
 
 

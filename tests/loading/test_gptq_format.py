@@ -314,3 +314,40 @@ def test_damaged_tensors_are_named(tmp_path: Path, part: str, change: Any, words
     assert_refused(
         lambda: read_module(tmp_path, parts, settings()), f"{MODULE}.{part}", str(tmp_path), *words
     )
+
+
+def auto_round(**changes: Any) -> dict[str, Any]:
+    packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+    return {**packing, "bits": 4, "group_size": 16, "sym": True, **changes}
+
+
+def test_auto_round_packs_as_gptq_does(tmp_path: Path) -> None:
+    codes, zeros = random_codes(ROWS, COLUMNS, 4, seed=1), [[8] * 4 for _ in range(ROWS)]
+    scales = random_scales(ROWS, 4)
+    weight = read_module(tmp_path, store(codes, zeros, scales, 4), auto_round())
+    assert isinstance(weight, GridWeight)
+    assert torch.equal(weight.dequantize().double(), expected_weight(codes, zeros, scales, lambda k: k // 16))
+
+
+def test_auto_round_modules_of_their_own(tmp_path: Path) -> None:
+    codes, zeros = random_codes(ROWS, COLUMNS, 8, seed=1), [[128] * 2 for _ in range(ROWS)]
+    scales = random_scales(ROWS, 2)
+    extra = {MODULE: {"bits": 8, "group_size": 32}, "lm_head": {"bits": 16}}
+    parts = {f"{MODULE}.{part}": tensor for part, tensor in store(codes, zeros, scales, 8).items()}
+    checkpoint = write_directory(
+        tmp_path, {**parts, "lm_head.weight": torch.ones(4, 4)}, auto_round(extra_config=extra)
+    )
+    weight = to_float(checkpoint.tensor(f"{MODULE}.weight"))
+    assert torch.equal(weight.double(), expected_weight(codes, zeros, scales, lambda k: k // 32))
+    found = {name: str(words) for name, words in checkpoint.auto_schemes([MODULE, "lm_head"]).items()}
+    assert found == {MODULE: "int8:g32"}
+
+
+def test_auto_rounds_other_packings_are_refused(tmp_path: Path) -> None:
+    tensors = {"model.norm.weight": torch.ones(2)}
+    for packing in ("auto_round:auto_awq", "auto_round:exllamav2", None):
+        assert_refused(
+            lambda packing=packing: write_directory(tmp_path, tensors, auto_round(packing_format=packing)),
+            "packing_format",
+            "auto_round:auto_gptq",
+        )

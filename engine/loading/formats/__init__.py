@@ -15,7 +15,7 @@ from engine.loading.formats.awq import open_awq
 from engine.loading.formats.bitsandbytes import open_bitsandbytes
 from engine.loading.formats.compressed_tensors import CompressedTensors, open_compressed_tensors
 from engine.loading.formats.float8 import Float8, open_float8, open_model_opt
-from engine.loading.formats.gptq import open_gptq
+from engine.loading.formats.gptq import open_auto_round, open_gptq
 from engine.loading.formats.own import QUANT_METHOD, open_own_format
 from engine.loading.formats.stored import Settings, StoredModule
 from engine.loading.json_file import read_json
@@ -57,6 +57,7 @@ class WeightFormat(Protocol):
 
 
 _FORMATS: dict[str, Callable[[Settings], WeightFormat]] = {
+    "auto-round": open_auto_round,
     "awq": open_awq,
     "bitsandbytes": open_bitsandbytes,
     "compressed-tensors": open_compressed_tensors,

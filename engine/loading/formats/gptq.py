@@ -34,6 +34,8 @@ from engine.quant.weight import Weight
 from engine.quant_spec import EMBEDDING, LM_HEAD
 
 _BITS = (4, 8)
+_FLOAT_BITS = 16
+_AUTO_ROUND_PACKINGS = ("auto_round:auto_gptq", "auto_round:gptq", "auto_gptq", "gptq")
 
 # A one in each element of a word.
 _ONES = {4: 0x11111111, 8: 0x01010101}
@@ -151,6 +153,27 @@ def open_gptq(settings: Settings) -> GPTQ:
         _read_quantized(settings),
         settings.choice("lm_head", (True, False), False),
     )
+
+
+def open_auto_round(settings: Settings) -> GPTQ:
+    """The format of AutoRound (https://arxiv.org/abs/2309.05516) where it packs as AutoGPTQ does.
+
+    Raises:
+        CheckpointError: It packs in another way, or a setting is not supported.
+    """
+    settings.choice("packing_format", _AUTO_ROUND_PACKINGS)
+    numbers = _read_numbers(settings, None)
+    exceptions: list[tuple[re.Pattern[str], Numbers | None]] = []
+    changed = settings.object("extra_config")
+    for name in changed.values:
+        module = changed.object(name)
+        bits = module.values.get("bits")
+        is_float = type(bits) is int and bits >= _FLOAT_BITS
+        exceptions.append(
+            (re.compile(re.escape(name) + "$"), None if is_float else _read_numbers(module, numbers))
+        )
+    has_head = any(pattern.match(LM_HEAD) and one is not None for pattern, one in exceptions)
+    return GPTQ(numbers, True, tuple(exceptions), (), (), has_head)
 
 
 def _read_numbers(settings: Settings, default: Numbers | None) -> Numbers:
