@@ -217,7 +217,7 @@ def tokens(llm: LLM, prompt: Any, params: SamplingParams = SHORT) -> list[list[i
 
 
 def is_interrupted(llm: LLM, seconds: float) -> bool:
-    """Whether a Ctrl-C after so long ends a call: Python drops one that comes amid an object's end, of a bar's say."""
+    """Whether a Ctrl-C after so long ends a call: Python drops one that comes amid the end of an object."""
     timer = threading.Timer(seconds, _thread.interrupt_main)
     try:
         timer.start()
