@@ -95,7 +95,7 @@ def load_weights(
     directory = (cache_dir or cache_directory()) / "weights"
     path = directory / f"{checkpoint_key(checkpoint)}-{name}-v{CACHE_FORMAT}.safetensors"
     # What one rank parses, all do: they quantize some weights together.
-    found = None if device.type != "cpu" and not path.exists() else _read(path, model, device)
+    found = _read(path, model)
     is_missing = torch.tensor([found is None], dtype=torch.int32, device=device)
     if model.group.largest(is_missing):
         names = tqdm(
@@ -109,20 +109,16 @@ def load_weights(
 
             model.load(read)
         # The mapped file then backs the weights, and what parsing allocated is released.
-        found = _read(path, model, device) if _save(model.state_dict(), path) else None
-    if found is not None:
-        model.load_state_dict(found, assign=True)
-    elif device.type != "cpu":
-        model.load_state_dict(
-            {name: tensor.to(device) for name, tensor in model.state_dict().items()}, assign=True
-        )
+        found = _read(path, model) if _save(model.state_dict(), path) else None
+    tensors = model.state_dict() if found is None else found
+    model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
     model.bind()
     if device.type == "cpu" and found is not None:
         _release(path)
 
 
-def _read(path: Path, model: Decoder, device: torch.device) -> dict[str, torch.Tensor] | None:
-    """What an earlier start left there of the model, if that is all of it, and is what was written.
+def _read(path: Path, model: Decoder) -> dict[str, torch.Tensor] | None:
+    """What an earlier start left there of the model, mapped, if that is all of it, and is what was written.
 
     Whatever is wrong with the file (it was cut off, overwritten, or another version wrote it), the weights are parsed
     anew.
@@ -130,7 +126,7 @@ def _read(path: Path, model: Decoder, device: torch.device) -> dict[str, torch.T
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
             checksums = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -185,7 +185,7 @@ def test_context_shrinks_to_the_cache(capfd: pytest.CaptureFixture[str]) -> None
         ({"quant": "int4,model.embed_tokens=int4"}, "a table is none or int8"),
         ({"kv_cache_memory": "lots"}, "write it like 512MiB"),
         ({"kv_cache_memory": "1KiB"}, "two blocks"),
-        ({"kv_cache_memory": "900GiB"}, "do not fit"),
+        ({"quant": "none", "kv_cache_memory": "900GiB"}, "do not fit"),
         ({"max_model_len": 9999}, "exceeds the model's context of 8192"),
         ({"max_num_batched_tokens": 8, "max_num_seqs": 9}, "max_num_seqs"),
         ({"block_size": 0}, "block_size"),
