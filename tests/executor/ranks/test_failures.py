@@ -58,7 +58,7 @@ PREFIX = list(range(1000, 1050))
 
 PROMPTS = [PREFIX + [2000 + index] * (5 + 9 * index) for index in range(7)]
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-LONG = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=130, temperature=0, ignore_eos=True)
 
 
 def requests() -> list[Request]:
