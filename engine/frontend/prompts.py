@@ -35,8 +35,9 @@ def read_prompts(prompts: Any) -> list[Prompt]:
 
 def _read_prompt(prompt: Any) -> Prompt:
     if isinstance(prompt, Mapping):
-        keys = prompt.keys() & {"prompt", "prompt_token_ids"}
-        if not keys:
+        keys = set(prompt)
+        # What a key that is not known here asks for would be left out without a word.
+        if not keys or not keys <= {"prompt", "prompt_token_ids"}:
             found = sorted(map(str, prompt))
             raise RequestError(f"prompts: expected {_WANTED}, found a dictionary of {found}", "prompt")
         # Token ids say more than the text they came from.

@@ -72,8 +72,12 @@ def _optional_part(name: str, config: dict[str, Any]) -> str | None:
         if words.search(start):
             return part
     layer = _LAYER.match(name)
-    predicted = config.get(_PREDICTION_LAYERS) or 0
-    if layer is not None and 0 <= int(layer[1]) - config["num_hidden_layers"] < predicted:
+    predicted = config.get(_PREDICTION_LAYERS)
+    if (
+        layer is not None
+        and type(predicted) is int
+        and 0 <= int(layer[1]) - config["num_hidden_layers"] < predicted
+    ):
         return "multi-token prediction"
     return None
 

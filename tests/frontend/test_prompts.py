@@ -53,6 +53,8 @@ def test_forms(given: Any, expected: Any) -> None:
         (torch.tensor([0.5]), "found 0.5"),
         ([[True]], "found True"),
         ({"text": "abc"}, "a dictionary of ['text']"),
+        ({"prompt": "abc", "multi_modal_data": 1}, "['multi_modal_data', 'prompt']"),
+        ({}, "a dictionary of []"),
     ],
 )
 def test_others_are_refused_by_name(given: Any, words: str) -> None:

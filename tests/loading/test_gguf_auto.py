@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -95,8 +94,10 @@ def test_a_table_and_the_head_that_is_tied_to_it(kind: Type, tmp_path: Path) -> 
 
 
 def test_what_is_rounded_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        open_checkpoint(write(tmp_path, Type.Q8_0, {"ffn_down": Type.Q4_1, "attn_v": Type.Q5_1}))
+    path = write(tmp_path, Type.Q8_0, {"ffn_down": Type.Q4_1, "attn_v": Type.Q5_1})
+    runner_of(path, "none")
+    assert not caplog.records
+    runner_of(path)
     assert "matrices of Q4_1 (3), Q5_1 (3) run as int8:g32" in caplog.text
 
 

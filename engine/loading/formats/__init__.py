@@ -68,10 +68,10 @@ _FORMATS: dict[str, Callable[[Settings], WeightFormat]] = {
     QUANT_METHOD: open_own_format,
 }
 
-# The second is what compressed-tensors' first releases wrote.
-# ModelOpt's own file; since 0.30 config.json says the same.
+# ModelOpt's own file; its later releases say the same in config.json.
 _MODEL_OPT_FILE = "hf_quant_config.json"
 
+# The second is what compressed-tensors' first releases wrote.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 

@@ -101,7 +101,6 @@ class GGUFCheckpoint:
         for gguf_name in self._gguf_names.values():
             _check_type(self._file, self._file.tensors[gguf_name])
         self._file.forget_metadata()
-        self._log_rounded()
 
     def names(self) -> set[str]:
         return set(self._gguf_names)
@@ -125,6 +124,7 @@ class GGUFCheckpoint:
                     schemes |= dict.fromkeys(shared, parse_scheme_spec("none"))
         if self.config["tie_word_embeddings"] and EMBEDDING in schemes:
             schemes[LM_HEAD] = schemes[EMBEDDING]
+        self._log_rounded()
         if any(words.kind != "none" for words in schemes.values()):
             # A table of eight bits has one form, which the default stands for.
             return {
@@ -143,7 +143,7 @@ class GGUFCheckpoint:
             if len(tensor.shape) > 1 and tensor.tensor_type not in (*_FLOAT_TYPES, *_EXACT_TYPES)
         )
         if kinds:
-            logger.info(
+            logger.warning(
                 "%s: without --quant, matrices of %s run as %s: %s",
                 self.path,
                 ", ".join(f"{name} ({count})" for name, count in sorted(kinds.items())),
