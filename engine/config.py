@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from engine.errors import ConfigError
-from engine.quant_spec import KINDS, QuantSpec, parse_quant_spec
+from engine.quant_spec import CHOICES, QuantSpec, parse_quant_spec
 
 DataType = Literal["auto", "float32", "bfloat16", "float16"]
 CacheType = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "fp8_e4m3"]
@@ -49,7 +49,7 @@ class EngineConfig:
     model: str = _option("llama", "alias (llama, gemma), directory, .gguf file or Hugging Face repository id")
     quant: str = _option(
         "auto",
-        f"how weights are stored and multiplied: {', '.join(KINDS)}, with words (int4:g128, int8:g32) "
+        f"how weights are stored and multiplied: {', '.join(CHOICES)}, with words (int4:g128, int8:g32) "
         "and other schemes for some modules (int4,*.down_proj=int8); auto: as the checkpoint's are if quantized, "
         "else none",
     )

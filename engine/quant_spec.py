@@ -49,6 +49,7 @@ class SchemeGrammar:
         words: What else may follow, of which one is kept.
         is_for_head: Whether lm_head gets it without being named; else lm_head keeps eight bits.
         is_exact: Whether int8 activations are multiplied with it, in sums that are exact on every device.
+        is_block_type: Whether it is a type of GGUF's, which keeps weights that are of that type already.
     """
 
     help: tuple[tuple[str, str], ...]
@@ -57,6 +58,7 @@ class SchemeGrammar:
     words: tuple[str, ...] = ()
     is_for_head: bool = False
     is_exact: bool = False
+    is_block_type: bool = False
 
     def has_group(self, size: int) -> bool:
         """Whether so many elements along K may share a scale; more than 128 occur in others' checkpoints."""
@@ -99,8 +101,26 @@ KINDS: dict[str, SchemeGrammar] = {
             ),
         ),
     ),
+    **{
+        kind: SchemeGrammar(help=(), is_for_head=True, is_block_type=True)
+        for kind in (
+            "q4_0",
+            "q4_1",
+            "q4_k",
+            "q5_0",
+            "q5_1",
+            "q5_k",
+            "q6_k",
+            "iq4_nl",
+            "iq4_xs",
+            "mxfp4",
+        )
+    },
 }
 """The kinds of schemes as they are written; their arithmetic is registered in `engine.quant.plan.SCHEMES`."""
+
+CHOICES = tuple(kind for kind, grammar in KINDS.items() if not grammar.is_block_type)
+"""What any weights can be made of; the others are what `--quant auto` makes of a GGUF file's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +144,14 @@ class SchemeSpec:
         """What is stored, without what is said of activations: "int4:g64"."""
         has_size = self.group_size or 0 in KINDS[self.kind].groups
         return f"{self.kind}:g{self.group_size}" if has_size else self.kind
+
+    @property
+    def stacks(self) -> bool:
+        """Whether its product can be one with others that are stored in another way."""
+        if KINDS[self.kind].is_block_type:
+            return True
+        is_grouped = self.kind == "int8" and self.group_size > 0 and not self.is_weight_only
+        return is_grouped and self.activations == "default"
 
     def __str__(self) -> str:
         terms = "" if self.activations == "default" else f":{self.activations}"
@@ -153,20 +181,20 @@ class QuantSpec:
             return SchemeSpec("int8")
         return self.default
 
-    def of_product(self, modules: Sequence[str]) -> SchemeSpec:
-        """What modules get that share one product, like q_proj, k_proj and v_proj of a layer.
+    def of_product(self, modules: Sequence[str]) -> list[SchemeSpec]:
+        """What each of some modules gets that share one product, like q_proj, k_proj and v_proj of a layer.
 
         Raises:
-            ConfigError: They do not get the same.
+            ConfigError: They get what cannot be one product.
         """
         found = {module: self.of(module) for module in modules}
-        if len(set(found.values())) > 1:
+        if len(set(found.values())) > 1 and not all(words.stacks for words in found.values()):
             listed = ", ".join(f"{module} {words}" for module, words in found.items())
             raise ConfigError(
                 f"quant: {listed}: they are multiplied as one matrix; give them the same scheme, "
                 f"e.g. with the pattern {modules[0].rpartition('.')[0]}.*"
             )
-        return found[modules[0]]
+        return list(found.values())
 
     @staticmethod
     def covering(schemes: Mapping[str, SchemeSpec], modules: Iterable[str]) -> QuantSpec:
@@ -234,7 +262,7 @@ def parse_scheme_spec(text: str) -> SchemeSpec:
     """
     kind, *words = text.split(":")
     if kind not in KINDS:
-        raise ConfigError(f"quant: must be one of {', '.join(KINDS)}, got {kind!r}")
+        raise ConfigError(f"quant: must be one of {', '.join(CHOICES)}, got {kind!r}")
     grammar = KINDS[kind]
     groups, terms = [], []
     for word in words:

@@ -50,6 +50,7 @@ from engine.kernels.launch import (
     recording,
     tiles,
 )
+from engine.kernels.matmul.blocks import BlockMatmul
 from engine.kernels.matmul.codebook import SCALE_SIZE, CodebookMatmul
 from engine.kernels.matmul.group_sums import group_sums
 from engine.kernels.matmul.int4 import Int4Matmul
@@ -60,6 +61,7 @@ from engine.kernels.operands import Int8Format, SumsFormat
 from engine.kernels.quantize import quantize_per_token
 from engine.kernels.rotary import rotate_and_write
 from engine.kernels.sample import Adjustments, DrawParameters, adjust_logits, draw_tokens, logprobs_of
+from engine.quant.block_weight import BLOCK_TYPES
 from tests.conftest import COMPILED
 
 SAMPLE = ("sm_90", "gfx942")
@@ -445,6 +447,14 @@ def call_int4(shape: Shape, num_tokens: int) -> None:
                 )
 
 
+def call_blocks(shape: Shape, num_tokens: int) -> None:
+    for out_features, in_features in shape.products[1:]:
+        for block_type in BLOCK_TYPES.values():
+            if in_features % (block_type.block_size or 1) == 0:
+                weight = block_type.grouped(block_type.parts(out_features, in_features), in_features)
+                BlockMatmul(weight, None)(empty(num_tokens, in_features))
+
+
 def call_codebook(shape: Shape, num_tokens: int) -> None:
     for out_features, in_features in shape.products[1:]:
         x, codes = empty(num_tokens, in_features), empty(out_features, in_features // 2, dtype=torch.uint8)
@@ -524,6 +534,7 @@ def call_attention(operation: str, arch: str, shape: Shape, num_tokens: int) -> 
 
 OPERATIONS: dict[str, Operation] = {
     "activation": call_activation,
+    "block_matmul": call_blocks,
     "codebook_matmul": call_codebook,
     "embedding": call_embedding,
     "group_sums": call_group_sums,

@@ -74,11 +74,19 @@ def test_what_is_not_understood_is_refused_with_what_would_be(text: str, message
 
 
 def test_modules_of_one_product_need_one_scheme() -> None:
-    assert parse_quant_spec("int4").of_product(QKV) == SchemeSpec("int4", 32)
+    assert parse_quant_spec("int4").of_product(QKV) == [SchemeSpec("int4", 32)] * 3
     with pytest.raises(
         ConfigError, match=r"q_proj int8, .*k_proj int4:g32, .*v_proj int4:g32: .*self_attn\.\*"
     ):
         parse_quant_spec("int4,*.q_proj=int8").of_product(QKV)
+
+
+def test_products_in_groups_may_differ() -> None:
+    spec = parse_quant_spec("q4_k,*.v_proj=q6_k,*.k_proj=int8:g32")
+    assert [str(words) for words in spec.of_product(QKV)] == ["q4_k", "int8:g32", "q6_k"]
+    for other in ("int8", "int8:g32:token", "int8:g32:weight-only", "none", "int4"):
+        with pytest.raises(ConfigError, match="multiplied as one matrix"):
+            parse_quant_spec(f"q4_k,*.v_proj={other}").of_product(QKV)
 
 
 def test_a_pattern_that_names_no_module_is_refused() -> None:

@@ -37,9 +37,10 @@ from engine.models.shapes import tensor_shape
 from engine.parallel.group import TensorGroup
 from engine.parallel.pipeline import Pipeline
 from engine.parallel.shards import Shard
+from engine.quant.block_weight import BLOCK_TYPES
 from engine.quant.plan import SCHEMES, QuantizationPlan
 from engine.quant.weight import GridWeight, to_float
-from engine.quant_spec import KINDS, parse_quant_spec
+from engine.quant_spec import CHOICES, KINDS, parse_quant_spec
 from engine.tokenizer.files import byte_tokenizer
 from tests.helpers.gguf_file import write_gguf
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
@@ -197,7 +198,8 @@ def compress(model: Path, out: Path, *words: str) -> Checkpoint:
 
 def test_every_kind_that_can_be_said_has_an_implementation() -> None:
     assert list(KINDS) == list(SCHEMES)
-    assert [kind for kind, scheme in SCHEMES.items() if scheme.read is None] == ["none"]
+    assert [kind for kind in CHOICES if SCHEMES[kind].read is None] == ["none"]
+    assert [kind for kind in KINDS if kind not in CHOICES] == list(BLOCK_TYPES)
 
 
 def test_a_scheme_is_its_own_file_and_two_rows(tmp_path: Path) -> None:

@@ -16,15 +16,15 @@ from engine.errors import ConfigError, EngineError
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
 from engine.quant.plan import SCHEMES
-from engine.quant_spec import KINDS
+from engine.quant_spec import CHOICES, KINDS
 from engine.tokenizer.tokenizer import load_tokenizer
 
 _SCHEME = "int4"
-_KINDS = sorted(KINDS, key=lambda kind: (kind == "none", kind != _SCHEME))
+_KINDS = sorted(CHOICES, key=lambda kind: (kind == "none", kind != _SCHEME))
 """The default first, and what is no quantization last."""
 
 _SCHEME_LINES = "\n".join(f"  {form:<24} {stored}" for kind in _KINDS for form, stored in KINDS[kind].help)
-_ROUNDED = [kind for kind in KINDS if SCHEMES[kind].round is not None]
+_ROUNDED = [kind for kind in CHOICES if SCHEMES[kind].round is not None]
 """Those that steps which look for grids are not for, nor published formats."""
 
 _DETAILS = f"""\

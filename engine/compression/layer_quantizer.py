@@ -62,9 +62,9 @@ def quantize_layer(layer: CalibratedLayer, recipe: Recipe) -> QuantizedLayer:
     weights: dict[str, Weight] = {}
     errors: dict[str, float] = {}
     for role in ROLES:
-        words = recipe.quant_spec.of_product(layer.linears[role.name].sources)
         moment = layer.statistics[role.name].second_moment
         for module, weight in layer.weights(role.name).items():
+            words = recipe.quant_spec.of(module)
             if words.kind == "none":
                 weights[module] = weight.to(torch.float16)
             else:
@@ -143,7 +143,8 @@ def fold_scales(layer: CalibratedLayer, recipe: Recipe) -> dict[str, torch.Tenso
 
 def _fold_into_weights(layer: CalibratedLayer, roles: Sequence[Role], recipe: Recipe) -> torch.Tensor | None:
     """Multiplies a scale [K] into the weights of roles that have the same inputs; None if they get none."""
-    words = [recipe.quant_spec.of_product(layer.linears[role.name].sources) for role in roles]
+    sources = [source for role in roles for source in layer.linears[role.name].sources]
+    words = [recipe.quant_spec.of(source) for source in sources]
     weights = [weight for role in roles for weight in layer.weights(role.name).values()]
     statistics = layer.statistics[roles[0].name]
     kinds = {word.kind for word in words}

@@ -40,7 +40,7 @@ from engine.loading.weights import checkpoint_key
 from engine.models.config import ModelConfig
 from engine.models.modules import ROLES, module_names
 from engine.models.shapes import tensor_names, tensor_shape
-from engine.quant.weight import GridWeight, Weight, to_float
+from engine.quant.weight import CodebookWeight, GridWeight, Weight, to_float
 from engine.quant_spec import EMBEDDING, LM_HEAD, SchemeSpec
 
 RECORD = "quantization.json"
@@ -93,6 +93,7 @@ class Layout:
             words = self.recipe.quant_spec.of(module)
             parts = compressed_tensors(weight, words, self.recipe.is_symmetric)
         else:
+            assert isinstance(weight, GridWeight | CodebookWeight)
             parts = own_parts(weight)
         return {f"{module}.{part}": tensor for part, tensor in parts.items()}
 

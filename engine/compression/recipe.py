@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig
 from engine.models.modules import ROLES, module_names
-from engine.quant_spec import EMBEDDING, KINDS, LM_HEAD, QuantSpec, SchemeSpec, parse_quant_spec
+from engine.quant_spec import CHOICES, EMBEDDING, KINDS, LM_HEAD, QuantSpec, SchemeSpec, parse_quant_spec
 
 STAGES: tuple[tuple[str, ...], ...] = (
     ("hadamard",),
@@ -27,10 +27,10 @@ ALGORITHMS = tuple(step for stage in STAGES for step in stage)
 """Each step by itself is an algorithm, too."""
 
 _KINDS = {
-    "hadamard": tuple(KINDS),
+    "hadamard": CHOICES,
     "smoothquant": ("none", "int8"),
     "awq": ("int4",),
-    "rtn": tuple(KINDS),
+    "rtn": CHOICES,
     "percentile": ("int4", "int8"),
     "mse": ("int4", "int8"),
     "kl": ("int4", "int8"),
@@ -146,6 +146,11 @@ class Recipe:
                     f"scheme: {words}: how activations are quantized is said when serving (--quant); "
                     f"leave it out, or say {words.storage}:weight-only"
                 )
+        if of_files := sorted(kinds - set(CHOICES)):
+            raise ConfigError(
+                f"scheme: {of_files[0]} is how a GGUF file is stored, which llama.cpp's llama-quantize makes; "
+                f"take one of {', '.join(CHOICES)}"
+            )
         for step in self.steps:
             # Floats among quantized modules are not what a step is asked for.
             there = in_layers if step in _IN_LAYERS else kinds

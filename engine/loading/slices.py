@@ -9,6 +9,7 @@ import torch
 
 from engine.errors import CheckpointError
 from engine.parallel.shards import Slices
+from engine.quant.block_weight import BlockWeight
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
 
 
@@ -42,6 +43,12 @@ def take_slices(weight: Weight, part: Slices, name: str) -> Weight:
         return taken if part.columns is None else taken[:, part.columns]
     rows = part.rows or slice(None)
     columns = part.columns or slice(0, weight.shape[1])
+    if isinstance(weight, BlockWeight):
+        if weight.is_cut_by(columns):
+            # As floats: these blocks are longer than what ranks share a row by.
+            return take_slices(weight.dequantize(), part, name)
+        _check_columns(columns, weight.step, weight.in_features, name)
+        return weight.cut(rows, columns)
     groups = _groups(weight, columns, name)
     scale = None if weight.scale is None else weight.scale[rows, groups]
     codes = weight.codes[rows, columns]
@@ -59,9 +66,13 @@ def _groups(weight: GridWeight | CodebookWeight, columns: slice, name: str) -> s
     size, in_features = weight.group_size, weight.shape[1]
     if size >= in_features:
         return slice(None)  # whole rows share
+    _check_columns(columns, size, in_features, name)
+    return slice(columns.start // size, -(-columns.stop // size))
+
+
+def _check_columns(columns: slice, size: int, in_features: int, name: str) -> None:
     if columns.start % size or (columns.stop % size and columns.stop != in_features):
         raise CheckpointError(
             f"{name}: columns {columns.start} to {columns.stop - 1} cut groups of {size} that share a scale; "
             "leave --no-exact-reduce out, or choose another --tensor-parallel-size"
         )
-    return slice(columns.start // size, -(-columns.stop // size))

@@ -24,6 +24,7 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.shapes import tensor_shape
 from engine.parallel.shards import WHOLE, Slices
+from engine.quant.block_weight import BlockWeight
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ def _floats_of(weight: Weight) -> list[torch.Tensor]:
             return [part for part in (weight.scale, weight.minimum) if part is not None]
         case CodebookWeight():
             return [part for part in (weight.codebook, weight.scale) if part is not None]
+        case BlockWeight():
+            return [part for part in weight.parts.values() if part.is_floating_point()]
 
 
 def load_weights(

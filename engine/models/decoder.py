@@ -130,7 +130,7 @@ class Decoder(nn.Module):
         )
         self.norm: RMSNorm | None = None
         self.lm_head: Linear | None = None
-        self.lm_head_scheme = quantization.scheme([LM_HEAD])
+        (self.lm_head_scheme,) = quantization.schemes([LM_HEAD])
         # A tied head whose scheme is the table's own shares its tensors instead of storing them twice.
         is_alike = config.ties_embeddings and self.lm_head_scheme.name == quantization.table.name
         self.shares_table = is_alike and pipeline.is_first and pipeline.is_last
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
                 [source],
                 config.hidden_size,
                 [config.vocab_size],
-                self.lm_head_scheme,
+                [self.lm_head_scheme],
                 has_bias=False,
                 split=ColumnParallel(group),
             )

@@ -7,10 +7,13 @@ checkpoint's weights into it, and `bind` prepares the product once the tensors a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
 
+from engine.kernels.matmul.stacked import StackedMatmul
 from engine.kernels.operands import Activations
 from engine.models.config import ModelConfig
 from engine.models.modules import Role
@@ -36,6 +39,32 @@ class StoredLayer(nn.Module):
         return dict(self.named_buffers(recurse=False))
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Matrices one below the other that are stored alike.
+
+    Attributes:
+        sources: Of the layer's.
+        prefix: What their tensors' names start with in the layer.
+    """
+
+    scheme: Scheme
+    sources: slice
+    prefix: str
+
+    def of(self, tensors: Tensors) -> Tensors:
+        """Its tensors among the layer's."""
+        return {
+            name.removeprefix(self.prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(self.prefix)
+        }
+
+    def named(self, tensors: Tensors) -> Tensors:
+        """Its tensors as the layer names them."""
+        return {self.prefix + name: tensor for name, tensor in tensors.items()}
+
+
 class Linear(StoredLayer):
     """y = x Wᵀ + b, where W may stack several matrices of the checkpoint that share their input.
 
@@ -43,6 +72,7 @@ class Linear(StoredLayer):
         sources: Names of the checkpoint's modules, e.g. those of queries, keys and values of a layer.
         in_features: Of the whole layer, as `sizes`: which part of it is held here, the split says.
         sizes: Output features of each source.
+        schemes: That of each source.
 
     Attributes:
         in_features, out_features, sizes: Of what is held here.
@@ -53,26 +83,30 @@ class Linear(StoredLayer):
         sources: Sequence[str],
         in_features: int,
         sizes: Sequence[int],
-        scheme: Scheme,
+        schemes: Sequence[Scheme],
         has_bias: bool,
         split: Split,
     ) -> None:
         super().__init__()
-        self.sources, self.scheme, self.has_bias, self.split = tuple(sources), scheme, has_bias, split
+        self.sources, self.has_bias, self.split = tuple(sources), has_bias, split
         columns, rows = split.columns(in_features), [split.rows(size) for size in sizes]
         self.parts = [Slices(part, columns) for part in rows]
         self.sizes = tuple(part.stop - part.start for part in rows)
         self.in_features, self.out_features = columns.stop - columns.start, sum(self.sizes)
-        self._store(scheme.storage(self.out_features, self.in_features))
+        self.stacks = _stacks(schemes)
+        for stack in self.stacks:
+            rows = sum(self.sizes[stack.sources])
+            self._store(stack.named(stack.scheme.storage(rows, self.in_features)))
         if has_bias:
             self.register_buffer("bias", torch.empty(self.out_features, dtype=torch.float32, device="meta"))
         self.matmul: Matmul
 
     def load(self, read: ReadWeight) -> None:
         read_parts = list(zip(self.sources, self.parts, strict=True))
-        weights = (read(f"{source}.weight", part) for source, part in read_parts)
-        parts = [self.split.quantize(self.scheme, weight) for weight in weights]
-        self._store({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        for stack in self.stacks:
+            weights = (read(f"{source}.weight", part) for source, part in read_parts[stack.sources])
+            parts = [self.split.quantize(stack.scheme, weight) for weight in weights]
+            self._store(stack.named({name: torch.cat([part[name] for part in parts]) for name in parts[0]}))
         if self.has_bias:
             biases = [read(f"{source}.bias", Slices(part.rows)) for source, part in read_parts]
             assert all(isinstance(bias, torch.Tensor) for bias in biases)
@@ -80,20 +114,39 @@ class Linear(StoredLayer):
 
     def randomize(self, device: torch.device) -> None:
         """Random weights, for measurements (`--load-format dummy`)."""
-        self._store(self.scheme.random(self.out_features, self.in_features, device))
+        for stack in self.stacks:
+            rows = sum(self.sizes[stack.sources])
+            self._store(stack.named(stack.scheme.random(rows, self.in_features, device)))
         if self.has_bias:
             self.bias = torch.zeros(self.out_features, device=device)
 
     def bind(self) -> None:
         tensors = self._stored()
         bias = tensors.pop("bias", None)
-        self.matmul = self.split.bind(self.scheme, tensors, bias)
+        sizes = [sum(self.sizes[stack.sources]) for stack in self.stacks]
+        biases = [None] * len(sizes) if bias is None else list(torch.split(bias, sizes))
+        matmuls = [
+            self.split.bind(stack.scheme, stack.of(tensors), part)
+            for stack, part in zip(self.stacks, biases, strict=True)
+        ]
+        self.matmul = matmuls[0] if len(matmuls) == 1 else StackedMatmul(matmuls, sizes)
         # The product holds what it needs, perhaps in an order of its own.
         self._buffers.clear()
 
     def forward(self, x: Activations) -> torch.Tensor:
         """[M, in_features] → [M, out_features], the outputs of a row-parallel layer all of them."""
         return self.matmul(x)
+
+
+def _stacks(schemes: Sequence[Scheme]) -> list[Stack]:
+    """Neighbours with the same scheme are stored together."""
+    sizes = [(next(run), 1 + len(list(run))) for _, run in groupby(schemes, key=lambda scheme: scheme.name)]
+    stacks, start = [], 0
+    for number, (scheme, size) in enumerate(sizes):
+        prefix = f"stack{number}_" if len(sizes) > 1 else ""
+        stacks.append(Stack(scheme, slice(start, start + size), prefix))
+        start += size
+    return stacks
 
 
 def build_linear(
@@ -105,20 +158,20 @@ def build_linear(
         layer: Its name in a checkpoint, like "model.layers.0".
 
     Raises:
-        ConfigError: The projections do not get the same scheme.
+        ConfigError: The projections get schemes whose products cannot be one.
     """
     sources = role.modules(layer)
-    scheme = quantization.scheme(sources)
+    schemes = quantization.schemes(sources)
     in_features = role.in_features(config)
     sizes = [projection.out_features(config) for projection in role.projections]
     match role.split:
         case "rows":
-            split = row_parallel(group, in_features, sum(sizes), scheme)
+            split = row_parallel(group, in_features, sum(sizes), schemes[0])
         case "heads":
             split = ColumnParallel(group, config.head_dim)
         case "columns":
             split = ColumnParallel(group)
-    return Linear(sources, in_features, sizes, scheme, role.has_bias(config), split)
+    return Linear(sources, in_features, sizes, schemes, role.has_bias(config), split)
 
 
 class Embedding(StoredLayer):

@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variants",
         required=True,
-        help="with commas: what --quant takes (none, int8, int4:g64, nf4, …); with an algorithm (int4:g128:gptq), "
+        help="with commas: what --quant takes (auto, none, int8, int4:g64, …); with an algorithm (int4:g128:gptq), "
         "checkpoints that are made first, under --out; DIRECTORY or dir=PATH; each with [:kv=TYPE]",
     )
     parser.add_argument(

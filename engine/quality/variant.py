@@ -3,6 +3,7 @@
     SPECIFICATION                       what `--quant` takes (`engine.quant_spec`), rounded while it is loaded
     SPECIFICATION:ALGORITHM[:seed=N]    a checkpoint that `engine.compression` makes first:
                                         int4:g128:gptq, int8:token:smoothquant, int4:hadamard+gptq
+    auto                                the model as it is stored
     DIRECTORY or dir=PATH               a checkpoint that is there
 
 each with :kv=TYPE for the cache. Commas separate variants; a rule of a mixed specification follows its scheme as in
@@ -20,11 +21,12 @@ from engine.compression.recipe import ALGORITHMS, Recipe
 from engine.config import CacheType, EngineConfig
 from engine.errors import ConfigError
 from engine.quality.making import is_calibrated
-from engine.quant_spec import KINDS, QuantSpec, parse_quant_spec
+from engine.quant_spec import CHOICES, KINDS, QuantSpec, parse_quant_spec
 
 Options = dict[str, Any]
 """Options of EngineConfig by name."""
 
+AUTO = "auto"
 DIRECTORY = "dir="
 _RULE = re.compile(r"[^:=]+=")
 """How a rule of a mixed specification begins, and no variant but "dir=PATH"."""
@@ -74,9 +76,9 @@ def parse_variant(text: str) -> Variant:
     head, comma, rules = text.partition(",")
     first, *words = head.split(":")
     path = first.removeprefix(DIRECTORY)
-    is_directory = first not in KINDS
+    is_directory = first not in (AUTO, *KINDS)
     if is_directory and not (path and Path(path).is_dir()):
-        known = f"{', '.join(KINDS)}, a directory, {DIRECTORY}PATH"
+        known = f"{AUTO}, {', '.join(CHOICES)}, a directory, {DIRECTORY}PATH"
         raise ConfigError(f"variant {text!r}: {first!r} is neither known nor a directory; known are {known}")
     named: dict[str, str] = {}
     scheme = [first]
@@ -84,7 +86,10 @@ def parse_variant(text: str) -> Variant:
         name, separator, value = word.partition("=")
         if all(step in ALGORITHMS for step in word.split("+")):
             name, separator, value = "algorithm", "=", word
-        if name not in (("kv",) if is_directory else ("kv", "seed", "algorithm")) or not separator:
+        if (
+            name not in (("kv",) if is_directory or first == AUTO else ("kv", "seed", "algorithm"))
+            or not separator
+        ):
             scheme.append(word)
         elif name in named:
             raise ConfigError(f"variant {text!r}: {word!r} is the second of its kind; keep one")
@@ -112,6 +117,8 @@ def _assemble(text: str, directory: str | None, quant_spec: str, named: dict[str
         if quant_spec.removeprefix(DIRECTORY) != directory:
             raise ConfigError("after a directory there may be kv=TYPE only")
         return Variant(text, options | {"model": directory})
+    if quant_spec == AUTO:
+        return Variant(text, options | {"quant": AUTO})
     given = parse_quant_spec(quant_spec)
     # Said again where the checkpoint is served: activations are no part of what is stored.
     options["quant"] = quant_spec

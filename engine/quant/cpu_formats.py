@@ -40,7 +40,7 @@ import math
 
 import torch
 
-from engine.kernels.matmul.cpu_grouped import CpuGroupedMatmul
+from engine.kernels.matmul.cpu_grouped import CpuGroupedMatmul, GroupedWeight, GroupNumbers
 from engine.kernels.matmul.cpu_int8 import CpuInt8Matmul, CpuWeight
 from engine.kernels.operands import GroupSize, Int8Format, SparseInt8Format
 from engine.quant.scheme import Matmul
@@ -65,7 +65,8 @@ def cpu_product(
     """The product with a weight [N, K] of int8 codes, or a grid that stands for them, and scales [N] float32."""
     if activations == "groups":
         assert isinstance(weight, torch.Tensor)
-        return CpuGroupedMatmul(weight, scale, GROUP_SIZE, bias, Int8Format(1, GROUP_SIZE))
+        grouped = GroupedWeight(codes=weight, in_features=weight.shape[1], group_size=GROUP_SIZE, scale=None)
+        return CpuGroupedMatmul(grouped, scale, bias, Int8Format(1, GROUP_SIZE))
     return CpuInt8Matmul(weight, scale, bias, token_format(activations))
 
 
@@ -78,7 +79,10 @@ def cpu_grouped_product(
 ) -> Matmul:
     """The product with a weight [N, K] of int8 codes and scales [N, ceil(K / group_size)] float16."""
     format = Int8Format(1, group_size) if activations == "groups" else token_format(activations)
-    return CpuGroupedMatmul(weight, scale, group_size, bias, format)
+    grouped = GroupedWeight(
+        codes=weight, in_features=weight.shape[1], group_size=group_size, scale=GroupNumbers(scale)
+    )
+    return CpuGroupedMatmul(grouped, None, bias, format)
 
 
 def token_format(activations: ActivationTerms) -> SparseInt8Format:

@@ -21,7 +21,7 @@ from engine.kernels.nibbles import pack_nibbles
 from engine.quant.cpu_formats import cpu_product
 from engine.quant.parts import ReadPart, read_groups, read_nibbles
 from engine.quant.scheme import Matmul, Tensors
-from engine.quant.weight import GridWeight, Weight, to_float
+from engine.quant.weight import GridWeight, Weight, on_grid, to_float
 
 DEVICE_GROUP_SIZES = (128, 64, 32)
 """What a GPU's kernel takes; larger groups are several of them with the same numbers."""
@@ -54,6 +54,7 @@ class Int4:
         }
 
     def quantize(self, weight: Weight) -> Tensors:
+        weight = on_grid(weight)
         if self._is_own_grid(weight):
             assert isinstance(weight, GridWeight)
             grid = weight

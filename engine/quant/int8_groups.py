@@ -21,7 +21,7 @@ from engine.kernels.matmul.int8 import Int8Matmul
 from engine.kernels.operands import GroupSize, Int8Format
 from engine.quant.cpu_formats import GROUP_SIZE, cpu_grouped_product
 from engine.quant.scheme import Matmul, Tensors
-from engine.quant.weight import GridWeight, Weight, to_float
+from engine.quant.weight import GridWeight, Weight, on_grid, to_float
 from engine.quant_spec import ActivationTerms
 
 KEPT_PRECISION = 2**-10
@@ -125,6 +125,7 @@ class Int8Groups:
 
 def _signed(weight: Weight) -> Weight:
     """A grid of four bits whose minimum is a whole number of steps, as Q4_0's are: the same numbers without one."""
+    weight = on_grid(weight)
     if not isinstance(weight, GridWeight) or weight.codes.dtype != torch.uint8 or weight.minimum is None:
         return weight
     scale, minimum = weight.scale.float(), weight.minimum.float()

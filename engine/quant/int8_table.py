@@ -8,7 +8,10 @@ import torch
 
 from engine.kernels.embedding import GROUP_SIZE, lookup
 from engine.quant.scheme import Tensors
-from engine.quant.weight import GridWeight, Weight, to_float
+from engine.quant.weight import GridWeight, Weight, on_grid, take_rows, to_float
+
+_ROWS = 2048
+"""Rounded at a time."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,12 @@ class Int8Table:
         }
 
     def quantize(self, weight: Weight) -> Tensors:
+        weight = on_grid(weight)
         if isinstance(weight, GridWeight) and weight.minimum is None and weight.group_size == GROUP_SIZE:
             return {"codes": weight.codes, "scale": weight.scale}
-        values = to_float(weight).float()
-        rows, columns = values.shape
-        groups = torch.nn.functional.pad(values, (0, -columns % GROUP_SIZE)).view(rows, -1, GROUP_SIZE)
-        scale = (groups.abs().amax(dim=2) / 127).to(torch.float16)
-        divisor = torch.where(scale > 0, scale.float(), 1.0)
-        codes = (groups / divisor[:, :, None]).round_().clamp_(-127, 127).to(torch.int8)
-        return {"codes": codes.view(rows, -1)[:, :columns].contiguous(), "scale": scale}
+        # By rows: the floats of a large table are gigabytes.
+        chunks = [_round(take_rows(weight, rows)) for rows in torch.arange(weight.shape[0]).split(_ROWS)]
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
         shape = (out_features, in_features)
@@ -46,3 +46,13 @@ class Int8Table:
     ) -> torch.Tensor:
         """Rows of the table times a factor: token_ids [T] → [T, K]."""
         return lookup(token_ids, tensors["codes"], tensors["scale"], dtype, factor)
+
+
+def _round(weight: Weight) -> Tensors:
+    values = to_float(weight).float()
+    rows, columns = values.shape
+    groups = torch.nn.functional.pad(values, (0, -columns % GROUP_SIZE)).view(rows, -1, GROUP_SIZE)
+    scale = (groups.abs().amax(dim=2) / 127).to(torch.float16)
+    divisor = torch.where(scale > 0, scale.float(), 1.0)
+    codes = (groups / divisor[:, :, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return {"codes": codes.view(rows, -1)[:, :columns].contiguous(), "scale": scale}

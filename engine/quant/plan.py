@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from engine.kernels.matmul.codebook import SCALE_SIZE
+from engine.quant.block_weight import BLOCK_TYPES
+from engine.quant.blocks import Blocks
 from engine.quant.codebook import cluster_rows, round_to_nf4
 from engine.quant.codebook4 import Codebook4, read_codebook4
 from engine.quant.floating import Float
@@ -40,14 +42,13 @@ class QuantizationPlan:
     dtype: torch.dtype
     batch_invariant: bool = False
 
-    def scheme(self, modules: Sequence[str]) -> Scheme:
-        """The scheme of modules which share one product.
+    def schemes(self, modules: Sequence[str]) -> list[Scheme]:
+        """The scheme of each of some modules which share one product.
 
         Raises:
-            ConfigError: They do not agree.
+            ConfigError: Their products cannot be one.
         """
-        words = self.quant_spec.of_product(modules)
-        return SCHEMES[words.kind].make(words, self)
+        return [SCHEMES[words.kind].make(words, self) for words in self.quant_spec.of_product(modules)]
 
     @property
     def table(self) -> TableScheme:
@@ -112,5 +113,6 @@ SCHEMES: dict[str, RegisteredScheme] = {
         round=cluster_rows,
         weighs_columns=True,
     ),
+    **{kind: RegisteredScheme(make=lambda words, plan: Blocks(words.kind)) for kind in BLOCK_TYPES},
 }
 """By the kinds of `engine.quant_spec.KINDS`."""

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.kernels.nibbles import unpack_nibbles
+from engine.quant.block_weight import BLOCK_TYPES, BlockWeight
+
 
 @dataclass(frozen=True, slots=True)
 class GridWeight:
@@ -77,9 +80,29 @@ class CodebookWeight:
         return CodebookWeight(self.codes[index], codebook, scale, self.group_size)
 
 
-Weight = torch.Tensor | GridWeight | CodebookWeight
+Weight = torch.Tensor | GridWeight | CodebookWeight | BlockWeight
 
 
 def to_float(weight: Weight) -> torch.Tensor:
     """The weight as a float tensor; a float weight is returned as it is."""
     return weight if isinstance(weight, torch.Tensor) else weight.dequantize()
+
+
+def take_rows(weight: Weight, index: torch.Tensor) -> Weight:
+    """Rows in the order of `index` ([N] int64)."""
+    return weight[index] if isinstance(weight, torch.Tensor) else weight.rows(index)
+
+
+def on_grid(weight: Weight) -> Weight:
+    """The same numbers as a `GridWeight`, where a GGUF type is such: where groups have fp16 numbers of their own."""
+    if not isinstance(weight, BlockWeight) or BLOCK_TYPES[weight.kind].block_size:
+        return weight
+    grouped, scale = weight.grouped, weight.parts["scale"]
+    if grouped.values is not None or not grouped.is_packed:
+        if grouped.minimum is not None:
+            return weight  # five bits
+        return GridWeight(grouped.integers().to(torch.int8), scale, None, grouped.group_size)
+    # A multiple by a power of two is exact; in float32 it does not overflow either.
+    minimum = weight.parts["minimum"] if grouped.minimum is not None else -grouped.offset * scale.float()
+    codes = unpack_nibbles(grouped.codes)[:, : weight.in_features]
+    return GridWeight(codes, scale, minimum, grouped.group_size)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from engine.config import EngineConfig
 from engine.executor.runner import ModelRunner
@@ -28,7 +29,9 @@ from engine.kernels.norm import rms_norm
 from engine.kernels.operands import Int8Format, SparseInt8Activations, SparseInt8Format
 from engine.kernels.quantize import quantize_sparse
 from engine.loading.dummy import DummyCheckpoint
+from engine.quant.block_weight import BLOCK_TYPES
 from engine.quant.cpu_formats import CPU_ACTIVATIONS
+from tests.helpers.block_weights import grouped, random_block_weight
 from tests.helpers.paged import make_sequences, run_chunks
 
 PLAIN = cpu.Level(("-march=x86-64",), frozenset())
@@ -99,10 +102,18 @@ def operations() -> Digests:
         for group_size in GROUP_SIZES:
             scale = torch.rand(rows, -(-columns // group_size)).half()
             products += [
-                CpuGroupedMatmul(weights[0][0], scale, group_size, bias, format)
+                CpuGroupedMatmul(grouped(weights[0][0], scale, group_size), None, bias, format)
                 for format in (CPU_ACTIVATIONS, SparseInt8Format(0.0), Int8Format(1, group_size))
             ]
-        products.append(CpuGroupedMatmul(*weights[0], 32, bias, Int8Format(1, 32)))
+        without_scale = grouped(weights[0][0], None, 32)
+        products.append(CpuGroupedMatmul(without_scale, weights[0][1], bias, Int8Format(1, 32)))
+        for name in BLOCK_TYPES:
+            width = -(-columns // 256) * 256
+            weight = random_block_weight(name, rows, width).grouped
+            for format in (CPU_ACTIVATIONS, SparseInt8Format(0.0)):
+                product = CpuGroupedMatmul(weight, None, bias, format)
+                parts = [product(F.pad(x[:size], (0, width - columns))) for size in (1, 4, 5, 16, 35, 200)]
+                digests[f"product {name} {format} {rows} {columns}"] = digest(*parts)
         for kind, product in enumerate(products):
             parts = [product(x[:size]) for size in (1, 4, 5, 16, 35, 200)]
             digests[f"product {kind} {rows} {columns}"] = digest(*parts)

@@ -1,4 +1,4 @@
-"""GGUF under `--quant auto`: eight bits in groups of 32, which hold most types to the bit."""
+"""GGUF under `--quant auto`: each matrix on the grid of its type."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from gguf import GGMLQuantizationType as Type
 from engine.config import EngineConfig
 from engine.executor.runner import ModelRunner
 from engine.loading.checkpoint import open_checkpoint
+from engine.loading.slices import take_slices
 from engine.models.config import ModelConfig
+from engine.models.linear import Linear
 from engine.models.modules import module_names
-from engine.quant.int8_groups import Int8Groups
+from engine.models.splits import ColumnParallel
+from engine.parallel.group import TensorGroup
+from engine.parallel.shards import Shard
+from engine.quant.block_weight import BlockWeight
+from engine.quant.blocks import Blocks
 from engine.quant.weight import to_float
 from engine.quant_spec import EMBEDDING, LM_HEAD
+from tests.helpers.block_weights import random_block_weight
 from tests.helpers.gguf_file import write_gguf_model
 from tests.helpers.paged import make_sequences, run_chunks
 from tests.helpers.tiny import TINY_CONFIGS
@@ -50,21 +57,69 @@ def schemes(path: Path) -> dict[str, str]:
     return {module: str(quant_spec.of(module)) for module in modules}
 
 
-@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q5_0, Type.Q8_0], ids=lambda kind: kind.name)
-def test_the_numbers_are_those_of_the_file(kind: Type, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1], ids=lambda kind: kind.name)
+def test_types_are_kept(kind: Type, tmp_path: Path) -> None:
     path = write(tmp_path, kind)
     found = schemes(path)
     assert found.pop(EMBEDDING) == "int8"
-    assert set(found.values()) == {"int8:g32"}
+    name = kind.name.lower()
+    assert set(found.values()) == {name}
     weight = open_checkpoint(path).tensor(f"{DOWN}.weight")
-    stored = Int8Groups(32).quantize(weight)
-    values = stored["weight"].float() * stored["scale"].float().repeat_interleave(32, dim=1)
-    assert torch.equal(values, to_float(weight))
+    stored = BlockWeight(name, Blocks(name).quantize(weight), weight.shape[1])
+    assert torch.equal(stored.dequantize(), to_float(weight))
+
+
+def test_q8_0_is_int8_in_groups(tmp_path: Path) -> None:
+    assert set(schemes(write(tmp_path, Type.Q8_0)).values()) == {"int8", "int8:g32"}
+
+
+def test_types_may_differ_in_one_product(tmp_path: Path) -> None:
+    """As llama.cpp mixes them: attention's values finer than queries and keys."""
+    kinds = {"attn_v": Type.Q5_1, "attn_k": Type.Q8_0, "ffn_up": Type.Q4_1}
+    path = write(tmp_path, Type.Q4_0, kinds)
+    found = schemes(path)
+    layer = "model.layers.1"
+    names = {
+        f"{layer}.self_attn.q_proj": "q4_0",
+        f"{layer}.self_attn.k_proj": "int8:g32",
+        f"{layer}.self_attn.v_proj": "q5_1",
+        f"{layer}.mlp.gate_proj": "q4_0",
+        f"{layer}.mlp.up_proj": "q4_1",
+    }
+    assert names.items() <= found.items()
+    check_logits(path)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_types_that_differ_are_split_over_ranks(size: int) -> None:
+    """Each rank's rows of a stack are those of the whole."""
+    weights = {
+        "a": random_block_weight("q4_0", 12, 64),
+        "b": random_block_weight("q5_1", 6, 64),
+        "c": random_block_weight("q5_1", 6, 64),
+    }
+    schemes = [Blocks("q4_0"), Blocks("q5_1"), Blocks("q5_1")]
+    x = torch.randn(3, 64)
+
+    def outputs(rank: int, size: int) -> list[torch.Tensor]:
+        split = ColumnParallel(TensorGroup(Shard(rank, size), None))
+        linear = Linear(list(weights), 64, [12, 6, 6], schemes, False, split)
+        linear.load(lambda name, part: take_slices(weights[name.removesuffix(".weight")], part, name))
+        linear.bind()
+        return list(linear(x).split([size_ // size for size_ in (12, 6, 6)], dim=1))
+
+    whole = outputs(0, 1)
+    parts = [outputs(rank, size) for rank in range(size)]
+    for index, expected in enumerate(whole):
+        assert torch.equal(torch.cat([part[index] for part in parts], dim=1), expected)
 
 
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q5_1, Type.Q8_0], ids=lambda kind: kind.name)
 def test_logits_are_near_those_of_its_floats(kind: Type, tmp_path: Path) -> None:
-    path = write(tmp_path, kind)
+    check_logits(write(tmp_path, kind))
+
+
+def check_logits(path: Path) -> None:
     cache = {"kv_cache_dtype": "float32"}
     computed, expected = (
         run_chunks(runner_of(path, quant, **cache), make_sequences(320, CHUNKS), CHUNKS)
@@ -94,11 +149,11 @@ def test_a_table_and_the_head_that_is_tied_to_it(kind: Type, tmp_path: Path) -> 
 
 
 def test_what_is_rounded_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write(tmp_path, Type.Q8_0, {"ffn_down": Type.Q4_1, "attn_v": Type.Q5_1})
+    path = write(tmp_path, Type.Q8_0, {"ffn_down": Type.TQ2_0}, intermediate_size=256)
     runner_of(path, "none")
     assert not caplog.records
     runner_of(path)
-    assert "matrices of Q4_1 (3), Q5_1 (3) run as int8:g32" in caplog.text
+    assert "matrices of TQ2_0 (3) run as int8:g32" in caplog.text
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])

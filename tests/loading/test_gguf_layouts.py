@@ -17,8 +17,10 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from engine.loading.checkpoint import open_checkpoint
+from engine.quant.block_weight import BLOCK_TYPES as NATIVE_TYPES
+from engine.quant.block_weight import BlockWeight
 from engine.quant.int4 import Int4
-from engine.quant.weight import GridWeight, Weight, to_float
+from engine.quant.weight import GridWeight, Weight, on_grid, to_float
 from tests.helpers.gguf_file import write_gguf
 
 ROWS, BLOCKS = 5, 3
@@ -192,18 +194,18 @@ def read(path: Path, rows: list[list[Block]], kind: Type) -> tuple[Weight, torch
     return weight, torch.tensor(values, dtype=torch.float64)
 
 
-GRIDS = (Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.IQ4_NL, Type.MXFP4)
-
-
 @pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)
 def test_blocks_of_the_published_layout(tmp_path: Path, kind: Type) -> None:
     random = Random(kind.value)
     rows = [[BLOCK_TYPES[kind](random) for _ in range(BLOCKS)] for _ in range(ROWS)]
     weight, expected = read(tmp_path / "model.gguf", rows, kind)
     assert torch.equal(to_float(weight), expected.float())
-    assert isinstance(weight, GridWeight) == (kind in GRIDS)
-    if isinstance(weight, GridWeight):
-        assert weight.group_size == 32
+    name = kind.name.lower()
+    if name in NATIVE_TYPES:
+        assert isinstance(weight, BlockWeight)
+        assert weight.kind == name
+        assert torch.equal(to_float(on_grid(weight)), expected.float())
+    assert isinstance(weight, GridWeight) == (kind == Type.Q8_0)
 
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16], ids=lambda kind: kind.name)
@@ -237,6 +239,7 @@ def test_int4_keeps_the_grid_of_q4_0(tmp_path: Path) -> None:
     random = Random(0)
     rows = [[q4_0(random) for _ in range(BLOCKS)] for _ in range(48)]
     weight, expected = read(tmp_path / "model.gguf", rows, Type.Q4_0)
+    weight = on_grid(weight)
     assert isinstance(weight, GridWeight)
     assert 0.2 < float((weight.scale < 0).float().mean()) < 0.8
     scheme = Int4(32)

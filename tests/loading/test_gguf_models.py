@@ -10,6 +10,7 @@ import torch
 from engine.errors import ModelNotFoundError
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
+from engine.quant.block_weight import BlockWeight
 from engine.quant.weight import GridWeight, to_float
 
 
@@ -47,11 +48,9 @@ def test_smollm2_is_as_published() -> None:
         "vocab_size": 49152,
     }
     assert {key: checkpoint.config[key] for key in published} == published
-    grids = [
-        weight for name in checkpoint.names() if isinstance(weight := checkpoint.tensor(name), GridWeight)
-    ]
-    assert sum(weight.minimum is not None for weight in grids) == 210
-    assert [weight.codes.shape for weight in grids if weight.minimum is None] == [(49152, 576)]
+    weights = [checkpoint.tensor(name) for name in checkpoint.names()]
+    assert sum(isinstance(weight, BlockWeight) and weight.kind == "q4_1" for weight in weights) == 210
+    assert [weight.codes.shape for weight in weights if isinstance(weight, GridWeight)] == [(49152, 576)]
 
 
 def test_every_tensor_has_the_shape_that_the_config_says(path: Path) -> None:

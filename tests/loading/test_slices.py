@@ -27,6 +27,7 @@ from engine.models.shapes import tensor_shape
 from engine.parallel.group import TensorGroup
 from engine.parallel.pipeline import Pipeline
 from engine.parallel.shards import WHOLE, Shard, Slices
+from engine.quant.block_weight import BlockWeight
 from engine.quant.plan import QuantizationPlan
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
 from engine.quant_spec import parse_quant_spec
@@ -57,6 +58,8 @@ def tensors_of(weight: Weight) -> list[torch.Tensor]:
     """What a weight is made of, its kind and group size apart."""
     if isinstance(weight, torch.Tensor):
         return [weight]
+    if isinstance(weight, BlockWeight):
+        return [weight.parts[name] for name in sorted(weight.parts)]
     tensors = [weight.codes, weight.scale]
     tensors.append(weight.codebook if isinstance(weight, CodebookWeight) else weight.minimum)
     return [tensor for tensor in tensors if tensor is not None]
@@ -64,7 +67,8 @@ def tensors_of(weight: Weight) -> list[torch.Tensor]:
 
 def assert_same(one: Weight, other: Weight) -> None:
     assert type(one) is type(other)
-    assert getattr(one, "group_size", None) == getattr(other, "group_size", None)
+    for attribute in ("group_size", "kind", "shape"):
+        assert getattr(one, attribute, None) == getattr(other, attribute, None)
     for left, right in zip(tensors_of(one), tensors_of(other), strict=True):
         assert left.dtype == right.dtype
         assert torch.equal(left, right)
@@ -196,7 +200,7 @@ def test_rows_and_columns_of_every_kind_of_block(tmp_path: Path, kind: Type) -> 
         shard = 1 if taken is None else 2
         assert checkpoint.num_bytes_read - before == stored.nbytes * num_rows // HIDDEN // shard
     cut = Slices(None, slice(8, 24))
-    if isinstance(whole, GridWeight):
+    if isinstance(whole, GridWeight | BlockWeight):
         with pytest.raises(CheckpointError, match="columns 8 to 23 cut groups of 32"):
             checkpoint.tensor(name, cut)
         return

@@ -79,7 +79,7 @@ def dequantized(path: Path, quant: str, on_cpu: bool = True) -> PreTrainedModel:
     """The checkpoint with each weight at its place on the grid; head and table have grids of their own."""
     model = load_reference(path)
     plan = QuantizationPlan(parse_quant_spec(quant), torch.float32)
-    linear, head = plan.scheme(["model.layers.0.mlp.down_proj"]), plan.scheme([LM_HEAD])
+    linear, head = (plan.schemes([name])[0] for name in ("model.layers.0.mlp.down_proj", LM_HEAD))
     group_size = plan.quant_spec.default.group_size
     embedding = model.get_input_embeddings().weight.detach()
     model.config.tie_word_embeddings = False

@@ -123,7 +123,7 @@ def build(case: Case, group: TensorGroup) -> Linear:
         return take_slices(weight if name.endswith("weight") else bias, part, name)
 
     split = row_parallel(group, case.in_features, case.out_features, case.scheme)
-    linear = Linear(["down"], case.in_features, [case.out_features], case.scheme, case.has_bias, split)
+    linear = Linear(["down"], case.in_features, [case.out_features], [case.scheme], case.has_bias, split)
     linear.load(read)
     linear.bind()
     return linear

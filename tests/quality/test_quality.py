@@ -158,7 +158,7 @@ def test_an_algorithm_is_a_recipe() -> None:
     [
         (
             "int5",
-            "'int5' is neither known nor a directory; known are none, int8, int4, nf4, codebook4, a directory",
+            "'int5' is neither known nor a directory; known are auto, none, int8, int4, nf4, codebook4, a directory",
         ),
         ("dir=/nowhere/at/all", "neither known nor a directory"),
         ("nf4:g32", "'g32' in 'nf4:g32' is not known"),
@@ -173,8 +173,8 @@ def test_an_algorithm_is_a_recipe() -> None:
         ("int4:seed=3", "seed=3 is of a calibration: name an algorithm, hadamard"),
         ("int4:rtn:seed=3", "seed=3 must be a number, and rtn one that calibrates"),
         ("int4:gptq:seed=x", "seed=x must be a number"),
-        ("", "known are none"),
-        ("none,,int8", "known are none"),
+        ("", "known are auto, none"),
+        ("none,,int8", "known are auto, none"),
         ("none,none", "'none' is there twice"),
     ],
 )

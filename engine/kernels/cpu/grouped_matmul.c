@@ -1,124 +1,172 @@
-// Products of int8 activations with int8 weights, either of them or both in groups along the input features: each
+// Products of int8 activations with integer weights, either of them or both in groups along the input features: each
 // group has an exact sum and a scale of its own, and they are added in order (engine/kernels/matmul/cpu_grouped.py).
 
-#include "int8_tiles.h"
+#include "group_tiles.h"
 
 enum {
     CHUNK = 192,      // tokens in a task
-    GROUP_ROWS = 6,   // whose sums and totals with two panels fit into the registers
-    UNROLL = 4,       // quads, of which every group has a multiple
     DENSE_SHARE = 4,  // high terms are multiplied with the zeros between them from every fourth quad on
+    MOST_TASKS = 64,  // of a chunk: more would cut what a thread reads into short runs
+    PREFETCHED = 2048,  // bytes of codes that are on their way while others are multiplied with a few tokens
 };
+
+// A number for each group of 16 outputs.
+typedef struct {
+    const Half *values;   // [panels, groups, 16], with steps [panels, blocks, 16]; null: there are none
+    const int8_t *steps;  // [panels, groups, 16]: the group's number in steps of its block's value, or null
+} Numbers;
 
 // Some panels of weights.
 typedef struct {
-    const uint8_t *panels;
-    const Half *scale;  // [panels, groups, 16], or null: all of them one
+    const uint8_t *panels, *table;
+    int64_t distance;  // bytes from a panel to the next one
+    int32_t offset;
+    Numbers scale, minimum;              // no scale: all of them one; no minimum: zero
     int64_t quads, group_quads, groups;  // group_quads is a power of two
+    int64_t blocks;
+    int block_shift;  // a block has 2^block_shift groups
 } Weights;
 
 // Some tokens' terms.
 typedef struct {
     const int8_t *codes;
     int64_t stride;
-    const int32_t *starts;  // [rows, groups]: what sums start with, to take back the 128 of the panels' codes
-    const float *scale;     // [rows, groups], or null: all of them one
+    const int32_t *sums;  // [rows, groups] of the codes
+    const float *scale;   // [rows, groups], or null: all of them one
 } Terms;
 
-INLINE Ints fill_ints(int32_t x) { return x - (Ints){0}; }
-
-// Of 16 outputs; `panel` counts from the weights' first.
-INLINE Floats group_scale(const Weights *weights, int64_t panel, int64_t group) {
-    if (weights->scale == NULL) return fill(1.0f);
-    return load_halves(weights->scale + (panel * weights->groups + group) * PANEL);
+// A part's; `panel` counts from the weights' first.
+INLINE PartFloats group_numbers(const Weights *weights, Numbers numbers, int64_t panel, int64_t group, int part) {
+    const int64_t place = (panel * weights->groups + group) * PANEL + part * LENGTH;
+    if (numbers.steps == NULL) return load_half_part(numbers.values + place);
+    const int64_t block = panel * weights->blocks + (group >> weights->block_shift);
+    // Exact: 11 bits times 7.
+    return load_byte_part(numbers.steps + place) * load_half_part(numbers.values + block * PANEL + part * LENGTH);
 }
 
-#define GROUP_TILE(ROWS, PANELS)                                                                                   \
-    static void group_tile_##ROWS##_##PANELS(const Weights *weights, const Terms *terms, Floats *output) {         \
-        const int64_t groups = weights->groups, distance = weights->quads * QUAD_BYTES, stride = terms->stride;    \
-        const uint8_t *panels = weights->panels;                                                                   \
-        const int8_t *codes = terms->codes;                                                                        \
-        Floats totals[ROWS][PANELS];                                                                               \
-        _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++)                                                    \
-            _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++) totals[m][n] = (Floats){0};                  \
+INLINE PartFloats group_scale(const Weights *weights, int64_t panel, int64_t group, int part) {
+    if (weights->scale.values == NULL) return fill_floats(1.0f);
+    return group_numbers(weights, weights->scale, panel, group, part);
+}
+
+// What follows some bytes so far behind; beyond the last panel, nothing comes of it.
+INLINE void prefetch(const uint8_t *codes, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + i + PREFETCHED, 0, 3);
+}
+
+#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); i++)
+
+#define GROUP_TILE(KIND, ROWS, PANELS)                                                                             \
+    static void KIND##_tile_##ROWS##_##PANELS(const Weights *weights, const Terms *terms, PartFloats *output) {    \
+        const int64_t groups = weights->groups, distance = weights->distance, stride = terms->stride;              \
+        const uint8_t *table = weights->table;                                                                     \
+        PartFloats totals[ROWS][PANELS][PARTS];                                                                    \
+        EACH(m, ROWS) EACH(n, PANELS) EACH(p, PARTS) totals[m][n][p] = (PartFloats){0};                            \
         for (int64_t g = 0; g < groups; g++) {                                                                     \
-            Ints sums[ROWS][PANELS];                                                                               \
-            _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++)                                                \
-                _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++)                                          \
-                    sums[m][n] = fill_ints(terms->starts[m * groups + g]);                                         \
+            PartInts sums[ROWS][PANELS][PARTS];                                                                    \
+            EACH(m, ROWS) EACH(n, PANELS) EACH(p, PARTS)                                                           \
+                sums[m][n][p] = fill_ints(-weights->offset * terms->sums[m * groups + g]);                         \
             const int64_t end = smaller((g + 1) * weights->group_quads, weights->quads);                           \
-            for (int64_t k = g * weights->group_quads; k < end; k += UNROLL)                                       \
-                _Pragma("GCC unroll 16") for (int u = 0; u < UNROLL; u++)                                          \
-                    _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++)                                        \
-                        _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++)                                  \
-                            sums[m][n] = add_quad(sums[m][n], panels + n * distance + (k + u) * QUAD_BYTES,        \
-                                                  codes + m * stride + (k + u) * QUAD);                            \
-            Floats scales[PANELS];                                                                                 \
-            _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++) scales[n] = group_scale(weights, n, g);      \
-            _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++) {                                              \
-                const Floats scale = fill(terms->scale == NULL ? 1.0f : terms->scale[m * groups + g]);             \
-                _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++)                                          \
-                    totals[m][n] += __builtin_convertvector(sums[m][n], Floats) * scale * scales[n];               \
+            const int64_t start = g * weights->group_quads;                                                        \
+            if (PANELS == 1)                                                                                       \
+                prefetch(weights->panels + start / 2 * pair_bytes(KIND), (end - start) / 2 * pair_bytes(KIND));    \
+            for (int64_t k = start; k < end; k += 4)                                                               \
+                EACH(u, 2) EACH(n, PANELS) EACH(p, PARTS) {                                                        \
+                    const uint8_t *pair = weights->panels + n * distance + (k / 2 + u) * pair_bytes(KIND);         \
+                    const PartCodes first = load_quad(KIND, table, pair, 0, p);                                    \
+                    const PartCodes second = load_quad(KIND, table, pair, 1, p);                                   \
+                    EACH(m, ROWS) sums[m][n][p] = add_pair(KIND, sums[m][n][p], first, second,                     \
+                                                           terms->codes + m * stride + k * QUAD + u * PAIR);       \
+                }                                                                                                  \
+            EACH(n, PANELS) EACH(p, PARTS) {                                                                       \
+                const PartFloats scale = group_scale(weights, n, g, p);                                            \
+                EACH(m, ROWS) {                                                                                    \
+                    const float own = terms->scale == NULL ? 1.0f : terms->scale[m * groups + g];                  \
+                    totals[m][n][p] += __builtin_convertvector(sums[m][n][p], PartFloats) * own * scale;           \
+                }                                                                                                  \
+                if (weights->minimum.values == NULL) continue;                                                     \
+                const PartFloats minimum = group_numbers(weights, weights->minimum, n, g, p);                      \
+                EACH(m, ROWS) totals[m][n][p] += (float)terms->sums[m * groups + g] * minimum;                     \
             }                                                                                                      \
         }                                                                                                          \
-        _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++)                                                    \
-            _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++) output[m * PANELS + n] = totals[m][n];       \
+        EACH(m, ROWS) EACH(n, PANELS) EACH(p, PARTS) output[(m * PANELS + n) * PARTS + p] = totals[m][n][p];       \
     }
 
-typedef void GroupTile(const Weights *, const Terms *, Floats *);
+typedef void GroupTile(const Weights *, const Terms *, PartFloats *);
 
-GROUP_TILE(1, 1)
-GROUP_TILE(2, 1)
-GROUP_TILE(3, 1)
-GROUP_TILE(4, 1)
-GROUP_TILE(1, 2)
-GROUP_TILE(2, 2)
-GROUP_TILE(3, 2)
-GROUP_TILE(4, 2)
-GROUP_TILE(5, 2)
-GROUP_TILE(6, 2)
+#define NARROW_TILES_OF(KIND) GROUP_TILE(KIND, 1, 1) GROUP_TILE(KIND, 2, 1) GROUP_TILE(KIND, 3, 1) GROUP_TILE(KIND, 4, 1)
 
-static GroupTile *const NARROW_GROUP_TILES[] = {group_tile_1_1, group_tile_2_1, group_tile_3_1, group_tile_4_1};
-static GroupTile *const WIDE_GROUP_TILES[] = {
-    group_tile_1_2, group_tile_2_2, group_tile_3_2, group_tile_4_2, group_tile_5_2, group_tile_6_2,
-};
+NARROW_TILES_OF(BYTES)
+NARROW_TILES_OF(SMALL)
+NARROW_TILES_OF(NIBBLES)
+NARROW_TILES_OF(TABLE)
 
-// The high terms of one token, of which most are zero: only the groups with others have a share.
-INLINE void add_high_terms(const Weights *weights, int64_t num_panels, const int32_t *starts, const Quad *quad,
-                           int64_t num_quads, Floats *totals) {
+#define NARROW(KIND) {KIND##_tile_1_1, KIND##_tile_2_1, KIND##_tile_3_1, KIND##_tile_4_1}
+static GroupTile *const NARROW_GROUP_TILES[][FEW_ROWS] = {NARROW(BYTES), NARROW(SMALL), NARROW(NIBBLES), NARROW(TABLE)};
+
+// Of codes of eight bits: others are expanded for many rows.
+#if PARTS == 1
+
+#define WIDE_TILES_OF(KIND)                                                                                        \
+    GROUP_TILE(KIND, 1, 2) GROUP_TILE(KIND, 2, 2) GROUP_TILE(KIND, 3, 2)                                           \
+    GROUP_TILE(KIND, 4, 2) GROUP_TILE(KIND, 5, 2) GROUP_TILE(KIND, 6, 2)
+
+WIDE_TILES_OF(BYTES)
+WIDE_TILES_OF(SMALL)
+
+#define WIDE_OF(KIND)                                                                                              \
+    {KIND##_tile_1_2, KIND##_tile_2_2, KIND##_tile_3_2, KIND##_tile_4_2, KIND##_tile_5_2, KIND##_tile_6_2}
+static GroupTile *const WIDE_GROUP_TILES[][ROWS_AT_ONCE] = {WIDE_OF(BYTES), WIDE_OF(SMALL)};
+
+#endif
+
+INLINE GroupTile *group_tile(int kind, int64_t rows, int64_t num_panels) {
+#if PARTS == 1
+    if (num_panels == WIDE) return WIDE_GROUP_TILES[kind][rows - 1];
+#endif
+    (void)num_panels;
+    return NARROW_GROUP_TILES[kind][rows - 1];
+}
+
+// The high terms of one token, of which most are zero: only the groups with others have a share. sums: of its high
+// terms, [groups].
+INLINE void add_high_terms(int kind, const Weights *weights, int64_t num_panels, const int32_t *sums, const Quad *quad,
+                           int64_t num_quads, PartFloats *totals) {
     if (num_quads == 0) return;
     const int shift = __builtin_ctzll((uint64_t)weights->group_quads);
-    int64_t group = quad->index >> shift;
-    Ints sums[WIDE];
-    for (int64_t n = 0; n < num_panels; n++) sums[n] = fill_ints(starts[group]);
-    for (const Quad *end = quad + num_quads; quad < end; quad++) {
-        const int64_t next = quad + 1 < end ? quad[1].index >> shift : group;
-        // Few quads are in a group, and how many cannot be predicted: masks are faster than jumps.
-        const Ints is_last = fill_ints(-(next != group || quad + 1 == end)), start = fill_ints(starts[next]);
-        for (int64_t n = 0; n < num_panels; n++) {
-            const uint8_t *weight = weights->panels + (n * weights->quads + quad->index) * QUAD_BYTES;
-            sums[n] = add_quad(sums[n], weight, quad->codes);
-            const Floats share = __builtin_convertvector(sums[n], Floats) * group_scale(weights, n, group);
-            totals[n] += (Floats)(is_last & (Ints)share);
-            sums[n] = (is_last & start) | (~is_last & sums[n]);
-        }
-        group = next;
+    const int has_minimum = weights->minimum.values != NULL;
+    for (const Quad *end = quad + num_quads; quad < end;) {
+        const int64_t group = quad->index >> shift;
+        const Quad *first = quad;
+        while (++quad < end && quad->index >> shift == group) {}
+        for (int64_t n = 0; n < num_panels; n++)
+            EACH(p, PARTS) {
+                PartInts products = fill_ints(-weights->offset * sums[group]);
+                for (const Quad *one = first; one < quad; one++) {
+                    const uint8_t *pair = weights->panels + n * weights->distance + one->index / 2 * pair_bytes(kind);
+                    const PartCodes codes = load_quad(kind, weights->table, pair, one->index % 2, p);
+                    products = add_quad_of_part(kind, products, codes, one->codes);
+                }
+                totals[n * PARTS + p] += __builtin_convertvector(products, PartFloats) * group_scale(weights, n, group, p);
+                if (has_minimum)
+                    totals[n * PARTS + p] += (float)sums[group] * group_numbers(weights, weights->minimum, n, group, p);
+            }
     }
 }
 
 // What a thread has made of a chunk of tokens.
 typedef struct {
-    int32_t *low_starts, *high_starts;  // [rows, groups]
-    int8_t *high;                       // [rows, stride], or null where most of it would be zeros
+    int32_t *low_sums, *high_sums;  // [rows, groups]
+    int8_t *high;                   // [rows, stride], or null where most of it would be zeros
 } Chunk;
 
 // Tokens from … to - 1.
 INLINE Chunk prepare(Codes codes, int64_t from, int64_t to, int64_t group_quads, int64_t groups) {
-    static _Thread_local Room starts, dense;
+    static _Thread_local Room sums, dense;
     const int64_t quads = codes.stride / QUAD, rows = to - from;
     const int shift = __builtin_ctzll((uint64_t)group_quads);
-    Chunk chunk = {room(&starts, 2 * CHUNK * groups * (int64_t)sizeof(int32_t)), NULL, NULL};
-    chunk.high_starts = chunk.low_starts + CHUNK * groups;
+    Chunk chunk = {room(&sums, 2 * CHUNK * groups * (int64_t)sizeof(int32_t)), NULL, NULL};
+    chunk.high_sums = chunk.low_sums + CHUNK * groups;
     int64_t num_quads = 0;
     for (int64_t m = 0; m < rows; m++) {
         const int8_t *low = codes.low + (from + m) * codes.stride;
@@ -126,15 +174,15 @@ INLINE Chunk prepare(Codes codes, int64_t from, int64_t to, int64_t group_quads,
             const int64_t end = smaller((g + 1) * group_quads, quads) * QUAD;
             int32_t sum = 0;
             for (int64_t k = g * group_quads * QUAD; k < end; k++) sum += low[k];
-            chunk.low_starts[m * groups + g] = -128 * sum;
+            chunk.low_sums[m * groups + g] = sum;
         }
         if (codes.tokens == NULL) continue;
-        int32_t *highs = chunk.high_starts + m * groups;
+        int32_t *highs = chunk.high_sums + m * groups;
         const Quad *quad = codes.quads + (from + m) * quads, *end = quad + codes.tokens[from + m].num_quads;
         num_quads += end - quad;
         memset(highs, 0, (size_t)groups * sizeof *highs);
         for (; quad < end; quad++)
-            for (int i = 0; i < QUAD; i++) highs[quad->index >> shift] -= 128 * quad->codes[i];
+            for (int i = 0; i < QUAD; i++) highs[quad->index >> shift] += quad->codes[i];
     }
     if (num_quads * DENSE_SHARE < rows * quads) return chunk;
     chunk.high = room(&dense, CHUNK * codes.stride);
@@ -150,6 +198,7 @@ INLINE Chunk prepare(Codes codes, int64_t from, int64_t to, int64_t group_quads,
 // What a task multiplies tokens with, and where the results go.
 typedef struct {
     Weights weights;
+    int kind;
     const float *token_scale;   // of groups, [M, groups], or null
     const float *scale, *bias;  // of the panels' outputs, or null
     int64_t features;           // outputs that there are from the first panel on
@@ -157,29 +206,30 @@ typedef struct {
     int64_t stride;
 } Product;
 
-// Tokens from … to - 1 with one panel or two.
+// Tokens from … to - 1 with some panels.
 INLINE void multiply(const Product *product, int64_t num_panels, Codes codes, const Chunk *chunk, int64_t from,
                      int64_t to) {
     const Weights *weights = &product->weights;
     const int64_t groups = weights->groups, quads = weights->quads;
-    const int64_t most = num_panels == WIDE ? GROUP_ROWS : FEW_ROWS;
+    const int64_t most = num_panels == WIDE ? ROWS_AT_ONCE : FEW_ROWS;
     for (int64_t m = from, size; m < to; m += size) {
         const int64_t tiles = (to - m + most - 1) / most;
         size = (to - m + tiles - 1) / tiles;  // tiles of about the same size
-        GroupTile *tile = (num_panels == WIDE ? WIDE_GROUP_TILES : NARROW_GROUP_TILES)[size - 1];
-        Floats totals[GROUP_ROWS * WIDE], highs[GROUP_ROWS * WIDE] = {{0}};
+        GroupTile *tile = group_tile(product->kind, size, num_panels);
+        Floats totals[ROWS_AT_ONCE * WIDE], highs[ROWS_AT_ONCE * WIDE] = {{0}};
         const float *scales = product->token_scale == NULL ? NULL : product->token_scale + m * groups;
-        const int32_t *high_starts = chunk->high_starts + (m - from) * groups;
+        const int32_t *high_sums = chunk->high_sums + (m - from) * groups;
         tile(weights,
-             &(Terms){codes.low + m * codes.stride, codes.stride, chunk->low_starts + (m - from) * groups, scales},
-             totals);
+             &(Terms){codes.low + m * codes.stride, codes.stride, chunk->low_sums + (m - from) * groups, scales},
+             (PartFloats *)totals);
         if (chunk->high != NULL)
-            tile(weights, &(Terms){chunk->high + (m - from) * codes.stride, codes.stride, high_starts, NULL}, highs);
+            tile(weights, &(Terms){chunk->high + (m - from) * codes.stride, codes.stride, high_sums, NULL},
+                 (PartFloats *)highs);
         for (int64_t i = 0; i < size; i++) {
             Floats *of_token = highs + i * num_panels;
             if (codes.tokens != NULL && chunk->high == NULL)
-                add_high_terms(weights, num_panels, high_starts + i * groups, codes.quads + (m + i) * quads,
-                               codes.tokens[m + i].num_quads, of_token);
+                add_high_terms(product->kind, weights, num_panels, high_sums + i * groups, codes.quads + (m + i) * quads,
+                               codes.tokens[m + i].num_quads, (PartFloats *)of_token);
             for (int64_t n = 0; n < num_panels; n++) {
                 Floats value = totals[i * num_panels + n];
                 if (codes.tokens != NULL) value = (of_token[n] * 128.0f + value) * codes.tokens[m + i].scale;
@@ -192,37 +242,68 @@ INLINE void multiply(const Product *product, int64_t num_panels, Codes codes, co
     }
 }
 
+// Panels of four bits as they would be with eight: NIBBLES become SMALL, TABLE becomes BYTES.
+INLINE const uint8_t *expand(int kind, const uint8_t *table, const uint8_t *panels, int64_t pairs) {
+    static _Thread_local Room expansion;
+    uint8_t *expanded = room(&expansion, pairs * 2 * QUAD_BYTES);
+    for (int64_t i = 0; i < pairs; i++)
+        EACH(quad, 2) EACH(p, PARTS) {
+            const PartCodes codes = load_quad(kind, table, panels + i * QUAD_BYTES, quad, p);
+            memcpy(expanded + (2 * i + quad) * QUAD_BYTES + p * QUAD * LENGTH, &codes, sizeof codes);
+        }
+    return expanded;
+}
+
+INLINE Numbers numbers_of(const Half *values, const int8_t *steps, int64_t panel, int64_t groups, int64_t blocks) {
+    if (values == NULL) return (Numbers){NULL, NULL};
+    if (steps == NULL) return (Numbers){values + panel * groups * PANEL, NULL};
+    return (Numbers){values + panel * blocks * PANEL, steps + panel * groups * PANEL};
+}
+
 OPERATION(grouped_matmul) {
     const int64_t rows = count(args->num_rows), group_size = args->group_size, features = args->features;
+    const int kind = (int)args->kind, is_narrow = kind == NIBBLES || kind == TABLE;
     const Codes codes = args->codes;
-    const Half *group_scales = args->group_scale;
     const float *scale = args->scale, *bias = args->bias;
     const int64_t quads = codes.stride / QUAD, groups = (args->size + group_size - 1) / group_size;
-    const int64_t num_panels = (features + PANEL - 1) / PANEL, tasks_a_chunk = (num_panels + WIDE - 1) / WIDE;
-    const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
+    const int64_t blocks = (args->size + args->block_size - 1) / args->block_size;
+    const int64_t num_panels = (features + PANEL - 1) / PANEL;
+    const int64_t panels_a_task = WIDE * larger(1, num_panels / (WIDE * MOST_TASKS));
+    const int64_t tasks_a_chunk = (num_panels + panels_a_task - 1) / panels_a_task;
+    const int64_t chunks = (rows + CHUNK - 1) / CHUNK, panel_bytes = quads / 2 * pair_bytes(kind);
     int64_t prepared = -1;
     Chunk of_tokens;
     FOR_TASKS(task, tasks_a_chunk * chunks) {
-        const int64_t first = task % tasks_a_chunk * WIDE, last = smaller(first + WIDE, num_panels);
+        const int64_t first = task % tasks_a_chunk * panels_a_task;
+        const int64_t last = smaller(first + panels_a_task, num_panels);
         const int64_t chunk = task / tasks_a_chunk, from = chunk * CHUNK, to = smaller(from + CHUNK, rows);
         if (chunk != prepared) of_tokens = prepare(codes, from, to, group_size / QUAD, groups);
         prepared = chunk;
-        const int64_t step = rows <= FEW_ROWS || last - first < WIDE ? 1 : WIDE;
-        for (int64_t panel = first; panel < last; panel += step) {
+        const int expands = is_narrow && rows > FEW_ROWS;
+        for (int64_t panel = first, step; panel < last; panel += step) {
+            step = rows <= FEW_ROWS || last - panel < WIDE ? 1 : PANELS_AT_ONCE;
+            const uint8_t *panels = args->weight + panel * panel_bytes;
             const Product product = {
                 .weights = {
-                    .panels = args->weight + panel * quads * QUAD_BYTES,
-                    .scale = group_scales == NULL ? NULL : group_scales + panel * groups * PANEL,
+                    .panels = expands ? expand(kind, args->table, panels, step * quads / 2) : panels,
+                    .table = args->table,
+                    .distance = expands ? quads * QUAD_BYTES : panel_bytes,
+                    .offset = (int32_t)args->offset,
+                    .scale = numbers_of(args->group_scale, args->scale_steps, panel, groups, blocks),
+                    .minimum = numbers_of(args->minimum, args->minimum_steps, panel, groups, blocks),
                     .quads = quads,
                     .group_quads = group_size / QUAD,
                     .groups = groups,
+                    .blocks = blocks,
+                    .block_shift = __builtin_ctzll((uint64_t)(args->block_size / group_size)),
                 },
+                .kind = !expands ? kind : kind == TABLE ? BYTES : SMALL,
                 .token_scale = args->token_scale,
                 .scale = scale == NULL ? NULL : scale + panel * PANEL,
                 .bias = bias == NULL ? NULL : bias + panel * PANEL,
                 .features = features - panel * PANEL,
                 .output = args->output + panel * PANEL,
-                .stride = features,
+                .stride = args->output_stride,
             };
             if (step == 1) multiply(&product, 1, codes, &of_tokens, from, to);
             else multiply(&product, WIDE, codes, &of_tokens, from, to);

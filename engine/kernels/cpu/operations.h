@@ -178,13 +178,21 @@ SIGNATURE(grouped_matmul,
     READS_GROUP_CODES              // [M, K]
     MAY_READ(float, token_scale)   // [M, groups] of the activations, or null
     READS(uint8_t, weight)         // [N, K] in panels
-    MAY_READ(Half, group_scale)    // [panels, groups, 16] of the weight, or null
+    INTEGER(kind)                  // of group_tiles.h
+    INTEGER(offset)                // of the codes
+    MAY_READ(uint8_t, table)       // [16] or null
+    MAY_READ(Half, group_scale)    // [panels, groups, 16] of the weight, with steps [panels, blocks, 16], or null
+    MAY_READ(int8_t, scale_steps)  // [panels, groups, 16] or null
+    MAY_READ(Half, minimum)        // as the scale
+    MAY_READ(int8_t, minimum_steps)
     MAY_READ(float, scale)         // [N padded to 16] or null
     MAY_READ(float, bias)          // [N padded to 16] or null
     INTEGER(size)                  // K
     INTEGER(group_size)
+    INTEGER(block_size)            // the group size times a power of two
     INTEGER(features)              // N
-    WRITES(float, output)          // [M, N]
+    WRITES(float, output)          // [M, N], rows at a distance of output_stride
+    INTEGER(output_stride)
 )
 
 SIGNATURE(quantize_groups,
@@ -239,10 +247,18 @@ SIGNATURE(finish_sums,
 // pack.c, whose rows are panels
 
 SIGNATURE(pack_int8,
-    READS(int8_t, weight)          // [N, K]
+    READS(void, weight)            // [N, K], bytes
     INTEGER(rows)                  // N
     INTEGER(columns)               // K
-    WRITES(uint8_t, output)        // [panels, padded K / 4, 16, 4]
+    INTEGER(offset)                // 128 for signed bytes, 0 for others
+    WRITES(uint8_t, output)        // [panels, padded K / 4, 16, 4]: the bytes plus offset
+)
+
+SIGNATURE(pack_nibbles,
+    READS(uint8_t, codes)          // [N, bytes], the even elements in the low nibbles
+    INTEGER(rows)                  // N
+    INTEGER(num_bytes)
+    WRITES(uint8_t, output)        // [panels, padded K / 8, 64], see group_tiles.h
 )
 
 SIGNATURE(pack_int4,

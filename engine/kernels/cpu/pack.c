@@ -10,11 +10,30 @@ OPERATION(pack_int8) {
     const int64_t panels = count(args->num_rows), rows = args->rows, columns = args->columns, stride = padded(columns);
     FOR_ROWS(panel, panels) {
         uint8_t *output = args->output + panel * PANEL * stride;
-        memset(output, 128, (size_t)(PANEL * stride));
+        memset(output, (int)args->offset, (size_t)(PANEL * stride));
         for (int64_t row = 0; row < PANEL && panel * PANEL + row < rows; row++) {
             const uint8_t *weight = (const uint8_t *)args->weight + (panel * PANEL + row) * columns;
             for (int64_t k = 0; k < columns; k++)
-                output[(k / QUAD * PANEL + row) * QUAD + k % QUAD] = weight[k] ^ 128;
+                output[(k / QUAD * PANEL + row) * QUAD + k % QUAD] = (uint8_t)(weight[k] + args->offset);
+        }
+    }
+}
+
+// Elements 2i and 2i + 1 of each row: of eight, the first four go into low nibbles, the others into high ones.
+OPERATION(pack_nibbles) {
+    const int64_t panels = count(args->num_rows), rows = args->rows, bytes = args->num_bytes;
+    const int64_t panel_bytes = padded(2 * bytes) / 2 * PANEL;
+    FOR_ROWS(panel, panels) {
+        uint8_t *output = args->output + panel * panel_bytes;
+        memset(output, 0, (size_t)panel_bytes);
+        for (int64_t row = 0; row < PANEL && panel * PANEL + row < rows; row++) {
+            const uint8_t *codes = args->codes + (panel * PANEL + row) * bytes;
+            for (int64_t i = 0; i < bytes; i++) {
+                uint8_t *place = output + i / 4 * PANEL * QUAD + row * QUAD + i % 2 * 2;
+                const int shift = i % 4 / 2 * 4;
+                place[0] |= (uint8_t)((codes[i] & 15) << shift);
+                place[1] |= (uint8_t)((codes[i] >> 4) << shift);
+            }
         }
     }
 }

@@ -1,19 +1,26 @@
-"""Products on a CPU in groups along K: of int8 weights, of the activations, or of both.
+"""Products on a CPU in groups along K: of integer weights, of the activations, or of both.
+
+    w[n, k] = v[n, k] * scale[n, g] + minimum[n, g]             v: whole numbers; no minimum where a grid has none
 
 With one scale a token (and a second term for few elements, see `engine.kernels.quantize`):
 
-    y[m, n] = (Σ_g float(Σ_{k in g} high * w) * scale[n, g] * 128
-               + Σ_g float(Σ_{k in g} low * w) * scale[n, g]) * s[m] + bias[n]
+    t(x) = Σ_g (float(Σ_{k in g} x[m, k] * v[n, k]) * scale[n, g] + float(Σ_{k in g} x[m, k]) * minimum[n, g])
+    y[m, n] = (t(high) * 128 + t(low)) * s[m] + bias[n]
 
 With a scale for each group of a token, as `engine.kernels.matmul.int8` computes it on a GPU:
 
-    y[m, n] = Σ_g float(Σ_{k in g} code * w) * s[m, g] * scale[n, g] + bias[n]
+    y[m, n] = Σ_g float(Σ_{k in g} code * v) * s[m, g] * scale[n, g] + bias[n]
 
 The sums of a group are int32 and exact, every float operation rounds once, in the order written here, and groups are
 added one after the other: y is equal to the bit for every number of tokens, tile, instruction set and body.
+
+Weights of four bits are multiplied as they lie in memory: nibbles become bytes in registers for a few tokens, and for
+many in panels that stay in the second-level cache.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +28,7 @@ import torch.nn.functional as F
 from engine.kernels import cpu, quantize
 from engine.kernels.cpu.signatures import Argument
 from engine.kernels.matmul.cpu_int8 import ALIGNMENT, PANEL, pack_int8, pad_rows
+from engine.kernels.nibbles import unpack_nibbles
 from engine.kernels.operands import (
     Activations,
     Format,
@@ -33,7 +41,84 @@ from engine.kernels.operands import (
 from engine.kernels.quantize import HIGH_STEPS, quantize_sparse, sparse_reference
 
 GROUP_SIZES: tuple[GroupSize, ...] = (128, 64, 32)
-"""What the products take. The exact sums of larger groups would not fit into a float's 24 bits."""
+"""What the products take of int8 weights. The exact sums of larger groups would not fit into a float's 24 bits."""
+
+_SIGNED = 128
+"""What bytes are stored with too much, so that they are unsigned."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNumbers:
+    """A number for each group of a weight's rows.
+
+    Attributes:
+        values: [N, groups] float16; with steps [N, blocks], of blocks of groups.
+        steps: [N, groups] int8: a group's number is so many times its block's value. None: it is the value.
+    """
+
+    values: torch.Tensor
+    steps: torch.Tensor | None = None
+
+    def expand(self) -> torch.Tensor:
+        """[N, groups] float32, exact."""
+        if self.steps is None:
+            return self.values.float()
+        groups = self.steps.shape[1]
+        # Blocks have the same number of groups, a power of two, but for the last one.
+        a_block = 1 << (-(-groups // self.values.shape[1]) - 1).bit_length()
+        return self.steps.float() * self.values.float().repeat_interleave(a_block, dim=1)[:, :groups]
+
+    def in_panels(self) -> GroupNumbers:
+        """The same as the C body reads it: [N / 16, groups, 16]."""
+        return GroupNumbers(_in_panels(self.values), None if self.steps is None else _in_panels(self.steps))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedWeight:
+    """A weight [N, K] of whole numbers v, in groups along K.
+
+    v = values[code] with values, else code - offset.
+
+    Attributes:
+        codes: [N, K] int8; [N, K] uint8, at most 64; or, two in a byte, [N, ceil(K / 2)] uint8 with `is_packed`.
+        in_features: K.
+        group_size: Elements along K that share a scale, a power of two and at least 16.
+        block_size: Elements along K that share what groups' numbers are steps of; the group size where they are none.
+        scale, minimum: None: all of them one; all of them zero.
+        values: [16] int8, or None.
+    """
+
+    codes: torch.Tensor
+    in_features: int
+    group_size: int
+    scale: GroupNumbers | None
+    minimum: GroupNumbers | None = None
+    block_size: int = 0
+    is_packed: bool = False
+    offset: int = 0
+    values: torch.Tensor | None = None
+
+    def integers(self) -> torch.Tensor:
+        """v, [N, K] float32."""
+        codes = unpack_nibbles(self.codes)[:, : self.in_features] if self.is_packed else self.codes
+        return codes.float() - self.offset if self.values is None else self.values.float()[codes.long()]
+
+
+def _in_panels(x: torch.Tensor) -> torch.Tensor:
+    padded = F.pad(x, (0, 0, 0, -x.shape[0] % PANEL))
+    return padded.view(-1, PANEL, x.shape[1]).transpose(1, 2).contiguous()
+
+
+def pack_nibbles_in_panels(codes: torch.Tensor) -> torch.Tensor:
+    """[N, ceil(K / 2)] uint8 → panels [N / 16, padded K / 8, 64] uint8; kernels/cpu/group_tiles.h says how."""
+    rows, num_bytes = codes.shape
+    packed = torch.empty(
+        -(-rows // PANEL), -(-2 * num_bytes // ALIGNMENT) * ALIGNMENT // 8, 64, dtype=torch.uint8
+    )
+    cpu.run(
+        "pack_nibbles", len(packed), codes=codes.contiguous(), rows=rows, num_bytes=num_bytes, output=packed
+    )
+    return packed
 
 
 def quantize_groups(x: torch.Tensor, group_size: int) -> Int8Activations:
@@ -60,11 +145,10 @@ class CpuGroupedMatmul:
     """The product with one weight.
 
     Args:
-        weight: [N, K] int8.
-        scale: [N, ceil(K / group_size)] float16; or [N] float32, where only activations have groups.
-        group_size: One of `GROUP_SIZES`.
+        weight: In groups of 32, 64 or 128 where activations have such.
+        row_scale: [N] float32, where only activations have groups.
         bias: [N] float32.
-        format: How the activations are quantized: with one scale a token, or as one term with groups of `group_size`.
+        format: How the activations are quantized: with one scale a token, or as one term with the weight's groups.
 
     Attributes:
         format: That which the product takes ready-made; None where that are floats.
@@ -72,38 +156,60 @@ class CpuGroupedMatmul:
 
     def __init__(
         self,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        group_size: GroupSize,
+        weight: GroupedWeight,
+        row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         format: SparseInt8Format | Int8Format,
     ) -> None:
-        assert group_size in GROUP_SIZES
-        assert format == Int8Format(1, group_size) or isinstance(format, SparseInt8Format)
-        assert scale.dim() == 2 or isinstance(format, Int8Format)
-        self.out_features, self.in_features = weight.shape
-        self.group_size, self._format = group_size, format
+        assert isinstance(format, SparseInt8Format) or format == Int8Format(1, format.group_size)
+        assert isinstance(format, SparseInt8Format) or format.group_size == weight.group_size
+        assert (weight.scale is None) != (row_scale is None)
+        self.out_features, self.in_features = weight.codes.shape[0], weight.in_features
+        self._format = format
         self.format: Format = None
-        self.weight, self.scale, self.bias = weight, scale, bias
+        self._arguments: dict[str, Argument] = {}
+        self._weight: GroupedWeight | None = None
+        self._row_scale, self._bias = row_scale, bias
         if cpu.library() is None:
+            self._weight = weight
             return
-        self.weight, self.bias = pack_int8(weight), pad_rows(bias)
-        padded = F.pad(scale, (0, 0) * (scale.dim() - 1) + (0, -scale.shape[0] % PANEL))
-        if scale.dim() == 2:
-            padded = padded.to(torch.float16).view(-1, PANEL, scale.shape[1]).transpose(1, 2)
-        self.scale = padded.contiguous()
         if isinstance(format, SparseInt8Format):
             self.format = format
+        codes, kind, offset, table = _pack(weight)
+        scale = None if weight.scale is None else weight.scale.in_panels()
+        minimum = None if weight.minimum is None else weight.minimum.in_panels()
+        self._arguments = {
+            "weight": codes,
+            "kind": kind,
+            "offset": offset,
+            "table": table,
+            "group_scale": None if scale is None else scale.values,
+            "scale_steps": None if scale is None else scale.steps,
+            "minimum": None if minimum is None else minimum.values,
+            "minimum_steps": None if minimum is None else minimum.steps,
+            "scale": pad_rows(row_scale),
+            "bias": pad_rows(bias),
+            "size": self.in_features,
+            "group_size": weight.group_size,
+            "block_size": weight.block_size or weight.group_size,
+            "features": self.out_features,
+        }
 
-    def __call__(self, x: Activations) -> torch.Tensor:
-        """[M, K] floats, or the format's codes → [M, N] of their dtype."""
-        if cpu.library() is None:
+    def __call__(self, x: Activations, output: torch.Tensor | None = None) -> torch.Tensor:
+        """[M, K] floats, or the format's codes → [M, N] of their dtype.
+
+        Args:
+            output: Where the result goes, [M, N] float32, N contiguous; None: where there is room.
+        """
+        if self._weight is not None:
             assert isinstance(x, torch.Tensor)
-            return reference(x, self._format, self.weight, self.scale, self.group_size, self.bias)
+            y = reference(x, self._format, self._weight, self._row_scale, self._bias)
+            return y if output is None else output.copy_(y)
         codes: dict[str, Argument]
         if isinstance(self._format, Int8Format):
             assert isinstance(x, torch.Tensor)
-            groups = quantize_groups(x, self.group_size)
+            assert self._format.group_size is not None
+            groups = quantize_groups(x, self._format.group_size)
             stride, token_scale = groups.high.shape[1], groups.scale
             num_tokens, codes = len(x), {"low": groups.high, "tokens": None, "quads": None, "stride": stride}
         else:
@@ -111,50 +217,60 @@ class CpuGroupedMatmul:
                 x = quantize_sparse(x, self._format)
             assert isinstance(x, SparseInt8Activations)
             num_tokens, codes, token_scale = x.num_tokens, x.arguments(), None
-        y = cpu.empty("grouped_matmul", num_tokens, self.out_features)
-        has_groups = self.scale.dim() == 3
+        y = cpu.empty("grouped_matmul", num_tokens, self.out_features) if output is None else output
         cpu.run(
             "grouped_matmul",
             num_tokens,
             **codes,
             token_scale=token_scale,
-            weight=self.weight,
-            group_scale=self.scale if has_groups else None,
-            scale=None if has_groups else self.scale,
-            bias=self.bias,
-            size=self.in_features,
-            group_size=self.group_size,
-            features=self.out_features,
+            **self._arguments,
             output=y,
+            output_stride=y.stride(0),
         )
         return y
+
+
+def _pack(weight: GroupedWeight) -> tuple[torch.Tensor, int, int, torch.Tensor | None]:
+    """Panels, their kind in kernels/cpu/group_tiles.h, what their codes have too much, and a table of bytes."""
+    if weight.values is not None:
+        table = (weight.values.short() + _SIGNED).to(torch.uint8)
+        return pack_nibbles_in_panels(weight.codes), 3, _SIGNED, table
+    if weight.is_packed:
+        return pack_nibbles_in_panels(weight.codes), 2, weight.offset, None
+    if weight.codes.dtype == torch.uint8:
+        return pack_int8(weight.codes, offset=0), 1, weight.offset, None
+    return pack_int8(weight.codes), 0, weight.offset + _SIGNED, None
 
 
 def reference(
     x: torch.Tensor,
     format: SparseInt8Format | Int8Format,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    group_size: int,
+    weight: GroupedWeight,
+    row_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`CpuGroupedMatmul` with torch's operators: x [M, K] float, weight [N, K] int8."""
+    """`CpuGroupedMatmul` with torch's operators: x [M, K] float."""
     if isinstance(format, Int8Format):
         codes = quantize.reference(x, format)
         terms, group_scale = codes.high.float()[None], codes.scale
     else:
         terms, token_scale = sparse_reference(x, format)
-    totals = torch.zeros(len(terms), len(x), len(weight))
-    groups = zip(terms.split(group_size, dim=2), weight.split(group_size, dim=1), strict=True)
+    scale = None if weight.scale is None else weight.scale.expand()
+    minimum = None if weight.minimum is None else weight.minimum.expand()
+    totals = torch.zeros(len(terms), len(x), len(weight.codes))
+    size = weight.group_size
+    groups = zip(terms.split(size, dim=2), weight.integers().split(size, dim=1), strict=True)
     for group, (part, weights) in enumerate(groups):
         # Sums of at most 128 * 127 * 128: floats hold them, and what they are made of, exactly.
-        share = part @ weights.float().t()
+        share = part @ weights.t()
         if isinstance(format, Int8Format):
             share *= group_scale[:, group, None]
-        totals += share * scale[:, group].float() if scale.dim() == 2 else share
+        totals += share if scale is None else share * scale[:, group]
+        if minimum is not None:
+            totals += part.sum(dim=2, keepdim=True) * minimum[:, group]
     value = totals[0]
     if isinstance(format, SparseInt8Format):
         value = value.mul_(HIGH_STEPS).add_(totals[1]).mul_(token_scale)
-    if scale.dim() == 1:
-        value = value.mul_(scale)
+    if row_scale is not None:
+        value = value.mul_(row_scale)
     return (value if bias is None else value.add_(bias)).to(x.dtype)

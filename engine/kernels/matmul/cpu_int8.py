@@ -154,13 +154,21 @@ def codebook_grid(
     return grid, row_scale
 
 
-def pack_int8(weight: torch.Tensor) -> torch.Tensor:
-    """[N, K] int8 → panels [N / 16, K / 4, 16, 4] uint8, padded with zero weights, each plus 128."""
+def pack_int8(weight: torch.Tensor, offset: int = 128) -> torch.Tensor:
+    """[N, K] bytes → panels [N / 16, K / 4, 16, 4] uint8, padded with zeros, each plus an offset."""
     rows, columns = weight.shape
     packed = torch.empty(
         -(-rows // PANEL), -(-columns // ALIGNMENT) * ALIGNMENT // 4, PANEL, 4, dtype=torch.uint8
     )
-    cpu.run("pack_int8", len(packed), weight=weight.contiguous(), rows=rows, columns=columns, output=packed)
+    cpu.run(
+        "pack_int8",
+        len(packed),
+        weight=weight.contiguous(),
+        rows=rows,
+        columns=columns,
+        offset=offset,
+        output=packed,
+    )
     return packed
 
 

@@ -146,12 +146,14 @@ _FP16 = tl.constexpr(
 
 
 @triton.jit
-def _codes(words, plane: tl.constexpr, PLANES: tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
+def codes_of_planes(
+    words, plane: tl.constexpr, PLANES: tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr
+):
     """Words [BLOCK_N, 32] → codes 0 … 15 [BLOCK_N, 32 PLANES] of the planes from `plane` on, exact in dtype."""
     if PLANES == 2:
         pair = tl.join(
-            _codes(words, plane, 1, dtype, ASSEMBLY),
-            _codes(words, plane + 1, 1, dtype, ASSEMBLY),
+            codes_of_planes(words, plane, 1, dtype, ASSEMBLY),
+            codes_of_planes(words, plane + 1, 1, dtype, ASSEMBLY),
         )
         return tl.reshape(tl.permute(pair, (0, 2, 1)), (words.shape[0], 2 * words.shape[1]))
     elif ASSEMBLY and dtype == tl.bfloat16:
@@ -271,7 +273,7 @@ def _int4_segments_kernel(
                 if HAS_TAIL:
                     is_x = is_x & (start + columns < in_features)[None, :]
                 values = tl.trans(tl.load(x_rows + start, is_x, 0.0).to(dtype))
-                codes = _codes(packed, plane, PLANES, dtype, ASSEMBLY)
+                codes = codes_of_planes(packed, plane, PLANES, dtype, ASSEMBLY)
                 if plane * 32 % GROUP_SIZE == 0:
                     product = tl.dot(codes, values, input_precision="ieee")
                 else:
@@ -355,7 +357,7 @@ def _int4_large_kernel(
             if HAS_TAIL:
                 is_x = is_x & (start + columns < in_features)[None, :]
             values = tl.trans(tl.load(x_rows + start, is_x, 0.0).to(dtype))
-            codes = _codes(packed, plane, PLANES, dtype, ASSEMBLY).to(tl.float32)
+            codes = codes_of_planes(packed, plane, PLANES, dtype, ASSEMBLY).to(tl.float32)
             group_scale = scales[plane * 32 // GROUP_SIZE].to(tl.float32)[:, None]
             group_minimum = minimums[plane * 32 // GROUP_SIZE].to(tl.float32)[:, None]
             weights = tl.fma(

@@ -9,9 +9,17 @@ import torch
 
 from engine.kernels import cpu
 from engine.kernels import quantize as quantization
-from engine.kernels.matmul.cpu_grouped import GROUP_SIZES, CpuGroupedMatmul, quantize_groups, reference
+from engine.kernels.matmul.cpu_grouped import (
+    GROUP_SIZES,
+    CpuGroupedMatmul,
+    GroupedWeight,
+    quantize_groups,
+    reference,
+)
 from engine.kernels.operands import GroupSize, Int8Format, SparseInt8Format
 from engine.kernels.quantize import TINY, quantize_sparse, sparse_reference
+from engine.quant.block_weight import BLOCK_TYPES
+from tests.helpers.block_weights import grouped, random_block_weight
 
 SHAPES = [(1, 1), (3, 2), (16, 32), (17, 33), (48, 64), (70, 100), (40, 300), (129, 576)]
 """Output and input features: whole panels, groups and lines, and parts of them."""
@@ -113,9 +121,10 @@ def test_products_of_weights_in_groups(
 ) -> None:
     weight, scale = weights(rows, columns, group_size)
     x, bias = activations(max(TOKENS), columns), torch.randn(rows)
-    matmul = CpuGroupedMatmul(weight, scale, group_size, bias, format)
+    in_groups = grouped(weight, scale, group_size)
+    matmul = CpuGroupedMatmul(in_groups, None, bias, format)
     expected = product_with_token_scales(x, format, weight, scale, group_size) + bias
-    check(matmul, reference(x, format, weight, scale, group_size, bias), x, expected)
+    check(matmul, reference(x, format, in_groups, None, bias), x, expected)
     assert matmul.format == format
     assert_same(matmul(quantize_sparse(x, format)), expected)
 
@@ -130,10 +139,53 @@ def test_products_of_activations_in_groups(
     weight, scale = weights(rows, columns, group_size)
     scale = scale if has_weight_groups else torch.rand(rows)
     x, format = activations(max(TOKENS), columns), Int8Format(1, group_size)
-    matmul = CpuGroupedMatmul(weight, scale, group_size, None, format)
+    in_groups = grouped(weight, scale if has_weight_groups else None, group_size)
+    row_scale = None if has_weight_groups else scale
+    matmul = CpuGroupedMatmul(in_groups, row_scale, None, format)
     expected = product_with_group_scales(x, weight, scale, group_size)
-    check(matmul, reference(x, format, weight, scale, group_size, None), x, expected)
+    check(matmul, reference(x, format, in_groups, row_scale, None), x, expected)
     assert matmul.format is None
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("format", SPARSE, ids=lambda format: f"spread-{format.spread}")
+def test_products_of_weights_of_gguf_types(kind: str, format: SparseInt8Format) -> None:
+    for rows, columns in ((17, 256), (70, 1024)) if BLOCK_TYPES[kind].block_size else ((17, 32), (70, 608)):
+        weight, bias = random_block_weight(kind, rows, columns), torch.randn(rows)
+        x = activations(max(TOKENS), columns)
+        expected = product_of_block_weight(x, format, weight.grouped) + bias
+        matmul = CpuGroupedMatmul(weight.grouped, None, bias, format)
+        check(matmul, reference(x, format, weight.grouped, None, bias), x, expected)
+
+
+def product_of_block_weight(x: torch.Tensor, format: SparseInt8Format, weight: GroupedWeight) -> torch.Tensor:
+    """In int64 and float32, group by group."""
+    terms, token_scale = sparse_reference(x, format)
+    assert weight.scale is not None
+    scale, size = weight.scale.expand(), weight.group_size
+    minimum = None if weight.minimum is None else weight.minimum.expand()
+    totals = []
+    for term in terms:
+        total = torch.zeros(len(x), len(weight.codes))
+        for group, sums in enumerate(sums_of_groups(term, weight.integers(), size)):
+            total += sums * scale[:, group]
+            if minimum is not None:
+                own = term[:, group * size : (group + 1) * size].long().sum(dim=1, keepdim=True)
+                total += own.float() * minimum[:, group]
+        totals.append(total)
+    return (totals[0] * 128 + totals[1]) * token_scale
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_product_goes_where_it_is_wanted() -> None:
+    weight, x = random_block_weight("q4_k", 40, 256), torch.randn(9, 256)
+    matmul = CpuGroupedMatmul(weight.grouped, None, None, SPARSE[0])
+    wide = torch.full((9, 60), torch.nan)
+    assert matmul(x, wide[:, 10:50]).data_ptr() == wide[:, 10:50].data_ptr()
+    assert_same(wide[:, 10:50], matmul(x))
+    assert wide[:, :10].isnan().all()
+    assert wide[:, 50:].isnan().all()
 
 
 @pytest.mark.usefixtures("compiler")
@@ -160,7 +212,7 @@ def test_sums_reach_their_bounds(format: SparseInt8Format | Int8Format) -> None:
     weight = torch.full((18, 256), -128, dtype=torch.int8)
     x = torch.full((7, 256), 127.0)
     x[1::2] *= -1
-    product = CpuGroupedMatmul(weight, torch.ones(18, 2).half(), 128, None, format)(x)
+    product = CpuGroupedMatmul(grouped(weight, torch.ones(18, 2).half(), 128), None, None, format)(x)
     # Only the scale and the products with it round: the sums are whole numbers that floats hold.
     assert torch.allclose(product, x @ weight.float().t(), rtol=2**-20, atol=0)
 
@@ -174,7 +226,7 @@ def test_products_are_close_to_those_of_floats(format: SparseInt8Format | Int8Fo
     else:
         step = sparse_reference(x, format)[1].expand(-1, 300)
     dequantized = weight.double() * scale.double().repeat_interleave(32, dim=1)[:, :300]
-    error = CpuGroupedMatmul(weight, scale, 32, None, format)(x) - x.double() @ dequantized.t()
+    error = CpuGroupedMatmul(grouped(weight, scale, 32), None, None, format)(x) - x.double() @ dequantized.t()
     # Half a step of each activation, and what float32 rounds in the sums and in products with a scale's inverse.
     bound = step.double() / 2 @ dequantized.abs().t() + 2**-20 * x.double().abs() @ dequantized.abs().t()
     assert torch.all(error.abs() <= bound)

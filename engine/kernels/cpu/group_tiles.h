@@ -1,0 +1,152 @@
+// Exact products of int8 codes with panels (see int8_tiles.h) whose sums are wanted group by group along the input
+// features, and what codes such a panel may hold.
+//
+// Two quads of a panel, a pair, are 8 input features: 128 bytes of codes of eight bits, one quad behind the other, or
+// 64 bytes of codes of four, the first quad in the low nibbles.
+
+#ifndef GROUP_TILES_H
+#define GROUP_TILES_H
+
+#include "int8_tiles.h"
+
+// What codes stand for: themselves (SMALL: 0 … 64; NIBBLES: 0 … 15), or one of sixteen bytes. Whatever they have been
+// stored with too much, 128 for one, sums take back: `offset`. See `CpuGroupedMatmul`.
+enum { BYTES, SMALL, NIBBLES, TABLE };
+
+// A register holds some of a panel's 16 outputs: a part.
+#if defined(__AVX512VNNI__)
+#define PARTS 1
+#elif defined(__AVX2__)
+#define PARTS 2
+#else
+#define PARTS 4
+#endif
+
+enum {
+    LENGTH = PANEL / PARTS,  // outputs of a part
+    PAIR = 2 * QUAD,         // elements
+    ROWS_AT_ONCE = PARTS == 1 ? 6 : 4,  // whose sums and totals with so many panels fit into the registers, or nearly
+    PANELS_AT_ONCE = PARTS == 1 ? WIDE : 1,
+};
+
+typedef float PartFloats __attribute__((vector_size(64 / PARTS)));
+typedef int32_t PartInts __attribute__((vector_size(64 / PARTS)));
+typedef uint8_t PartCodes __attribute__((vector_size(64 / PARTS)));
+
+INLINE PartInts fill_ints(int32_t x) { return x - (PartInts){0}; }
+INLINE PartFloats fill_floats(float x) { return x - (PartFloats){0}; }
+
+INLINE int64_t pair_bytes(int kind) { return kind == BYTES || kind == SMALL ? 2 * QUAD_BYTES : QUAD_BYTES; }
+
+INLINE PartCodes load_codes(const uint8_t *codes) {
+    PartCodes v;
+    memcpy(&v, codes, sizeof v);
+    return v;
+}
+
+INLINE PartCodes look_up(const uint8_t *table, PartCodes indices) {
+#if defined(__AVX512VNNI__)
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+    return (PartCodes)_mm512_shuffle_epi8(bytes, (__m512i)indices);
+#elif defined(__AVX2__)
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    return (PartCodes)_mm256_shuffle_epi8(bytes, (__m256i)indices);
+#else
+    for (int i = 0; i < QUAD * LENGTH; i++) indices[i] = table[indices[i]];
+    return indices;
+#endif
+}
+
+// One of a pair's quads, 0 or 1, for a part.
+INLINE PartCodes load_quad(int kind, const uint8_t *table, const uint8_t *pair, int quad, int part) {
+    const uint8_t *codes = pair + part * QUAD * LENGTH;
+    if (kind == BYTES || kind == SMALL) return load_codes(codes + quad * QUAD_BYTES);
+    const PartInts both = (PartInts)load_codes(codes);
+    const PartCodes nibbles = (PartCodes)((both >> (4 * quad)) & 0x0F0F0F0F);
+    return kind == TABLE ? look_up(table, nibbles) : nibbles;
+}
+
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+
+INLINE __m256i spread_quad(const int8_t *codes) {
+    int32_t quad;
+    memcpy(&quad, codes, sizeof quad);
+    return _mm256_set1_epi32(quad);
+}
+
+// A quad's sums of products in 16 bits, of bytes at even places and at odd ones: they cannot saturate.
+INLINE __m256i multiply_bytes(PartCodes panel, __m256i codes) {
+    const __m256i even = _mm256_and_si256((__m256i)panel, _mm256_set1_epi16(255));
+    const __m256i odd = _mm256_srli_epi16((__m256i)panel, 8);
+    const __m256i even_codes = _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8);
+    const __m256i odd_codes = _mm256_srai_epi16(codes, 8);
+    return _mm256_add_epi32(_mm256_madd_epi16(even, even_codes), _mm256_madd_epi16(odd, odd_codes));
+}
+
+#endif
+
+#if !defined(__AVX2__)
+
+// Not inlined: all the tiles would take a compiler half a minute.
+static __attribute__((noinline)) PartInts add_products(PartInts sums, PartCodes panel, const int8_t *codes) {
+    for (int output = 0; output < LENGTH; output++)
+        for (int k = 0; k < QUAD; k++) sums[output] += (int32_t)panel[output * QUAD + k] * codes[k];
+    return sums;
+}
+
+#endif
+
+INLINE PartInts add_quad_of_part(int kind, PartInts sums, PartCodes panel, const int8_t *codes) {
+#if defined(__AVX512VNNI__)
+    return (PartInts)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)panel, broadcast(codes));
+#elif defined(__AVX2__)
+    const __m256i x = spread_quad(codes);
+    if (kind == BYTES || kind == TABLE) return sums + (PartInts)multiply_bytes(panel, x);
+    // At most 2 * 64 * 127 in 16 bits.
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)panel, x);
+    return sums + (PartInts)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+    return add_products(sums, panel, codes);
+#endif
+}
+
+// The same of two quads, with 8 codes.
+INLINE PartInts add_pair(int kind, PartInts sums, PartCodes first, PartCodes second, const int8_t *codes) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    const __m256i x = spread_quad(codes), y = spread_quad(codes + QUAD);
+    if (kind == BYTES || kind == TABLE)
+        return sums + (PartInts)_mm256_add_epi32(multiply_bytes(first, x), multiply_bytes(second, y));
+    // At most 4 * 64 * 127 in 16 bits.
+    const __m256i pairs =
+        _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)first, x), _mm256_maddubs_epi16((__m256i)second, y));
+    return sums + (PartInts)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+    return add_quad_of_part(kind, add_quad_of_part(kind, sums, first, codes), second, codes + QUAD);
+#endif
+}
+
+INLINE PartFloats load_half_part(const Half *x) {
+#if defined(__AVX512VNNI__)
+    return (PartFloats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+#elif defined(__AVX2__)
+    return (PartFloats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+#else
+    PartFloats v;
+    for (int i = 0; i < LENGTH; i++) v[i] = from_half(x[i]);
+    return v;
+#endif
+}
+
+INLINE PartFloats load_byte_part(const int8_t *x) {
+#if defined(__AVX512VNNI__)
+    return (PartFloats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
+#elif defined(__AVX2__)
+    return (PartFloats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
+#else
+    PartFloats v;
+    for (int i = 0; i < LENGTH; i++) v[i] = x[i];
+    return v;
+#endif
+}
+
+#endif

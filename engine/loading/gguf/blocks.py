@@ -1,0 +1,196 @@
+"""The blocks of GGUF's quantized types, taken apart: bytes of a matrix become the parts of a `BlockWeight`.
+
+Layouts: ggml-common.h of https://github.com/ggml-org/llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+
+from engine.quant.block_weight import BlockWeight
+from engine.quant.weight import GridWeight, Weight, on_grid
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+_BLOCK = 32
+_CHUNK = 2**19
+"""Bytes that are taken apart at a time, so that what lies between stays in a processor's cache."""
+
+
+def _halves(data: Bytes) -> torch.Tensor:
+    """[N, blocks, 2] bytes → [N, blocks] fp16, never a view of the file."""
+    return torch.from_numpy(np.array(data, order="C").view(np.float16)[..., 0])
+
+
+def _codes(codes: Bytes) -> torch.Tensor:
+    """[N, blocks, …] → [N, K] uint8."""
+    return torch.from_numpy(np.ascontiguousarray(codes).reshape(codes.shape[0], -1))
+
+
+def _nibbles(packed: Bytes) -> Bytes:
+    """[N, blocks, bytes] → [N, blocks, 2, bytes] of 0..15: the low halves, which come first, and the high ones."""
+    return np.stack((packed & 15, packed >> 4), axis=2)
+
+
+def _fifth_bits(packed: Bytes) -> Bytes:
+    """[N, blocks, 4] → [N, blocks, 2, 16] of 0 or 16."""
+    bits = np.unpackbits(np.ascontiguousarray(packed), axis=-1, bitorder="little")
+    return np.left_shift(bits, 4, dtype=np.uint8).reshape(*packed.shape[:2], 2, _BLOCK // 2)
+
+
+def _chunks(packed: Bytes) -> Bytes:
+    """[N, blocks, 128] → [N, blocks, 4, 2, 32] of 0..15: 32 bytes hold 64 elements, the first 32 in low halves."""
+    chunks = packed.reshape(*packed.shape[:2], 4, 32)
+    return np.stack((chunks & 15, chunks >> 4), axis=3)
+
+
+def _q4_0(data: Bytes) -> BlockWeight:
+    """fp16 scale, 16 bytes: w = scale * (code - 8)."""
+    return BlockWeight.of_codes("q4_0", _codes(_nibbles(data[..., 2:])), scale=_halves(data[..., :2]))
+
+
+def _q4_1(data: Bytes) -> BlockWeight:
+    """fp16 scale, fp16 minimum, 16 bytes: w = scale * code + minimum."""
+    numbers = {"scale": _halves(data[..., :2]), "minimum": _halves(data[..., 2:4])}
+    return BlockWeight.of_codes("q4_1", _codes(_nibbles(data[..., 4:])), **numbers)
+
+
+def _q5_0(data: Bytes) -> BlockWeight:
+    """fp16 scale, 32 fifth bits, 16 bytes: w = scale * (code - 16)."""
+    codes = _nibbles(data[..., 6:]) | _fifth_bits(data[..., 2:6])
+    return BlockWeight.of_codes("q5_0", _codes(codes), scale=_halves(data[..., :2]))
+
+
+def _q5_1(data: Bytes) -> BlockWeight:
+    """fp16 scale, fp16 minimum, 32 fifth bits, 16 bytes: w = scale * code + minimum."""
+    codes: Bytes = _nibbles(data[..., 8:]) | _fifth_bits(data[..., 4:8])
+    numbers = {"scale": _halves(data[..., :2]), "minimum": _halves(data[..., 2:4])}
+    return BlockWeight.of_codes("q5_1", _codes(codes), **numbers)
+
+
+def _q8_0(data: Bytes) -> GridWeight:
+    """fp16 scale, 32 signed bytes."""
+    codes = _codes(data[..., 2:]).view(torch.int8)
+    return GridWeight(codes, _halves(data[..., :2]), None, _BLOCK)
+
+
+def _k_numbers(data: Bytes) -> dict[str, torch.Tensor]:
+    """Scales and minimums of a k-quant's blocks: fp16 d and dmin, then eight pairs of six bits in 12 bytes.
+
+    The first four pairs are the low six bits of bytes 0 … 3 and 4 … 7; of the others, low halves of bytes 8 … 11 and
+    high ones have four bits, and the bits that the first twelve left over two more.
+    """
+    low, high, both = data[..., 4:8], data[..., 8:12], data[..., 12:16]
+    scales = np.concatenate((low & 63, (both & 15) | (low >> 6) << 4), axis=2)
+    minimums = np.concatenate((high & 63, (both >> 4) | (high >> 6) << 4), axis=2)
+    return {
+        "scale": _halves(data[..., :2]),
+        "scale_steps": _codes(scales).view(torch.int8),
+        "minimum": -_halves(data[..., 2:4]),
+        "minimum_steps": _codes(minimums).view(torch.int8),
+    }
+
+
+def _q4_k(data: Bytes) -> BlockWeight:
+    """w = d * scale * code - dmin * minimum."""
+    return BlockWeight.of_codes("q4_k", _codes(_chunks(data[..., 16:])), **_k_numbers(data))
+
+
+def _q5_k(data: Bytes) -> BlockWeight:
+    """As Q4_K, with 32 bytes of fifth bits: bit i of a byte belongs to the i-th 32 elements."""
+    places = np.arange(8, dtype=np.uint8).reshape(1, 1, 4, 2, 1)
+    fifth: Bytes = np.left_shift(data[..., None, None, 16:48] >> places & 1, 4, dtype=np.uint8)
+    return BlockWeight.of_codes("q5_k", _codes(_chunks(data[..., 48:]) | fifth), **_k_numbers(data))
+
+
+def _q6_k(data: Bytes) -> BlockWeight:
+    """Low halves, two high bits, scales of 16 elements, fp16 d: w = d * scale * (code - 32).
+
+    Twice for 128 elements: 64 bytes hold the low halves of two times 32 elements, then, in their high bits, of two
+    more; 32 bytes hold two bits of each of the four.
+    """
+    shape = data.shape[:2]
+    low = data[..., :128].reshape(*shape, 2, 1, 2, 32)
+    high = data[..., 128:192].reshape(*shape, 2, 1, 1, 32)
+    nibbles = np.concatenate((low & 15, low >> 4), axis=3)
+    places = (2 * np.arange(4, dtype=np.uint8)).reshape(1, 1, 1, 2, 2, 1)
+    return BlockWeight.of_codes(
+        "q6_k",
+        _codes(nibbles | (high >> places & 3) << 4),
+        scale=_halves(data[..., 208:]),
+        scale_steps=_codes(data[..., 192:208]).view(torch.int8),
+    )
+
+
+def _iq4_nl(data: Bytes) -> BlockWeight:
+    """As Q4_0, but a code says which of sixteen values."""
+    return BlockWeight.of_codes("iq4_nl", _codes(_nibbles(data[..., 2:])), scale=_halves(data[..., :2]))
+
+
+def _iq4_xs(data: Bytes) -> BlockWeight:
+    """fp16 d, the two high bits of eight scales, their four low ones, 128 bytes as eight blocks of IQ4_NL's.
+
+    w = d * (scale - 32) * value.
+    """
+    shape = data.shape[:2]
+    high = np.array(data[..., 2:4], order="C").view(np.uint16) >> (2 * np.arange(8, dtype=np.uint16)) & 3
+    low = np.stack((data[..., 4:8] & 15, data[..., 4:8] >> 4), axis=3).reshape(*shape, 8)
+    steps = (low | high.astype(np.uint8) << 4).astype(np.int8) - 32
+    codes = _nibbles(data[..., 8:].reshape(shape[0], -1, 16))
+    return BlockWeight.of_codes(
+        "iq4_xs",
+        _codes(codes),
+        scale=_halves(data[..., :2]),
+        scale_steps=torch.from_numpy(steps.reshape(shape[0], -1)),
+    )
+
+
+def _mxfp4(data: Bytes) -> Weight:
+    """An exponent, 16 bytes of E2M1 codes: w = 2^(exponent - 128) * twice the value.
+
+    On a grid of floats where fp16, which holds 2^-24 to 2^15, does not hold a scale.
+    """
+    codes = _codes(_nibbles(data[..., 1:]))
+    scale = torch.from_numpy(np.exp2(data[..., 0].astype(np.float32) - 128))
+    weight = BlockWeight.of_codes("mxfp4", codes, scale=scale.half())
+    if torch.equal(scale.half().float(), scale):
+        return weight
+    values = weight.grouped.integers().to(torch.int8)
+    return GridWeight(values, scale, None, _BLOCK)
+
+
+DECODERS: dict[GGMLQuantizationType, Callable[[Bytes], Weight]] = {
+    GGMLQuantizationType.Q4_0: _q4_0,
+    GGMLQuantizationType.Q4_1: _q4_1,
+    GGMLQuantizationType.Q4_K: _q4_k,
+    GGMLQuantizationType.Q5_0: _q5_0,
+    GGMLQuantizationType.Q5_1: _q5_1,
+    GGMLQuantizationType.Q5_K: _q5_k,
+    GGMLQuantizationType.Q6_K: _q6_k,
+    GGMLQuantizationType.Q8_0: _q8_0,
+    GGMLQuantizationType.IQ4_NL: _iq4_nl,
+    GGMLQuantizationType.IQ4_XS: _iq4_xs,
+    GGMLQuantizationType.MXFP4: _mxfp4,
+}
+"""By type, of a matrix's bytes [N, blocks, bytes of a block]."""
+
+
+def read_blocks(data: Bytes, kind: GGMLQuantizationType) -> Weight:
+    """A matrix of one of `DECODERS`, from its bytes [N, blocks, bytes of a block]."""
+    step = max(1, _CHUNK // max(1, data[0].nbytes)) if len(data) else 1
+    chunks = [DECODERS[kind](data[start : start + step]) for start in range(0, len(data), step)]
+    first = chunks[0] if chunks else DECODERS[kind](data)
+    if len(chunks) <= 1:
+        return first
+    if isinstance(first, BlockWeight) and all(isinstance(chunk, BlockWeight) for chunk in chunks):
+        blocks = [chunk for chunk in chunks if isinstance(chunk, BlockWeight)]
+        parts = {name: torch.cat([block.parts[name] for block in blocks]) for name in first.parts}
+        return BlockWeight(first.kind, parts, first.in_features)
+    grids = [grid for chunk in chunks if isinstance(grid := on_grid(chunk), GridWeight)]
+    codes, scale = (torch.cat(parts) for parts in zip(*((g.codes, g.scale) for g in grids), strict=True))
+    return GridWeight(codes, scale, None, _BLOCK)
