@@ -32,7 +32,9 @@ class Int8Table:
         if isinstance(weight, GridWeight) and weight.minimum is None and weight.group_size == GROUP_SIZE:
             return {"codes": weight.codes, "scale": weight.scale}
         # By rows: the floats of a large table are gigabytes.
-        chunks = [_round(take_rows(weight, rows)) for rows in torch.arange(weight.shape[0]).split(_ROWS)]
+        chunks = [
+            _round(take_rows(weight, rows)) for rows in torch.split(torch.arange(weight.shape[0]), _ROWS)
+        ]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
