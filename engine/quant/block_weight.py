@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kernels.matmul.cpu_grouped import GroupedWeight, GroupNumbers
+from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
 from engine.kernels.nibbles import pack_nibbles
 
 Parts = dict[str, torch.Tensor]

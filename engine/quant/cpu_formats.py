@@ -40,8 +40,9 @@ import math
 
 import torch
 
-from engine.kernels.matmul.cpu_grouped import CpuGroupedMatmul, GroupedWeight, GroupNumbers
+from engine.kernels.matmul.cpu_grouped import CpuGroupedMatmul
 from engine.kernels.matmul.cpu_int8 import CpuInt8Matmul, CpuWeight
+from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
 from engine.kernels.operands import GroupSize, Int8Format, SparseInt8Format
 from engine.quant.scheme import Matmul
 from engine.quant_spec import ActivationTerms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.kernels.matmul.cpu_grouped import GroupedWeight, GroupNumbers
+from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
 from engine.quant.block_weight import BLOCK_TYPES, BlockWeight
 
 

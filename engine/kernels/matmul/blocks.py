@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from engine.kernels.launch import Tile, launch, select_tile, target_of
-from engine.kernels.matmul.cpu_grouped import GroupedWeight, GroupNumbers
 from engine.kernels.matmul.group_sums import group_sums
+from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
 from engine.kernels.matmul.int4 import BLOCK, codes_of_planes, pack_words
 from engine.kernels.matmul.segments import (
     SEGMENT,
@@ -52,7 +52,7 @@ def _block_kernel(
     IS_PACKED: tl.constexpr,
     OFFSET: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    BLOCKS_A_NUMBER: tl.constexpr,
+    NUMBER_BLOCKS: tl.constexpr,
     SEGMENT: tl.constexpr,
     HAS_TAIL: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -75,7 +75,7 @@ def _block_kernel(
     x_rows = x + tokens.to(tl.int64)[:, None] * in_features + columns[None, :]
     num_blocks = tl.cdiv(in_features, 128)
     num_groups = num_blocks * GROUPS
-    num_numbers = tl.cdiv(num_blocks, BLOCKS_A_NUMBER)
+    num_numbers = tl.cdiv(num_blocks, NUMBER_BLOCKS)
     if IS_PACKED:
         code_rows = codes + rows[:, None] * 32 + tl.arange(0, 32)[None, :]
         block_stride = tl.cast(out_features, tl.int64) * 32
@@ -89,7 +89,7 @@ def _block_kernel(
     segment_total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # Read a step ahead: see `load_groups`.
     scales = _load_numbers(
-        scale, scale_steps, first, rows, out_features, num_groups, num_numbers, GROUPS, BLOCKS_A_NUMBER
+        scale, scale_steps, first, rows, out_features, num_groups, num_numbers, GROUPS, NUMBER_BLOCKS
     )
     if minimum is not None:
         minimums = _load_numbers(
@@ -101,7 +101,7 @@ def _block_kernel(
             num_groups,
             num_numbers,
             GROUPS,
-            BLOCKS_A_NUMBER,
+            NUMBER_BLOCKS,
         )
         group_totals = load_groups(sums, first, sum_rows, num_sums, 1, num_sums, GROUPS)
     for block in range(first, end):
@@ -114,7 +114,7 @@ def _block_kernel(
             num_groups,
             num_numbers,
             GROUPS,
-            BLOCKS_A_NUMBER,
+            NUMBER_BLOCKS,
         )
         if minimum is not None:
             next_minimums = _load_numbers(
@@ -126,7 +126,7 @@ def _block_kernel(
                 num_groups,
                 num_numbers,
                 GROUPS,
-                BLOCKS_A_NUMBER,
+                NUMBER_BLOCKS,
             )
             next_totals = load_groups(sums, block + 1, sum_rows, num_sums, 1, num_sums, GROUPS)
         if IS_PACKED:
@@ -186,7 +186,7 @@ def _load_numbers(
     num_groups,
     num_numbers,
     GROUPS: tl.constexpr,
-    BLOCKS_A_NUMBER: tl.constexpr,
+    NUMBER_BLOCKS: tl.constexpr,
 ):
     """A number [BLOCK_N] float32 for each group of a block of 128."""
     if steps is None:
@@ -196,7 +196,7 @@ def _load_numbers(
             numbers = numbers + (loaded[i].to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     else:
         loaded = load_groups(steps, block, rows, 1, out_features, num_groups, GROUPS)
-        place = tl.minimum(block // BLOCKS_A_NUMBER, num_numbers - 1)
+        place = tl.minimum(block // NUMBER_BLOCKS, num_numbers - 1)
         of_block = tl.load(values + place * out_features + rows).to(tl.float32)
         numbers = ()
         for i in tl.static_range(GROUPS):
@@ -301,7 +301,7 @@ def block_matmul(
         IS_PACKED=weight.is_packed,
         OFFSET=weight.offset,
         GROUP_SIZE=weight.group_size,
-        BLOCKS_A_NUMBER=weight.blocks_a_number,
+        NUMBER_BLOCKS=weight.blocks_a_number,
         SEGMENT=SEGMENT,
         HAS_TAIL=in_features % BLOCK != 0,
         ASSEMBLY=target.is_nvidia,

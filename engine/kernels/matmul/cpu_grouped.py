@@ -20,15 +20,13 @@ many in panels that stay in the second-level cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
 from engine.kernels import cpu, quantize
 from engine.kernels.cpu.signatures import Argument
 from engine.kernels.matmul.cpu_int8 import ALIGNMENT, PANEL, pack_int8, pad_rows
-from engine.kernels.nibbles import unpack_nibbles
+from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
 from engine.kernels.operands import (
     Activations,
     Format,
@@ -47,61 +45,11 @@ _SIGNED = 128
 """What bytes are stored with too much, so that they are unsigned."""
 
 
-@dataclass(frozen=True, slots=True)
-class GroupNumbers:
-    """A number for each group of a weight's rows.
-
-    Attributes:
-        values: [N, groups] float16; with steps [N, blocks], of blocks of groups.
-        steps: [N, groups] int8: a group's number is so many times its block's value. None: it is the value.
-    """
-
-    values: torch.Tensor
-    steps: torch.Tensor | None = None
-
-    def expand(self) -> torch.Tensor:
-        """[N, groups] float32, exact."""
-        if self.steps is None:
-            return self.values.float()
-        groups = self.steps.shape[1]
-        # Blocks have the same number of groups, a power of two, but for the last one.
-        a_block = 1 << (-(-groups // self.values.shape[1]) - 1).bit_length()
-        return self.steps.float() * self.values.float().repeat_interleave(a_block, dim=1)[:, :groups]
-
-    def in_panels(self) -> GroupNumbers:
-        """The same as the C body reads it: [N / 16, groups, 16]."""
-        return GroupNumbers(_in_panels(self.values), None if self.steps is None else _in_panels(self.steps))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupedWeight:
-    """A weight [N, K] of whole numbers v, in groups along K.
-
-    v = values[code] with values, else code - offset.
-
-    Attributes:
-        codes: [N, K] int8; [N, K] uint8, at most 64; or, two in a byte, [N, ceil(K / 2)] uint8 with `is_packed`.
-        in_features: K.
-        group_size: Elements along K that share a scale, a power of two and at least 16.
-        block_size: Elements along K that share what groups' numbers are steps of; the group size where they are none.
-        scale, minimum: None: all of them one; all of them zero.
-        values: [16] int8, or None.
-    """
-
-    codes: torch.Tensor
-    in_features: int
-    group_size: int
-    scale: GroupNumbers | None
-    minimum: GroupNumbers | None = None
-    block_size: int = 0
-    is_packed: bool = False
-    offset: int = 0
-    values: torch.Tensor | None = None
-
-    def integers(self) -> torch.Tensor:
-        """v, [N, K] float32."""
-        codes = unpack_nibbles(self.codes)[:, : self.in_features] if self.is_packed else self.codes
-        return codes.float() - self.offset if self.values is None else self.values.float()[codes.long()]
+def _numbers_in_panels(numbers: GroupNumbers) -> GroupNumbers:
+    """The same as the C body reads it: [N / 16, groups, 16]."""
+    return GroupNumbers(
+        _in_panels(numbers.values), None if numbers.steps is None else _in_panels(numbers.steps)
+    )
 
 
 def _in_panels(x: torch.Tensor) -> torch.Tensor:
@@ -176,8 +124,8 @@ class CpuGroupedMatmul:
         if isinstance(format, SparseInt8Format):
             self.format = format
         codes, kind, offset, table = _pack(weight)
-        scale = None if weight.scale is None else weight.scale.in_panels()
-        minimum = None if weight.minimum is None else weight.minimum.in_panels()
+        scale = None if weight.scale is None else _numbers_in_panels(weight.scale)
+        minimum = None if weight.minimum is None else _numbers_in_panels(weight.minimum)
         self._arguments = {
             "weight": codes,
             "kind": kind,

@@ -1,0 +1,65 @@
+"""Weights of whole numbers in groups along K, with floats for each group: what products in groups multiply with.
+
+w[n, k] = v[n, k] * scale[n, g] + minimum[n, g]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.kernels.nibbles import unpack_nibbles
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNumbers:
+    """A number for each group of a weight's rows.
+
+    Attributes:
+        values: [N, groups] float16; with steps [N, blocks], of blocks of groups.
+        steps: [N, groups] int8: a group's number is so many times its block's value. None: it is the value.
+    """
+
+    values: torch.Tensor
+    steps: torch.Tensor | None = None
+
+    def expand(self) -> torch.Tensor:
+        """[N, groups] float32, exact."""
+        if self.steps is None:
+            return self.values.float()
+        groups = self.steps.shape[1]
+        # Blocks have the same number of groups, a power of two, but for the last one.
+        a_block = 1 << (-(-groups // self.values.shape[1]) - 1).bit_length()
+        return self.steps.float() * self.values.float().repeat_interleave(a_block, dim=1)[:, :groups]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedWeight:
+    """A weight [N, K] of whole numbers v, in groups along K.
+
+    v = values[code] with values, else code - offset.
+
+    Attributes:
+        codes: [N, K] int8; [N, K] uint8, at most 64; or, two in a byte, [N, ceil(K / 2)] uint8 with `is_packed`.
+        in_features: K.
+        group_size: Elements along K that share a scale, a power of two and at least 16.
+        block_size: Elements along K that share what groups' numbers are steps of; the group size where they are none.
+        scale, minimum: None: all of them one; all of them zero.
+        values: [16] int8, or None.
+    """
+
+    codes: torch.Tensor
+    in_features: int
+    group_size: int
+    scale: GroupNumbers | None
+    minimum: GroupNumbers | None = None
+    block_size: int = 0
+    is_packed: bool = False
+    offset: int = 0
+    values: torch.Tensor | None = None
+
+    def integers(self) -> torch.Tensor:
+        """v, [N, K] float32."""
+        codes = unpack_nibbles(self.codes)[:, : self.in_features] if self.is_packed else self.codes
+        return codes.float() - self.offset if self.values is None else self.values.float()[codes.long()]
