@@ -83,7 +83,7 @@ OPERATION(gated) {
             const Floats inner =
                 is_gelu ? 1.5957691216057308f * (gate + 0.044715f * (gate * gate * gate)) : gate;
             const Floats power = exp_negative(-absolute(inner));
-            const Floats sigmoid = choose(inner < 0.0f, power, fill(1.0f)) / (1.0f + power);
+            const Floats sigmoid = choose(less(inner, (Floats){0}), power, fill(1.0f)) / (1.0f + power);
             store_part(y + k, gate * sigmoid * up, size - k);
         }
         if (args->codes.low != NULL) quantize_row(y, size, (float)args->spread, args->codes, m, maxima);

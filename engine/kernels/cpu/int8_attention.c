@@ -193,7 +193,7 @@ void read_int4(const Inputs *in, const int32_t *table, int64_t head, int64_t fir
 // 128 * sum of the high terms' row + sum of the low terms' row, less what the panels' 128 added.
 INLINE Floats combine(const int32_t *high, const int32_t *low, int32_t sum) {
     const Ints h = *(const Ints *)high, l = *(const Ints *)low;
-    return __builtin_convertvector((h << 7) + l - 128 * sum, Floats);
+    return to_floats((h << 7) + l - 128 * sum);
 }
 
 // Codes of a query [size], zeros behind them; their sum and step.

@@ -67,6 +67,20 @@ typedef int8_t Bytes __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef float LooseFloats __attribute__((vector_size(64), aligned(4)));
 
+// Where registers hold eight, a compiler splits sums and products itself, but takes comparisons, conversions and
+// shuffles apart lane by lane.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define HAS_HALVES 1
+typedef union {
+    Floats all;
+    __m256 half[2];
+} FloatHalves;
+typedef union {
+    Ints all;
+    __m256i half[2];
+} IntHalves;
+#endif
+
 INLINE Floats load(const float *x) { return *(const LooseFloats *)x; }
 INLINE void store(float *x, Floats v) { *(LooseFloats *)x = v; }
 
@@ -87,6 +101,10 @@ INLINE void store_part(float *x, Floats v, int64_t size) {
 INLINE Ints widen_bytes(const void *x) {
 #if defined(__AVX512F__)
     return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(x));
+#elif defined(HAS_HALVES)
+    const __m128i bytes = _mm_loadu_si128(x);
+    const IntHalves v = {.half = {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))}};
+    return v.all;
 #else
     Bytes bytes;
     memcpy(&bytes, x, sizeof bytes);
@@ -97,6 +115,11 @@ INLINE Ints widen_bytes(const void *x) {
 INLINE Ints widen_halves(const void *x) {
 #if defined(__AVX512F__)
     return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256(x));
+#elif defined(HAS_HALVES)
+    const __m128i *halves = x;
+    const IntHalves v = {
+        .half = {_mm256_cvtepu16_epi32(_mm_loadu_si128(halves)), _mm256_cvtepu16_epi32(_mm_loadu_si128(halves + 1))}};
+    return v.all;
 #else
     Halves halves;
     memcpy(&halves, x, sizeof halves);
@@ -107,6 +130,15 @@ INLINE Ints widen_halves(const void *x) {
 INLINE Bytes narrow(Ints x) {
 #if defined(__AVX512F__)
     return (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
+#elif defined(HAS_HALVES)
+    const __m256i lowest = _mm256_set1_epi32(0x0C080400);
+    const IntHalves v = {x};
+    __m128i eight[2];
+    for (int i = 0; i < 2; i++) {
+        const __m256i bytes = _mm256_shuffle_epi8(v.half[i], lowest);
+        eight[i] = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    }
+    return (Bytes)_mm_unpacklo_epi64(eight[0], eight[1]);
 #else
     return __builtin_convertvector(x, Bytes);
 #endif
@@ -114,24 +146,72 @@ INLINE Bytes narrow(Ints x) {
 
 INLINE Floats fill(float x) { return x - (Floats){0}; }
 
+// A mask of all ones where a is less.
+INLINE Ints less(Floats a, Floats b) {
+#if defined(HAS_HALVES)
+    const FloatHalves x = {a}, y = {b};
+    IntHalves mask;
+    for (int i = 0; i < 2; i++) mask.half[i] = (__m256i)_mm256_cmp_ps(x.half[i], y.half[i], _CMP_LT_OQ);
+    return mask.all;
+#else
+    return a < b;
+#endif
+}
+
+INLINE Floats to_floats(Ints x) {
+#if defined(HAS_HALVES)
+    const IntHalves v = {x};
+    const FloatHalves floats = {.half = {_mm256_cvtepi32_ps(v.half[0]), _mm256_cvtepi32_ps(v.half[1])}};
+    return floats.all;
+#else
+    return __builtin_convertvector(x, Floats);
+#endif
+}
+
+// Of whole numbers that 32 bits hold.
+INLINE Ints to_ints(Floats x) {
+#if defined(HAS_HALVES)
+    const FloatHalves v = {x};
+    const IntHalves ints = {.half = {_mm256_cvttps_epi32(v.half[0]), _mm256_cvttps_epi32(v.half[1])}};
+    return ints.all;
+#else
+    return __builtin_convertvector(x, Ints);
+#endif
+}
+
 // Lane by lane, of a mask of all ones or zeros.
 INLINE Floats choose(Ints mask, Floats yes, Floats no) {
 #if defined(__AVX512DQ__)
     return (Floats)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)mask), (__m512)no, (__m512)yes);
+#elif defined(HAS_HALVES)
+    const FloatHalves a = {yes}, b = {no}, m = {(Floats)mask};
+    FloatHalves v;
+    for (int i = 0; i < 2; i++) v.half[i] = _mm256_blendv_ps(b.half[i], a.half[i], m.half[i]);
+    return v.all;
 #else
     return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
 #endif
 }
 
 INLINE Ints larger_of(Ints a, Ints b) {
+#if defined(HAS_HALVES)
+    const IntHalves x = {a}, y = {b};
+    const IntHalves v = {.half = {_mm256_max_epi32(x.half[0], y.half[0]), _mm256_max_epi32(x.half[1], y.half[1])}};
+    return v.all;
+#else
     const Ints is_first = a > b;
     return (is_first & a) | (~is_first & b);
+#endif
 }
 
 // Whether a lane of a mask, all ones or zeros each, is set.
 INLINE int any(Ints mask) {
 #if defined(__AVX512F__)
     return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(HAS_HALVES)
+    const IntHalves v = {mask};
+    const __m256i either = _mm256_or_si256(v.half[0], v.half[1]);
+    return !_mm256_testz_si256(either, either);
 #else
     int64_t pairs[8], set = 0;
     memcpy(pairs, &mask, sizeof pairs);
@@ -144,6 +224,10 @@ INLINE int any(Ints mask) {
 INLINE Floats maximum(Floats a, Floats b) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(HAS_HALVES)
+    const FloatHalves x = {a}, y = {b};
+    const FloatHalves v = {.half = {_mm256_max_ps(x.half[0], y.half[0]), _mm256_max_ps(x.half[1], y.half[1])}};
+    return v.all;
 #else
     return choose(a > b, a, b);
 #endif
@@ -153,11 +237,8 @@ INLINE Floats maximum(Floats a, Floats b) {
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    union {
-        Floats all;
-        __m256 half[2];
-    } x = {a}, y = {b}, z = {c};
+#elif defined(HAS_HALVES) && defined(__FMA__)
+    FloatHalves x = {a}, y = {b}, z = {c};
     z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
     z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
     return z.all;
@@ -175,19 +256,35 @@ INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
 
 // The sum of all lanes, as a tree.
 INLINE float sum_lanes(Floats v) {
+#if defined(HAS_HALVES)
+    const FloatHalves halves = {v};
+    const __m256 eight = _mm256_add_ps(halves.half[0], halves.half[1]);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     v += SHUFFLE(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
     v += SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
     v += SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     v += SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
     return v[0];
+#endif
 }
 
 INLINE float largest_lane(Floats v) {
+#if defined(HAS_HALVES)
+    const FloatHalves halves = {v};
+    const __m256 eight = _mm256_max_ps(halves.half[0], halves.half[1]);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+#else
     v = maximum(v, SHUFFLE(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
     v = maximum(v, SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
     v = maximum(v, SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
     v = maximum(v, SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
     return v[0];
+#endif
 }
 
 INLINE Floats absolute(Floats v) { return (Floats)((Ints)v & 0x7FFFFFFF); }
@@ -215,6 +312,11 @@ INLINE Half to_half(float x) { return (Half)x; }
 INLINE Floats load_halves(const Half *x) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+#elif defined(HAS_HALVES) && defined(__F16C__)
+    const __m128i *halves = (const __m128i *)x;
+    const FloatHalves v = {
+        .half = {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))}};
+    return v.all;
 #else
     Floats v;
     for (int i = 0; i < LANES; i++) v[i] = from_half(x[i]);
@@ -227,7 +329,7 @@ INLINE Ints round_to_ints(Floats x) {
 #if defined(__AVX512F__)
     return (Ints)_mm512_cvtps_epi32((__m512)x);
 #else
-    return __builtin_convertvector(round_even(x), Ints);
+    return to_ints(round_even(x));
 #endif
 }
 
@@ -242,7 +344,8 @@ INLINE Floats scale_by_power(Floats x, Floats n) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_scalef_ps((__m512)x, (__m512)n);
 #else
-    return x * (Floats)((__builtin_convertvector(choose(n == n, n, fill(0.0f)), Ints) + 127) << 23);
+    const Floats finite = choose(less(n, fill(INFINITY)), n, fill(0.0f));  // a NaN is less than nothing
+    return x * (Floats)((to_ints(finite) + 127) << 23);
 #endif
 }
 
@@ -263,10 +366,10 @@ INLINE Floats exp_in_range(Floats x) {
 }
 
 // exp(x) for x <= 0, exp(-87) below that.
-INLINE Floats exp_negative(Floats x) { return exp_in_range(choose(x < -87.0f, fill(-87.0f), x)); }
+INLINE Floats exp_negative(Floats x) { return exp_in_range(choose(less(x, fill(-87.0f)), fill(-87.0f), x)); }
 
 // exp(x) for x <= 0, 0 below -87.
-INLINE Floats exp_or_zero(Floats x) { return choose(x < -87.0f, (Floats){0}, exp_in_range(x)); }
+INLINE Floats exp_or_zero(Floats x) { return choose(less(x, fill(-87.0f)), (Floats){0}, exp_in_range(x)); }
 
 INLINE float exp_negative_scalar(float x) { return exp_negative(fill(x))[0]; }
 
@@ -356,15 +459,15 @@ INLINE void write_codes(const float *x, int64_t size, float scale, Codes codes, 
     Ints low_sums = {0}, high_sums = {0};
     for (int64_t k = 0; k < codes.stride; k += LANES) {
         const Floats q = k < size ? round_even(load_part(x + k, size - k) * steps) : (Floats){0};
-        const Ints is_over = absolute(q) > 127.0f;
+        const Ints is_over = less(fill(127.0f), absolute(q));
         const int has_high = any(is_over);
         const Floats h = has_high ? choose(is_over, round_even(q * (1.0f / 128)), (Floats){0}) : (Floats){0};
-        const Ints low_codes = __builtin_convertvector(q - h * 128, Ints);
+        const Ints low_codes = to_ints(q - h * 128);
         low_sums += low_codes;
         const Bytes bytes = narrow(low_codes);
         memcpy(low + k, &bytes, LANES);
         if (!has_high) continue;
-        const Ints high = __builtin_convertvector(h, Ints);
+        const Ints high = to_ints(h);
         high_sums += high;
         const Bytes over = narrow(high);
         int32_t of_quads[4];

@@ -229,8 +229,8 @@ INLINE void multiply(const Product *product, int64_t num_panels, Codes codes, in
             const float token_scale = codes.tokens[m + i].scale;
             float *y = product->output + (m + i) * product->stride;
             for (int64_t n = 0; n < num_panels; n++) {
-                const Floats low_sum = __builtin_convertvector(low[i * num_panels + n], Floats);
-                const Floats high_sum = __builtin_convertvector(high[i * num_panels + n], Floats);
+                const Floats low_sum = to_floats(low[i * num_panels + n]);
+                const Floats high_sum = to_floats(high[i * num_panels + n]);
                 Floats value = (high_sum * 128.0f + low_sum) * token_scale * load(product->scale + n * PANEL);
                 if (product->bias != NULL) value += load(product->bias + n * PANEL);
                 const int64_t left = product->features - n * PANEL;

@@ -74,7 +74,7 @@ OPERATION(sum_products) {
 INLINE Floats add_parts(const int32_t *parts, int64_t shares, int64_t distance, int64_t left) {
     Ints sum = {0};
     for (int64_t i = 0; i < shares; i++) sum += (Ints)load_part((const float *)(parts + i * distance), left);
-    return __builtin_convertvector(sum, Floats);
+    return to_floats(sum);
 }
 
 OPERATION(finish_sums) {
