@@ -21,16 +21,12 @@ from engine.kernels.matmul.int8 import Int8Matmul
 from engine.kernels.operands import GroupSize, Int8Format
 from engine.quant.cpu_formats import GROUP_SIZE, cpu_grouped_product
 from engine.quant.scheme import Matmul, Tensors
-from engine.quant.weight import GridWeight, Weight, on_grid, to_float
+from engine.quant.weight import GridWeight, Weight, signed_grid, to_float
 from engine.quant_spec import ActivationTerms
 
 KEPT_PRECISION = 2**-10
 """Relative. A scale that fp16 holds so well is rounded and its codes are kept: at a code of 127 that is an eighth of
 a step, where new codes would be off by up to half a step."""
-
-
-MOST_ZERO = 112
-"""Steps to the minimum of a grid of four bits whose codes eight bits hold without it."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Int8Groups:
         }
 
     def quantize(self, weight: Weight) -> Tensors:
-        weight = _signed(weight)
+        weight = signed_grid(weight)
         if self._is_own_grid(weight):
             assert isinstance(weight, GridWeight)
             return {"weight": weight.codes, "scale": weight.scale.to(torch.float16)}
@@ -121,20 +117,6 @@ class Int8Groups:
         scale = weight.scale.float()
         is_held = (scale.to(torch.float16).float() - scale).abs() <= KEPT_PRECISION * scale.abs()
         return weight.group_size == self.group_size and bool(is_held.all())
-
-
-def _signed(weight: Weight) -> Weight:
-    """A grid of four bits whose minimum is a whole number of steps, as Q4_0's are: the same numbers without one."""
-    weight = on_grid(weight)
-    if not isinstance(weight, GridWeight) or weight.codes.dtype != torch.uint8 or weight.minimum is None:
-        return weight
-    scale, minimum = weight.scale.float(), weight.minimum.float()
-    zero = (-minimum / scale.where(scale != 0, 1)).round()
-    if not torch.equal(-zero * scale, minimum) or bool((zero.abs() > MOST_ZERO).any()):
-        return weight
-    columns = weight.codes.shape[1]
-    zeros = zero.to(torch.int8).repeat_interleave(weight.group_size, dim=1)[:, :columns]
-    return GridWeight(weight.codes.view(torch.int8) - zeros, weight.scale, None, weight.group_size)
 
 
 def kernel_group_size(group_size: int) -> GroupSize:

@@ -8,7 +8,7 @@ import torch
 
 from engine.kernels.embedding import GROUP_SIZE, lookup
 from engine.quant.scheme import Tensors
-from engine.quant.weight import GridWeight, Weight, on_grid, take_rows, to_float
+from engine.quant.weight import GridWeight, Weight, signed_grid, take_rows, to_float
 
 _ROWS = 2048
 """Rounded at a time."""
@@ -28,7 +28,7 @@ class Int8Table:
         }
 
     def quantize(self, weight: Weight) -> Tensors:
-        weight = on_grid(weight)
+        weight = signed_grid(weight)
         if isinstance(weight, GridWeight) and weight.minimum is None and weight.group_size == GROUP_SIZE:
             return {"codes": weight.codes, "scale": weight.scale}
         # By rows: the floats of a large table are gigabytes.

@@ -9,6 +9,9 @@ import torch
 from engine.kernels.nibbles import unpack_nibbles
 from engine.quant.block_weight import BLOCK_TYPES, BlockWeight
 
+MOST_ZERO = 112
+"""Steps to the minimum of a grid of four bits whose codes eight bits hold without it."""
+
 
 @dataclass(frozen=True, slots=True)
 class GridWeight:
@@ -106,3 +109,17 @@ def on_grid(weight: Weight) -> Weight:
     minimum = weight.parts["minimum"] if grouped.minimum is not None else -grouped.offset * scale.float()
     codes = unpack_nibbles(grouped.codes)[:, : weight.in_features]
     return GridWeight(codes, scale, minimum, grouped.group_size)
+
+
+def signed_grid(weight: Weight) -> Weight:
+    """A grid of four bits whose minimum is a whole number of steps, as Q4_0's are: the same numbers without one."""
+    weight = on_grid(weight)
+    if not isinstance(weight, GridWeight) or weight.codes.dtype != torch.uint8 or weight.minimum is None:
+        return weight
+    scale, minimum = weight.scale.float(), weight.minimum.float()
+    zero = (-minimum / scale.where(scale != 0, 1)).round()
+    if not torch.equal(-zero * scale, minimum) or bool((zero.abs() > MOST_ZERO).any()):
+        return weight
+    columns = weight.codes.shape[1]
+    zeros = zero.to(torch.int8).repeat_interleave(weight.group_size, dim=1)[:, :columns]
+    return GridWeight(weight.codes.view(torch.int8) - zeros, weight.scale, None, weight.group_size)

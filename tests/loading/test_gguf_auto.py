@@ -22,6 +22,7 @@ from engine.parallel.group import TensorGroup
 from engine.parallel.shards import Shard
 from engine.quant.block_weight import BlockWeight
 from engine.quant.blocks import Blocks
+from engine.quant.int8_table import Int8Table
 from engine.quant.weight import to_float
 from engine.quant_spec import EMBEDDING, LM_HEAD
 from tests.helpers.block_weights import random_block_weight
@@ -154,6 +155,19 @@ def test_what_is_rounded_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert not caplog.records
     runner_of(path)
     assert "matrices of TQ2_0 (3) run as int8:g32" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "is_said"), [(Type.Q4_0, False), (Type.Q5_0, False), (Type.Q4_1, True)])
+def test_a_table_is_kept_or_said_to_be_rounded(
+    kind: Type, is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, Type.Q8_0, {"token_embd": kind})
+    runner_of(path)
+    assert (f"matrices of {kind.name} (1) run as int8:g32" in caplog.text) == is_said
+    weight = open_checkpoint(path).tensor(f"{EMBEDDING}.weight")
+    stored = Int8Table().quantize(weight)
+    values = stored["codes"].float() * stored["scale"].float().repeat_interleave(32, dim=1)
+    assert torch.equal(values, to_float(weight)) != is_said
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])

@@ -234,6 +234,15 @@ def test_q4_0_is_exact_for_every_scale(tmp_path: Path, scale: float) -> None:
     assert torch.equal(to_float(weight).double(), expected)
 
 
+def test_mxfp4_has_blocks_of_zeros(tmp_path: Path) -> None:
+    """llama.cpp gives them the exponent 0, whose power of two fp16 does not hold."""
+    random = Random(0)
+    zeros = struct.pack("<B16s", 0, bytes(16)), [0.0] * 32
+    weight, expected = read(tmp_path / "model.gguf", [[mxfp4(random), zeros]], Type.MXFP4)
+    assert isinstance(weight, BlockWeight)
+    assert torch.equal(to_float(weight), expected.float())
+
+
 def test_int4_keeps_the_grid_of_q4_0(tmp_path: Path) -> None:
     """Scales of either sign, as Q4_0 files have them; the product is that of the dequantized weight."""
     random = Random(0)

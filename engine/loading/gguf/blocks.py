@@ -153,10 +153,12 @@ def _iq4_xs(data: Bytes) -> BlockWeight:
 def _mxfp4(data: Bytes) -> Weight:
     """An exponent, 16 bytes of E2M1 codes: w = 2^(exponent - 128) * twice the value.
 
-    On a grid of floats where fp16, which holds 2^-24 to 2^15, does not hold a scale.
+    A block of zeros has the exponent 0, and here the scale zero. On a grid of floats where fp16, which holds 2^-24 to
+    2^15, does not hold another block's scale.
     """
-    codes = _codes(_nibbles(data[..., 1:]))
-    scale = torch.from_numpy(np.exp2(data[..., 0].astype(np.float32) - 128))
+    nibbles = _nibbles(data[..., 1:])
+    codes, is_zero = _codes(nibbles), torch.from_numpy(~(nibbles & 7).any(axis=(2, 3)))
+    scale = torch.from_numpy(np.exp2(data[..., 0].astype(np.float32) - 128)).masked_fill(is_zero, 0.0)
     weight = BlockWeight.of_codes("mxfp4", codes, scale=scale.half())
     if torch.equal(scale.half().float(), scale):
         return weight

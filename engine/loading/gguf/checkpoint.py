@@ -44,6 +44,14 @@ _OTHER_TYPES = (
 )
 _RUNS_AS = "int8:g32"
 
+_TABLE = "token_embd.weight"
+# Which a table of eight bits in groups of 32 cannot hold: groups of 16, minimums, scales of more bits.
+_NO_TABLE_TYPES = tuple(
+    kind
+    for kind in DECODERS
+    if (found := BLOCK_TYPES.get(kind.name.lower())) and (found.block_size or found.has_minimum)
+)
+
 _ROUNDING = (
     "rounding them to eight bits in groups of 32 moves them by 0.5 % (RMS); --quant none makes floats of them"
 )
@@ -118,8 +126,9 @@ class GGUFCheckpoint:
         """Says which types `--quant auto` does not keep to the bit."""
         kinds = Counter(
             tensor.tensor_type.name
-            for tensor in self._file.tensors.values()
-            if len(tensor.shape) > 1 and tensor.tensor_type in _OTHER_TYPES
+            for name, tensor in self._file.tensors.items()
+            if tensor.tensor_type in _OTHER_TYPES
+            or (name == _TABLE and tensor.tensor_type in _NO_TABLE_TYPES)
         )
         if kinds:
             logger.warning(
