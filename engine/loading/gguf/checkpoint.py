@@ -127,7 +127,7 @@ class GGUFCheckpoint:
         kinds = Counter(
             tensor.tensor_type.name
             for name, tensor in self._file.tensors.items()
-            if tensor.tensor_type in _OTHER_TYPES
+            if (tensor.tensor_type in _OTHER_TYPES and len(tensor.shape) > 1)
             or (name == _TABLE and tensor.tensor_type in _NO_TABLE_TYPES)
         )
         if kinds:
