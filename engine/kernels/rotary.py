@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al. 2021) in the half-rotation layout of Hugging Face checkpoints.
 
-On a GPU one launch normalizes, rotates, and writes keys and values into the paged cache.
+On a GPU one launch normalizes, rotates, and writes keys and values into the paged cache. Queries and keys of an int8
+cache are multiplied by a Hadamard matrix after that (hadamard.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton.language as tl
 
 from engine.kernels import cpu
 from engine.kernels.attention.kv_layer import FP8_MAX, INT4_GROUP, INT4_LARGEST, KVLayer
+from engine.kernels.hadamard import hadamard_factors, hadamard_levels, spread_halves, spread_heads
 from engine.kernels.launch import launch, select_tile, target_of
 from engine.kernels.norm import reference as norm_reference
 from engine.kernels.norm import rms_norm
@@ -121,6 +123,9 @@ def _rotate_and_write_kernel(
     NUM_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HADAMARD_LEVELS: tl.constexpr,
+    QUERY_FACTOR: tl.constexpr,
+    KEY_FACTOR: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -154,6 +159,12 @@ def _rotate_and_write_kernel(
     s = tl.load(sine + position * HALF + dims, mask=is_dim, other=0.0)[None, :]
     rotated_low = tl.where(is_value[:, None], low, low * c - high * s)
     rotated_high = tl.where(is_value[:, None], high, high * c + low * s)
+    stored_type = keys.dtype.element_ty
+    if stored_type == tl.int8:
+        factor = tl.where(is_query, QUERY_FACTOR, KEY_FACTOR)[:, None]
+        spread_low, spread_high = spread_halves(rotated_low, rotated_high, factor, HADAMARD_LEVELS)
+        rotated_low = tl.where(is_value[:, None], rotated_low, spread_low)
+        rotated_high = tl.where(is_value[:, None], rotated_high, spread_high)
 
     target = queries + token * (NUM_HEADS * HEAD_DIM)
     query_mask = is_query[:, None] & is_dim[None, :]
@@ -163,7 +174,6 @@ def _rotate_and_write_kernel(
     row = tl.load(slots + token).to(tl.int64) * KV_HEADS
     # In the cache a token's key heads follow each other as they do here, and so do its value heads.
     key_row, value_row = row + (head - NUM_HEADS), row + (head - NUM_HEADS - KV_HEADS)
-    stored_type = keys.dtype.element_ty
     if stored_type == tl.uint8:
         _write_int4(
             rotated_low,
@@ -215,6 +225,7 @@ def rotate_and_write(
     """Rotates queries and keys by their positions and stores keys and values in the cache.
 
     Computed in float32 and rounded once, after the norm and at the end; by torch's operators in the heads' dtype.
+    Queries and keys of an int8 cache are spread by `spread_heads`, whose factors cancel in their products.
 
     Args:
         heads: [T, query heads + 2 * num_kv_heads, head_dim], contiguous: queries, keys, values.
@@ -229,6 +240,7 @@ def rotate_and_write(
     target = target_of(heads)
     num_tokens, total, head_dim = heads.shape
     num_heads = total - 2 * num_kv_heads
+    query_factor, key_factor = hadamard_factors(head_dim)
     if target is None and cpu.serves(heads):
         assert heads.is_contiguous()
         cpu.run(
@@ -250,6 +262,9 @@ def rotate_and_write(
             key_scales=layer.key_scales,
             value_scales=layer.value_scales,
             cache_type=layer.type_number,
+            hadamard_size=1 << hadamard_levels(head_dim),
+            query_factor=query_factor,
+            key_factor=key_factor,
         )
         return heads[:, :num_heads]  # rotated in place
     if target is None:
@@ -280,6 +295,9 @@ def rotate_and_write(
         NUM_HEADS=num_heads,
         KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
+        HADAMARD_LEVELS=hadamard_levels(head_dim),
+        QUERY_FACTOR=query_factor,
+        KEY_FACTOR=key_factor,
     )
     return queries
 
@@ -308,8 +326,13 @@ def torch_rotate_and_write(
     c, s = cosine.index_select(0, positions), sine.index_select(0, positions)
     waves = torch.cat((c, c, -s, s), dim=-1).to(heads.dtype).unsqueeze(1)
     rotated = apply_rotary(heads[:, :-num_kv_heads], *waves.chunk(2, dim=-1))
-    layer.write(slots.long(), rotated[:, num_heads:], heads[:, -num_kv_heads:])
-    return rotated[:, :num_heads]
+    queries, keys = rotated[:, :num_heads], rotated[:, num_heads:]
+    if layer.dtype == torch.int8:
+        query_factor, key_factor = hadamard_factors(heads.shape[-1])
+        queries = spread_heads(queries.float(), query_factor).to(heads.dtype)
+        keys = spread_heads(keys.float(), key_factor)
+    layer.write(slots.long(), keys, heads[:, -num_kv_heads:])
+    return queries
 
 
 def reference(

@@ -138,6 +138,22 @@ def test_int8_values_are_quantized_exactly() -> None:
     assert (heads[:4, -1] == heads[:4, -1].floor() + 0.5).any()
 
 
+@pytest.mark.parametrize("head_dim", [6, 24, 64, 80])
+def test_int8_heads_are_spread_exactly(head_dim: int) -> None:
+    """Sums and differences in one order: queries, codes and scales equal the reference's."""
+    heads, positions, _, _, slots = make_inputs(7, 3, 2, head_dim, torch.float32)
+    unturned = torch.ones(50, head_dim // 2), torch.zeros(50, head_dim // 2)
+    layers = [make_layer(12, 4, 2, head_dim, torch.int8) for _ in range(2)]
+    queries = [
+        function(heads, positions, *unturned, layer, slots, 2)
+        for function, layer in zip((rotate_and_write, reference), layers, strict=True)
+    ]
+    assert torch.equal(*queries)
+    assert not torch.equal(queries[0], heads[:, :3])
+    assert torch.equal(layers[0].data, layers[1].data)
+    assert torch.equal(layers[0].scales, layers[1].scales)
+
+
 def test_fp8_saturates() -> None:
     """On numbers that fp8 has: Triton's interpreter (3.9) misrounds others whose carry reaches the exponent."""
     heads, positions, _, _, slots = make_inputs(5, 2, 2, 16, torch.float32)

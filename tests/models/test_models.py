@@ -139,7 +139,9 @@ def assert_same_logits(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cache_type", "bound"), [("bfloat16", 0.02), ("int8", 0.03), ("int4", 0.4), ("fp8_e4m3", 0.15)]
+    # Spread by a Hadamard matrix, keys as random as these lose what they did, but other bits of it.
+    ("cache_type", "bound"),
+    [("bfloat16", 0.02), ("int8", 0.035), ("int4", 0.4), ("fp8_e4m3", 0.15)],
 )
 def test_a_smaller_cache_costs_little(checkpoints: dict[str, Path], cache_type: str, bound: float) -> None:
     exact, rounded = (

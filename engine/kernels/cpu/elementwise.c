@@ -231,6 +231,54 @@ INLINE void write_vector(const float *x, void *cache, void *scales, int64_t inde
     }
 }
 
+// Sixteen floats in which those `distance` apart, 1, 2, 4 or 8, have become their sum and their difference.
+INLINE Floats sums_and_differences(Floats x, int distance) {
+#if defined(HAS_HALVES)
+    const FloatHalves v = {x};
+    FloatHalves other;
+    for (int i = 0; i < 2; i++)
+        other.half[i] = distance == 8   ? v.half[1 - i]
+                        : distance == 4 ? _mm256_permute2f128_ps(v.half[i], v.half[i], 1)
+                        : distance == 2 ? _mm256_permute_ps(v.half[i], 0x4E)
+                                        : _mm256_permute_ps(v.half[i], 0xB1);
+    const Floats partner = other.all;
+#else
+    const Floats partner = distance == 8   ? SHUFFLE(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+                           : distance == 4 ? SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+                           : distance == 2 ? SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+                                           : SHUFFLE(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#endif
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Ints sign = ((lane & distance) != 0) & INT32_MIN;
+    return partner + (Floats)((Ints)x ^ sign);
+}
+
+// spread_heads of hadamard.py. Pieces of `piece` elements, a power of two, fill both halves.
+INLINE void spread_head(float *x, int64_t size, int64_t piece, float factor) {
+    const int64_t half = size / 2;
+    int64_t distance = 1;
+    if (piece >= LANES) {
+        for (int64_t d = 0; d < size; d += LANES) {
+            Floats v = load(x + d);
+            for (int i = 1; i < LANES; i *= 2) v = sums_and_differences(v, i);
+            store(x + d, v);
+        }
+        distance = LANES;
+    }
+    for (; distance < piece; distance *= 2)
+        for (int64_t d = 0; d < size; d += 2 * distance)
+            for (int64_t i = d; i < d + distance; i++) {
+                const float a = x[i], b = x[i + distance];
+                x[i] = a + b;
+                x[i + distance] = a - b;
+            }
+    for (int64_t i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = (a + b) * factor;
+        x[i + half] = (a - b) * factor;
+    }
+}
+
 OPERATION(rotate_and_write) {
     const int64_t rows = count(args->num_rows), heads = args->num_heads, kv_heads = args->num_kv_heads;
     const int64_t size = args->head_dim, half = size / 2, type = args->cache_type;
@@ -247,6 +295,9 @@ OPERATION(rotate_and_write) {
                 first[d] = a * cosine[d] - b * sine[d];
                 second[d] = b * cosine[d] + a * sine[d];
             }
+            if (type == INT8)
+                spread_head(first, size, args->hadamard_size,
+                            (float)(h < heads ? args->query_factor : args->key_factor));
         }
         for (int64_t g = 0; g < kv_heads; g++) {
             const float *key = x + (heads + g) * size, *value = key + kv_heads * size;

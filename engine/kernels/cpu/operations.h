@@ -96,6 +96,9 @@ SIGNATURE(rotate_and_write,
     MAY_WRITE(void, key_scales)    // see attention/kv_layer.py, or null
     MAY_WRITE(void, value_scales)
     INTEGER(cache_type)            // of kernels.h
+    INTEGER(hadamard_size)         // of hadamard.py: 2^L
+    FLOAT(query_factor)
+    FLOAT(key_factor)
 )
 
 // attention.c, whose rows are the S sequences
