@@ -7,9 +7,8 @@ alone. Filters keep or drop equal logits together, and among equal maxima the lo
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from engine.kernels.sample import (
     draw_tokens,
     logprobs_of,
     mask_logits,
+    select_rows,
 )
 
 _PARAMETER_WORDS = {
@@ -84,8 +84,8 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw | None], inputs: SamplerIn
 
     # The model's own logits, where log-probabilities are asked for.
     asking = [row for row, draw in enumerate(wanted) if draw.params.logprobs is not None]
-    index = _to_device(torch.tensor(asking), logits.device) if asking else None
-    raw = None if index is None else logits.index_select(0, index)
+    index = _to_device(torch.tensor(asking, dtype=torch.int32), logits.device) if asking else None
+    raw = None if index is None else select_rows(logits, index)
 
     # Allowed tokens.
     if inputs.allowed_tokens is not None:
@@ -147,24 +147,23 @@ class SamplerOutput:
         """Waits for the tokens: the one synchronization of a step."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        token_ids, asking = iter(self.tokens.tolist()), itertools.count()
-        return [None if draw is None else self._result(draw, next(token_ids), asking) for draw in self.draws]
+        token_ids = iter(self.tokens.tolist())
+        found = () if self.logprobs is None else astuple(self.logprobs)
+        logprobs = zip(*(column.tolist() for column in found), strict=True)
+        return [None if draw is None else _result(draw, next(token_ids), logprobs) for draw in self.draws]
 
-    def _result(self, draw: Draw, token_id: int, asking: Iterator[int]) -> SampledToken | RowFailure:
-        """One draw's result; `asking` counts the rows of the log-probabilities."""
-        num = draw.params.logprobs
-        row = None if num is None else next(asking)
-        if token_id < 0:
-            return RowFailure("no token can be drawn: the logits are not finite (NaN or infinity)")
-        if row is None or self.logprobs is None:
-            return SampledToken(token_id)
-        ids, values = self.logprobs.top_ids[row, :num].tolist(), self.logprobs.top_values[row, :num].tolist()
-        return SampledToken(
-            token_id,
-            logprob=float(self.logprobs.chosen[row]),
-            rank=int(self.logprobs.ranks[row]),
-            top_logprobs=list(zip(ids, values, strict=True)),
-        )
+
+def _result(draw: Draw, token_id: int, logprobs: Iterator[tuple[Any, ...]]) -> SampledToken | RowFailure:
+    """One draw's result; `logprobs` gives the next row's, if the draw asks for them."""
+    num = draw.params.logprobs
+    chosen, rank, ids, values = (None,) * 4 if num is None else next(logprobs)
+    if token_id < 0:
+        return RowFailure("no token can be drawn: the logits are not finite (NaN or infinity)")
+    if num is None:
+        return SampledToken(token_id)
+    return SampledToken(
+        token_id, logprob=chosen, rank=rank, top_logprobs=list(zip(ids[:num], values[:num], strict=True))
+    )
 
 
 def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:

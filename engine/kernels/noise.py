@@ -10,13 +10,18 @@ from __future__ import annotations
 import torch
 
 from engine.core.random import signed32
+from engine.kernels.float_math import log
 
 
 def gumbel_noise(key: tuple[int, int], token_ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise for each of `token_ids` ([...] integer), float32 of the same shape."""
-    # The winner has the smallest exponential: -log1p(-u) is fine-grained there, -log(u) is not.
-    exponential = -torch.log1p(-uniform_noise(key, token_ids))
-    return -torch.log(exponential)
+    """Standard Gumbel noise, -log(-log(1 - u)), for each of `token_ids` ([...] integer), float32 of their shape."""
+    u = uniform_noise(key, token_ids)
+    # log(1 - u) = log(rounded) + lost / (1 - u) to first order, where `lost` is what rounding 1 - u has lost: it is
+    # exact, at most 2^-25, and 0 from u = 1/2 on, so that 1 + u may stand for 1 / (1 - u). That keeps the digits of a
+    # small u, whose exponential is small, and the smallest wins.
+    rounded = 1.0 - u
+    lost = (1.0 - rounded) - u
+    return -log(-(log(rounded) + (lost + lost * u)))
 
 
 def uniform_noise(key: tuple[int, int], token_ids: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,8 @@ Row by row, and each row by itself alone:
    among equals; at temperature 0 the largest logit, likewise;
 4. `logprobs_of`: log-probabilities of what was drawn, and of the likeliest tokens.
 
+sample_row.py defines it all; the bodies for CPUs (kernels/cpu/sample.c) equal that to the bit.
+
 On a GPU a filtered draw reads the logits about twice. The first pass takes the largest logit of every 32.
 A threshold over these maxima alone bounds the row's own from below, since the row has at least as many tokens
 and as much mass above any value; so the groups whose maximum reaches the bound hold all that matters, commonly
@@ -30,9 +32,9 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels import cpu
+from engine.kernels import cpu, sample_row
+from engine.kernels.cpu.signatures import Argument
 from engine.kernels.launch import Tile, launch, select_tile, target_of
-from engine.kernels.noise import gumbel_noise
 
 GROUP_SIZE = 32
 """Logits that share a maximum: a cache line of 128 bytes."""
@@ -45,10 +47,6 @@ LOGPROB_TILE = Tile({"BLOCK": 4096}, num_warps=16, num_stages=1)
 
 PICK_TILE = Tile({}, num_warps=1, num_stages=1)
 
-SERIAL_SUM = 16384
-"""So many numbers torch sums on one thread, in the order that their number says (at::internal::GRAIN_SIZE is twice
-that)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Adjustments:
@@ -57,7 +55,7 @@ class Adjustments:
     v = logit + bias; then v / repetition where v > 0, else v * repetition; then - subtract.
 
     Attributes:
-        rows, token_ids: int32.
+        rows, token_ids: int32; rows ascend. What is outside the vocabulary touches nothing.
         bias: float32; -inf bans the token.
         repetition, subtract: float32; 1 and 0 change nothing.
     """
@@ -107,127 +105,112 @@ class Logprobs:
     top_values: torch.Tensor
 
 
+def select_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A copy of some rows, [N] int32, of [R, V] float32."""
+    if target_of(logits) is not None or not cpu.serves(logits):
+        return logits.index_select(0, rows)
+    selected = logits.new_empty(len(rows), logits.shape[1])
+    cpu.run("gather", len(rows), x=logits, indices=rows, size=logits.shape[1], output=selected)
+    return selected
+
+
 def mask_logits(logits: torch.Tensor, allowed_tokens: torch.Tensor) -> None:
-    """Bans what a bitmask leaves out, in place, with torch's operators on every device.
+    """Bans what a bitmask leaves out, in place; on a GPU with torch's operators.
 
     Args:
         logits: [R, V] float32.
         allowed_tokens: [R, ceil(V / 32)] int32; bit t % 32 of word t // 32 is set where token t may be drawn.
     """
+    if target_of(logits) is None and cpu.serves(logits):
+        _adjust_in_c(logits, allowed=allowed_tokens)
+        return
     bits = torch.arange(32, dtype=torch.int32, device=logits.device)
     is_allowed = (allowed_tokens[:, :, None] >> bits & 1).flatten(1)[:, : logits.shape[1]] == 1
     logits.masked_fill_(~is_allowed, -math.inf)
 
 
+def _adjust_in_c(
+    logits: torch.Tensor, allowed: torch.Tensor | None = None, entries: Adjustments | None = None
+) -> None:
+    starts = None
+    if entries is not None:
+        starts = torch.searchsorted(entries.rows, torch.arange(logits.shape[0] + 1), out_int32=True)
+    names = ("token_ids", "bias", "repetition", "subtract")
+    _run_in_c(
+        "adjust_logits",
+        logits,
+        allowed=allowed,
+        starts=starts,
+        **{name: None if entries is None else getattr(entries, name) for name in names},
+    )
+
+
+def _run_in_c(operation: str, logits: torch.Tensor, **arguments: Argument) -> None:
+    """An operation of sample.c, on the CPU's threads: a row each."""
+    num_rows, vocab_size = logits.shape
+    cpu.run(
+        operation,
+        num_rows,
+        min(num_rows, torch.get_num_threads()),
+        logits=logits,
+        vocab_size=vocab_size,
+        **arguments,
+    )
+
+
 def reference_adjust(logits: torch.Tensor, entries: Adjustments) -> None:
     """Applies the entries to logits [R, V] float32 in place."""
-    index = (entries.rows.long(), entries.token_ids.long())
-    values = logits[index] + entries.bias
-    values = torch.where(values > 0, values / entries.repetition, values * entries.repetition)
-    logits[index] = values - entries.subtract
+    is_entry = (entries.token_ids >= 0) & (entries.token_ids < logits.shape[1])
+    index = (entries.rows[is_entry].long(), entries.token_ids[is_entry].long())
+    values = logits[index] + entries.bias[is_entry]
+    repetition = entries.repetition[is_entry]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    logits[index] = values - entries.subtract[is_entry]
 
 
 def reference(logits: torch.Tensor, parameters: DrawParameters) -> torch.Tensor:
-    """Tokens [R] int32 for logits [R, V] float32; -1 where a row has a NaN or its maximum is not finite."""
-    return _reference_draw(logits, parameters, _reference_likeliest(logits))
-
-
-def _reference_likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """What `reference` draws at temperature 0."""
-    largest, tokens = logits.max(dim=1)  # of a row with a NaN that
-    return torch.where(largest.isfinite(), tokens, -1).int()
-
-
-def _reference_draw(
-    logits: torch.Tensor, parameters: DrawParameters, likeliest: torch.Tensor
-) -> torch.Tensor:
-    """As `reference`, given what it is at temperature 0; row by row, as torch may sum several in another order."""
-    temperatures = parameters.temperature.tolist()
-    if not any(temperatures):
-        return likeliest
-    tokens = likeliest.tolist()
-    key_low, key_high = parameters.key_low.tolist(), parameters.key_high.tolist()
-    top_k, top_p, min_p = parameters.top_k.tolist(), parameters.top_p.tolist(), parameters.min_p.tolist()
-    for row, temperature in enumerate(temperatures):
-        if temperature > 0.0 and tokens[row] >= 0:
-            values = logits[row]
-            if not (values[tokens[row]] / temperature).isfinite():
-                tokens[row] = -1
-                continue
-            threshold = _reference_threshold(values, temperature, top_k[row], top_p[row], min_p[row])
-            token_ids = (values >= threshold).nonzero().squeeze(1)
-            noise = gumbel_noise((key_low[row], key_high[row]), token_ids)
-            tokens[row] = int(token_ids[(values[token_ids] / temperature + noise).argmax()])
-    return torch.tensor(tokens, dtype=torch.int32)
+    """Tokens [R] int32 for logits [R, V] float32, each row's as `sample_row.draw` defines it."""
+    keys = zip(parameters.key_low.tolist(), parameters.key_high.tolist(), strict=True)
+    rows = zip(logits, keys, *_filters_of(parameters), strict=True)
+    return torch.tensor([sample_row.draw(*row) for row in rows], dtype=torch.int32)
 
 
 def reference_thresholds(logits: torch.Tensor, parameters: DrawParameters) -> torch.Tensor:
     """The smallest logit that each row's filters keep, or a smaller bound: [R] float32; -inf for all."""
     thresholds = [
-        _reference_threshold(row, temperature, top_k, top_p, min_p)
+        sample_row.threshold(row, temperature, top_k, top_p, min_p)
         if temperature > 0.0 and (row.max() / temperature).isfinite()
         else -math.inf
-        for row, temperature, top_k, top_p, min_p in zip(
-            logits,
-            parameters.temperature.tolist(),
-            parameters.top_k.tolist(),
-            parameters.top_p.tolist(),
-            parameters.min_p.tolist(),
-            strict=True,
-        )
+        for row, temperature, top_k, top_p, min_p in zip(logits, *_filters_of(parameters), strict=True)
     ]
     return torch.tensor(thresholds, dtype=torch.float32)
 
 
-def _reference_threshold(
-    values: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float
-) -> float:
-    threshold = -math.inf
-    if 0 < top_k < values.shape[0]:
-        threshold = float(values.topk(top_k).values[-1])
-    if min_p > 0.0:
-        # p >= min_p * p_max, in logarithms.
-        threshold = max(threshold, float(values.max() + temperature * torch.tensor(min_p).log()))
-    if top_p < 1.0:
-        values = values[values >= threshold]
-        masses = torch.softmax(values / temperature, dim=0)
-        # Tokens below (1 - top_p) / n together weigh less than 1 - top_p: none of them is in the nucleus,
-        # so only the others need sorting.
-        is_likely = masses >= (1.0 - top_p) / masses.shape[0]
-        values, order = values[is_likely].sort(descending=True)
-        masses = masses[is_likely][order]
-        before = masses.cumsum(dim=0) - masses
-        threshold = float(values[before < top_p][-1])
-    return threshold
+def _filters_of(parameters: DrawParameters) -> tuple[list[float], list[int], list[float], list[float]]:
+    """Temperatures, top_k, top_p and min_p, a number a row each."""
+    columns = parameters.temperature, parameters.top_k, parameters.top_p, parameters.min_p
+    temperatures, top_k, top_p, min_p = (column.tolist() for column in columns)
+    return temperatures, top_k, top_p, min_p
 
 
 def reference_logprobs(logits: torch.Tensor, tokens: torch.Tensor, nums: Sequence[int]) -> Logprobs:
-    """As `logprobs_of`; row by row, as the order of equals depends on how many are asked for."""
-    num_rows = logits.shape[0]
-    found = Logprobs(
-        chosen=torch.empty(num_rows),
-        ranks=torch.empty(num_rows, dtype=torch.int32),
-        top_ids=torch.zeros(num_rows, max(nums), dtype=torch.int64),
-        top_values=torch.zeros(num_rows, max(nums)),
-    )
+    """As `logprobs_of`, each row's as `sample_row.log_probabilities` defines them."""
+    found = _empty_logprobs(logits, nums)
     for row, (token, num) in enumerate(zip(tokens.clamp(min=0).tolist(), nums, strict=True)):
-        values, log_sum = logits[row], _reference_log_sums(logits[row : row + 1])
-        found.chosen[row : row + 1] = values[token] - log_sum
-        found.ranks[row] = (values > values[token]).sum() + 1
-        top = values.topk(num)
-        found.top_ids[row, :num], found.top_values[row, :num] = top.indices, top.values - log_sum
+        chosen, rank, top_ids, top_values = sample_row.log_probabilities(logits[row], token, num)
+        found.chosen[row], found.ranks[row] = chosen, rank
+        found.top_ids[row, :num], found.top_values[row, :num] = top_ids, top_values
     return found
 
 
-def _reference_log_sums(logits: torch.Tensor) -> torch.Tensor:
-    """log Σ exp of each row of [R, V] float32, the same bits on any number of threads.
-
-    torch divides a row among its threads if it is a row alone, and longer than SERIAL_SUM.
-    """
-    maxima = logits.amax(dim=1)
-    masses = (logits - maxima[:, None]).exp_()
-    sums = [part.sum(dim=1) for part in masses.split(SERIAL_SUM, dim=1)]
-    return maxima + torch.stack(sums).sum(dim=0).log_()
+def _empty_logprobs(logits: torch.Tensor, nums: Sequence[int]) -> Logprobs:
+    num_rows, most = logits.shape[0], max(nums)
+    return Logprobs(
+        chosen=torch.empty(num_rows),
+        ranks=torch.empty(num_rows, dtype=torch.int32),
+        top_ids=torch.zeros(num_rows, most, dtype=torch.int64),
+        top_values=torch.zeros(num_rows, most),
+    )
 
 
 @triton.jit(do_not_specialize=["num_entries"])
@@ -619,7 +602,8 @@ def adjust_logits(logits: torch.Tensor, entries: Adjustments, tile: Tile | None 
     """Applies bias, penalties and bans to logits [R, V] float32, contiguous, in place."""
     target = target_of(logits)
     if target is None:
-        reference_adjust(logits, entries)
+        adjust = _adjust_in_c if cpu.serves(logits) else reference_adjust
+        adjust(logits, entries=entries)
         return
     num_entries = entries.rows.shape[0]
     tile = tile or select_tile(target, "sample_adjust", num_entries)
@@ -640,12 +624,10 @@ def adjust_logits(logits: torch.Tensor, entries: Adjustments, tile: Tile | None 
     )
 
 
-def _likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """As `_reference_likeliest`, on the CPU's threads where it can."""
-    if not cpu.serves(logits):
-        return _reference_likeliest(logits)
+def _draw_in_c(logits: torch.Tensor, parameters: DrawParameters) -> torch.Tensor:
     tokens = torch.empty(logits.shape[0], dtype=torch.int32)
-    cpu.run("argmax", logits.shape[0], logits=logits, vocab_size=logits.shape[1], tokens=tokens)
+    names = ("key_low", "key_high", "temperature", "top_k", "top_p", "min_p")
+    _run_in_c("draw_tokens", logits, tokens=tokens, **{name: getattr(parameters, name) for name in names})
     return tokens
 
 
@@ -671,7 +653,7 @@ def draw_tokens(
     """
     target = target_of(logits)
     if target is None:
-        tokens = _reference_draw(logits, parameters, _likeliest(logits))
+        tokens = (_draw_in_c if cpu.serves(logits) else reference)(logits, parameters)
         if last_tokens is not None and table_rows is not None:
             table = last_tokens.numpy()
             for row, token in zip(table_rows.tolist(), tokens.tolist(), strict=True):
@@ -783,7 +765,7 @@ def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor, nums: Sequence[int])
     is -1 gets numbers without meaning.
     """
     if target_of(logits) is None:
-        return reference_logprobs(logits, tokens, nums)
+        return (_logprobs_in_c if cpu.serves(logits) else reference_logprobs)(logits, tokens, nums)
     top_values, top_ids = logits.topk(max(nums))
     num_rows, vocab_size = logits.shape
     log_sums = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
@@ -803,3 +785,17 @@ def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor, nums: Sequence[int])
         LOGPROB_TILE,
     )
     return Logprobs(chosen, ranks, top_ids, top_values - log_sums[:, None])
+
+
+def _logprobs_in_c(logits: torch.Tensor, tokens: torch.Tensor, nums: Sequence[int]) -> Logprobs:
+    found = _empty_logprobs(logits, nums)
+    wanted = {name: getattr(found, name) for name in Logprobs.__slots__}
+    _run_in_c(
+        "logprobs_of",
+        logits,
+        tokens=tokens,
+        nums=torch.tensor(nums, dtype=torch.int32),
+        most=max(nums),
+        **wanted,
+    )
+    return found

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from engine.config import EngineConfig
 from engine.executor.runner import ModelRunner
-from engine.kernels import cpu, embedding, rotary
+from engine.kernels import cpu, embedding, rotary, sample
 from engine.kernels.activation import gelu_mul, silu_mul
 from engine.kernels.attention.in_c import CpuPlan, cpu_attention, group_segments
 from engine.kernels.attention.kv_layer import CACHE_TYPES, KVCache
@@ -28,6 +28,7 @@ from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.norm import rms_norm
 from engine.kernels.operands import Int8Format, SparseInt8Activations, SparseInt8Format
 from engine.kernels.quantize import quantize_sparse
+from engine.kernels.sample import DrawParameters
 from engine.loading.dummy import DummyCheckpoint
 from engine.quant.block_weight import BLOCK_TYPES
 from engine.quant.cpu_formats import CPU_ACTIVATIONS
@@ -129,10 +130,25 @@ def operations() -> Digests:
         table = torch.randint(-128, 128, (40, size), dtype=torch.int8)
         scale, ids = torch.randn(40, -(-size // 32)).half(), torch.tensor([5, 0, 39], dtype=torch.int32)
         digests[f"embedding {size}"] = digest(embedding.lookup(ids, table, scale, torch.float32, 7.7))
+    for vocab_size in (77, 5_003):
+        digests[f"sample {vocab_size}"] = drawn(vocab_size)
     for dtype in CACHE_TYPES:
         for head_dim, window in ((24, None), (80, 100), (128, 300)):
             digests[f"attention {dtype} {head_dim}"] = attention(dtype, head_dim, window)
     return digests
+
+
+def drawn(vocab_size: int) -> str:
+    """Draws with all kinds of filters, and log-probabilities."""
+    filters = [(k, p, m) for k in (0, 9, 400) for p in (1.0, 0.9, 0.9999) for m in (0.0, 0.02)] * 4
+    count = len(filters)
+    logits = torch.randn(count, vocab_size) * torch.linspace(0.1, 5, count)[:, None]
+    columns = [torch.tensor(column) for column in zip(*filters, strict=True)]
+    keys, temperature = torch.arange(2 * count, dtype=torch.int32).view(2, -1), torch.linspace(0, 2, count)
+    how = DrawParameters(keys[0], keys[1], temperature, columns[0].int(), columns[1], columns[2])
+    tokens = sample.draw_tokens(logits, how, filters=True)
+    found = sample.logprobs_of(logits, tokens, [20] * count)
+    return digest(tokens, found.chosen, found.ranks, found.top_ids, found.top_values)
 
 
 def shared_sums(weight: torch.Tensor, x: torch.Tensor) -> str:

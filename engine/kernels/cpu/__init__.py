@@ -342,11 +342,12 @@ class Program:
 _recorded: ContextVar[Program | None] = ContextVar("recorded", default=None)
 
 
-def run(name: str, /, num_rows: int | torch.Tensor, **arguments: Argument) -> None:
-    """Calls an operation of the C sources on this thread, or adds it to the program that is recorded.
+def run(name: str, num_rows: int | torch.Tensor, num_threads: int = 1, /, **arguments: Argument) -> None:
+    """Calls an operation of the C sources, or adds it to the program that is recorded.
 
     Args:
         num_rows: A number, which stands for the program's own while one is recorded, or [1] int64.
+        num_threads: Of a call, this one among them; a program has its own.
         arguments: Those that operations.h lists.
 
     Raises:
@@ -354,7 +355,7 @@ def run(name: str, /, num_rows: int | torch.Tensor, **arguments: Argument) -> No
     """
     program = _recorded.get()
     if program is None:
-        program = Program(num_threads=1)
+        program = Program(num_threads)
         rows = torch.tensor([num_rows]) if isinstance(num_rows, int) else num_rows
         program.add(name, rows, **arguments)
         program.run()

@@ -90,38 +90,6 @@ OPERATION(gated) {
     }
 }
 
-OPERATION(argmax) {
-    const int64_t rows = count(args->num_rows), size = args->vocab_size;
-    FOR_TASKS(m, rows) {
-        const float *x = args->logits + m * size;
-        Floats largest = fill(-INFINITY), sum = {0};
-        for (int64_t k = 0; k + LANES <= size; k += LANES) {
-            const Floats v = load(x + k);
-            largest = maximum(v, largest);
-            sum += v - v;  // NaN of anything that is not finite
-        }
-        float top = largest_lane(largest);
-        int is_finite = sum_lanes(sum) == 0.0f;
-        for (int64_t k = size - size % LANES; k < size; k++) {
-            top = fmaxf(top, x[k]);
-            is_finite &= x[k] - x[k] == 0.0f;
-        }
-        int64_t index = 0;
-        if (!is_finite) {  // seldom: banned tokens are -inf, which may be
-            top = -INFINITY;
-            is_finite = 1;
-            for (int64_t k = 0; k < size; k++) {
-                is_finite &= x[k] == x[k];
-                top = fmaxf(top, x[k]);
-            }
-            is_finite &= top - top == 0.0f;
-        }
-        if (is_finite)
-            while (x[index] != top) index++;
-        args->tokens[m] = is_finite ? (int32_t)index : -1;
-    }
-}
-
 enum { CHECKSUM_LANES = 1024, CHECKSUM_ROWS = 256 };
 
 INLINE void checksum_row(uint32_t *h, const uint32_t *words) {

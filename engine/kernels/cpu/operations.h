@@ -67,12 +67,6 @@ SIGNATURE(gated,
     MAY_WRITE_CODES
 )
 
-SIGNATURE(argmax,
-    READS(float, logits)           // [M, V]
-    INTEGER(vocab_size)            // V
-    WRITES(int32_t, tokens)        // [M]: the first of the largest; -1 where one is NaN or that infinite
-)
-
 SIGNATURE(checksum,
     READS(void, data)              // [num_bytes], in M blocks of 2^20, the last one perhaps shorter
     INTEGER(num_bytes)
@@ -282,4 +276,41 @@ SIGNATURE(pack_codebook,
     MAY_READ(int16_t, factors)     // [N, blocks of 64] or null
     INTEGER(panel_bytes)
     WRITES(uint8_t, output)        // [panels, bytes of a panel]
+)
+
+// sample.c, whose rows are those that draw, [R, V] float32 logits
+
+SIGNATURE(adjust_logits,
+    WRITES(float, logits)          // [R, V]
+    INTEGER(vocab_size)            // V
+    MAY_READ(int32_t, allowed)     // [R, ceil(V / 32)], bitmasks, or null
+    MAY_READ(int32_t, starts)      // [R + 1], where the entries of each row begin, or null
+    MAY_READ(int32_t, token_ids)   // [entries]; what changes a logit as in sample.py
+    MAY_READ(float, bias)
+    MAY_READ(float, repetition)
+    MAY_READ(float, subtract)
+)
+
+SIGNATURE(draw_tokens,
+    READS(float, logits)           // [R, V]
+    INTEGER(vocab_size)            // V
+    READS(int32_t, key_low)        // [R] each, as in sample.py
+    READS(int32_t, key_high)
+    READS(float, temperature)
+    READS(int32_t, top_k)
+    READS(float, top_p)
+    READS(float, min_p)
+    WRITES(int32_t, tokens)        // [R]: -1 where there is nothing to draw from
+)
+
+SIGNATURE(logprobs_of,
+    READS(float, logits)           // [R, V]
+    INTEGER(vocab_size)            // V
+    READS(int32_t, tokens)         // [R]: below 0 is as 0
+    READS(int32_t, nums)           // [R]: likeliest tokens that are wanted, at most `most`
+    INTEGER(most)
+    WRITES(float, chosen)          // [R]
+    WRITES(int32_t, ranks)         // [R]
+    WRITES(int64_t, top_ids)       // [R, most], the likeliest first, of equal ones the lowest id
+    WRITES(float, top_values)      // [R, most]
 )
