@@ -11,9 +11,9 @@
     two-terms                           as two int8 terms; if not said, what the device does best
     weight-only             int8        activations stay floats
 
-The vocabulary projection (lm_head) and the embedding (model.embed_tokens) keep eight bits under schemes of four,
-unless a pattern names them: they are the layers whose rounding shows most in the tokens, and a small part of the
-weights of all but the smallest models.
+The vocabulary projection (lm_head) and the embedding (model.embed_tokens) keep eight bits in groups of 32 under
+schemes of four, unless a pattern names them: they are the layers whose rounding shows most in the tokens, and a small
+part of the weights of all but the smallest models.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ LM_HEAD = "lm_head"
 EMBEDDING = "model.embed_tokens"
 ENDS = (LM_HEAD, EMBEDDING)
 
+TABLE_GROUP_SIZE = 32
+"""Elements along K that share a scale in an embedding of eight bits, and in the head beside layers of four."""
+
 _GROUP = re.compile(r"g(\d+)")
 _GROUP_STEP = 32
 _WEIGHT_ONLY = "weight-only"
@@ -47,7 +50,7 @@ class SchemeGrammar:
         groups: Sizes of groups along K that messages name, 0 for whole rows; empty where there is no choice.
         default_group: The size if none is said.
         words: What else may follow, of which one is kept.
-        is_for_head: Whether lm_head gets it without being named; else lm_head keeps eight bits.
+        is_for_head: Whether lm_head gets it without being named; else lm_head keeps eight bits in groups.
         is_exact: Whether int8 activations are multiplied with it, in sums that are exact on every device.
         is_block_type: Whether it is a type of GGUF's, which keeps weights that are of that type already.
     """
@@ -176,7 +179,7 @@ class QuantSpec:
             if fnmatchcase(module, pattern):
                 return words
         if module == LM_HEAD and not KINDS[self.default.kind].is_for_head:
-            return SchemeSpec("int8")
+            return SchemeSpec("int8", group_size=TABLE_GROUP_SIZE)
         if module == EMBEDDING and self.default.kind != "none":
             return SchemeSpec("int8")
         return self.default

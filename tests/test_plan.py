@@ -65,8 +65,8 @@ def test_llama_8b_in_four_bits_over_two_gpus(tmp_path: Path) -> None:
     matrices = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
     # Half a byte an element, and two numbers of 16 bits for each 128.
     layers = 32 * (matrices // 2 * 5 // 10 + matrices // 2 // 128 * 4)
-    # Half the table of int8 codes with a 16-bit scale for each 32; half the head with a float32 scale a row.
-    ends = 64128 * (4096 + 4096 // 32 * 2) + 64128 * (4096 + 4)
+    # Half the table and half the head of int8 codes with a 16-bit scale for each 32.
+    ends = 2 * 64128 * (4096 + 4096 // 32 * 2)
     norms = 65 * 4096 * 2
     first, second = found.ranks
     assert first.weights == second.weights == layers + ends + norms

@@ -25,7 +25,7 @@ def test_the_last_pattern_that_matches_decides() -> None:
         ("none", "none", "none"),
         ("int8:token", "int8:token", "int8"),
         ("int8:g32", "int8:g32", "int8"),
-        ("int4:g0", "int8", "int8"),
+        ("int4:g0", "int8:g32", "int8"),
         ("codebook4,lm_head=nf4", "nf4", "int8"),
         ("int8,*=none", "none", "none"),
         ("none,*.down_proj=int4", "none", "none"),
@@ -111,4 +111,4 @@ def test_what_a_checkpoint_stores_is_covered_by_exceptions_from_what_is_most_com
     stored = dict.fromkeys(QKV, SchemeSpec("int4", 64)) | {DOWN.format(0): SchemeSpec("int8")}
     covering = QuantSpec.covering(stored, modules)
     assert str(covering) == f"int4:g64,{DOWN.format(0)}=int8,{DOWN.format(1)}=none"
-    assert str(covering.of("lm_head")) == "int8"
+    assert str(covering.of("lm_head")) == "int8:g32"

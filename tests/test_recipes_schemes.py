@@ -211,7 +211,7 @@ def test_a_scheme_is_its_own_file_and_two_rows(tmp_path: Path) -> None:
 
 def check_scheme(directory: Path) -> None:
     model, out = directory / "model", directory / "out"
-    assert str(parse_quant_spec("int6").of("lm_head")) == "int8"
+    assert str(parse_quant_spec("int6").of("lm_head")) == "int8:g32"
     shown = subprocess.run(
         [sys.executable, "-m", "engine.quant", "--help"], capture_output=True, text=True, check=True
     ).stdout

@@ -2,9 +2,7 @@
 
 w[n, k] ≈ codes[n, k] * scale[n, k // group_size] + minimum[n, k // group_size]      codes in 0..15
 
-On a GPU activations are floats. On a CPU the weight is expanded, where it is used, to int8 codes with one scale a
-row, and multiplied like one of `Int8`: exact sums, and the integer units' speed, for as few bytes to read. The price
-is that of the int8 grid.
+On a GPU activations are floats. On a CPU codes are multiplied as they are stored, with an exact sum for each group.
 """
 
 from __future__ import annotations
@@ -15,16 +13,17 @@ from typing import ClassVar
 import torch
 
 from engine.kernels.launch import runs_triton
-from engine.kernels.matmul.cpu_int8 import GROUP_SIZE, int4_grid
+from engine.kernels.matmul.cpu_grouped import CpuGroupedMatmul
+from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
 from engine.kernels.matmul.int4 import Int4Matmul
 from engine.kernels.nibbles import pack_nibbles
-from engine.quant.cpu_formats import cpu_product
+from engine.quant import cpu_formats
 from engine.quant.parts import ReadPart, read_groups, read_nibbles
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import GridWeight, Weight, on_grid, to_float
 
-DEVICE_GROUP_SIZES = (128, 64, 32)
-"""What a GPU's kernel takes; larger groups are several of them with the same numbers."""
+KERNEL_GROUP_SIZES = (128, 64, 32)
+"""What the products take; larger groups are several of them with the same numbers."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,20 @@ class Int4:
         return {"codes": codes, "scale": scale, "minimum": -7.5 * scale}
 
     def bind(self, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
-        codes, scale, minimum = tensors["codes"], tensors["scale"], tensors["minimum"]
+        codes = tensors["codes"]
+        size = next(size for size in KERNEL_GROUP_SIZES if self.group_size % size == 0)
+        scale, minimum = (self._repeat(tensors[name], codes, size) for name in ("scale", "minimum"))
         if runs_triton(codes):
-            size = next(size for size in DEVICE_GROUP_SIZES if self.group_size % size == 0)
-            scale, minimum = (self._repeat(x, codes, size) for x in (scale, minimum))
             return Int4Matmul(codes, scale, minimum, size, bias, self.batch_invariant)
-        scale, minimum = (self._repeat(x, codes, GROUP_SIZE) for x in (scale, minimum))
-        grid, row_scale = int4_grid(codes, scale, minimum)
-        return cpu_product(grid, row_scale, bias)
+        weight = GroupedWeight(
+            codes=codes,
+            in_features=2 * codes.shape[1],
+            group_size=size,
+            scale=GroupNumbers(scale),
+            minimum=GroupNumbers(minimum),
+            is_packed=True,
+        )
+        return CpuGroupedMatmul(weight, None, bias, cpu_formats.CPU_ACTIVATIONS)
 
     def _repeat(self, x: torch.Tensor, codes: torch.Tensor, size: int) -> torch.Tensor:
         """A number a group [N, groups] as one for each `size` elements."""

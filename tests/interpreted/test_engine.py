@@ -75,7 +75,7 @@ def test_quantized_logits_are_those_of_the_dequantized_weights(
 ) -> None:
     path = checkpoints["smollm2"]
     runner = make_runner(path, quant=quant, deterministic=deterministic)
-    reference, original = dequantized(path, quant, on_cpu=False), load_reference(path)
+    reference, original = dequantized(path, quant), load_reference(path)
     for sequence, computed in zip(make_sequences(320, CHUNKS), logits_of(runner, CHUNKS), strict=True):
         logits = torch.stack(list(computed.values()))
         expected = reference_logits(reference, sequence)[list(computed)]

@@ -22,8 +22,9 @@ from engine.kernels.activation import gelu_mul, silu_mul
 from engine.kernels.attention.in_c import CpuPlan, cpu_attention, group_segments
 from engine.kernels.attention.kv_layer import CACHE_TYPES, KVCache
 from engine.kernels.matmul.cpu_grouped import GROUP_SIZES, CpuGroupedMatmul
-from engine.kernels.matmul.cpu_int8 import CpuFloatMatmul, CpuInt8Matmul, codebook_grid, int4_grid
+from engine.kernels.matmul.cpu_int8 import CpuFloatMatmul, CpuInt8Matmul, codebook_grid
 from engine.kernels.matmul.cpu_sharded import ShardedInt8Matmul, block_maxima, quantize_part
+from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
 from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.norm import rms_norm
 from engine.kernels.operands import Int8Format, SparseInt8Activations, SparseInt8Format
@@ -88,10 +89,8 @@ def operations() -> Digests:
     for rows, columns in [(17, 33), (70, 100), (129, 576)]:
         x, bias = odd_tokens(200, columns), torch.randn(rows)
         codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
-        groups = -(-columns // 32)
         weights: list[tuple[Any, torch.Tensor]] = [
             (torch.randint(-128, 128, (rows, columns), dtype=torch.int8), torch.rand(rows)),
-            int4_grid(pack_nibbles(codes), torch.rand(rows, groups).half(), torch.randn(rows, groups).half()),
             codebook_grid(pack_nibbles(codes), torch.randn(rows, 16), None),
             codebook_grid(pack_nibbles(codes), torch.randn(1, 16), torch.randn(rows, -(-columns // 64))),
         ]
@@ -106,6 +105,15 @@ def operations() -> Digests:
                 CpuGroupedMatmul(grouped(weights[0][0], scale, group_size), None, bias, format)
                 for format in (CPU_ACTIVATIONS, SparseInt8Format(0.0), Int8Format(1, group_size))
             ]
+            nibbles = GroupedWeight(
+                codes=pack_nibbles(codes),
+                in_features=columns + columns % 2,
+                group_size=group_size,
+                scale=GroupNumbers(scale),
+                minimum=GroupNumbers(torch.randn(scale.shape).half()),
+                is_packed=True,
+            )
+            products.append(CpuGroupedMatmul(nibbles, None, bias, CPU_ACTIVATIONS))
         without_scale = grouped(weights[0][0], None, 32)
         products.append(CpuGroupedMatmul(without_scale, weights[0][1], bias, Int8Format(1, 32)))
         for name in BLOCK_TYPES:

@@ -124,7 +124,7 @@ EIGHT_BITS = {"quant_method": "bitsandbytes", "load_in_8bit": True}
         (four_bits(bnb_4bit_quant_type="fp4"), {DOWN: "none"}),
         (
             {"quant_method": "llm-engine", "specification": "int4:g64,*.down_proj=int8"},
-            {DOWN: "int8", UP: "int4:g64", HEAD: "int8"},
+            {DOWN: "int8", UP: "int4:g64", HEAD: "int8:g32"},
         ),
     ],
 )

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from engine.kernels.matmul.cpu_int8 import int4_grid
 from engine.kernels.operands import SparseInt8Format
 from engine.kernels.quantize import HIGH_STEPS
 from engine.quant import cpu_formats
@@ -48,8 +47,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in ("ragged", "aligned")}
 
 
-def grid_values(scheme: Storage, weight: torch.Tensor, group_size: int, on_cpu: bool = True) -> torch.Tensor:
-    """What a scheme's codes stand for, by the formulas of its documentation; an int4 weight is expanded on a CPU."""
+def grid_values(scheme: Storage, weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """What a scheme's codes stand for, by the formulas of its documentation."""
     tensors = scheme.quantize(weight)
     columns = weight.shape[1]
 
@@ -58,24 +57,15 @@ def grid_values(scheme: Storage, weight: torch.Tensor, group_size: int, on_cpu: 
 
     if scheme.name == "int8":
         return tensors["weight"].float() * tensors["scale"][:, None]
-    codes, scale = tensors["codes"], spread(tensors["scale"])
-    if scheme.name == "int8g32":
-        return codes.float() * scale
-    exact = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)[:, :columns].float() * scale + spread(
-        tensors["minimum"]
-    )
-    if not on_cpu:
-        return exact
-    groups = [tensors[name].repeat_interleave(group_size // 32, dim=1) for name in ("scale", "minimum")]
-    grid, row_scale = int4_grid(codes, *groups)
-    on_int8 = grid.expand()[:, :columns].float() * row_scale[:, None]
-    assert (
-        (on_int8 - exact).abs() <= 0.54 * row_scale[:, None]
-    ).all()  # half a step, and the factors' rounding
-    return on_int8
+    scale = spread(tensors["scale"])
+    if scheme.name in ("int8-g32", "int8g32"):
+        return tensors["weight" if scheme.name == "int8-g32" else "codes"].float() * scale
+    codes = tensors["codes"]
+    nibbles = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)[:, :columns]
+    return nibbles.float() * scale + spread(tensors["minimum"])
 
 
-def dequantized(path: Path, quant: str, on_cpu: bool = True) -> PreTrainedModel:
+def dequantized(path: Path, quant: str) -> PreTrainedModel:
     """The checkpoint with each weight at its place on the grid; head and table have grids of their own."""
     model = load_reference(path)
     plan = QuantizationPlan(parse_quant_spec(quant), torch.float32)
@@ -83,11 +73,11 @@ def dequantized(path: Path, quant: str, on_cpu: bool = True) -> PreTrainedModel:
     group_size = plan.quant_spec.default.group_size
     embedding = model.get_input_embeddings().weight.detach()
     model.config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(grid_values(head, embedding, group_size))
+    model.lm_head.weight = torch.nn.Parameter(grid_values(head, embedding, 32))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "proj" in name:
-                parameter.copy_(grid_values(linear, parameter, group_size, on_cpu))
+                parameter.copy_(grid_values(linear, parameter, group_size))
         model.get_input_embeddings().weight.copy_(grid_values(plan.table, embedding, 32))
     return model
 

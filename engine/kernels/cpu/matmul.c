@@ -1,7 +1,7 @@
 // Products of int8 activations (see kernels.h) with int8 weights in panels (see int8_tiles.h).
 //
-// Weights of four bits lie in memory as nibbles and are expanded to such panels where they are used: 5 bits a weight of
-// int4 to read instead of 8, 4 and a table of one with codebooks, 4.25 with a factor a block.
+// Codebooks' weights lie in memory as nibbles and are expanded to such panels where they are used: 4 bits a weight and a
+// table of codebooks to read instead of 8, 4.25 with a factor a block.
 
 #include "term_sums.h"
 #ifdef __AMX_INT8__
@@ -10,8 +10,6 @@
 #endif
 
 enum {
-    GROUP_QUADS = 8,   // of an int4 group: 32 input features
-    GROUP_BYTES = 2 * PANEL * (int)sizeof(int16_t) + GROUP_QUADS * QUAD_BYTES / 2,
     BLOCK_QUADS = 16,  // of a codebook's weight: 64 input features
     BLOCK_BYTES = BLOCK_QUADS * QUAD_BYTES / 2,
     VALUES = 16,  // in a codebook
@@ -21,46 +19,7 @@ enum {
 };
 
 // The last two: a `CodebookGrid` of engine/kernels/matmul/cpu_int8.py, without factors and with.
-enum { WEIGHT_INT8, WEIGHT_INT4, WEIGHT_CODEBOOK, WEIGHT_SCALED_CODEBOOK };
-
-#if defined(__AVX512VNNI__)
-
-// (code * factor + offset) / 256 + 128 of 32 input features in a panel; see engine/kernels/matmul/cpu_int8.py.
-INLINE void expand_group(const uint8_t *group, uint8_t *panel) {
-    const __m512i low_halves = _mm512_set1_epi32(0x000F000F), high_bytes = _mm512_set1_epi16((int16_t)0xFF00);
-    const __m512i factors = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)group));
-    const __m512i offsets = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(group + 32)));
-    const __m512i factor = _mm512_or_si512(factors, _mm512_slli_epi32(factors, 16));
-    const __m512i offset = _mm512_or_si512(offsets, _mm512_slli_epi32(offsets, 16));
-    for (int pair = 0; pair < GROUP_QUADS / 2; pair++) {
-        const __m512i codes = _mm512_loadu_si512(group + 64 + pair * QUAD_BYTES);
-        for (int half = 0; half < 2; half++) {
-            // Codes 0 and 2 of each row in one, 1 and 3 in the other, in words of 16 bits.
-            const __m512i even = _mm512_and_si512(_mm512_srli_epi16(codes, 4 * half), low_halves);
-            const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(codes, 8 + 4 * half), low_halves);
-            const __m512i low = _mm512_add_epi16(_mm512_mullo_epi16(even, factor), offset);
-            const __m512i high = _mm512_add_epi16(_mm512_mullo_epi16(odd, factor), offset);
-            const __m512i bytes =
-                _mm512_or_si512(_mm512_srli_epi16(low, 8), _mm512_and_si512(high, high_bytes));
-            _mm512_storeu_si512(panel + (2 * pair + half) * QUAD_BYTES, bytes);
-        }
-    }
-}
-
-#else
-
-INLINE void expand_group(const uint8_t *group, uint8_t *panel) {
-    const uint16_t *factors = (const uint16_t *)group, *offsets = factors + PANEL;
-    for (int pair = 0; pair < GROUP_QUADS / 2; pair++)
-        for (int half = 0; half < 2; half++)
-            for (int i = 0; i < QUAD_BYTES; i++) {
-                const uint32_t code = (group[64 + pair * QUAD_BYTES + i] >> (4 * half)) & 15;
-                const uint32_t value = code * factors[i / QUAD] + offsets[i / QUAD];
-                panel[(2 * pair + half) * QUAD_BYTES + i] = (uint8_t)(value >> 8);
-            }
-}
-
-#endif
+enum { WEIGHT_INT8, WEIGHT_CODEBOOK, WEIGHT_SCALED_CODEBOOK };
 
 // Codebooks are tables of sixteen bytes, one an output, looked up by a shuffle of 16 bytes. Of the four vectors that a
 // panel's tables are, or its codes of 16 input features, the i-th has outputs i, 4 + i, 8 + i and 12 + i.
@@ -161,16 +120,6 @@ int enable_tiles(void) {
 #endif
 }
 
-INLINE void expand_groups(const uint8_t *weight, int64_t groups, uint8_t *panels) {
-    for (int64_t g = 0; g < groups; g++) {
-        const uint8_t *group = weight + g * GROUP_BYTES;
-        // What the next panel starts with is on its way while this one is multiplied.
-        for (int line = 0; line < GROUP_BYTES; line += LINE)
-            __builtin_prefetch(group + groups * GROUP_BYTES + line, 0, 2);
-        expand_group(group, panels + g * GROUP_QUADS * QUAD_BYTES);
-    }
-}
-
 // What a codebook's panel starts with: the tables; or the values of all of them, and each block's factors.
 INLINE int64_t header_bytes(int64_t kind, int64_t blocks) {
     return kind == WEIGHT_CODEBOOK ? TABLES_BYTES : LINE + (blocks * FACTORS_BYTES + LINE - 1) / LINE * LINE;
@@ -197,11 +146,6 @@ INLINE const uint8_t *panels_at(const uint8_t *weight, int64_t kind, int64_t pan
     static _Thread_local Room expansion;
     if (kind == WEIGHT_INT8) return weight + panel * quads * QUAD_BYTES;
     uint8_t *expanded = room(&expansion, WIDE * quads * QUAD_BYTES);
-    if (kind == WEIGHT_INT4) {
-        const int64_t groups = quads / GROUP_QUADS;
-        expand_groups(weight + panel * groups * GROUP_BYTES, panels * groups, expanded);
-        return expanded;
-    }
     const int64_t blocks = quads / BLOCK_QUADS, bytes = header_bytes(kind, blocks) + blocks * BLOCK_BYTES;
     for (int64_t p = 0; p < panels; p++)
         expand_blocks(weight + (panel + p) * bytes, kind, blocks, expanded + p * quads * QUAD_BYTES);

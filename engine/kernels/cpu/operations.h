@@ -258,16 +258,6 @@ SIGNATURE(pack_nibbles,
     WRITES(uint8_t, output)        // [panels, padded K / 8, 64], see group_tiles.h
 )
 
-SIGNATURE(pack_int4,
-    READS(uint8_t, codes)          // [N, bytes], the even elements in the low nibbles
-    INTEGER(rows)                  // N
-    INTEGER(num_bytes)
-    READS(int32_t, factor)         // [N, groups]
-    READS(int32_t, offset)         // [N, groups]
-    INTEGER(num_groups)
-    WRITES(uint8_t, output)        // [panels, padded K / 32, 320]
-)
-
 SIGNATURE(pack_codebook,
     READS(uint8_t, codes)          // [N, bytes], the even elements in the low nibbles
     INTEGER(rows)                  // N

@@ -2,7 +2,7 @@
 
 #include "kernels.h"
 
-enum { PANEL = 16, QUAD = 4, ALIGNMENT = 64, GROUP = 32, GROUP_BYTES = 320 };
+enum { PANEL = 16, QUAD = 4, ALIGNMENT = 64 };
 
 INLINE int64_t padded(int64_t size) { return (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
@@ -33,38 +33,6 @@ OPERATION(pack_nibbles) {
                 const int shift = i % 4 / 2 * 4;
                 place[0] |= (uint8_t)((codes[i] & 15) << shift);
                 place[1] |= (uint8_t)((codes[i] >> 4) << shift);
-            }
-        }
-    }
-}
-
-// A group: 16 factors, 16 offsets, 2 bytes each; then for each two quads of input features 64 bytes, 4 a row, the
-// first quad in the low nibbles. The 128 that bytes are stored with goes into the offset:
-// (v + 128 * 256) / 256 = v / 256 + 128.
-OPERATION(pack_int4) {
-    const int64_t panels = count(args->num_rows), rows = args->rows, bytes = args->num_bytes;
-    const int64_t groups = args->num_groups;
-    const int64_t all_groups = padded(2 * bytes) / GROUP;
-    FOR_ROWS(panel, panels) {
-        uint8_t *output = args->output + panel * all_groups * GROUP_BYTES;
-        memset(output, 0, (size_t)(all_groups * GROUP_BYTES));
-        for (int64_t g = 0; g < all_groups; g++, output += GROUP_BYTES) {
-            uint16_t *factors = (uint16_t *)output, *offsets = factors + PANEL;
-            for (int64_t row = 0; row < PANEL; row++) {
-                const int64_t n = panel * PANEL + row;
-                const int is_there = n < rows && g < groups;
-                factors[row] = is_there ? (uint16_t)args->factor[n * groups + g] : 0;
-                offsets[row] = (uint16_t)((is_there ? args->offset[n * groups + g] : 0) + 128 * 256);
-                if (!is_there) continue;
-                const uint8_t *codes = args->codes + n * bytes + g * (GROUP / 2);
-                const int64_t size = smaller(GROUP / 2, bytes - g * (GROUP / 2));
-                for (int64_t i = 0; i < size; i++) {
-                    // Elements 2i and 2i + 1: of eight, the first four go into low nibbles, the others into high ones.
-                    uint8_t *place = output + 64 + i / 4 * 64 + row * QUAD + i % 2 * 2;
-                    const int shift = i % 4 / 2 * 4;
-                    place[0] |= (uint8_t)((codes[i] & 15) << shift);
-                    place[1] |= (uint8_t)((codes[i] >> 4) << shift);
-                }
             }
         }
     }

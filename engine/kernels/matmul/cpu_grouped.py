@@ -203,6 +203,8 @@ def reference(
         terms, group_scale = codes.high.float()[None], codes.scale
     else:
         terms, token_scale = sparse_reference(x, format)
+    # Nibbles come in pairs.
+    terms = F.pad(terms, (0, weight.in_features - x.shape[1]))
     scale = None if weight.scale is None else weight.scale.expand()
     minimum = None if weight.minimum is None else weight.minimum.expand()
     totals = torch.zeros(len(terms), len(x), len(weight.codes))

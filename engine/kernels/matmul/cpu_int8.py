@@ -1,11 +1,11 @@
-"""Products on a CPU: int8 activations × int8 weights or weights of four bits, and float × float.
+"""Products on a CPU: int8 activations × int8 weights or those of codebooks, and float × float.
 
     x[m, k] = (128 * high[m, k] + low[m, k]) * s[m]                               see `engine.kernels.quantize`
     y[m, n] = (float(Σ_k high * w) * 128 + float(Σ_k low * w)) * s[m] * scale[n] + bias[n]       w[n, k] int8
 
-Both sums are int32 and exact; a weight of four bits is an int8 one that is stored in fewer bits (`Int4Grid`,
-`CodebookGrid`). So y is equal to the bit for every number of tokens, tile, instruction set and body. A float product
-adds up in the order of K.
+Both sums are int32 and exact; a codebook's weight is an int8 one that is stored in four bits (`CodebookGrid`). So y
+is equal to the bit for every number of tokens, tile, instruction set and body. A float product adds up in the order
+of K.
 
 The C bodies read weights in panels of 16 output features; see kernels/cpu/matmul.c.
 """
@@ -30,14 +30,8 @@ PANEL = 16
 ALIGNMENT = 64
 """Input features are padded to a multiple of this."""
 
-GROUP_SIZE = 32
-"""Input features of an int4 weight that share a factor and an offset."""
-
-GROUP_BYTES = 2 * 2 * PANEL + GROUP_SIZE * PANEL // 2
-"""Bytes of a group of an int4 weight in a panel: a factor and an offset a feature, and the codes."""
-
 FRACTION = 256
-"""Steps of an int4 weight's factor and offset, and of a codebook's values, in one int8 code."""
+"""Steps of a codebook's values in one int8 code."""
 
 BLOCK_BYTES = SCALE_SIZE * PANEL // 2
 """Bytes of a codebook's codes in a panel, for as many input features as share a scale."""
@@ -47,49 +41,6 @@ LINE = 64
 
 ROWS_AT_A_TIME = 1024
 """Rows of a codebook's weight that torch's operators expand at a time, so that no copy of all is held."""
-
-
-@dataclass(frozen=True, slots=True)
-class Int4Grid:
-    """Four bits a weight, and what makes int8 codes of them: w = (code * factor + offset) // 256.
-
-    Attributes:
-        nibbles: [N, ceil(K / 2)] uint8: codes of 0 … 15, those of even k in the low halves.
-        factor, offset: [N, ceil(K / 32)] int32; modulo 2**16 when stored.
-    """
-
-    nibbles: torch.Tensor
-    factor: torch.Tensor
-    offset: torch.Tensor
-
-    def expand(self) -> torch.Tensor:
-        """The int8 weight, [N, K] with K even."""
-        codes = unpack_nibbles(self.nibbles)
-        factor, offset = (
-            x.repeat_interleave(GROUP_SIZE, dim=1)[:, : codes.shape[1]] for x in (self.factor, self.offset)
-        )
-        return ((codes * factor + offset) >> 8).to(torch.int8)
-
-
-def int4_grid(
-    nibbles: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
-) -> tuple[Int4Grid, torch.Tensor]:
-    """The int8 grid of a row that holds an int4 weight best, and the codes on it.
-
-    Args:
-        nibbles: [N, ceil(K / 2)] uint8, as in `Int4Grid`.
-        scale, minimum: [N, ceil(K / 32)] float: the weight is codes * scale + minimum.
-
-    Returns:
-        The grid, and the rows' scales [N] float32.
-    """
-    scale, minimum = scale.float(), minimum.float()
-    # The largest that any code can stand for, so that no code leaves the grid.
-    largest = torch.maximum(minimum.abs(), (15 * scale + minimum).abs()).amax(dim=1)
-    row_scale = torch.where(largest > 0, largest / 127, 1.0)
-    factor, offset = ((x * (FRACTION / row_scale)[:, None]).round_().int() for x in (scale, minimum))
-    # Half a step more: the quotient is rounded down.
-    return Int4Grid(nibbles, factor, offset.add_(FRACTION // 2)), row_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +71,7 @@ class CodebookGrid:
         return tables.to(torch.int8).gather(2, blocks).flatten(1)[:, : codes.shape[1]]
 
 
-CpuWeight = torch.Tensor | Int4Grid | CodebookGrid
+CpuWeight = torch.Tensor | CodebookGrid
 """What `CpuInt8Matmul` multiplies with; a tensor is [N, K] int8."""
 
 
@@ -172,25 +123,6 @@ def pack_int8(weight: torch.Tensor, offset: int = 128) -> torch.Tensor:
     return packed
 
 
-def pack_int4(grid: Int4Grid) -> torch.Tensor:
-    """Panels of nibbles, [N / 16, groups, 320] uint8; kernels/cpu/pack.c says how."""
-    rows, num_bytes = grid.nibbles.shape
-    num_groups = -(-2 * num_bytes // ALIGNMENT) * (ALIGNMENT // GROUP_SIZE)
-    packed = torch.empty(-(-rows // PANEL), num_groups, GROUP_BYTES, dtype=torch.uint8)
-    cpu.run(
-        "pack_int4",
-        len(packed),
-        codes=grid.nibbles.contiguous(),
-        rows=rows,
-        num_bytes=num_bytes,
-        factor=grid.factor,
-        offset=grid.offset,
-        num_groups=grid.factor.shape[1],
-        output=packed,
-    )
-    return packed
-
-
 def pack_codebook(grid: CodebookGrid) -> torch.Tensor:
     """Panels of tables and nibbles, [N / 16, bytes] uint8; kernels/cpu/pack.c says how."""
     rows, num_bytes = grid.nibbles.shape
@@ -213,11 +145,8 @@ def pack_codebook(grid: CodebookGrid) -> torch.Tensor:
 
 def _pack(weight: CpuWeight) -> tuple[torch.Tensor, int]:
     """The panels, and what they are for kernels/cpu/matmul.c."""
-    match weight:
-        case Int4Grid():
-            return pack_int4(weight), 1
-        case CodebookGrid():
-            return pack_codebook(weight), 2 if weight.factor is None else 3
+    if isinstance(weight, CodebookGrid):
+        return pack_codebook(weight), 1 if weight.factor is None else 2
     return pack_int8(weight), 0
 
 
@@ -230,7 +159,7 @@ class CpuInt8Matmul:
     """The product with one weight.
 
     Args:
-        weight: [N, K] int8, or the grid of a weight of four bits; K at most `MAX_IN_FEATURES`.
+        weight: [N, K] int8, or that of a codebook; K at most `MAX_IN_FEATURES`.
         scale: [N] float32.
         bias: [N] float32.
         format: How the activations are quantized.
@@ -257,7 +186,7 @@ class CpuInt8Matmul:
         self.scale, self.bias = scale, bias
         self.weight: torch.Tensor | CodebookGrid
         if cpu.library() is None:
-            self.weight = weight.expand() if isinstance(weight, Int4Grid) else weight
+            self.weight = weight
             return
         self.format = format
         self.weight, self._kind = _pack(weight)
@@ -308,7 +237,7 @@ def reference(
     """`CpuInt8Matmul` with torch's operators: x [M, K] float, weight [N, K] int8."""
     num_tokens = x.shape[0]
     terms, token_scale = sparse_reference(x, format)
-    # torch's product is wrong for K = 1; an int4 weight has an even K.
+    # torch's product is wrong for K = 1; a codebook's weight has an even K.
     transposed = F.pad(weight, (0, -weight.shape[1] % 2)).t()
     high, low = F.pad(terms, (0, len(transposed) - x.shape[1])).to(torch.int8)
     if num_tokens == 1:

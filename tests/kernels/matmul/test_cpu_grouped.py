@@ -12,10 +12,11 @@ from engine.kernels import quantize as quantization
 from engine.kernels.matmul.cpu_grouped import (
     GROUP_SIZES,
     CpuGroupedMatmul,
-    GroupedWeight,
     quantize_groups,
     reference,
 )
+from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
+from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.operands import GroupSize, Int8Format, SparseInt8Format
 from engine.kernels.quantize import TINY, quantize_sparse, sparse_reference
 from engine.quant.block_weight import BLOCK_TYPES
@@ -126,6 +127,40 @@ def test_products_of_weights_in_groups(
     expected = product_with_token_scales(x, format, weight, scale, group_size) + bias
     check(matmul, reference(x, format, in_groups, None, bias), x, expected)
     assert matmul.format == format
+    assert_same(matmul(quantize_sparse(x, format)), expected)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("format", SPARSE, ids=lambda format: f"spread-{format.spread}")
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_products_of_nibbles_with_minimums(
+    rows: int, columns: int, format: SparseInt8Format, group_size: GroupSize
+) -> None:
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+    scale, minimum = torch.randn(2, rows, -(-columns // group_size)).half()
+    x, bias = activations(max(TOKENS), columns), torch.randn(rows)
+    weight = GroupedWeight(
+        codes=pack_nibbles(codes),
+        in_features=columns + columns % 2,
+        group_size=group_size,
+        scale=GroupNumbers(scale),
+        minimum=GroupNumbers(minimum),
+        is_packed=True,
+    )
+    terms, token_scale = sparse_reference(x, format)
+    totals = []
+    for term in terms:
+        total = torch.zeros(len(x), rows)
+        ones = torch.ones(1, columns, dtype=torch.int8)
+        of_weight, of_codes = (sums_of_groups(term, right, group_size) for right in (codes, ones))
+        for group, (sums, own) in enumerate(zip(of_weight, of_codes, strict=True)):
+            total = total + sums * scale[:, group].float()
+            total = total + own * minimum[:, group].float()
+        totals.append(total)
+    expected = (totals[0] * 128 + totals[1]) * token_scale + bias
+    matmul = CpuGroupedMatmul(weight, None, bias, format)
+    check(matmul, reference(x, format, weight, None, bias), x, expected)
     assert_same(matmul(quantize_sparse(x, format)), expected)
 
 

@@ -11,11 +11,8 @@ from engine.kernels.matmul.cpu_int8 import (
     CpuFloatMatmul,
     CpuInt8Matmul,
     CpuWeight,
-    Int4Grid,
     codebook_grid,
-    int4_grid,
     pack_codebook,
-    pack_int4,
     reference,
 )
 from engine.kernels.matmul.int8 import MAX_IN_FEATURES
@@ -78,14 +75,6 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def random_grid(rows: int, columns: int) -> tuple[Int4Grid, torch.Tensor]:
-    groups = -(-columns // 32)
-    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
-    return int4_grid(
-        pack_nibbles(codes), torch.rand(rows, groups).half(), torch.randn(rows, groups).half() * 4
-    )
-
-
 def random_codebooks(rows: int, columns: int, has_factors: bool) -> tuple[CodebookGrid, torch.Tensor]:
     nibbles = pack_nibbles(torch.randint(0, 16, (rows, columns), dtype=torch.uint8))
     if has_factors:
@@ -95,16 +84,14 @@ def random_codebooks(rows: int, columns: int, has_factors: bool) -> tuple[Codebo
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"spread-{format.spread}")
-@pytest.mark.parametrize("kind", ["int8", "int4", "codebooks", "scaled codebook"])
+@pytest.mark.parametrize("kind", ["int8", "codebooks", "scaled codebook"])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_int8_products_equal_the_reference_to_the_bit(
     rows: int, columns: int, kind: str, format: SparseInt8Format, has_bias: bool
 ) -> None:
     weight: CpuWeight = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
     scale = torch.rand(rows)
-    if kind == "int4":
-        weight, scale = random_grid(rows, columns)
-    elif kind != "int8":
+    if kind != "int8":
         weight, scale = random_codebooks(rows, columns, kind == "scaled codebook")
     bias = torch.randn(rows) if has_bias else None
     matmul = CpuInt8Matmul(weight, scale, bias, format)
@@ -152,65 +139,6 @@ def test_more_input_features_than_sums_hold_are_refused() -> None:
     weight = torch.zeros(1, MAX_IN_FEATURES + 1, dtype=torch.int8)
     with pytest.raises(ValueError, match="overflow"):
         CpuInt8Matmul(weight, torch.ones(1), None, CPU_ACTIVATIONS)
-
-
-def parameters(kind: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and minima [N, groups] of one kind."""
-    scale, minimum = torch.rand(shape) * 0.1, torch.randn(shape)
-    match kind:
-        case "of rounded weights":
-            minimum = -7.5 * scale
-        case "negative":  # as in GGUF's Q4_0, whose scales have a sign
-            scale = scale * torch.randn(shape).sign()
-            minimum = -8 * scale
-        case "positive":
-            minimum = minimum.abs()
-        case "one group above all":
-            scale[:, 0] *= 1000
-        case "flat":
-            scale = torch.zeros(shape)
-        case "zeros":
-            scale, minimum = torch.zeros(shape), torch.zeros(shape)
-        case "smallest":
-            scale, minimum = torch.full(shape, 6e-8), torch.full(shape, -3e-7)
-        case "largest":
-            scale, minimum = torch.full(shape, 65504.0), torch.full(shape, -65504.0)
-    return scale.half(), minimum.half()
-
-
-@pytest.mark.parametrize("columns", [1, 31, 32, 50, 64, 96, 576])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "of rounded weights",
-        "negative",
-        "positive",
-        "one group above all",
-        "flat",
-        "zeros",
-        "smallest",
-        "largest",
-    ],
-)
-def test_int4_grid_is_within_half_a_step_of_int8(kind: str, columns: int) -> None:
-    rows = 40
-    scale, minimum = parameters(kind, (rows, -(-columns // 32)))
-    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
-    codes[0], codes[1] = 0, 15
-    grid, row_scale = int4_grid(pack_nibbles(codes), scale, minimum)
-    factor, offset = (x.repeat_interleave(32, 1)[:, :columns] for x in (grid.factor, grid.offset))
-    values = (codes.int() * factor + offset) >> 8
-    assert values.abs().max() <= 127
-    assert torch.equal(grid.expand()[:, :columns], values.to(torch.int8))
-    scale, minimum = (x.double().repeat_interleave(32, 1)[:, :columns] for x in (scale, minimum))
-    error = (values * row_scale.double()[:, None] - (codes * scale + minimum)).abs()
-    # Half a step; half a 256th for the offset and for each of 15 factors; what float32 takes off the quotients.
-    assert torch.all(error <= row_scale.double()[:, None] * (0.5 + 8 / 256 + 1e-4))
-
-
-def test_int4_weights_take_five_bits() -> None:
-    packed = pack_int4(random_grid(32, 128)[0])
-    assert packed.numel() * 8 == 32 * 128 * 5
 
 
 @pytest.mark.parametrize("columns", [1, 64, 100, 576])
