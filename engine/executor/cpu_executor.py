@@ -12,6 +12,7 @@ import torch
 from engine.config import SchedulerConfig
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Sampled
+from engine.executor.adjustments import AdjustmentTable
 from engine.executor.sampler import SamplerInputs, sample
 from engine.executor.step_buffers import BlockTables, flatten
 from engine.kernels import cpu
@@ -47,6 +48,7 @@ class CpuExecutor:
         num_tokens, num_rows = limits.max_num_batched_tokens, limits.max_num_seqs
         self._tables = BlockTables(num_rows, -(-limits.max_model_len // cache.block_size))
         self._last_tokens = np.zeros(num_rows, np.int32)
+        self._changes = AdjustmentTable()
         self._num_tokens, self._num_rows, self._num_draws = (
             torch.zeros(1, dtype=torch.int64) for _ in range(3)
         )
@@ -116,4 +118,5 @@ class CpuExecutor:
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
         """Draws a token for each row that has a draw."""
-        return sample(logits, draws, SamplerInputs.on_cpu(batch, torch.from_numpy(self._last_tokens)))
+        last_tokens = torch.from_numpy(self._last_tokens)
+        return sample(logits, draws, SamplerInputs.on_cpu(batch, last_tokens, self._changes))

@@ -7,8 +7,8 @@ alone. Filters keep or drop equal logits together, and among equal maxima the lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from engine.core.executor import Drawn, Sampled
 from engine.core.random import draw_key
 from engine.core.request import RowFailure, SampledToken
 from engine.core.sampling_params import SAMPLING_PARAMETERS
+from engine.executor.adjustments import AdjustmentTable
 from engine.kernels.sample import (
     Adjustments,
     DrawParameters,
@@ -50,21 +51,27 @@ class SamplerInputs:
         last_tokens: [places] int32; takes each row's token (0 for none), where the next step finds it.
         allowed_tokens: [R, ceil(vocabulary / 32)] int32, a bitmask a row: token t may be drawn where bit t % 32 of
             word t // 32 is set; None: every token may.
+        changes: What changes the logits of each sequence, kept from step to step.
+        sequences: By which the table knows the rows' sequences; empty: no step came before.
     """
 
     parameters: DrawParameters
     slots: torch.Tensor
     last_tokens: torch.Tensor
     allowed_tokens: torch.Tensor | None = None
+    changes: AdjustmentTable = field(default_factory=AdjustmentTable)
+    sequences: Sequence[Hashable] = ()
 
     @staticmethod
-    def on_cpu(batch: Batch, last_tokens: torch.Tensor) -> SamplerInputs:
+    def on_cpu(batch: Batch, last_tokens: torch.Tensor, changes: AdjustmentTable) -> SamplerInputs:
         """The inputs of a batch's draws."""
         drawing = [(row.slot, row.draw) for row in batch.rows if row.draw is not None]
         return SamplerInputs(
             parameters_of([draw for _, draw in drawing]),
             torch.from_numpy(np.array([slot for slot, _ in drawing], np.int32)),
             last_tokens,
+            changes=changes,
+            sequences=sequences_of(batch),
         )
 
 
@@ -92,7 +99,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw | None], inputs: SamplerIn
         mask_logits(logits, inputs.allowed_tokens)
 
     # logit_bias, then penalties; and tokens that are banned until min_tokens.
-    adjustments = adjustments_of(wanted)
+    adjustments = inputs.changes.update(wanted, inputs.sequences or range(len(wanted)))
     if adjustments is not None:
         entries = (_to_device(getattr(adjustments, name), logits.device) for name in Adjustments.__slots__)
         adjust_logits(logits, Adjustments(*entries))
@@ -166,6 +173,11 @@ def _result(draw: Draw, token_id: int, logprobs: Iterator[tuple[Any, ...]]) -> S
     )
 
 
+def sequences_of(batch: Batch) -> list[Hashable]:
+    """What stands for the sequence of each row that draws, as long as it runs."""
+    return [(row.slot, row.admission) for row in batch.rows if row.draw is not None]
+
+
 def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
@@ -203,45 +215,3 @@ def parameters_of(draws: Sequence[Draw]) -> DrawParameters:
         for name, dtype in DRAW_WORDS.items()
     }
     return DrawParameters(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-
-
-def adjustments_of(draws: Sequence[Draw]) -> Adjustments | None:
-    """The bias, penalties and bans of the draws' rows, on the CPU; None where there are none."""
-    rows = [(row, *_adjustments_of_row(draw)) for row, draw in enumerate(draws) if _is_adjusted(draw)]
-    if not rows:
-        return None
-    numbers, token_ids, bias, repetition, subtract = zip(*rows, strict=True)
-    return Adjustments(
-        rows=torch.from_numpy(np.repeat(np.array(numbers, np.int32), [len(ids) for ids in token_ids])),
-        token_ids=torch.from_numpy(np.concatenate(token_ids).astype(np.int32)),
-        bias=torch.from_numpy(np.concatenate(bias)),
-        repetition=torch.from_numpy(np.concatenate(repetition)),
-        subtract=torch.from_numpy(np.concatenate(subtract)),
-    )
-
-
-def _is_adjusted(draw: Draw) -> bool:
-    return bool(draw.params.logit_bias or draw.params.has_penalties or draw.stop_token_ids)
-
-
-def _adjustments_of_row(draw: Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(token ids, bias, repetition, subtract), ids ascending and each once."""
-    params = draw.params
-    biased = np.array(list(params.logit_bias), np.int64)
-    banned = np.array(draw.stop_token_ids, np.int64)
-    used, counts = np.unique(np.array(draw.output_token_ids, np.int64), return_counts=True)
-    seen = (
-        np.union1d(used, np.array(draw.prompt_token_ids, np.int64))
-        if params.repetition_penalty != 1.0
-        else used
-    )
-    token_ids = np.unique(np.concatenate((biased, banned, seen)))
-    bias, subtract = np.zeros((2, len(token_ids)), np.float32)
-    repetition = np.ones(len(token_ids), np.float32)
-    bias[np.searchsorted(token_ids, biased)] = list(params.logit_bias.values())
-    bias[np.searchsorted(token_ids, banned)] = -np.inf
-    repetition[np.searchsorted(token_ids, seen)] = params.repetition_penalty
-    subtract[np.searchsorted(token_ids, used)] = np.float32(params.frequency_penalty) * counts.astype(
-        np.float32
-    ) + np.float32(params.presence_penalty)
-    return token_ids, bias, repetition, subtract

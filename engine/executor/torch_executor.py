@@ -8,6 +8,7 @@ import torch
 from engine.config import SchedulerConfig
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Sampled
+from engine.executor.adjustments import AdjustmentTable
 from engine.executor.sampler import SamplerInputs, sample
 from engine.executor.step_buffers import BlockTables, flatten
 from engine.kernels.attention.kv_layer import KVCache
@@ -35,6 +36,7 @@ class TorchExecutor:
         self.model, self.cache, self.rotary = model, cache, rotary
         self._tables = BlockTables(limits.max_num_seqs, -(-limits.max_model_len // cache.block_size))
         self._last_tokens = np.zeros(limits.max_num_seqs, np.int32)
+        self._changes = AdjustmentTable()
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> torch.Tensor:
@@ -63,4 +65,5 @@ class TorchExecutor:
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
         """Draws a token for each row that has a draw."""
-        return sample(logits, draws, SamplerInputs.on_cpu(batch, torch.from_numpy(self._last_tokens)))
+        last_tokens = torch.from_numpy(self._last_tokens)
+        return sample(logits, draws, SamplerInputs.on_cpu(batch, last_tokens, self._changes))

@@ -14,8 +14,9 @@ from engine.config import SchedulerConfig
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Sampled
 from engine.errors import ConfigError
+from engine.executor.adjustments import AdjustmentTable
 from engine.executor.cuda_graphs import CudaGraphs, graph_sizes
-from engine.executor.sampler import SamplerInputs, sample
+from engine.executor.sampler import SamplerInputs, sample, sequences_of
 from engine.executor.step_buffers import AttentionForms, StepBuffers, StepInputs
 from engine.kernels.attention.in_triton import form, make_scratch, scratch_capacity
 from engine.kernels.attention.kv_layer import KVCache
@@ -64,6 +65,7 @@ class TritonExecutor:
             lambda: waiting_for_device(model.group, model.pipeline),
         )
         self._inputs: StepInputs
+        self._changes = AdjustmentTable()
 
     @torch.inference_mode()
     def capture_graphs(self, make_decodes: Callable[[int], Batch]) -> None:
@@ -129,7 +131,14 @@ class TritonExecutor:
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
         """Launches the draws of the step that was executed last."""
         slots = self._inputs.draw_slots[: logits.shape[0]]
-        return sample(logits, draws, SamplerInputs(self._inputs.draws, slots, self.last_tokens))
+        inputs = SamplerInputs(
+            self._inputs.draws,
+            slots,
+            self.last_tokens,
+            changes=self._changes,
+            sequences=sequences_of(batch),
+        )
+        return sample(logits, draws, inputs)
 
 
 def _attention_forms(

@@ -14,7 +14,8 @@ from engine.core.batch import Draw
 from engine.core.random import derive_seed, draw_key
 from engine.core.request import RowFailure, SampledToken
 from engine.core.sampling_params import SamplingParams
-from engine.executor.sampler import DRAW_WORDS, SamplerInputs, adjustments_of, parameters_of, sample
+from engine.executor.adjustments import AdjustmentTable
+from engine.executor.sampler import DRAW_WORDS, SamplerInputs, parameters_of, sample
 from engine.kernels import sample as kernels
 from engine.kernels.noise import gumbel_noise
 
@@ -161,7 +162,7 @@ KINDS: list[dict[str, object]] = [
 
 def drawn_alone(logits: torch.Tensor, draw: Draw) -> SampledToken | RowFailure:
     """The row, [1, vocabulary], by the references of the kernels one after the other."""
-    adjusted, adjustments = logits.clone(), adjustments_of([draw])
+    adjusted, adjustments = logits.clone(), AdjustmentTable().update([draw], [0])
     if adjustments is not None:
         kernels.reference_adjust(adjusted, adjustments)
     token = kernels.reference(adjusted, parameters_of([draw]))
