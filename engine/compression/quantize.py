@@ -33,7 +33,7 @@ from engine.compression.writing import (
 from engine.errors import ConfigError
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.formats import QUANTIZATION_KEYS, WeightFormat, weight_format
-from engine.loading.formats.own import TABLE_GROUP_SIZE, own_config, own_parts
+from engine.loading.formats.own import own_config, own_parts
 from engine.loading.formats.stored import StoredModule
 from engine.loading.model_config import read_model_config
 from engine.loading.weights import checkpoint_key
@@ -41,7 +41,7 @@ from engine.models.config import ModelConfig
 from engine.models.modules import ROLES, module_names
 from engine.models.shapes import tensor_names, tensor_shape
 from engine.quant.weight import CodebookWeight, GridWeight, Weight, to_float
-from engine.quant_spec import EMBEDDING, LM_HEAD, SchemeSpec
+from engine.quant_spec import EMBEDDING, LM_HEAD, TABLE_GROUP_SIZE, SchemeSpec
 
 RECORD = "quantization.json"
 _REST = "model-rest.safetensors"

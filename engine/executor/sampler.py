@@ -8,7 +8,7 @@ alone. Filters keep or drop equal logits together, and among equal maxima the lo
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -49,18 +49,18 @@ class SamplerInputs:
         parameters: The draws as the kernel takes them.
         slots: [R] int32, the rows' places in the running batch.
         last_tokens: [places] int32; takes each row's token (0 for none), where the next step finds it.
+        changes: What changes the logits of each sequence, kept from step to step.
+        sequences: For each row what `changes` knows its sequence by.
         allowed_tokens: [R, ceil(vocabulary / 32)] int32, a bitmask a row: token t may be drawn where bit t % 32 of
             word t // 32 is set; None: every token may.
-        changes: What changes the logits of each sequence, kept from step to step.
-        sequences: By which the table knows the rows' sequences; empty: no step came before.
     """
 
     parameters: DrawParameters
     slots: torch.Tensor
     last_tokens: torch.Tensor
+    changes: AdjustmentTable
+    sequences: Sequence[Hashable]
     allowed_tokens: torch.Tensor | None = None
-    changes: AdjustmentTable = field(default_factory=AdjustmentTable)
-    sequences: Sequence[Hashable] = ()
 
     @staticmethod
     def on_cpu(batch: Batch, last_tokens: torch.Tensor, changes: AdjustmentTable) -> SamplerInputs:
@@ -70,8 +70,8 @@ class SamplerInputs:
             parameters_of([draw for _, draw in drawing]),
             torch.from_numpy(np.array([slot for slot, _ in drawing], np.int32)),
             last_tokens,
-            changes=changes,
-            sequences=sequences_of(batch),
+            changes,
+            sequences_of(batch),
         )
 
 
@@ -99,7 +99,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw | None], inputs: SamplerIn
         mask_logits(logits, inputs.allowed_tokens)
 
     # logit_bias, then penalties; and tokens that are banned until min_tokens.
-    adjustments = inputs.changes.update(wanted, inputs.sequences or range(len(wanted)))
+    adjustments = inputs.changes.update(wanted, inputs.sequences)
     if adjustments is not None:
         entries = (_to_device(getattr(adjustments, name), logits.device) for name in Adjustments.__slots__)
         adjust_logits(logits, Adjustments(*entries))

@@ -132,11 +132,7 @@ class TritonExecutor:
         """Launches the draws of the step that was executed last."""
         slots = self._inputs.draw_slots[: logits.shape[0]]
         inputs = SamplerInputs(
-            self._inputs.draws,
-            slots,
-            self.last_tokens,
-            changes=self._changes,
-            sequences=sequences_of(batch),
+            self._inputs.draws, slots, self.last_tokens, self._changes, sequences_of(batch)
         )
         return sample(logits, draws, inputs)
 

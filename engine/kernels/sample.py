@@ -95,8 +95,8 @@ class Logprobs:
     Attributes:
         chosen: [N] float32, of the drawn tokens.
         ranks: [N] int32, from 1; equals share one.
-        top_ids, top_values: [N, most of `nums`] int64 and float32, the likeliest first; as many of a row count as it
-            asked for.
+        top_ids, top_values: [N, most of `nums`, or V] int64 and float32, the likeliest first; as many of a row count
+            as it asked for.
     """
 
     chosen: torch.Tensor
@@ -204,7 +204,7 @@ def reference_logprobs(logits: torch.Tensor, tokens: torch.Tensor, nums: Sequenc
 
 
 def _empty_logprobs(logits: torch.Tensor, nums: Sequence[int]) -> Logprobs:
-    num_rows, most = logits.shape[0], max(nums)
+    num_rows, most = logits.shape[0], min(max(nums), logits.shape[1])
     return Logprobs(
         chosen=torch.empty(num_rows),
         ranks=torch.empty(num_rows, dtype=torch.int32),
@@ -766,8 +766,8 @@ def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor, nums: Sequence[int])
     """
     if target_of(logits) is None:
         return (_logprobs_in_c if cpu.serves(logits) else reference_logprobs)(logits, tokens, nums)
-    top_values, top_ids = logits.topk(max(nums))
     num_rows, vocab_size = logits.shape
+    top_values, top_ids = logits.topk(min(max(nums), vocab_size))
     log_sums = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     chosen = torch.empty_like(log_sums)
     ranks = torch.empty_like(tokens)
@@ -795,7 +795,7 @@ def _logprobs_in_c(logits: torch.Tensor, tokens: torch.Tensor, nums: Sequence[in
         logits,
         tokens=tokens,
         nums=torch.tensor(nums, dtype=torch.int32),
-        most=max(nums),
+        most=found.top_ids.shape[1],
         **wanted,
     )
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +17,7 @@ from engine.executor.adjustments import AdjustmentTable
 from engine.executor.sampler import DRAW_WORDS, SamplerInputs, parameters_of, sample
 from engine.kernels import sample as kernels
 from engine.kernels.noise import gumbel_noise
+from tests.helpers.logits import bitmask
 
 VOCABULARY = 50
 
@@ -33,7 +33,10 @@ def sample_rows(
     """The rows drawn in one call, which may change logits in place."""
     slots = torch.arange(len(draws), dtype=torch.int32)
     last_tokens = torch.zeros_like(slots)
-    inputs = SamplerInputs(parameters_of(draws), slots, last_tokens, allowed_tokens)
+    changes = AdjustmentTable()
+    inputs = SamplerInputs(
+        parameters_of(draws), slots, last_tokens, changes, range(len(draws)), allowed_tokens
+    )
     results = sample(logits.clone(), draws, inputs).read()
     assert last_tokens.tolist() == [getattr(result, "token_id", 0) for result in results]
     return results
@@ -196,14 +199,6 @@ def test_one_call_draws_in_each_row_what_the_row_alone_does(kind: str) -> None:
     assert sum(isinstance(result, RowFailure) for result in expected) == 3
 
 
-def bitmask(allowed: list[list[int]], vocab_size: int) -> torch.Tensor:
-    """[rows, ceil(vocab_size / 32)] int32 with the bits of these tokens."""
-    bits = np.zeros((len(allowed), -(-vocab_size // 32) * 32), np.uint8)
-    for row, token_ids in enumerate(allowed):
-        bits[row, token_ids] = 1
-    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").view(np.int32))
-
-
 def test_only_allowed_tokens_are_drawn(logits: torch.Tensor) -> None:
     allowed = [[0, 31, 32, 49], [int(logits.argmin())], list(range(VOCABULARY))] * 200
     params = [{"temperature": 2.0}, {"temperature": 0}, {"temperature": 1.0, "top_p": 0.9}] * 200
@@ -240,7 +235,11 @@ def test_rows_that_draw_nothing_keep_their_places(logits: torch.Tensor) -> None:
     )
     last_tokens = torch.full((6,), 99, dtype=torch.int32)
     inputs = SamplerInputs(
-        parameters_of([greedy, biased]), torch.tensor([4, 1], dtype=torch.int32), last_tokens
+        parameters_of([greedy, biased]),
+        torch.tensor([4, 1], dtype=torch.int32),
+        last_tokens,
+        AdjustmentTable(),
+        [4, 1],
     )
     results = sample(logits.expand(2, -1).clone(), [None, greedy, None, biased], inputs).read()
     assert results[0] is results[2] is None

@@ -15,6 +15,7 @@ from engine.kernels import sample
 from engine.kernels.launch import Tile, launch
 from engine.kernels.noise import gumbel_noise, uniform_noise
 from engine.kernels.sample import Adjustments, DrawParameters
+from tests.helpers.logits import random_logits
 
 SMALL_ROW_TILE = Tile({"BLOCK": 1024}, num_warps=4, num_stages=1)
 FILTERS = [
@@ -56,24 +57,6 @@ def parameters(
 
 def row_of(of: DrawParameters, row: int) -> DrawParameters:
     return DrawParameters(*(column[row : row + 1].clone() for column in astuple(of)))
-
-
-def random_logits(kind: str, num_rows: int, vocab_size: int) -> torch.Tensor:
-    logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 3
-    match kind:
-        case "rounded":
-            return logits.bfloat16().float()
-        case "tied":
-            return logits.round()
-        case "equal":
-            return torch.full_like(logits, -1.5)
-        case "flat":
-            return logits / 30
-        case "masked":
-            return logits.masked_fill(torch.arange(vocab_size) % 7 != 0, -math.inf)
-        case "wide":
-            return logits.sign() * logits.exp().exp().clamp(max=1e30)
-    return logits
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from engine.core.random import draw_key
 from engine.kernels import cpu, float_math, sample
 from engine.kernels.noise import gumbel_noise, uniform_noise
 from engine.kernels.sample import Adjustments, DrawParameters
-from tests.executor.test_sampler import bitmask
+from tests.helpers.logits import bitmask, random_logits
 
 KINDS = ["normal", "tied", "flat", "masked", "wide", "equal", "low"]
 FILTERS = list(itertools.product((0, 1, 40, 3_000), (1.0, 0.95, 0.3, 0.9999), (0.0, 0.05)))
@@ -22,24 +22,6 @@ FILTERS = list(itertools.product((0, 1, 40, 3_000), (1.0, 0.95, 0.3, 0.9999), (0
 def compiler() -> None:
     if cpu.library() is None:
         pytest.skip("there is no C compiler on this machine")
-
-
-def random_rows(kind: str, num_rows: int, vocab_size: int) -> torch.Tensor:
-    logits = torch.randn(num_rows, vocab_size) * 3
-    match kind:
-        case "tied":
-            return logits.round()
-        case "flat":
-            return logits / 30
-        case "masked":
-            return logits.masked_fill(torch.arange(vocab_size) % 7 != 0, -math.inf)
-        case "wide":
-            return logits.sign() * logits.exp().exp().clamp(max=1e30)
-        case "equal":
-            return torch.full_like(logits, -1.5)
-        case "low":
-            return logits - 1000
-    return logits
 
 
 def parameters(
@@ -62,7 +44,7 @@ def parameters(
 @pytest.mark.parametrize("vocab_size", [1, 5, 33, 700, 49_155])
 def test_c_draws_what_is_defined(kind: str, vocab_size: int) -> None:
     rows = FILTERS if vocab_size < 10_000 else FILTERS[::3]
-    logits = random_rows(kind, len(rows), vocab_size)
+    logits = random_logits(kind, len(rows), vocab_size)
     for seed, temperature in enumerate((0.0, 0.3, 1.0, 2.0)):
         how = parameters([temperature] * len(rows), rows, seed)
         assert torch.equal(sample.draw_tokens(logits, how, filters=True), sample.reference(logits, how))
@@ -73,7 +55,7 @@ def test_c_draws_what_is_defined(kind: str, vocab_size: int) -> None:
 @pytest.mark.parametrize("vocab_size", [1, 33, 1_000, 49_155])
 def test_c_has_the_log_probabilities_that_are_defined(kind: str, vocab_size: int) -> None:
     nums = [min(num, vocab_size) for num in (0, 1, 5, 20)]
-    logits = random_rows(kind, len(nums), vocab_size)
+    logits = random_logits(kind, len(nums), vocab_size)
     tokens = torch.randint(0, vocab_size, (len(nums),), dtype=torch.int32)
     measured, expected = (
         body(logits, tokens, nums) for body in (sample.logprobs_of, sample.reference_logprobs)
@@ -88,7 +70,7 @@ def test_c_has_the_log_probabilities_that_are_defined(kind: str, vocab_size: int
 @pytest.mark.usefixtures("compiler")
 def test_c_changes_logits_as_is_defined() -> None:
     num_rows, vocab_size = 5, 1_001
-    logits = random_rows("normal", num_rows, vocab_size)
+    logits = random_logits("normal", num_rows, vocab_size)
     allowed = [torch.randperm(vocab_size)[: 300 * (row + 1)].tolist() for row in range(num_rows)]
     rows = torch.randint(0, num_rows, (900,)).sort().values
     token_ids = torch.cat([torch.randperm(vocab_size + 9)[:count] - 4 for count in rows.bincount().tolist()])
@@ -128,3 +110,11 @@ def test_noise_keeps_the_digits_of_a_small_u() -> None:
     u = uniform_noise((5, 7), token_ids).double()
     wanted = -torch.log(-torch.log1p(-u))
     assert ((gumbel_noise((5, 7), token_ids) - wanted).abs() < 1e-6).all()
+
+
+def test_a_vocabulary_smaller_than_what_is_asked_for_is_listed_whole() -> None:
+    logits, tokens = torch.tensor([[0.5, 2.0, 2.0]]), torch.tensor([0], dtype=torch.int32)
+    for body in (sample.logprobs_of, sample.reference_logprobs):
+        found = body(logits, tokens, [20])
+        assert found.top_ids.tolist() == [[1, 2, 0]]
+        assert found.top_values.shape == (1, 3)

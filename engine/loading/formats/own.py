@@ -31,11 +31,9 @@ from engine.kernels.nibbles import pack_nibbles
 from engine.loading.formats.stored import Settings, StoredModule
 from engine.quant.plan import SCHEMES
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
-from engine.quant_spec import EMBEDDING, QuantSpec, parse_quant_spec
+from engine.quant_spec import EMBEDDING, TABLE_GROUP_SIZE, QuantSpec, parse_quant_spec
 
 QUANT_METHOD = "llm-engine"
-TABLE_GROUP_SIZE = 32
-"""Elements along K that share a scale in an int8 embedding, as `engine.quant.int8_table` keeps it."""
 
 
 @dataclass(frozen=True)
