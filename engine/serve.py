@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from engine.arguments import build_parser
 from engine.config import EngineConfig
@@ -43,15 +44,31 @@ def _serve(
     try:
         import uvloop
 
+        from engine.frontend.async_engine import AsyncEngine
+    except ModuleNotFoundError as error:
+        raise missing_package(error, "serve") from error
+    engine = AsyncEngine(config)
+
+    async def run() -> None:
+        # Its process loads torch while this one loads the server.
+        await engine.launch()
+        try:
+            serve = _load_server()
+            await serve(
+                engine, host, port, served_model_names=names, api_key=api_key, cors_origins=cors_origins
+            )
+        finally:
+            await engine.shutdown()
+
+    uvloop.run(run())
+
+
+def _load_server() -> Callable[..., Coroutine[Any, Any, None]]:
+    try:
         from api import serve
     except ModuleNotFoundError as error:
         raise missing_package(error, "serve") from error
-    from engine.frontend.async_engine import AsyncEngine
-
-    engine = AsyncEngine(config)
-    uvloop.run(
-        serve(engine, host, port, served_model_names=names, api_key=api_key, cors_origins=cors_origins)
-    )
+    return serve
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ class RotatedCheckpoint:
         self._prefix = ""
         self.path = checkpoint.path
         self.generation_config = checkpoint.generation_config
+        self.recommended_params = checkpoint.recommended_params
         self.config: dict[str, Any] = {**checkpoint.config, "tie_word_embeddings": False}
 
     def names(self) -> set[str]:

@@ -60,7 +60,7 @@ class EngineCore(Generic[Model]):
         self.info = EngineInfo(
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,
-            default_params=_default_params(facts.generation_config),
+            default_params=_default_params(facts.recommended_params),
             memory_plan=facts.memory_plan,
         )
 

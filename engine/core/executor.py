@@ -54,7 +54,7 @@ class ModelFacts:
         device_type: As torch names it, "cpu" or "cuda".
         is_asynchronous: Whether calls return while the device still works.
         cache_salt: What a cached block depends on besides its tokens.
-        generation_config: The keys of generation_config.json.
+        recommended_params: The keys of generation_config.json, sampling parameters among them.
         memory_plan: How memory is used, in words.
     """
 
@@ -66,7 +66,7 @@ class ModelFacts:
     device_type: str
     is_asynchronous: bool
     cache_salt: bytes
-    generation_config: dict[str, Any]
+    recommended_params: dict[str, Any]
     memory_plan: str
 
 

@@ -79,7 +79,7 @@ def start_model(config: EngineConfig, path: Path) -> StartedModel:
         device_type=runner.device.type,
         is_asynchronous=runner.is_asynchronous,
         cache_salt=runner.cache_salt,
-        generation_config=checkpoint.generation_config,
+        recommended_params=checkpoint.recommended_params,
         memory_plan=str(runner.plan),
     )
     started = StartedModel(runner, executor, ranks, facts)

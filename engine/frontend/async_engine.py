@@ -121,20 +121,25 @@ class AsyncEngine:
         self._exited: asyncio.Task[int] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
+    async def launch(self) -> None:
+        """Starts the child process, which loads its libraries before it is told what to be: that takes seconds."""
+        with caching_in(self.config.cache_dir):
+            await self._spawn()
+
     async def start(self) -> None:
-        """Loads the model in a child process.
+        """Loads the model in the child process; launches that if nobody has.
 
         Raises:
             EngineError: Of the type the engine failed with; EngineStartError if it is none of ours.
         """
         try:
+            if self._process is None:
+                await self.launch()
             with caching_in(self.config.cache_dir):
                 path = await _in_daemon_thread(lambda: resolve_model(self.config.model))
             self.tokenizer = await _in_daemon_thread(
                 lambda: load_tokenizer(path, self.config.load_format == "dummy")
             )
-            with caching_in(self.config.cache_dir):
-                await self._spawn()
             start = Start(
                 options=dataclasses.asdict(self.config),
                 path=str(path),

@@ -19,12 +19,20 @@ class Checkpoint(Protocol):
     Attributes:
         path: The GGUF file or the directory.
         config: The keys of config.json; a multimodal model's text part.
-        generation_config: The keys of generation_config.json; empty if there is none.
     """
 
     path: Path
     config: dict[str, Any]
-    generation_config: dict[str, Any]
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The keys of generation_config.json; empty if there is none. Of a GGUF file the vocabulary is read for it."""
+        ...
+
+    @property
+    def recommended_params(self) -> dict[str, Any]:
+        """Those of `generation_config` that may recommend sampling parameters; a GGUF file has none."""
+        ...
 
     def names(self) -> set[str]:
         """The tensors' names, like "model.layers.0.self_attn.q_proj.weight"."""

@@ -29,6 +29,7 @@ class DummyCheckpoint:
         else:
             self.config = open_checkpoint(path).config
         self.generation_config: dict[str, Any] = {}
+        self.recommended_params: dict[str, Any] = {}
 
     def names(self) -> set[str]:
         return set() if self.config["tie_word_embeddings"] else {"lm_head.weight"}

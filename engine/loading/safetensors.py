@@ -53,6 +53,7 @@ class DirectoryCheckpoint:
         self.path, directory = path, path if path.is_dir() else path.parent
         self.config = text_config(read_json(directory / "config.json", required=True))
         self.generation_config = read_json(directory / "generation_config.json")
+        self.recommended_params = self.generation_config
         self._format = weight_format(directory, self.config)
         locations, self._others = locate_text_model(path)
         if self.config.get("tie_word_embeddings") and _TABLE not in locations and _HEAD in locations:

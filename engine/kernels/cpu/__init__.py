@@ -16,6 +16,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -28,6 +29,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from engine.cache_directory import cache_directory, is_private
@@ -38,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+
+LINE = 64
+"""Bytes that memory is moved in: what starts at a multiple of them is read fastest."""
 
 FLAGS = (
     "-O3", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
@@ -311,7 +316,7 @@ class Program:
         """Memory for what an operation writes: the same one whenever it asks for such."""
         key = (owner, tuple(shape), dtype)
         if key not in self._buffers:
-            self._buffers[key] = torch.zeros(key[1], dtype=dtype)
+            self._buffers[key] = _zeros(key[1], dtype)
         return self._buffers[key]
 
     def run(self, seconds: torch.Tensor | None = None) -> None:
@@ -337,6 +342,14 @@ class Program:
         address = ctypes.addressof(self._array) + start * ctypes.sizeof(_Call)
         durations = None if seconds is None else seconds[start:].data_ptr()
         self._library.functions.run_calls(self._pool, address, end - start, durations)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take no memory before they are touched: numpy has the system make them, where torch writes them."""
+    size = math.prod(shape) * dtype.itemsize
+    block = torch.from_numpy(np.zeros(size + LINE, np.uint8))
+    start = -block.data_ptr() % LINE
+    return block[start : start + size].view(dtype).view(shape)
 
 
 _recorded: ContextVar[Program | None] = ContextVar("recorded", default=None)

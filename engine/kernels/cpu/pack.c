@@ -6,16 +6,26 @@ enum { PANEL = 16, QUAD = 4, ALIGNMENT = 64 };
 
 INLINE int64_t padded(int64_t size) { return (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
+// The next four bytes of a row of `size`, zeros behind its end.
+INLINE uint32_t word_at(const uint8_t *row, int64_t position, int64_t size) {
+    uint32_t word = 0;
+    const int64_t left = size - position;
+    if (left >= (int64_t)sizeof word) memcpy(&word, row + position, sizeof word);
+    else if (left > 0) memcpy(&word, row + position, (size_t)left);
+    return word;
+}
+
+// An offset of 128 is added to a byte, or taken from it, by turning its highest bit over.
 OPERATION(pack_int8) {
-    const int64_t panels = count(args->num_rows), rows = args->rows, columns = args->columns, stride = padded(columns);
+    const int64_t panels = count(args->num_rows), columns = args->columns, stride = padded(columns);
+    const uint32_t offset = (uint32_t)args->offset * 0x01010101u;
     FOR_ROWS(panel, panels) {
-        uint8_t *output = args->output + panel * PANEL * stride;
-        memset(output, (int)args->offset, (size_t)(PANEL * stride));
-        for (int64_t row = 0; row < PANEL && panel * PANEL + row < rows; row++) {
-            const uint8_t *weight = (const uint8_t *)args->weight + (panel * PANEL + row) * columns;
-            for (int64_t k = 0; k < columns; k++)
-                output[(k / QUAD * PANEL + row) * QUAD + k % QUAD] = (uint8_t)(weight[k] + args->offset);
-        }
+        const uint8_t *weight = (const uint8_t *)args->weight + panel * PANEL * columns;
+        const int64_t rows = args->rows - panel * PANEL < PANEL ? args->rows - panel * PANEL : PANEL;
+        uint32_t *output = (uint32_t *)(args->output + panel * PANEL * stride);
+        for (int64_t k = 0; k < stride; k += QUAD, output += PANEL)
+            for (int64_t row = 0; row < PANEL; row++)
+                output[row] = offset ^ (row < rows ? word_at(weight + row * columns, k, columns) : 0);
     }
 }
 
@@ -24,17 +34,16 @@ OPERATION(pack_nibbles) {
     const int64_t panels = count(args->num_rows), rows = args->rows, bytes = args->num_bytes;
     const int64_t panel_bytes = padded(2 * bytes) / 2 * PANEL;
     FOR_ROWS(panel, panels) {
-        uint8_t *output = args->output + panel * panel_bytes;
-        memset(output, 0, (size_t)panel_bytes);
-        for (int64_t row = 0; row < PANEL && panel * PANEL + row < rows; row++) {
-            const uint8_t *codes = args->codes + (panel * PANEL + row) * bytes;
-            for (int64_t i = 0; i < bytes; i++) {
-                uint8_t *place = output + i / 4 * PANEL * QUAD + row * QUAD + i % 2 * 2;
-                const int shift = i % 4 / 2 * 4;
-                place[0] |= (uint8_t)((codes[i] & 15) << shift);
-                place[1] |= (uint8_t)((codes[i] >> 4) << shift);
+        const uint8_t *codes = args->codes + panel * PANEL * bytes;
+        uint32_t *output = (uint32_t *)(args->output + panel * panel_bytes);
+        for (int64_t i = 0; i < panel_bytes / PANEL; i += 4, output += PANEL)
+            for (int64_t row = 0; row < PANEL; row++) {
+                const uint32_t word = panel * PANEL + row < rows ? word_at(codes + row * bytes, i, bytes) : 0;
+                const uint32_t first = word & 0xffff, second = word >> 16;
+                const uint32_t even = (first & 0x0f0f) | (second & 0x0f0f) << 4;
+                const uint32_t odd = (first >> 4 & 0x0f0f) | (second & 0xf0f0);
+                output[row] = (even & 0xff) | (odd & 0xff) << 8 | (even & 0xff00) << 8 | (odd & 0xff00) << 16;
             }
-        }
     }
 }
 

@@ -64,7 +64,13 @@ def pack_nibbles_in_panels(codes: torch.Tensor) -> torch.Tensor:
         -(-rows // PANEL), -(-2 * num_bytes // ALIGNMENT) * ALIGNMENT // 8, 64, dtype=torch.uint8
     )
     cpu.run(
-        "pack_nibbles", len(packed), codes=codes.contiguous(), rows=rows, num_bytes=num_bytes, output=packed
+        "pack_nibbles",
+        len(packed),
+        torch.get_num_threads(),
+        codes=codes.contiguous(),
+        rows=rows,
+        num_bytes=num_bytes,
+        output=packed,
     )
     return packed
 

@@ -36,9 +36,6 @@ FRACTION = 256
 BLOCK_BYTES = SCALE_SIZE * PANEL // 2
 """Bytes of a codebook's codes in a panel, for as many input features as share a scale."""
 
-LINE = 64
-"""What starts in memory at a multiple of this many bytes is read fastest."""
-
 ROWS_AT_A_TIME = 1024
 """Rows of a codebook's weight that torch's operators expand at a time, so that no copy of all is held."""
 
@@ -114,6 +111,7 @@ def pack_int8(weight: torch.Tensor, offset: int = 128) -> torch.Tensor:
     cpu.run(
         "pack_int8",
         len(packed),
+        torch.get_num_threads(),
         weight=weight.contiguous(),
         rows=rows,
         columns=columns,
@@ -127,7 +125,8 @@ def pack_codebook(grid: CodebookGrid) -> torch.Tensor:
     """Panels of tables and nibbles, [N / 16, bytes] uint8; kernels/cpu/pack.c says how."""
     rows, num_bytes = grid.nibbles.shape
     num_blocks = -(-2 * num_bytes // SCALE_SIZE)
-    header = 16 * PANEL if grid.factor is None else LINE + -(-2 * PANEL * num_blocks // LINE) * LINE
+    line = cpu.LINE
+    header = 16 * PANEL if grid.factor is None else line + -(-2 * PANEL * num_blocks // line) * line
     packed = torch.empty(-(-rows // PANEL), header + num_blocks * BLOCK_BYTES, dtype=torch.uint8)
     cpu.run(
         "pack_codebook",

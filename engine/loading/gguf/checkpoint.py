@@ -85,11 +85,21 @@ class GGUFCheckpoint:
         self.path, self.num_bytes_read = path, 0
         self._file = GGUFFile(path)
         self.config: dict[str, Any] = translate_config(self._file)
-        self.generation_config: dict[str, Any] = translate_generation_config(self._file)
         self._gguf_names = _hugging_face_names(self._file)
         for gguf_name in self._gguf_names.values():
             _check_type(self._file, self._file.tensors[gguf_name])
-        self._file.forget_metadata()
+        self._file.forget_values()
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        try:
+            return translate_generation_config(self._file)
+        finally:
+            self._file.forget_values()
+
+    @property
+    def recommended_params(self) -> dict[str, Any]:
+        return {}
 
     def names(self) -> set[str]:
         return set(self._gguf_names)

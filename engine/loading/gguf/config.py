@@ -215,8 +215,8 @@ def token_id(file: GGUFFile, key: str) -> int | None:
     index = file.get(f"tokenizer.ggml.{key}")
     if index is None or not isinstance(index, int):
         return None
-    tokens = file.get("tokenizer.ggml.tokens")
-    if tokens is not None and not 0 <= index < len(tokens):
+    num_tokens = file.num_strings("tokenizer.ggml.tokens")
+    if num_tokens is not None and not 0 <= index < num_tokens:
         logger.warning("%s: tokenizer.ggml.%s: %d is no token: left out", file.path, key, index)
         return None
     return index

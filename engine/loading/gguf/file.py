@@ -37,14 +37,20 @@ class _Strings:
         Raises:
             struct.error: The data ends before the array does.
         """
-        self._data, self._count, self.num_bytes = data, count, 0
-        for place in self._places():
-            self.num_bytes = place.stop
+        self._data, self._count = data, count
+        # The one loop that every start waits for, so it makes no objects.
+        position, bytes_of, read, size = 0, data.data, _LENGTH.unpack_from, _LENGTH.size
+        for _ in range(count):
+            position += size + read(bytes_of, position)[0]
+        self.num_bytes = position
+
+    def __len__(self) -> int:
+        return self._count
 
     def _places(self) -> Iterator[slice]:
-        position = 0
+        position, data = 0, self._data.data
         for _ in range(self._count):
-            (length,) = _LENGTH.unpack_from(self._data.data, position)
+            (length,) = _LENGTH.unpack_from(data, position)
             position += _LENGTH.size
             yield slice(position, position + length)
             position += length
@@ -54,7 +60,8 @@ class _Strings:
         Raises:
             UnicodeDecodeError: They are not UTF-8.
         """
-        return [self._data[place].tobytes().decode() for place in self._places()]
+        data = self._data.data
+        return [str(data[place], "utf-8") for place in self._places()]
 
 
 class _Reader(GGUFReader):  # type: ignore[misc, unused-ignore]
@@ -171,9 +178,9 @@ class GGUFFile:
                 self.tensors |= {tensor.name: tensor for tensor in _open(part).tensors}
         self.architecture: str = self["general.architecture"]
 
-    def forget_metadata(self) -> None:
-        """Lets go of all keys, and of the vocabulary with them."""
-        self._fields, self._values = {}, {}
+    def forget_values(self) -> None:
+        """Lets go of the values that were read, those of a vocabulary take much memory; they can be read again."""
+        self._values = {}
 
     def unread_keys(self, start: str) -> set[str]:
         """Metadata keys with this beginning whose values nobody has asked for."""
@@ -194,6 +201,12 @@ class GGUFFile:
             except UnicodeDecodeError as error:
                 raise CheckpointError(f"{self.path}: metadata key {key!r} is not UTF-8 ({error})") from error
         return self._values[key]
+
+    def num_strings(self, key: str) -> int | None:
+        """How many strings a key has, which need not be read for it; None if it is missing, or has others."""
+        field = self._fields.get(key)
+        strings = field.parts[field.data[0]] if field is not None and field.data else None
+        return len(strings) if isinstance(strings, _Strings) else None
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a metadata key, or `default`."""
