@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -56,6 +57,7 @@ class ModelRunner:
         plan: How memory is used.
         cache_salt: What a cached block depends on besides its tokens: model, quantization, cache dtype.
         is_asynchronous: Whether calls return while the device still works.
+        writer: The thread that writes the parsed weights into the cache; None where they come from there.
         compilations: Counts the kernels that were compiled after the start; there should be none.
     """
 
@@ -119,12 +121,13 @@ class ModelRunner:
         self.plan = self._agreed(self.plan)
         logger.info("%s", self.plan)
         name = f"{quantization.name}-{self.dtype}".replace("torch.", "") + self.place.name
+        self.writer: Thread | None = None
         if config.load_format == "dummy":
             self.model.randomize(self.device)
             self.model.bind()
         else:
             cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-            load_weights(self.model, checkpoint, name, cache_dir, self.device)
+            self.writer = load_weights(self.model, checkpoint, name, cache_dir, self.device, runs_program)
         self.cache_salt = f"{checkpoint_key(checkpoint)}/{name}/{self.cache_dtype}".encode()
         self.rotary = {
             rope: RotaryTable(rope, self.model_config.head_dim, self.plan.max_model_len, self.device)

@@ -26,7 +26,7 @@ class Checkpoint(Protocol):
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """The keys of generation_config.json; empty if there is none. Of a GGUF file the vocabulary is read for it."""
+        """The keys of generation_config.json; empty if there is none. A GGUF file is searched for its end tokens."""
         ...
 
     @property

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
+import json
 import logging
-import mmap
 import os
 import tempfile
+import time
 from pathlib import Path
+from threading import Thread
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from engine.cache_directory import cache_directory
 from engine.errors import CheckpointError
 from engine.kernels.checksum import checksum
+from engine.kernels.cpu import LINE
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.file_kinds import part_number
 from engine.models.config import ModelConfig
@@ -29,9 +31,23 @@ from engine.quant.weight import CodebookWeight, GridWeight, Weight
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """Part of every cache key; goes up when what is stored under a scheme's name changes."""
 
+_STALE_SECONDS = 3600
+"""A file that is half written for longer is that of a start which was killed."""
+
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+"""As safetensors names them."""
 
 _FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json")
 
@@ -84,40 +100,59 @@ def _floats_of(weight: Weight) -> list[torch.Tensor]:
 
 
 def load_weights(
-    model: Decoder, checkpoint: Checkpoint, name: str, cache_dir: Path | None, device: torch.device
-) -> None:
-    """Fills the model, from the cache if an earlier start left its parsed weights there.
+    model: Decoder,
+    checkpoint: Checkpoint,
+    name: str,
+    cache_dir: Path | None,
+    device: torch.device,
+    is_packed: bool,
+) -> Thread | None:
+    """Fills and binds the model, from the cache if an earlier start left its weights there.
+
+    What the C kernels read lies in the file as they read it, so that the mapped file is all the memory that weights
+    take; other devices bind what their schemes store. The first start does not wait for the file: a thread writes it.
 
     Args:
         name: Of the quantization; part of the cache file's name.
         cache_dir: None for the default one.
+        is_packed: Whether all products are those of C.
+
+    Returns:
+        What writes the file, if this start does: a program that ends waits for it.
 
     Raises:
         CheckpointError: As `read_checked`.
     """
     directory = (cache_dir or cache_directory()) / "weights"
-    path = directory / f"{checkpoint_key(checkpoint)}-{name}-v{CACHE_FORMAT}.safetensors"
-    # What one rank parses, all do: they quantize some weights together.
+    form = "-packed" if is_packed else ""
+    path = directory / f"{checkpoint_key(checkpoint)}-{name}{form}-v{CACHE_FORMAT}.safetensors"
+    if is_packed:
+        # On the meta device: it then says what the file must hold.
+        model.bind()
     found = _read(path, model)
+    # What one rank parses, all do: they quantize some weights together.
     is_missing = torch.tensor([found is None], dtype=torch.int32, device=device)
-    if model.group.largest(is_missing):
-        names = tqdm(
-            total=sum(1 for _ in model.buffers()), desc="Parsing weights", unit="tensor", leave=False
-        )
-        with names:
+    if not model.group.largest(is_missing):
+        assert found is not None
+        model.load_state_dict({name: tensor.to(device) for name, tensor in found.items()}, assign=True)
+        if not is_packed:
+            model.bind()
+        return None
+    with tqdm(total=model.num_weights, desc="Parsing weights", unit="tensor", leave=False) as progress:
 
-            def read(tensor_name: str, part: Slices) -> Weight:
-                names.update()
-                return read_checked(checkpoint, model.config, tensor_name, part)
+        def read(tensor_name: str, part: Slices) -> Weight:
+            progress.update()
+            return read_checked(checkpoint, model.config, tensor_name, part)
 
-            model.load(read)
-        # The mapped file then backs the weights, and what parsing allocated is released.
-        found = _read(path, model) if _save(model.state_dict(), path) else None
-    tensors = model.state_dict() if found is None else found
-    model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
-    model.bind()
-    if device.type == "cpu" and found is not None:
-        _release(path)
+        model.load(read)
+    if is_packed:
+        model.bind()
+    writer = _start_writing(model.state_dict(), path)
+    if not is_packed:
+        tensors = {name: tensor.to(device) for name, tensor in model.state_dict().items()}
+        model.load_state_dict(tensors, assign=True)
+        model.bind()
+    return writer
 
 
 def _read(path: Path, model: Decoder) -> dict[str, torch.Tensor] | None:
@@ -145,48 +180,65 @@ def _read(path: Path, model: Decoder) -> dict[str, torch.Tensor] | None:
     return tensors
 
 
-def _release(path: Path) -> None:
-    """Takes a mapped file's pages, and what the allocator keeps for later, out of this process's memory.
-
-    The products have packed copies; the table and the norms' weights, which stay mapped because of nothing else, keep
-    the whole file mapped with them. What is read again comes back page by page. Nothing may have written to the
-    pages: what was written would be lost.
-    """
-    functions = ctypes.CDLL(None)
-    if not hasattr(functions, "malloc_trim"):
-        return  # not glibc, whose constants these are
-    functions.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, *_, file = line.split(maxsplit=5)
-        if file == str(path.resolve()):
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            functions.madvise(start, end - start, mmap.MADV_DONTNEED)
-    functions.malloc_trim(0)
+def _start_writing(tensors: dict[str, torch.Tensor], path: Path) -> Thread:
+    """Has a thread write a file, beside what the engine goes on with: nothing changes the tensors any more."""
+    # Here, since the C kernels belong to one thread.
+    checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
+    thread = Thread(target=_save, args=(tensors, checksums, path), name="weights writer")
+    thread.start()
+    return thread
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> bool:
+def _save(tensors: dict[str, torch.Tensor], checksums: dict[str, str], path: Path) -> None:
     """Writes beside the target and renames: another engine sees the whole file or none.
 
-    Returns:
-        False where it cannot be written: the next start parses the weights again.
+    Where it cannot be written, the next start parses the weights again.
     """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for partial in path.parent.glob(f"{path.stem}*.partial"):
+            if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
+                partial.unlink(missing_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
-        os.close(handle)
-        contiguous = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, temporary, {key: checksum(tensor) for key, tensor in contiguous.items()})
+        with os.fdopen(handle, "wb") as file:
+            _write(tensors, checksums, file)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         logger.warning(
             "parsed weights cannot be kept in %s (%s), and are parsed at each start; name a directory with space "
             "with --cache-dir",
             path.parent,
-            str(error).split("\n")[0],
+            error,
         )
-        return False
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-    return True
+
+
+def _write(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file: BinaryIO) -> None:
+    """Writes a file of safetensors' format, a tensor after the other, without a copy of them all.
+
+    What consists of whole lines of memory comes first, so that it starts with one where the file is mapped; of the
+    rest, the larger types.
+    """
+
+    def order(item: tuple[str, torch.Tensor]) -> tuple[bool, int, str]:
+        name, tensor = item
+        return tensor.nbytes % LINE != 0, -tensor.itemsize, name
+
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position, ordered = 0, sorted(tensors.items(), key=order)
+    for name, tensor in ordered:
+        end = position + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % LINE)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in ordered:
+        file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -15,7 +15,7 @@ from engine.kernels.attention.kv_layer import KVCache, KVLayer
 from engine.kernels.norm import add
 from engine.models.attention import Attention, PagedInputs
 from engine.models.config import ModelConfig
-from engine.models.linear import Embedding, Linear, ReadWeight
+from engine.models.linear import Embedding, Linear, ReadWeight, StoredLayer
 from engine.models.mlp import MLP
 from engine.models.modules import NORMS, ROLES, Block, readers
 from engine.models.norm import RMSNorm
@@ -148,12 +148,21 @@ class Decoder(nn.Module):
                 has_bias=False,
                 split=ColumnParallel(group),
             )
-        self.head_matmul: Matmul
+        self.tied_head: Matmul | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the stored weights."""
         return sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
+    def num_weights(self) -> int:
+        """How many tensors of a checkpoint `load` reads."""
+        return sum(
+            len(module.sources) * (1 + module.has_bias) if isinstance(module, Linear) else 1
+            for module in self.modules()
+            if isinstance(module, StoredLayer)
+        )
 
     def load(self, read: ReadWeight) -> None:
         """Quantizes the checkpoint's weights into the layers."""
@@ -170,19 +179,24 @@ class Decoder(nn.Module):
     def bind(self) -> None:
         """Prepares every product; call once the tensors are on their device."""
         for module in self.modules():
-            if isinstance(module, (Linear, Embedding)):
+            if isinstance(module, Linear):
                 module.bind()
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             layer.bind()
         if self.norm is None:
             return
-        if self.lm_head is not None:
-            self.head_matmul = self.lm_head.matmul
-        else:
+        if self.lm_head is None:
             assert self.embedding is not None
-            self.head_matmul = self.lm_head_scheme.bind(self.embedding.tensors, None)
+            self.tied_head = self.lm_head_scheme.bind(self.embedding.tensors, None)
         self.norm.format = self.head_matmul.format
+
+    @property
+    def head_matmul(self) -> Matmul:
+        """The product with the vocabulary, once bound; on the last stage."""
+        matmul = self.tied_head if self.lm_head is None else self.lm_head.matmul
+        assert matmul is not None
+        return matmul
 
     def forward(self, token_ids: torch.Tensor, cache: KVCache, inputs: PagedInputs) -> torch.Tensor:
         """Hidden states [T, hidden] of the flat batch token_ids [T]; the step's keys and values are written.

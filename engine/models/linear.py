@@ -192,7 +192,6 @@ class Embedding(StoredLayer):
         self.rows = group.shard.of(num_embeddings)
         self.shape = (self.rows.stop - self.rows.start, features)
         self._store(scheme.storage(*self.shape))
-        self.tensors: Tensors
 
     def load(self, read: ReadWeight) -> None:
         self._store(self.scheme.quantize(read(f"{self.source}.weight", Slices(self.rows))))
@@ -200,8 +199,10 @@ class Embedding(StoredLayer):
     def randomize(self, device: torch.device) -> None:
         self._store(self.scheme.random(*self.shape, device))
 
-    def bind(self) -> None:
-        self.tensors = self._stored()
+    @property
+    def tensors(self) -> Tensors:
+        """What the scheme stores."""
+        return self._stored()
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] int64 or int32 → [T, features]."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from engine.kernels.matmul.cpu_sharded import ShardedInt8Matmul, block_maxima, num_terms, quantize_part
 from engine.kernels.matmul.int8 import MAX_IN_FEATURES
@@ -120,13 +121,14 @@ class RowParallelGather:
         ]
 
 
-@dataclass(slots=True)
-class _RowParallelGatherMatmul:
-    split: RowParallelGather
-    matmul: Matmul
+class _RowParallelGatherMatmul(nn.Module):
     format: Format = None
 
-    def __call__(self, x: Activations) -> torch.Tensor:
+    def __init__(self, split: RowParallelGather, matmul: Matmul) -> None:
+        super().__init__()
+        self.split, self.matmul = split, matmul
+
+    def forward(self, x: Activations) -> torch.Tensor:
         assert isinstance(x, torch.Tensor)
         group = self.split.group
         y = self.matmul(group.gather(x, self.split.in_features))
@@ -163,11 +165,12 @@ class RowParallelSum:
         return [summed(f"output of the {name}", self.out_features, itemsize)]
 
 
-class _RowParallelSumMatmul:
+class _RowParallelSumMatmul(nn.Module):
     def __init__(self, group: TensorGroup, matmul: Matmul) -> None:
+        super().__init__()
         self._group, self._matmul, self.format = group, matmul, matmul.format
 
-    def __call__(self, x: Activations) -> torch.Tensor:
+    def forward(self, x: Activations) -> torch.Tensor:
         return self._group.sum_(self._matmul(x))
 
 
@@ -225,13 +228,14 @@ class RowParallelIntegerSum:
         ]
 
 
-@dataclass(slots=True)
-class _RowParallelIntegerSumMatmul:
-    split: RowParallelIntegerSum
-    product: ShardedInt8Matmul
+class _RowParallelIntegerSumMatmul(nn.Module):
     format: Format = None
 
-    def __call__(self, x: Activations) -> torch.Tensor:
+    def __init__(self, split: RowParallelIntegerSum, product: ShardedInt8Matmul) -> None:
+        super().__init__()
+        self.split, self.product = split, product
+
+    def forward(self, x: Activations) -> torch.Tensor:
         assert isinstance(x, torch.Tensor)
         split, group = self.split, self.split.group
         maxima = group.gather(block_maxima(x), split.in_features // SPREAD_BLOCK)

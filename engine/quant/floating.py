@@ -62,7 +62,7 @@ class Float:
         weight = tensors["weight"]
         if self.batch_invariant and runs_triton(weight):
             return WeightOnlyMatmul(weight, None, None, bias)
-        if cpu.serves(weight):
+        if cpu.packs(weight):
             return CpuFloatMatmul(weight, bias)
         return FloatMatmul(weight, None if bias is None else bias.to(weight.dtype))
 

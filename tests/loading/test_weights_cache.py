@@ -27,7 +27,10 @@ def checkpoint(tmp_path: Path) -> Path:
 def start(checkpoint: Path, quant: str = "none") -> ModelRunner:
     cache = checkpoint.parent / "cache"
     config = EngineConfig(model=str(checkpoint), quant=quant, kv_cache_memory="1MiB", cache_dir=str(cache))
-    return ModelRunner(config, open_checkpoint(checkpoint))
+    runner = ModelRunner(config, open_checkpoint(checkpoint))
+    if runner.writer is not None:
+        runner.writer.join()
+    return runner
 
 
 def table(runner: ModelRunner) -> torch.Tensor:
@@ -99,7 +102,7 @@ def test_without_a_place_to_write_it_runs(
     cached = checkpoint.parent / "cache" / "weights"
     for file in cached.iterdir() if cached.exists() else []:
         file.unlink()
-    monkeypatch.setattr("engine.loading.weights.save_file", full)
+    monkeypatch.setattr("engine.loading.weights._write", full)
     runner = start(checkpoint, quant)
     assert "No space left on device" in caplog.text
     assert "--cache-dir" in caplog.text

@@ -52,7 +52,7 @@ def test_another_shape_is_named_before_anything_is_cached(tmp_path: Path, name: 
         ModelConfig.from_dict(checkpoint.config), quantization, torch.float32, TensorGroup(), Pipeline()
     )
     with pytest.raises(CheckpointError) as caught:
-        load_weights(model, checkpoint, "none", tmp_path / "cache", torch.device("cpu"))
+        load_weights(model, checkpoint, "none", tmp_path / "cache", torch.device("cpu"), is_packed=False)
     found = [expected[0] - 2, *expected[1:]]
     assert str(caught.value) == f"{tmp_path}: tensor {name!r}: expected shape {expected}, found {found}"
     assert not (tmp_path / "cache").exists()

@@ -184,6 +184,12 @@ def serves(*tensors: torch.Tensor) -> bool:
     return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors) and library() is not None
 
 
+def packs(weight: torch.Tensor) -> bool:
+    """Whether the C bodies take a weight: as `serves`, and one on the meta device if they will take it on the CPU."""
+    is_here = weight.device.type in ("cpu", "meta")
+    return is_here and weight.dtype == torch.float32 and library() is not None
+
+
 def _build(compiler: list[str], version: bytes, level: Level) -> Path:
     """Compiles into the user's cache, once for a source, compiler and processor."""
     flags = [*level.flags, *FLAGS]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from engine.kernels import cpu, quantize
 from engine.kernels.cpu.signatures import Argument
@@ -60,9 +61,10 @@ def _in_panels(x: torch.Tensor) -> torch.Tensor:
 def pack_nibbles_in_panels(codes: torch.Tensor) -> torch.Tensor:
     """[N, ceil(K / 2)] uint8 → panels [N / 16, padded K / 8, 64] uint8; kernels/cpu/group_tiles.h says how."""
     rows, num_bytes = codes.shape
-    packed = torch.empty(
-        -(-rows // PANEL), -(-2 * num_bytes // ALIGNMENT) * ALIGNMENT // 8, 64, dtype=torch.uint8
-    )
+    shape = (-(-rows // PANEL), -(-2 * num_bytes // ALIGNMENT) * ALIGNMENT // 8, 64)
+    packed = torch.empty(shape, dtype=torch.uint8, device=codes.device)
+    if packed.is_meta:
+        return packed
     cpu.run(
         "pack_nibbles",
         len(packed),
@@ -95,7 +97,7 @@ def quantize_groups(x: torch.Tensor, group_size: int) -> Int8Activations:
     return Int8Activations(codes, None, scale, x.dtype)
 
 
-class CpuGroupedMatmul:
+class CpuGroupedMatmul(nn.Module):
     """The product with one weight.
 
     Args:
@@ -115,13 +117,14 @@ class CpuGroupedMatmul:
         bias: torch.Tensor | None,
         format: SparseInt8Format | Int8Format,
     ) -> None:
+        super().__init__()
         assert isinstance(format, SparseInt8Format) or format == Int8Format(1, format.group_size)
         assert isinstance(format, SparseInt8Format) or format.group_size == weight.group_size
         assert (weight.scale is None) != (row_scale is None)
         self.out_features, self.in_features = weight.codes.shape[0], weight.in_features
         self._format = format
         self.format: Format = None
-        self._arguments: dict[str, Argument] = {}
+        self._constants: dict[str, int] = {}
         self._weight: GroupedWeight | None = None
         self._row_scale, self._bias = row_scale, bias
         if cpu.library() is None:
@@ -129,27 +132,26 @@ class CpuGroupedMatmul:
             return
         if isinstance(format, SparseInt8Format):
             self.format = format
-        codes, kind, offset, table = _pack(weight)
+        codes, kind, offset, self._table = _pack(weight)
         scale = None if weight.scale is None else _numbers_in_panels(weight.scale)
         minimum = None if weight.minimum is None else _numbers_in_panels(weight.minimum)
-        self._arguments = {
-            "weight": codes,
+        self.register_buffer("weight", codes)
+        self.register_buffer("group_scale", None if scale is None else scale.values)
+        self.register_buffer("scale_steps", None if scale is None else scale.steps)
+        self.register_buffer("minimum", None if minimum is None else minimum.values)
+        self.register_buffer("minimum_steps", None if minimum is None else minimum.steps)
+        self.register_buffer("scale", pad_rows(row_scale))
+        self.register_buffer("bias", pad_rows(bias))
+        self._constants = {
             "kind": kind,
             "offset": offset,
-            "table": table,
-            "group_scale": None if scale is None else scale.values,
-            "scale_steps": None if scale is None else scale.steps,
-            "minimum": None if minimum is None else minimum.values,
-            "minimum_steps": None if minimum is None else minimum.steps,
-            "scale": pad_rows(row_scale),
-            "bias": pad_rows(bias),
             "size": self.in_features,
             "group_size": weight.group_size,
             "block_size": weight.block_size or weight.group_size,
             "features": self.out_features,
         }
 
-    def __call__(self, x: Activations, output: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Activations, output: torch.Tensor | None = None) -> torch.Tensor:
         """[M, K] floats, or the format's codes → [M, N] of their dtype.
 
         Args:
@@ -177,7 +179,9 @@ class CpuGroupedMatmul:
             num_tokens,
             **codes,
             token_scale=token_scale,
-            **self._arguments,
+            **self._buffers,
+            table=self._table,
+            **self._constants,
             output=y,
             output_stride=y.stride(0),
         )

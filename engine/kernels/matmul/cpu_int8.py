@@ -7,7 +7,8 @@ Both sums are int32 and exact; a codebook's weight is an int8 one that is stored
 is equal to the bit for every number of tokens, tile, instruction set and body. A float product adds up in the order
 of K.
 
-The C bodies read weights in panels of 16 output features; see kernels/cpu/matmul.c.
+The C bodies read weights in panels of 16 output features; see kernels/cpu/matmul.c. A product is a module whose
+buffers are what C reads: made on the meta device, it says what a file must hold to be read instead of packed anew.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from engine.kernels import cpu
 from engine.kernels.matmul.codebook import SCALE_SIZE
@@ -105,9 +107,10 @@ def codebook_grid(
 def pack_int8(weight: torch.Tensor, offset: int = 128) -> torch.Tensor:
     """[N, K] bytes → panels [N / 16, K / 4, 16, 4] uint8, padded with zeros, each plus an offset."""
     rows, columns = weight.shape
-    packed = torch.empty(
-        -(-rows // PANEL), -(-columns // ALIGNMENT) * ALIGNMENT // 4, PANEL, 4, dtype=torch.uint8
-    )
+    shape = (-(-rows // PANEL), -(-columns // ALIGNMENT) * ALIGNMENT // 4, PANEL, 4)
+    packed = torch.empty(shape, dtype=torch.uint8, device=weight.device)
+    if packed.is_meta:
+        return packed
     cpu.run(
         "pack_int8",
         len(packed),
@@ -127,7 +130,10 @@ def pack_codebook(grid: CodebookGrid) -> torch.Tensor:
     num_blocks = -(-2 * num_bytes // SCALE_SIZE)
     line = cpu.LINE
     header = 16 * PANEL if grid.factor is None else line + -(-2 * PANEL * num_blocks // line) * line
-    packed = torch.empty(-(-rows // PANEL), header + num_blocks * BLOCK_BYTES, dtype=torch.uint8)
+    shape = (-(-rows // PANEL), header + num_blocks * BLOCK_BYTES)
+    packed = torch.empty(shape, dtype=torch.uint8, device=grid.nibbles.device)
+    if packed.is_meta:
+        return packed
     cpu.run(
         "pack_codebook",
         len(packed),
@@ -154,7 +160,7 @@ def pad_rows(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else F.pad(x.float(), (0, -x.shape[0] % PANEL))
 
 
-class CpuInt8Matmul:
+class CpuInt8Matmul(nn.Module):
     """The product with one weight.
 
     Args:
@@ -174,6 +180,7 @@ class CpuInt8Matmul:
         bias: torch.Tensor | None,
         format: SparseInt8Format,
     ) -> None:
+        super().__init__()
         if isinstance(weight, torch.Tensor):
             self.out_features, in_features = weight.shape
         else:
@@ -182,16 +189,19 @@ class CpuInt8Matmul:
             raise ValueError(f"int8 sums of {in_features} products can overflow; at most {MAX_IN_FEATURES}")
         self._format = format
         self.format: Format = None
-        self.scale, self.bias = scale, bias
         self.weight: torch.Tensor | CodebookGrid
+        self.scale: torch.Tensor
+        self.bias: torch.Tensor | None
         if cpu.library() is None:
-            self.weight = weight
+            self.weight, self.scale, self.bias = weight, scale, bias
             return
         self.format = format
-        self.weight, self._kind = _pack(weight)
-        self.scale, self.bias = F.pad(scale, (0, -scale.shape[0] % PANEL)), pad_rows(bias)
+        packed, self._kind = _pack(weight)
+        self.register_buffer("weight", packed)
+        self.register_buffer("scale", pad_rows(scale))
+        self.register_buffer("bias", pad_rows(bias))
 
-    def __call__(self, x: Activations) -> torch.Tensor:
+    def forward(self, x: Activations) -> torch.Tensor:
         """[M, K] floats, or the format's codes → [M, N] of their dtype."""
         if self.format is None:
             assert isinstance(x, torch.Tensor)
@@ -248,7 +258,7 @@ def reference(
     return (value if bias is None else value.add_(bias)).to(x.dtype)
 
 
-class CpuFloatMatmul:
+class CpuFloatMatmul(nn.Module):
     """float32 × float32: each output is one chain of fused products along K.
 
     Args:
@@ -256,14 +266,19 @@ class CpuFloatMatmul:
         bias: [N] float32.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
         self.out_features, self.in_features = weight.shape
         padded = F.pad(weight, (0, 0, 0, -self.out_features % PANEL))
-        self.weight = padded.view(-1, PANEL, self.in_features).transpose(1, 2).contiguous()
-        self.bias = pad_rows(bias)
+        panels = padded.view(-1, PANEL, self.in_features).transpose(1, 2).contiguous()
+        self.register_buffer("weight", panels)
+        self.register_buffer("bias", pad_rows(bias))
         self.format: Format = None
 
-    def __call__(self, x: Activations) -> torch.Tensor:
+    def forward(self, x: Activations) -> torch.Tensor:
         """[M, K] → [M, N]."""
         assert isinstance(x, torch.Tensor)
         x = x.contiguous()

@@ -17,6 +17,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from engine.kernels import cpu
 from engine.kernels.matmul.cpu_int8 import PANEL, pack_int8
@@ -59,7 +60,7 @@ def quantize_part(x: torch.Tensor, maxima: torch.Tensor, format: SparseInt8Forma
     return y
 
 
-class ShardedInt8Matmul:
+class ShardedInt8Matmul(nn.Module):
     """A rank's part of the product with one weight.
 
     Args:
@@ -70,6 +71,10 @@ class ShardedInt8Matmul:
         terms: Of the activations.
     """
 
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(
         self,
         weight: torch.Tensor,
@@ -79,14 +84,13 @@ class ShardedInt8Matmul:
         num_shares: int,
         terms: int,
     ) -> None:
+        super().__init__()
         self.num_shares, self.terms, self.out_features = num_shares, terms, outputs.stop - outputs.start
         # Each share begins with a panel of its own.
         shares = F.pad(weight.unflatten(0, (num_shares, -1)), (0, 0, 0, -self.out_features % PANEL))
-        self.weight = pack_int8(shares.flatten(0, 1))
-        self.scale, self.bias = (
-            scale[outputs].contiguous(),
-            None if bias is None else bias[outputs].contiguous(),
-        )
+        self.register_buffer("weight", pack_int8(shares.flatten(0, 1)))
+        self.register_buffer("scale", scale[outputs].clone())
+        self.register_buffer("bias", None if bias is None else bias[outputs].clone())
 
     def sums(self, x: SparseInt8Activations) -> torch.Tensor:
         """[M, part of K] → sums over it, int32 of the shape [M, shares * terms * N of a share].
