@@ -27,7 +27,7 @@ from engine.models.decoder import Decoder
 from engine.models.shapes import tensor_shape
 from engine.parallel.shards import WHOLE, Slices
 from engine.quant.block_weight import BlockWeight
-from engine.quant.weight import CodebookWeight, GridWeight, Weight
+from engine.quant.weight import CodebookWeight, GridWeight, Weight, is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def read_checked(checkpoint: Checkpoint, config: ModelConfig, name: str, part: S
     """
     weight = checkpoint.tensor(name, part, tensor_shape(config, name))
     numbers = _floats_of(weight)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in numbers):
+    if not all(map(is_finite, numbers)):
         raise CheckpointError(
             f"{checkpoint.path}: tensor {name!r} holds numbers that are infinite or not numbers (NaN): every answer "
             "would be; take another copy of the model"

@@ -22,7 +22,7 @@ from engine.parallel.group import TensorGroup
 from engine.parallel.shards import Slices
 from engine.quant.plan import QuantizationPlan
 from engine.quant.scheme import Matmul, Scheme, TableScheme, Tensors
-from engine.quant.weight import Weight
+from engine.quant.weight import Weight, stack_rows
 
 ReadWeight = Callable[[str, Slices], Weight]
 """Reads a part of a tensor of the checkpoint by its Hugging Face name."""
@@ -106,7 +106,7 @@ class Linear(StoredLayer):
         for stack in self.stacks:
             weights = (read(f"{source}.weight", part) for source, part in read_parts[stack.sources])
             parts = [self.split.quantize(stack.scheme, weight) for weight in weights]
-            self._store(stack.named({name: torch.cat([part[name] for part in parts]) for name in parts[0]}))
+            self._store(stack.named({name: stack_rows([part[name] for part in parts]) for name in parts[0]}))
         if self.has_bias:
             biases = [read(f"{source}.bias", Slices(part.rows)) for source, part in read_parts]
             assert all(isinstance(bias, torch.Tensor) for bias in biases)

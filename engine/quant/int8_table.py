@@ -8,7 +8,7 @@ import torch
 
 from engine.kernels.embedding import GROUP_SIZE, lookup
 from engine.quant.scheme import Tensors
-from engine.quant.weight import GridWeight, Weight, signed_grid, take_rows, to_float
+from engine.quant.weight import GridWeight, Weight, signed_grid, stack_rows, take_rows, to_float
 
 _ROWS = 2048
 """Rounded at a time."""
@@ -35,7 +35,7 @@ class Int8Table:
         chunks = [
             _round(take_rows(weight, rows)) for rows in torch.split(torch.arange(weight.shape[0]), _ROWS)
         ]
-        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        return {name: stack_rows([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
         shape = (out_features, in_features)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from engine.kernels.nibbles import unpack_nibbles
@@ -11,6 +14,9 @@ from engine.quant.block_weight import BLOCK_TYPES, BlockWeight
 
 MOST_ZERO = 112
 """Steps to the minimum of a grid of four bits whose codes eight bits hold without it."""
+
+_EXPONENTS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
+"""The bits of which all are set in a number that is infinite or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,35 @@ def to_float(weight: Weight) -> torch.Tensor:
 def take_rows(weight: Weight, index: torch.Tensor) -> Weight:
     """Rows in the order of `index` ([N] int64)."""
     return weight[index] if isinstance(weight, torch.Tensor) else weight.rows(index)
+
+
+def stack_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors [N_i, …] on the CPU one below the other; a single one is not copied.
+
+    By this thread alone: torch's threads would wait for each other, for long where the machine is busy.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    stacked = torch.empty(shape, dtype=parts[0].dtype)
+    target, position = _bytes_of(stacked), 0
+    for part in parts:
+        source = _bytes_of(part.contiguous())
+        target[position : position + len(source)] = source
+        position += len(source)
+    return stacked
+
+
+def _bytes_of(x: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return x.view(-1).view(torch.uint8).numpy()
+
+
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether no number of a tensor on the CPU is infinite or none (NaN); by this thread alone, as `stack_rows`."""
+    if x.dtype in _EXPONENTS:
+        bits, exponent = x.contiguous().view(torch.int16).numpy(), _EXPONENTS[x.dtype]
+        return not bool(((bits & exponent) == exponent).any())
+    return bool(np.isfinite(x.float().numpy()).all())
 
 
 def on_grid(weight: Weight) -> Weight:

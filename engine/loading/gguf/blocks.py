@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from engine.quant.block_weight import BlockWeight
-from engine.quant.weight import GridWeight, Weight, on_grid
+from engine.quant.weight import GridWeight, Weight, on_grid, stack_rows
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -191,8 +191,8 @@ def read_blocks(data: Bytes, kind: GGMLQuantizationType) -> Weight:
         return first
     if isinstance(first, BlockWeight) and all(isinstance(chunk, BlockWeight) for chunk in chunks):
         blocks = [chunk for chunk in chunks if isinstance(chunk, BlockWeight)]
-        parts = {name: torch.cat([block.parts[name] for block in blocks]) for name in first.parts}
+        parts = {name: stack_rows([block.parts[name] for block in blocks]) for name in first.parts}
         return BlockWeight(first.kind, parts, first.in_features)
     grids = [grid for chunk in chunks if isinstance(grid := on_grid(chunk), GridWeight)]
-    codes, scale = (torch.cat(parts) for parts in zip(*((g.codes, g.scale) for g in grids), strict=True))
+    codes, scale = (stack_rows(parts) for parts in zip(*((g.codes, g.scale) for g in grids), strict=True))
     return GridWeight(codes, scale, None, _BLOCK)
