@@ -98,7 +98,7 @@ class Linear(StoredLayer):
             rows = sum(self.sizes[stack.sources])
             self._store(stack.named(stack.scheme.storage(rows, self.in_features)))
         if has_bias:
-            self.register_buffer("bias", torch.empty(self.out_features, dtype=torch.float32, device="meta"))
+            self._store({"bias": torch.empty(self.out_features, dtype=torch.float32, device="meta")})
         self.matmul: Matmul
 
     def load(self, read: ReadWeight) -> None:
@@ -110,7 +110,8 @@ class Linear(StoredLayer):
         if self.has_bias:
             biases = [read(f"{source}.bias", Slices(part.rows)) for source, part in read_parts]
             assert all(isinstance(bias, torch.Tensor) for bias in biases)
-            self.bias = torch.cat([bias.float() for bias in biases if isinstance(bias, torch.Tensor)])
+            floats = [bias.float() for bias in biases if isinstance(bias, torch.Tensor)]
+            self._store({"bias": torch.cat(floats)})
 
     def randomize(self, device: torch.device) -> None:
         """Random weights, for measurements (`--load-format dummy`)."""
@@ -118,7 +119,7 @@ class Linear(StoredLayer):
             rows = sum(self.sizes[stack.sources])
             self._store(stack.named(stack.scheme.random(rows, self.in_features, device)))
         if self.has_bias:
-            self.bias = torch.zeros(self.out_features, device=device)
+            self._store({"bias": torch.zeros(self.out_features, device=device)})
 
     def bind(self) -> None:
         tensors = self._stored()

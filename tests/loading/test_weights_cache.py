@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,10 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig
 from engine.errors import CheckpointError
 from engine.executor.runner import ModelRunner
+from engine.executor.warmup import GREEDY, dummy_batch
+from engine.kernels import cpu
+from engine.kernels.matmul import cpu_grouped, cpu_int8
+from engine.loading import weights
 from engine.loading.checkpoint import open_checkpoint
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
@@ -126,3 +133,76 @@ def test_numbers_that_are_none_are_refused(checkpoint: Path, name: str, value: f
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=name):
         start(checkpoint, "int8")
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4", "nf4", "int8:g32"])
+def test_a_second_start_packs_nothing_and_computes_the_same(
+    checkpoint: Path, quant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    run = cpu.run
+
+    def note(name: str, *arguments: Any, **named: Any) -> None:
+        calls.append(name)
+        run(name, *arguments, **named)
+
+    first = start(checkpoint, quant)
+    for module in (cpu_int8, cpu_grouped):
+        monkeypatch.setattr(module.cpu, "run", note)
+    second = start(checkpoint, quant)
+    assert second.writer is None
+    assert not [name for name in calls if name.startswith("pack")]
+    assert calls, "the products were recorded"
+    batch = dummy_batch([7], GREEDY)
+    assert torch.equal(first.execute(batch), second.execute(batch))
+
+
+def test_whole_lines_start_with_one_in_the_file(checkpoint: Path) -> None:
+    start(checkpoint, "int8")
+    data = cached_file(checkpoint).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    places = [
+        8 + size + begin
+        for name, tensor in header.items()
+        if name != "__metadata__"
+        for begin, end in [tensor["data_offsets"]]
+        if (end - begin) % cpu.LINE == 0
+    ]
+    assert len(places) > 10
+    assert all(place % cpu.LINE == 0 for place in places)
+
+
+def test_a_start_does_not_wait_for_the_file(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_end = Event(), Event()
+    write = weights._write
+
+    def wait(*arguments: Any) -> None:
+        begun.set()
+        may_end.wait()
+        write(*arguments)
+
+    monkeypatch.setattr(weights, "_write", wait)
+    cache = checkpoint.parent / "cache"
+    config = EngineConfig(model=str(checkpoint), quant="int8", kv_cache_memory="1MiB", cache_dir=str(cache))
+    runner = ModelRunner(config, open_checkpoint(checkpoint))
+    assert begun.wait()
+    logits = runner.execute(dummy_batch([7], GREEDY)).clone()
+    assert not list((cache / "weights").glob("*.safetensors"))
+    may_end.set()
+    assert runner.writer is not None
+    runner.writer.join()
+    assert torch.equal(start(checkpoint, "int8").execute(dummy_batch([7], GREEDY)), logits)
+
+
+def test_what_a_killed_start_left_goes_after_an_hour(checkpoint: Path) -> None:
+    start(checkpoint)
+    file = cached_file(checkpoint)
+    old, new = (file.with_name(f"{file.stem}{number}.partial") for number in (1, 2))
+    for partial in (old, new):
+        partial.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    file.unlink()
+    start(checkpoint)
+    assert new.exists()
+    assert not old.exists()
