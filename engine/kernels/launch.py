@@ -109,9 +109,13 @@ class Recorder:
     launches: set[Launch] = field(default_factory=set)
 
 
-INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
-"""Whether Triton's interpreter runs the kernels, on the CPU, as of this import; read as Triton itself reads it, which
-is imported only where it runs."""
+def _interprets() -> bool:
+    """Whether TRITON_INTERPRET is set, read as Triton reads it, which is imported only where it runs."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
+
+
+INTERPRETS = _interprets()
+"""Whether Triton's interpreter runs the kernels, on the CPU, as of this import."""
 
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 

@@ -11,7 +11,8 @@ Row by row, and each row by itself alone:
    among equals; at temperature 0 the largest logit, likewise;
 4. `logprobs_of`: log-probabilities of what was drawn, and of the likeliest tokens.
 
-sample_row.py defines it all; the bodies for CPUs (kernels/cpu/sample.c) equal that to the bit.
+sample_row.py defines it all; the bodies for CPUs (kernels/cpu/sample.c) equal that to the bit, those in Triton
+(sample_triton.py) nearly.
 """
 
 from __future__ import annotations
