@@ -50,9 +50,10 @@ from engine.kernels.launch import (
     recording,
     tiles,
 )
-from engine.kernels.matmul.blocks import BlockMatmul
-from engine.kernels.matmul.codebook import SCALE_SIZE, CodebookMatmul
-from engine.kernels.matmul.group_sums import group_sums
+from engine.kernels.matmul.blocks_triton import BlockMatmul
+from engine.kernels.matmul.codebook import SCALE_SIZE
+from engine.kernels.matmul.codebook_triton import CodebookMatmul
+from engine.kernels.matmul.group_sums_triton import group_sums
 from engine.kernels.matmul.int4 import Int4Matmul
 from engine.kernels.matmul.int8 import Int8Matmul
 from engine.kernels.matmul.weight_only import WeightOnlyMatmul
@@ -228,7 +229,7 @@ def test_a_launch_finds_what_was_compiled_ahead(compiler: Executor, arch: str, b
 
 def count_compilations(arch: str) -> list[int]:
     """What the counter shows after each of three launches, of which the last repeats the second."""
-    counter = CompilationCounter()
+    counter = CompilationCounter(TARGETS[arch])
     counts = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.runtime.driver, "_active", FakeDriver(arch))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from benchmarks.gpu.cases import Case, products
 from benchmarks.gpu.matmuls import int4_weight, int8_weight, tokens
 from benchmarks.gpu.timing import Call, num_copies
-from engine.kernels.matmul.group_sums import reference as sums_reference
+from engine.kernels.matmul.group_sums_triton import reference as sums_reference
 from engine.kernels.matmul.int4 import Int4Matmul
 from engine.kernels.matmul.int8 import Int8Matmul
 from engine.kernels.matmul.weight_only import WeightOnlyMatmul

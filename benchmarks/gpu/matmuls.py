@@ -10,15 +10,17 @@ import torch
 
 from benchmarks.gpu.steps import Step, Values, equal, rounding, within
 from engine.kernels.launch import Target, target_of, tiles
-from engine.kernels.matmul.group_sums import group_sums
-from engine.kernels.matmul.group_sums import reference as sums_reference
-from engine.kernels.matmul.int4 import Int4Matmul, int4_large, int4_segments, pack
+from engine.kernels.matmul.group_sums_triton import group_sums
+from engine.kernels.matmul.group_sums_triton import reference as sums_reference
+from engine.kernels.matmul.int4 import Int4Matmul, pack
 from engine.kernels.matmul.int4 import dequantize as dequantize_int4
+from engine.kernels.matmul.int4_triton import int4_large, int4_segments
 from engine.kernels.matmul.int8 import Int8Matmul, int8_matmul
 from engine.kernels.matmul.int8 import reference as int8_reference
-from engine.kernels.matmul.segments import new_counters
-from engine.kernels.matmul.weight_only import GroupSize, WeightOnlyMatmul, weight_only_matmul
+from engine.kernels.matmul.segments_triton import new_counters
+from engine.kernels.matmul.weight_only import GroupSize, WeightOnlyMatmul
 from engine.kernels.matmul.weight_only import dequantize as dequantize_int8
+from engine.kernels.matmul.weight_only_triton import weight_only_matmul
 from engine.kernels.operands import Int8Activations, Int8Format
 from engine.kernels.quantize import quantize_per_token
 

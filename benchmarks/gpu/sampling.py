@@ -11,6 +11,7 @@ from engine.core.random import draw_key
 from engine.kernels import sample
 from engine.kernels.noise import gumbel_noise
 from engine.kernels.sample import Adjustments, DrawParameters
+from engine.kernels.sample_triton import find_thresholds
 
 FILTERS = [
     (1, 1.0, 0.0),
@@ -72,7 +73,7 @@ def _filters(kind: str, vocab_size: int, device: torch.device) -> Values:
     """The same tokens are kept, but for those whose logits a rounding of the threshold or the mass may move."""
     logits = _logits(kind, 2 * len(FILTERS), vocab_size, device)
     how = draw_parameters(len(logits), device, 0.8, FILTERS)
-    measured = sample.find_thresholds(logits, how)
+    measured = find_thresholds(logits, how)
     expected = sample.reference_thresholds(logits.cpu(), _on_cpu(how)).to(device)
     kept, wanted = ((logits >= bound[:, None]).sum(dim=1) for bound in (measured, expected))
     is_exact = how.top_p >= 1.0

@@ -13,8 +13,8 @@ from engine.config import SchedulerConfig
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Sampled
 from engine.executor.adjustments import AdjustmentTable
+from engine.executor.flat_batch import BlockTables, flatten
 from engine.executor.sampler import SamplerInputs, sample
-from engine.executor.step_buffers import BlockTables, flatten
 from engine.kernels import cpu
 from engine.kernels.attention.in_c import SEGMENT, CpuPlan, gather, group_segments
 from engine.kernels.attention.kv_layer import KVCache

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,8 +22,6 @@ from engine.executor.memory import MemoryPlan, available_bytes, plan_memory, tab
 from engine.executor.options import describe_cpu, resolve_cache_dtype, resolve_device, resolve_dtype
 from engine.executor.step_meter import StepMeter, private_bytes
 from engine.executor.torch_executor import TorchExecutor
-from engine.executor.triton_executor import TritonExecutor
-from engine.executor.warmup import GREEDY, dummy_batch, largest_batch, warm_up
 from engine.kernels import cpu
 from engine.kernels.attention.kv_layer import KVCache
 from engine.kernels.launch import CompilationCounter, Target, target_of
@@ -40,6 +39,9 @@ from engine.parallel.symmetric import check_device
 from engine.parallel.waiting import WaitRecord
 from engine.quant.plan import QuantizationPlan
 from engine.quant_spec import QuantSpec
+
+if TYPE_CHECKING:
+    from engine.executor.triton_executor import TritonExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +144,7 @@ class ModelRunner:
             )
         else:
             self.executor = self._make_device_executor(target)
-        self.compilations = CompilationCounter()
+        self.compilations = CompilationCounter(target)
         self._meter: StepMeter | None = None
         if self.plan.exchanges is not None and self.device.type == "cpu":
             self._meter = StepMeter(self.plan, self.place.group, self.place.pipeline, base_bytes, say)
@@ -189,6 +191,10 @@ class ModelRunner:
 
     def _make_device_executor(self, target: Target) -> TritonExecutor:
         """The executor, its kernels compiled and its graphs captured; fixes the plan and allocates the cache."""
+        # Triton is imported only where it runs: a CPU's start does not wait for it.
+        from engine.executor.triton_executor import TritonExecutor
+        from engine.executor.warmup import GREEDY, dummy_batch, largest_batch, warm_up
+
         # At first over a cache of two blocks, since the largest step tells how many there can be.
         executor = TritonExecutor(
             self.model,
@@ -200,7 +206,7 @@ class ModelRunner:
         )
         if self.device.type == "cuda":
             warm_up(executor, target)
-            activations = _measure_activations(executor)
+            activations = _measure_activations(executor, largest_batch(executor.limits))
             # What is free now is free of the weights and of all other things that stay.
             available = available_bytes(self.config, self.device) + self._weight_bytes
             plan = replace(self._plan_memory(available, activations), estimate=self.plan)
@@ -247,9 +253,8 @@ def _resolve_quantization(config: EngineConfig, model: ModelConfig, checkpoint: 
     return config
 
 
-def _measure_activations(executor: TritonExecutor) -> int:
-    """Bytes that the largest step takes beyond what is there before it."""
-    batch = largest_batch(executor.limits)
+def _measure_activations(executor: TritonExecutor, batch: Batch) -> int:
+    """Bytes that a step takes beyond what is there before it."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -9,8 +9,8 @@ from engine.config import SchedulerConfig
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Sampled
 from engine.executor.adjustments import AdjustmentTable
+from engine.executor.flat_batch import BlockTables, flatten
 from engine.executor.sampler import SamplerInputs, sample
-from engine.executor.step_buffers import BlockTables, flatten
 from engine.kernels.attention.kv_layer import KVCache
 from engine.kernels.attention.plan import AttentionPlan
 from engine.models.attention import PagedInputs

@@ -21,7 +21,7 @@ from engine.executor.step_buffers import AttentionForms, StepBuffers, StepInputs
 from engine.kernels.attention.in_triton import form, make_scratch, scratch_capacity
 from engine.kernels.attention.kv_layer import KVCache
 from engine.kernels.launch import target_of
-from engine.kernels.step import resolve_tokens, update_tables
+from engine.kernels.step_triton import resolve_tokens, update_tables
 from engine.models.attention import PagedInputs
 from engine.models.config import RopeConfig
 from engine.models.decoder import Decoder

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from engine.kernels import cpu
-from engine.kernels.launch import Tile, launch, select_tile, target_of
+from engine.kernels.launch import Tile, target_of
 
 GROUP_SIZE = 32
 """Elements of a table's row that share a scale, as in GGUF's Q8_0."""
@@ -60,27 +58,8 @@ def lookup(
         return y
     if target is None:
         y = reference(token_ids, table, scale, dtype)
-        return y if factor == 1.0 else y * factor
-    tile = tile or select_tile(target, "embedding", num_tokens)
-    y = torch.empty(num_tokens, features, dtype=dtype, device=table.device)
-    launch(
-        _lookup_kernel,
-        (num_tokens, triton.cdiv(features, tile["BLOCK"])),
-        {"token_ids": token_ids, "table": table, "scale": scale, "output": y, "features": features},
-        tile,
-        GROUP=GROUP_SIZE,
-    )
+    else:
+        from engine.kernels.embedding_triton import lookup_in_triton
+
+        y = lookup_in_triton(token_ids, table, scale, dtype, tile)
     return y if factor == 1.0 else y * factor
-
-
-@triton.jit
-def _lookup_kernel(token_ids, table, scale, output, features, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_column = columns < features
-    row = tl.load(token_ids + token).to(tl.int64)
-    values = tl.load(table + row * features + columns, is_column, 0).to(tl.float32)
-    if scale is not None:
-        scales = tl.load(scale + row * tl.cdiv(features, GROUP) + columns // GROUP, is_column, 0.0)
-        values *= scales.to(tl.float32)
-    tl.store(output + token * features + columns, values.to(output.dtype.element_ty), is_column)

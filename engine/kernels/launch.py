@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from triton import knobs
 
 from engine.errors import ConfigError
 
@@ -110,9 +109,13 @@ class Recorder:
     launches: set[Launch] = field(default_factory=set)
 
 
-INTERPRETS = bool(knobs.runtime.interpret)
-"""Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1), as of this import: that is when
-they are made for the one or the other."""
+def _interprets() -> bool:
+    """Whether TRITON_INTERPRET is set, read as Triton reads it, which is imported only where it runs."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
+
+
+INTERPRETS = _interprets()
+"""Whether Triton's interpreter runs the kernels, on the CPU, as of this import."""
 
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
@@ -250,11 +253,17 @@ class CompilationCounter:
     """Counts the kernels that Triton compiles, or loads from its cache on disk, from now on.
 
     While an engine serves there should be none: its start has compiled every kernel that it can launch.
+
+    Args:
+        target: What the engine launches on; None where nothing can be compiled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, target: Target | None) -> None:
         self.count = 0
-        knobs.runtime.jit_post_compile_hook = self._note
+        if target is not None:
+            from triton import knobs
+
+            knobs.runtime.jit_post_compile_hook = self._note
 
     def _note(self, **_: Any) -> None:
         self.count += 1

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from engine.kernels import cpu
-from engine.kernels.launch import launch, runs_triton
+from engine.kernels.launch import runs_triton
 from engine.kernels.operands import Activations, Format
-from engine.kernels.quantize import cpu_outputs, empty_activations, group_of, outputs, row_tile, write_row
+from engine.kernels.quantize import cpu_outputs
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -41,7 +39,9 @@ def rms_norm(
         [..., H] of x's dtype, contiguous. What is quantized or summed are the values rounded to x's dtype.
     """
     if runs_triton(x):
-        return _triton_rms_norm(x, weight, epsilon, format, delta)
+        from engine.kernels.norm_triton import rms_norm_in_triton
+
+        return rms_norm_in_triton(x, weight, epsilon, format, delta)
     if not cpu.serves(x, weight):
         if delta is not None:
             x.add_(delta)
@@ -61,66 +61,3 @@ def add(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         return x.add_(delta)
     cpu.run("add", x.shape[0], x=x, delta=delta, size=x.shape[1])
     return x
-
-
-def _triton_rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, epsilon: float, format: Format, delta: torch.Tensor | None
-) -> Activations:
-    assert x.dim() in (2, 3)
-    assert delta is None or delta.is_contiguous()
-    size = x.shape[-1]
-    num_heads = x.shape[1] if x.dim() == 3 else 1
-    num_rows = x.shape[0] * num_heads
-    y = empty_activations(num_rows, size, x, format)
-    tile = row_tile(size)
-    launch(
-        _rms_norm_kernel,
-        (num_rows,),
-        {
-            "x": x,
-            "delta": delta,
-            "weight": weight,
-            **outputs(y),
-            "epsilon": epsilon,
-            "token_stride": x.stride(0),
-            "head_stride": x.stride(1) if x.dim() == 3 else 0,
-            "num_heads": num_heads,
-            "size": size,
-        },
-        tile,
-        GROUP=group_of(format, tile["BLOCK"]),
-    )
-    return y.view(x.shape) if isinstance(y, torch.Tensor) else y
-
-
-@triton.jit
-def _rms_norm_kernel(
-    x,
-    delta,
-    weight,
-    output,
-    low,
-    scale,
-    epsilon,
-    token_stride,
-    head_stride,
-    num_heads,
-    size,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    is_column = columns < size
-    x += (row // num_heads) * token_stride + (row % num_heads) * head_stride + columns
-    dtype: tl.constexpr = x.dtype.element_ty
-    values = tl.load(x, is_column, 0.0).to(tl.float32)
-    if delta is not None:
-        added = tl.load(delta + row * size + columns, is_column, 0.0).to(tl.float32)
-        rounded = (values + added).to(dtype)
-        tl.store(x, rounded, is_column)
-        values = rounded.to(tl.float32)
-    weights = tl.load(weight + columns, is_column, 0.0).to(tl.float32)
-    mean = tl.sum(values * values) / size
-    values = values * tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon)) * weights
-    write_row(values.to(dtype).to(tl.float32), row, 0, size, output, low, scale, BLOCK, GROUP)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import uuid
 
 import torch
-import torch.distributed._symmetric_memory  # registers torch.ops.symm_mem
 from torch._C._distributed_c10d import _SymmetricMemory
 from torch.distributed.distributed_c10d import Store
 
@@ -33,6 +32,8 @@ class OneShotSum:
     """
 
     def __init__(self, store: Store, shard: Shard, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory  # registers torch.ops.symm_mem
+
         # torch keeps groups by name for the process, which may have had another engine.
         self._name = str(uuid.uuid4())
         _SymmetricMemory.set_group_info(self._name, shard.rank, shard.size, store)

@@ -13,7 +13,6 @@ import torch
 
 from engine.errors import ConfigError
 from engine.kernels.launch import runs_triton
-from engine.kernels.matmul.blocks import BlockMatmul
 from engine.kernels.matmul.cpu_grouped import CpuGroupedMatmul
 from engine.quant.block_weight import BLOCK_TYPES, BlockWeight
 from engine.quant.cpu_formats import CPU_ACTIVATIONS
@@ -73,5 +72,7 @@ class Blocks:
         in_features = codes.shape[1] * (8 // of_type.bits)
         weight = of_type.grouped(tensors, in_features)
         if runs_triton(codes):
+            from engine.kernels.matmul.blocks_triton import BlockMatmul
+
             return BlockMatmul(weight, bias)
         return CpuGroupedMatmul(weight, None, bias, CPU_ACTIVATIONS)

@@ -17,7 +17,6 @@ from typing import ClassVar
 import torch
 
 from engine.kernels.launch import runs_triton
-from engine.kernels.matmul.codebook import CodebookMatmul
 from engine.kernels.matmul.cpu_int8 import codebook_grid
 from engine.kernels.nibbles import pack_nibbles
 from engine.quant.codebook import SIZE, cluster_rows
@@ -56,6 +55,8 @@ class Codebook4:
     def bind(self, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         codes, codebook = tensors["codes"], tensors["codebook"]
         if runs_triton(codes):
+            from engine.kernels.matmul.codebook_triton import CodebookMatmul
+
             return CodebookMatmul(codes, codebook, None, bias)
         grid, row_scale = codebook_grid(codes, codebook, None)
         return cpu_product(grid, row_scale, bias)

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from engine.kernels.launch import runs_triton
-from engine.kernels.matmul.codebook import SCALE_SIZE, CodebookMatmul
+from engine.kernels.matmul.codebook import SCALE_SIZE
 from engine.kernels.matmul.cpu_int8 import codebook_grid
 from engine.kernels.nibbles import pack_nibbles
 from engine.quant.codebook import nf4_values, round_to_nf4
@@ -64,6 +64,8 @@ class NF4:
         codes, scale = tensors["codes"], tensors["scale"]
         table = nf4_values()[None].to(codes.device)
         if runs_triton(codes):
+            from engine.kernels.matmul.codebook_triton import CodebookMatmul
+
             return CodebookMatmul(codes, table, scale, bias)
         grid, row_scale = codebook_grid(codes, table, scale)
         return cpu_product(grid, row_scale, bias)

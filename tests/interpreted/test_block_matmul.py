@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engine.kernels.launch import Tile
-from engine.kernels.matmul.blocks import BlockMatmul, block_matmul
-from engine.kernels.matmul.group_sums import group_sums
+from engine.kernels.matmul.blocks_triton import BlockMatmul, block_matmul
+from engine.kernels.matmul.group_sums_triton import group_sums
 from engine.quant.block_weight import BLOCK_TYPES
 from engine.quant.blocks import Blocks
 from tests.helpers.block_weights import random_block_weight

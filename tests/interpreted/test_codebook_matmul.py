@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from engine.kernels.launch import Tile
-from engine.kernels.matmul.codebook import CodebookMatmul, codebook_matmul, dequantize
+from engine.kernels.matmul.codebook import dequantize
+from engine.kernels.matmul.codebook_triton import CodebookMatmul, codebook_matmul
 from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.operands import GroupSums
 from engine.quant.codebook import nf4_values

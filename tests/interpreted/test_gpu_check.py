@@ -107,7 +107,7 @@ def one_element(x: torch.Tensor) -> None:
         ),
         (row_operations, "silu_mul", lambda: row_operations.row_steps(CPU, (70,), 8), "fp16 70"),
         (
-            sampling.sample,
+            sampling,
             "find_thresholds",
             lambda: sampling.sampling_steps(CPU, (300,)),
             "filters normal 300",

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from engine.kernels.launch import Tile
-from engine.kernels.matmul.group_sums import group_sums
-from engine.kernels.matmul.group_sums import reference as reference_sums
-from engine.kernels.matmul.int4 import Int4Matmul, dequantize, int4_large, int4_segments, pack
-from engine.kernels.matmul.segments import new_counters
+from engine.kernels.matmul.group_sums_triton import group_sums
+from engine.kernels.matmul.group_sums_triton import reference as reference_sums
+from engine.kernels.matmul.int4 import Int4Matmul, dequantize, pack
+from engine.kernels.matmul.int4_triton import int4_large, int4_segments
+from engine.kernels.matmul.segments_triton import new_counters
 from engine.kernels.operands import GroupSums
 
 SHAPES = [(1, 16, 128), (3, 40, 96), (17, 33, 300)]

@@ -7,7 +7,8 @@ import torch
 
 from engine.kernels import launch
 from engine.kernels.launch import Tile
-from engine.kernels.matmul.int8 import MAX_IN_FEATURES, Int8Matmul, int8_matmul, reference, split_of
+from engine.kernels.matmul.int8 import MAX_IN_FEATURES, Int8Matmul, int8_matmul, reference
+from engine.kernels.matmul.int8_triton import split_of
 from engine.kernels.operands import Int8Format
 from engine.kernels.quantize import quantize_per_token
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from engine.core.random import draw_key
-from engine.kernels import sample
+from engine.kernels import sample, sample_triton
 from engine.kernels.launch import Tile, launch
 from engine.kernels.noise import gumbel_noise, uniform_noise
 from engine.kernels.sample import Adjustments, DrawParameters
@@ -75,7 +75,7 @@ def test_filters_keep_what_the_reference_keeps(kind: str, vocab_size: int) -> No
     logits = random_logits(kind, len(FILTERS), vocab_size)
     temperatures = [(0.3, 0.8, 1.0, 2.0)[row % 4] for row in range(len(FILTERS))]
     how = parameters(len(FILTERS), temperatures, FILTERS)
-    measured = sample.find_thresholds(logits, how, row_tile=SMALL_ROW_TILE)
+    measured = sample_triton.find_thresholds(logits, how, row_tile=SMALL_ROW_TILE)
     expected = sample.reference_thresholds(logits, how)
     kept, reference = logits >= measured[:, None], logits >= expected[:, None]
     assert torch.equal(kept, reference), (kept.sum(1), reference.sum(1))
@@ -88,7 +88,7 @@ def test_filters_over_a_large_vocabulary() -> None:
     filters = [(5_000, 1.0, 0.0), (0, 0.7, 0.0)]
     logits = random_logits("normal", len(filters), 33_001)
     how = parameters(len(filters), 0.7, filters)
-    measured = sample.find_thresholds(logits, how, row_tile=SMALL_ROW_TILE)
+    measured = sample_triton.find_thresholds(logits, how, row_tile=SMALL_ROW_TILE)
     expected = sample.reference_thresholds(logits, how)
     assert torch.equal(logits >= measured[:, None], logits >= expected[:, None])
 
@@ -99,7 +99,7 @@ def test_top_p_counts_the_mass_of_equal_logits_at_the_edge_of_top_k() -> None:
     logits[:, 5] = 2.0
     logits[:, 40:360:32] = 1.0
     how = parameters(2, 1.0, [(3, 0.20, 0.0), (3, 0.25, 0.0)])
-    assert sample.find_thresholds(logits, how, row_tile=SMALL_ROW_TILE).tolist() == [2.0, 1.0]
+    assert sample_triton.find_thresholds(logits, how, row_tile=SMALL_ROW_TILE).tolist() == [2.0, 1.0]
     assert sample.reference_thresholds(logits, how).tolist() == [2.0, 1.0]
 
 
@@ -136,11 +136,11 @@ def test_a_row_alone_draws_as_in_a_batch() -> None:
     logits = random_logits("rounded", 3, 700)
     how = parameters(3, [0.9, 0.5, 2.0], [(50, 0.8, 0.0), (0, 0.9, 0.0), (9, 1.0, 0.0)], seed=8)
     together = sample.draw_tokens(logits, how, filters=True)
-    thresholds = sample.find_thresholds(logits, how)
+    thresholds = sample_triton.find_thresholds(logits, how)
     for row in range(3):
         alone = logits[row : row + 1].clone()
         assert torch.equal(sample.draw_tokens(alone, row_of(how, row), filters=True), together[row : row + 1])
-        assert torch.equal(sample.find_thresholds(alone, row_of(how, row)), thresholds[row : row + 1])
+        assert torch.equal(sample_triton.find_thresholds(alone, row_of(how, row)), thresholds[row : row + 1])
 
 
 def test_among_equals_the_lowest_token_id_wins() -> None:
@@ -218,13 +218,13 @@ def test_an_entry_outside_the_vocabulary_touches_nothing() -> None:
 @triton.jit
 def _uniform_kernel(out, key_low, key_high, first, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
-    tl.store(out + offsets, sample._uniform(first + offsets, tl.load(key_low), tl.load(key_high)))
+    tl.store(out + offsets, sample_triton._uniform(first + offsets, tl.load(key_low), tl.load(key_high)))
 
 
 @triton.jit
 def _gumbel_kernel(uniform, out, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
-    tl.store(out + offsets, sample._gumbel(tl.load(uniform + offsets)))
+    tl.store(out + offsets, sample_triton._gumbel(tl.load(uniform + offsets)))
 
 
 def test_the_uniform_noise_equals_the_references_to_the_bit() -> None:

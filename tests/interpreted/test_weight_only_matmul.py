@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from engine.kernels.launch import Tile
-from engine.kernels.matmul.segments import new_counters
-from engine.kernels.matmul.weight_only import GroupSize, WeightOnlyMatmul, dequantize, weight_only_matmul
+from engine.kernels.matmul.segments_triton import new_counters
+from engine.kernels.matmul.weight_only import GroupSize, WeightOnlyMatmul, dequantize
+from engine.kernels.matmul.weight_only_triton import weight_only_matmul
 from engine.kernels.operands import GroupSums
 
 GROUPS: list[GroupSize] = [None, 32, 64, 128]

@@ -6,7 +6,6 @@ import torch
 
 from engine.kernels.attention.in_c import CpuPlan, cpu_attention
 from engine.kernels.attention.in_torch import torch_attention
-from engine.kernels.attention.in_triton import TritonPlan, triton_attention
 from engine.kernels.attention.kv_layer import KVLayer
 from engine.kernels.attention.plan import AttentionPlan
 
@@ -23,7 +22,7 @@ def paged_attention(
     """Causal attention of each sequence's queries over its own keys, which are in the cache already.
 
     The body is the one that the plan was made for: a `TritonPlan` has its work lists, a `CpuPlan` the scratch of
-    the C body; any other plan is run by torch's operators.
+    the C body; a plain `AttentionPlan` is run by torch's operators.
 
     Args:
         queries: [T, heads, head_dim] float; for Triton contiguous, for C float32.
@@ -39,15 +38,16 @@ def paged_attention(
     Raises:
         ValueError: More query heads share a key head than an item of Triton's has rows.
     """
-    match plan:
-        case TritonPlan():
-            return triton_attention(queries, layer, plan, scale, window, soft_cap, batch_invariant)
-        case CpuPlan():
-            assert not soft_cap
-            return cpu_attention(queries, layer, plan, scale, window)
-        case _:
-            assert not soft_cap
-            return torch_attention(queries, layer, plan, scale, window)
+    if isinstance(plan, CpuPlan):
+        assert not soft_cap
+        return cpu_attention(queries, layer, plan, scale, window)
+    if type(plan) is AttentionPlan:
+        assert not soft_cap
+        return torch_attention(queries, layer, plan, scale, window)
+    from engine.kernels.attention.in_triton import TritonPlan, triton_attention
+
+    assert isinstance(plan, TritonPlan)
+    return triton_attention(queries, layer, plan, scale, window, soft_cap, batch_invariant)
 
 
 def reference(

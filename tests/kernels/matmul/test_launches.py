@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.kernels.launch import TARGETS, Launch, recording
-from engine.kernels.matmul.codebook import CodebookMatmul
+from engine.kernels.matmul.codebook_triton import CodebookMatmul
 from engine.kernels.matmul.int4 import Int4Matmul
 from engine.kernels.matmul.weight_only import WeightOnlyMatmul
 from engine.kernels.operands import GroupSums, SumsFormat

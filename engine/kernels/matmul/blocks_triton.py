@@ -3,9 +3,9 @@
     y[m, n] = Σ_g (Σ_{k in g} v[n, k] * x[m, k]) * scale[n, g] + (Σ_{k in g} x[m, k]) * minimum[n, g] + bias[n]
 
 Whole numbers v are exact in x's type, and so are scales and minimums in float32, which are multiplied in registers
-where they are steps of a block's: nothing is rounded but float32 sums. See `engine.kernels.matmul.segments` for their
-order: a token's bits depend neither on the other tokens nor on the tile. As in `engine.kernels.matmul.int4`, whose
-packed words those of four bits are, the product is computed transposed.
+where they are steps of a block's: nothing is rounded but float32 sums. See `engine.kernels.matmul.segments_triton`
+for their order: a token's bits depend neither on the other tokens nor on the tile. As in
+`engine.kernels.matmul.int4_triton`, whose packed words those of four bits are, the product is computed transposed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 
 from engine.kernels.launch import Tile, launch, select_tile, target_of
-from engine.kernels.matmul.group_sums import group_sums
+from engine.kernels.matmul.group_sums_triton import group_sums
 from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
-from engine.kernels.matmul.int4 import BLOCK, codes_of_planes, pack_words
-from engine.kernels.matmul.segments import (
+from engine.kernels.matmul.int4 import BLOCK, pack_words
+from engine.kernels.matmul.int4_triton import codes_of_planes
+from engine.kernels.matmul.segments_triton import (
     SEGMENT,
     finish_tile,
     load_groups,

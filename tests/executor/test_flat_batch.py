@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.core.batch import PENDING, BatchRow, Draw
 from engine.core.sampling_params import SamplingParams
-from engine.executor.step_buffers import BlockTables, flatten
+from engine.executor.flat_batch import BlockTables, flatten
 
 DRAW = Draw(params=SamplingParams(), seed=0, index=0, position=0)
 
