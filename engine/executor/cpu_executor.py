@@ -49,45 +49,43 @@ class CpuExecutor:
         self._tables = BlockTables(num_rows, -(-limits.max_model_len // cache.block_size))
         self._last_tokens = np.zeros(num_rows, np.int32)
         self._changes = AdjustmentTable()
-        self._num_tokens, self._num_rows, self._num_draws = (
-            torch.zeros(1, dtype=torch.int64) for _ in range(3)
+        # What a step writes, as numpy arrays; the program reads the same memory.
+        self._counts = np.zeros(3, np.int64)
+        self._token_ids, self._positions, self._slots = (np.zeros(num_tokens, np.int32) for _ in range(3))
+        self._starts, self._table_rows, self._partial_starts = (
+            np.zeros(num_rows, np.int32) for _ in range(3)
         )
-
-        def words(size: int) -> torch.Tensor:
-            return torch.zeros(size, dtype=torch.int32)
-
-        self._token_ids, self._positions, self._slots = (words(num_tokens) for _ in range(3))
-        self._starts, self._table_rows, self._partial_starts = (words(num_rows) for _ in range(3))
-        self._query_starts, self._last_rows = words(num_rows + 1), words(num_rows)
+        self._query_starts, self._last_rows = np.zeros(num_rows + 1, np.int32), np.zeros(num_rows, np.int32)
+        of_tokens, of_rows, of_draws = (torch.from_numpy(self._counts[i : i + 1]) for i in range(3))
         config = shard_of_config(model.config, model.group.shard)
         num_segments = num_rows * -(-limits.max_model_len // SEGMENT)
         plan = CpuPlan.make(
-            num_sequences=self._num_rows,
-            query_starts=self._query_starts,
-            starts=self._starts,
-            table_rows=self._table_rows,
+            num_sequences=of_rows,
+            query_starts=torch.from_numpy(self._query_starts),
+            starts=torch.from_numpy(self._starts),
+            table_rows=torch.from_numpy(self._table_rows),
             block_tables=torch.from_numpy(self._tables.values),
-            partial_starts=self._partial_starts,
+            partial_starts=torch.from_numpy(self._partial_starts),
             max_segments=num_segments,
             num_heads=config.num_heads,
             head_dim=config.head_dim,
         )
         inputs = PagedInputs(
-            self._positions,
-            self._slots,
+            torch.from_numpy(self._positions),
+            torch.from_numpy(self._slots),
             dict.fromkeys(config.sliding_windows, plan),
             rotary,
             batch_invariant=True,
         )
         self.program = cpu.Program(torch.get_num_threads())
         with torch.inference_mode():
-            with self.program.recording(self._num_tokens):
+            with self.program.recording(of_tokens):
                 group_segments(plan, cache.block_size)
-                hidden = model(self._token_ids, cache, inputs)
+                hidden = model(torch.from_numpy(self._token_ids), cache, inputs)
             self._logits = torch.empty(0, 0)
             if model.pipeline.is_last:
-                with self.program.recording(self._num_draws):
-                    self._logits = model.logits(gather(hidden, self._last_rows))
+                with self.program.recording(of_draws):
+                    self._logits = model.logits(gather(hidden, torch.from_numpy(self._last_rows)))
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> torch.Tensor:
@@ -102,17 +100,17 @@ class CpuExecutor:
         self._tables.update(rows)
         tokens = flatten(rows, self._tables.values, self._block_size)
         count, num_tokens = len(rows), len(tokens.token_ids)
-        self._token_ids.numpy()[:num_tokens] = tokens.with_drawn(self._last_tokens)
-        self._positions.numpy()[:num_tokens] = tokens.positions
-        self._slots.numpy()[:num_tokens] = tokens.slots
-        self._query_starts.numpy()[1 : count + 1] = tokens.ends
-        self._starts.numpy()[:count] = tokens.starts
-        self._table_rows.numpy()[:count] = tokens.row_slots
+        self._token_ids[:num_tokens] = tokens.with_drawn(self._last_tokens)
+        self._positions[:num_tokens] = tokens.positions
+        self._slots[:num_tokens] = tokens.slots
+        self._query_starts[1 : count + 1] = tokens.ends
+        self._starts[:count] = tokens.starts
+        self._table_rows[:count] = tokens.row_slots
         segments = tokens.starts // SEGMENT + 1
-        self._partial_starts.numpy()[:count] = np.cumsum(segments) - segments
+        self._partial_starts[:count] = np.cumsum(segments) - segments
         last_rows = tokens.last_rows(rows)
-        self._last_rows.numpy()[: len(last_rows)] = last_rows
-        self._num_tokens[0], self._num_rows[0], self._num_draws[0] = num_tokens, count, len(last_rows)
+        self._last_rows[: len(last_rows)] = last_rows
+        self._counts[:] = num_tokens, count, len(last_rows)
         return len(last_rows)
 
     @torch.inference_mode()

@@ -7,6 +7,7 @@ alone. Filters keep or drop equal logits together, and among equal maxima the lo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -190,6 +191,12 @@ def _to_host(x: torch.Tensor) -> torch.Tensor:
     return host.copy_(x, non_blocking=True)
 
 
+@functools.cache
+def _greedy(num_rows: int) -> DrawParameters:
+    """Greedy draws: nothing is random about them, and temperature 0 leaves no work to filters."""
+    return DrawParameters(**{name: torch.zeros(num_rows, dtype=dtype) for name, dtype in DRAW_WORDS.items()})
+
+
 def has_filters(draw: Draw) -> bool:
     """Whether top_k, top_p or min_p restrict the draw."""
     params = draw.params
@@ -197,7 +204,9 @@ def has_filters(draw: Draw) -> bool:
 
 
 def parameters_of(draws: Sequence[Draw]) -> DrawParameters:
-    """The draws as the kernel takes them, on the CPU."""
+    """The draws as the kernel takes them, on the CPU; not to be written to."""
+    if all(draw.params.is_greedy for draw in draws):
+        return _greedy(len(draws))
     # Nothing is random about a greedy draw.
     keys = [
         (0, 0) if draw.params.is_greedy else draw_key(draw.seed, draw.index, draw.position) for draw in draws

@@ -374,15 +374,28 @@ def run(name: str, num_rows: int | torch.Tensor, num_threads: int = 1, /, **argu
     """
     program = _recorded.get()
     if program is None:
-        program = Program(num_threads)
-        rows = torch.tensor([num_rows]) if isinstance(num_rows, int) else num_rows
-        program.add(name, rows, **arguments)
-        program.run()
+        _run_now(name, num_rows, num_threads, arguments)
         return
     if isinstance(num_rows, int):
         assert program._num_rows is not None
         num_rows = program._num_rows
     program.add(name, num_rows, **arguments)
+
+
+def _run_now(
+    name: str, num_rows: int | torch.Tensor, num_threads: int, arguments: dict[str, Argument]
+) -> None:
+    """A program of one call, without the objects of one: a step has a few of them."""
+    loaded = library()
+    assert loaded is not None
+    operation, functions = loaded.operations[name], loaded.functions
+    rows = torch.from_numpy(np.array([num_rows])) if isinstance(num_rows, int) else num_rows
+    words = operation.words({"num_rows": rows, **arguments})
+    call = _Call(operation.address, ctypes.addressof(words))
+    pool = _pool(num_threads, os.getpid())
+    functions.run_calls(pool, ctypes.addressof(call), 1, None)
+    # A thread that is behind may still read the call.
+    functions.drain_pool(pool)
 
 
 def call(function: Callable[[int], None], num_rows: int) -> None:
