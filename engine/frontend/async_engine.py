@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import dataclasses
 import os
 import secrets
@@ -133,8 +134,7 @@ class AsyncEngine:
             self.tokenizer = await _in_daemon_thread(
                 lambda: load_tokenizer(path, self.config.load_format == "dummy")
             )
-            with caching_in(self.config.cache_dir):
-                await self._spawn()
+            await self._spawn()
             start = Start(
                 options=dataclasses.asdict(self.config),
                 path=str(path),
@@ -396,7 +396,7 @@ async def _in_daemon_thread(function: Callable[[], Result]) -> Result:
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, error, result)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
     return await future
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import zmq
 
+from engine.cache_directory import cache_directory, caching_in
 from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
 from engine.core.request import EngineOutput
@@ -157,12 +158,14 @@ def _load(message: object, address: str) -> EngineCore[Any]:
     # It brings torch, which takes seconds: the thread that says this process lives is there first.
     from engine.executor.start import start_engine
 
-    # What is left of a start that is cut off lies where the parent takes it away.
-    tempfile.tempdir = str(Path(address.removeprefix("ipc://")).parent)
-    try:
-        return start_engine(EngineConfig(**message.options), Path(message.path), message.eos_token_ids)
-    finally:
-        tempfile.tempdir = None
+    config = EngineConfig(**message.options)
+    # What is left of a start that is cut off lies where the parent takes it away; what is kept lies elsewhere.
+    with caching_in(config.cache_dir or str(cache_directory())):
+        tempfile.tempdir = str(Path(address.removeprefix("ipc://")).parent)
+        try:
+            return start_engine(config, Path(message.path), message.eos_token_ids)
+        finally:
+            tempfile.tempdir = None
 
 
 def _run(core: EngineCore[Any], socket: zmq.Socket[bytes], progress: Progress) -> None:
