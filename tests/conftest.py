@@ -71,3 +71,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seed() -> None:
     """A failure comes again when the test is run again, alone too."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has engines of this process fork their ranks: see `tests.helpers.forked_ranks`."""
+    from tests.helpers.forked_ranks import ForkLauncher, start_server
+
+    start_server()
+    monkeypatch.setattr("engine.executor.ranks.ranks.ProcessLauncher", ForkLauncher)

@@ -135,7 +135,7 @@ def files(directory: Path) -> set[str]:
 
 @pytest.mark.process
 def test_engines_keep_all_of_it_where_they_are_told(tmp_path: Path) -> None:
-    """Of two that a program starts at once, each in its own directory, and one of two ranks: nothing goes elsewhere."""
+    """Of two that a program starts at once, one of two ranks, each in a directory of its own."""
     model = tmp_path / "model.gguf"
     write_gguf_model(model, TINY_CONFIGS["llama"], GGMLQuantizationType.F32)
     data = model.read_bytes()

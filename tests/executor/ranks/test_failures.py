@@ -29,7 +29,6 @@ from engine.core.engine_core import EngineCore
 from engine.core.request import Request
 from engine.errors import ConfigError, EngineDeadError, EngineError, RankFailedError
 from engine.executor.ranks.agreement import awaited
-from engine.executor.ranks.launching import ProcessLauncher
 from engine.executor.ranks.limits import Limits
 from engine.executor.ranks.ranks import LeadingRunner, launch
 from engine.executor.start import start_engine
@@ -38,6 +37,7 @@ from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
 from engine.process import RunningClock
 from tests.api.conftest import start_server
+from tests.helpers.forked_ranks import ForkLauncher
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 DETECTION_SECONDS = 10.0
@@ -103,6 +103,7 @@ def expected() -> list[list[int]]:
     return results
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_chunks_cached_prefixes_preemptions_and_aborts_do_not_change_what_is_drawn(tmp_path: Path) -> None:
     # Nine heads, so that three ranks share them; of the vocabulary that the prompts are of.
     tiny = deepcopy(TINY_CONFIGS["smollm2"])
@@ -330,7 +331,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def launcher(directory: Path, patch: str) -> ProcessLauncher:
+def launcher(directory: Path, patch: str) -> ForkLauncher:
     """Ranks that are not quite what they should be."""
     script = directory / "rank.py"
     lines = (
@@ -342,7 +343,7 @@ def launcher(directory: Path, patch: str) -> ProcessLauncher:
         "sys.exit(rank_process.main(*sys.argv[1:]))",
     )
     script.write_text("\n".join(lines))
-    return ProcessLauncher((sys.executable, str(script)))
+    return ForkLauncher(script)
 
 
 def run_steps(
@@ -358,7 +359,7 @@ def run_steps(
         tensor_parallel_size=3 if stages == 1 else 1,
         pipeline_parallel_size=stages,
     )
-    others = set(psutil.Process().children())
+    others = set(psutil.Process().children(recursive=True))
     ranks = None
     try:
         _, steps, ranks = launch(config, open_checkpoint(tiny), tiny, limits, launcher(directory, patch))
@@ -374,7 +375,7 @@ def run_steps(
         if ranks is not None:
             ranks.close()
             ranks.close()
-        assert set(psutil.Process().children()) <= others
+        assert set(psutil.Process().children(recursive=True)) <= others
 
 
 SAMPLE = """
