@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seed() -> None:
     """A failure comes again when the test is run again, alone too."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's heads, vocabulary and tokenizer, tiny otherwise, and random: for tests to which it is the same what a
+    model says."""
+    from engine.loading.resolve import resolve_model
+    from engine.tokenizer.files import read_tokenizer
+    from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
+
+    path = tmp_path_factory.mktemp("small")
+    config = deepcopy(TINY_CONFIGS["smollm2"])
+    config.vocab_size, config.max_position_embeddings = 49152, 8192
+    config.intermediate_size = 96  # is shared by three, too
+    write_checkpoint(path, config)
+    tokenizer, _ = read_tokenizer(resolve_model("llama"))
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
 
 
 @pytest.fixture
