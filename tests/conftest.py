@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from copy import deepcopy
@@ -48,11 +49,14 @@ def pytest_configure(config: pytest.Config) -> None:
     (COMPILED / "kernels").mkdir(parents=True, exist_ok=True)
     (Path(home.name) / "llm-engine").mkdir()
     (Path(home.name) / "llm-engine" / "kernels").symlink_to(COMPILED / "kernels")
-    if config.getoption("numprocesses", None):
-        # Once, before the processes start that would each build them.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        # Once, before the processes start that would each build them, here or in a session beside this one.
         from engine.kernels import cpu
 
-        cpu.library()
+        with (COMPILED / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            cpu.library()
+        cpu.library.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

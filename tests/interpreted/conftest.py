@@ -41,8 +41,8 @@ def products_in_one_order() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def prepared_once() -> Iterator[None]:
-    """Has the interpreter do once what it does anew in each call of a device function and for each tensor, which takes
-    it four tenths of its time: it replaces functions of triton.language, and makes a table of types."""
+    """Has the interpreter do once what it does anew in each call of a device function, and for each tensor: it
+    replaces functions of triton.language, and makes a table of types. That is four tenths of its time."""
     import triton.language as tl
     from triton.runtime import interpreter
 
