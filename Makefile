@@ -7,7 +7,7 @@ MODEL ?= llama
 QUANT ?= int4
 OUT ?= gpu-check
 
-.PHONY: install models serve test test-beside test-light test-interpreted test-process test-fast test-all test-oldest-triton lint bench gpu-check clean
+.PHONY: install models serve test test-beside test-light test-interpreted test-process test-fast fuzz test-all test-oldest-triton lint bench gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -60,6 +60,9 @@ FAST := tests/test_architecture.py tests/test_quant_spec.py tests/test_readme.py
 test-fast: install  ## for a person at work
 	$(VENV)/bin/ruff check .
 	$(PYTEST) $(PARALLEL) -m 'not process and not slow and not compile' $(FAST)
+
+fuzz: install  ## every mutation of damaged files; make test takes one in seven
+	$(PYTEST) $(PARALLEL) -m slow tests/loading/test_fuzz.py
 
 test-all: test test-oldest-triton
 	$(PYTEST) $(PARALLEL) -m 'slow and not process'
