@@ -127,7 +127,7 @@ def test_a_killed_engine_ends_its_streams_with_the_cause(config: EngineConfig) -
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"quant": "none", "kv_cache_memory": "900GiB"}, ConfigError, "do not fit"),
+        ({"model": "llama", "quant": "none", "kv_cache_memory": "900GiB"}, ConfigError, "do not fit"),
         pytest.param({"max_model_len": 9999}, ConfigError, "8192", marks=pytest.mark.slow),
         ({"model": "/nowhere/at/all"}, ModelNotFoundError, "nowhere"),
     ],
