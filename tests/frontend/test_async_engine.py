@@ -138,9 +138,12 @@ def test_a_failed_start_keeps_its_type_and_message(
     async def check() -> None:
         others = set(psutil.Process().children())
         engine = AsyncEngine(EngineConfig(**{"model": str(small_model), **options}))
-        with pytest.raises(error, match=message):
-            await engine.start()
-        assert engine.status == "dead"
+        try:
+            with pytest.raises(error, match=message):
+                await engine.start()
+            assert engine.status == "dead"
+        finally:
+            await engine.shutdown()
         assert set(psutil.Process().children()) <= others
 
     run(check())
