@@ -7,7 +7,7 @@ MODEL ?= llama
 QUANT ?= int4
 OUT ?= gpu-check
 
-.PHONY: install models serve test test-light test-interpreted test-process test-fast test-all test-oldest-triton lint bench gpu-check clean
+.PHONY: install models serve test test-beside test-light test-interpreted test-process test-fast fuzz test-all test-oldest-triton lint bench gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -36,9 +36,13 @@ lint: install
 # Two processes share what needs no machine to itself; -n and the cores it stands for are those of CI.
 PARALLEL := -n 2 --dist worksteal
 
+# Engines with processes of their own wait for each other half of the time, and go first, as if they had the machine
+# to themselves; what else there is computes where they leave room.
 test: install
-	$(MAKE) --no-print-directory --jobs=2 lint test-light
-	$(MAKE) --no-print-directory --jobs=2 test-interpreted test-process
+	$(MAKE) --no-print-directory --jobs=4 test-process test-beside
+
+test-beside: install
+	nice -n 15 $(MAKE) --no-print-directory lint test-light test-interpreted
 
 test-light: install
 	$(PYTEST) $(PARALLEL) -m 'not process and not slow'
@@ -46,7 +50,6 @@ test-light: install
 test-interpreted: install
 	TRITON_INTERPRET=1 $(PYTEST) -m 'not slow' tests/interpreted
 
-# Engines with processes of their own wait for each other half of the time: another core's worth fits beside them.
 test-process: install
 	$(PYTEST) -m 'process and not slow'
 
@@ -57,6 +60,9 @@ FAST := tests/test_architecture.py tests/test_quant_spec.py tests/test_readme.py
 test-fast: install  ## for a person at work
 	$(VENV)/bin/ruff check .
 	$(PYTEST) $(PARALLEL) -m 'not process and not slow and not compile' $(FAST)
+
+fuzz: install  ## every mutation of damaged files; make test takes one in seven
+	$(PYTEST) $(PARALLEL) -m slow tests/loading/test_fuzz.py
 
 test-all: test test-oldest-triton
 	$(PYTEST) $(PARALLEL) -m 'slow and not process'

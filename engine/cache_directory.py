@@ -7,9 +7,12 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 VARIABLE = "LLM_ENGINE_CACHE"
+
+_chosen: ContextVar[Path | None] = ContextVar("chosen", default=None)
 
 # A path of a Unix socket may have this many bytes, its end included (unix(7)), less what is put behind a directory.
 _SOCKET_PATH_BYTES = 108 - len("/llm-engine-xxxxxxxx/engine-beats") - 1
@@ -21,7 +24,7 @@ def cache_directory() -> Path:
     `--cache-dir`, or $LLM_ENGINE_CACHE; else llm-engine in $XDG_CACHE_HOME or ~/.cache; for a user without a home, a
     directory of the user's own among the temporary ones.
     """
-    chosen = os.environ.get(VARIABLE)
+    chosen = _chosen.get() or os.environ.get(VARIABLE)
     if chosen:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -33,17 +36,16 @@ def cache_directory() -> Path:
 
 @contextmanager
 def caching_in(path: str | None) -> Iterator[None]:
-    """Has this process, and those that it starts meanwhile, keep all of it in a directory; None changes nothing."""
-    before = os.environ.get(VARIABLE)
-    if path is not None:
-        os.environ[VARIABLE] = os.path.abspath(path)
+    """Has all of it kept in a directory within this context: other threads, and processes, are told themselves.
+
+    Args:
+        path: None changes nothing.
+    """
+    token = _chosen.set(_chosen.get() if path is None else Path(path).absolute())
     try:
         yield
     finally:
-        if before is not None:
-            os.environ[VARIABLE] = before
-        elif path is not None and VARIABLE in os.environ:
-            del os.environ[VARIABLE]
+        _chosen.reset(token)
 
 
 def is_private(path: Path) -> bool:

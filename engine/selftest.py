@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from engine.arguments import build_parser
+from engine.cache_directory import caching_in
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.executor.cpu_executor import CpuExecutor
@@ -146,11 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **{option.name: options[option.name] for option in dataclasses.fields(EngineConfig)}
         )
         num_requests = max(1, options["num_requests"])
-        if options["digests"]:
-            print(json.dumps(digests(config, resolve_model(config.model), num_requests)))
-            return 0
-        passed_on = [word for word in arguments if word != "--invariants"]
-        return 0 if check_invariants(config, num_requests, passed_on) else 1
+        with caching_in(config.cache_dir):
+            if options["digests"]:
+                print(json.dumps(digests(config, resolve_model(config.model), num_requests)))
+                return 0
+            passed_on = [word for word in arguments if word != "--invariants"]
+            return 0 if check_invariants(config, num_requests, passed_on) else 1
     except EngineError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -47,11 +49,14 @@ def pytest_configure(config: pytest.Config) -> None:
     (COMPILED / "kernels").mkdir(parents=True, exist_ok=True)
     (Path(home.name) / "llm-engine").mkdir()
     (Path(home.name) / "llm-engine" / "kernels").symlink_to(COMPILED / "kernels")
-    if config.getoption("numprocesses", None):
-        # Once, before the processes start that would each build them.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        # Once, before the processes start that would each build them, here or in a session beside this one.
         from engine.kernels import cpu
 
-        cpu.library()
+        with (COMPILED / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            cpu.library()
+        cpu.library.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,3 +76,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seed() -> None:
     """A failure comes again when the test is run again, alone too."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's heads, vocabulary and tokenizer, tiny otherwise, and random: for tests to which it is the same what a
+    model says."""
+    from engine.loading.resolve import resolve_model
+    from engine.tokenizer.files import read_tokenizer
+    from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
+
+    path = tmp_path_factory.mktemp("small")
+    config = deepcopy(TINY_CONFIGS["smollm2"])
+    config.vocab_size, config.max_position_embeddings = 49152, 8192
+    config.intermediate_size = 96  # is shared by three, too
+    write_checkpoint(path, config)
+    tokenizer, _ = read_tokenizer(resolve_model("llama"))
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has engines of this process fork their ranks: see `tests.helpers.forked_ranks`."""
+    from tests.helpers.forked_ranks import ForkLauncher, start_server
+
+    start_server()
+    monkeypatch.setattr("engine.executor.ranks.ranks.ProcessLauncher", ForkLauncher)

@@ -161,6 +161,7 @@ def test_a_quantized_models_own_grid_is_planned(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("is_exact", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_engine_takes_and_sends_what_was_planned(tmp_path: Path, is_exact: bool) -> None:
     """SmolLM2 in three, 4 of its layers, with random weights."""

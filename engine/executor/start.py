@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.cache_directory import caching_in
 from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
 from engine.core.executor import Executor, ModelFacts
@@ -62,14 +63,15 @@ def start_model(config: EngineConfig, path: Path) -> StartedModel:
     """
     checkpoint = open_model(path, config.load_format)
     ranks: Ranks | None = None
-    if config.num_ranks == 1:
-        runner = ModelRunner(config, checkpoint)
-        executor: Executor = runner
-    else:
-        # One rank needs no messages, nor the packages that carry them.
-        from engine.executor.ranks.ranks import launch
+    with caching_in(config.cache_dir):
+        if config.num_ranks == 1:
+            runner = ModelRunner(config, checkpoint)
+            executor: Executor = runner
+        else:
+            # One rank needs no messages, nor the packages that carry them.
+            from engine.executor.ranks.ranks import launch
 
-        runner, executor, ranks = launch(config, checkpoint, path)
+            runner, executor, ranks = launch(config, checkpoint, path)
     facts = ModelFacts(
         max_model_len=runner.plan.max_model_len,
         vocab_size=runner.model_config.vocab_size,

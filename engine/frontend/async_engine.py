@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import dataclasses
 import os
 import secrets
@@ -123,8 +124,26 @@ class AsyncEngine:
 
     async def launch(self) -> None:
         """Starts the child process, which loads its libraries before it is told what to be: that takes seconds."""
-        with caching_in(self.config.cache_dir):
-            await self._spawn()
+        # In a directory that only this user can enter, and gone from there once both ends hold the socket.
+        self._directory = socket_directory()
+        address = f"ipc://{self._directory.name}/engine"
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+        beats = self._context.socket(zmq.PULL)
+        beats.bind(f"{address}-beats")
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            address,
+            f"{address}-beats",
+            stdin=asyncio.subprocess.PIPE,
+            # Signals to this process's group are this process's to handle.
+            start_new_session=True,
+            env={"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ},
+        )
+        self._exited = asyncio.create_task(self._process.wait())
+        self._tasks.append(asyncio.create_task(self._watch(self._process, beats)))
 
     async def start(self) -> None:
         """Loads the model in the child process; launches that if nobody has.
@@ -261,28 +280,6 @@ class AsyncEngine:
         if self.status == "dead":
             raise EngineDeadError(self.error)
 
-    async def _spawn(self) -> None:
-        # In a directory that only this user can enter, and gone from there once both ends hold the socket.
-        self._directory = socket_directory()
-        address = f"ipc://{self._directory.name}/engine"
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)
-        self._socket.bind(address)
-        beats = self._context.socket(zmq.PULL)
-        beats.bind(f"{address}-beats")
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command,
-            address,
-            f"{address}-beats",
-            stdin=asyncio.subprocess.PIPE,
-            # Signals to this process's group are this process's to handle.
-            start_new_session=True,
-            env={"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ},
-        )
-        self._exited = asyncio.create_task(self._process.wait())
-        self._tasks.append(asyncio.create_task(self._watch(self._process, beats)))
-
     async def _send(self, message: Start | Add | Abort) -> None:
         """Sends, unless the process has ended: a pair socket waits for a peer, and would wait forever.
 
@@ -401,7 +398,7 @@ async def _in_daemon_thread(function: Callable[[], Result]) -> Result:
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, error, result)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
     return await future
 
 

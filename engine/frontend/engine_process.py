@@ -23,6 +23,7 @@ from typing import Any
 
 import zmq
 
+from engine.cache_directory import cache_directory, caching_in
 from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
 from engine.core.request import EngineOutput
@@ -164,12 +165,14 @@ def _load(socket: zmq.Socket[bytes], address: str) -> EngineCore[Any]:
 
     message = to_engine_decoder.decode(socket.recv())
     assert isinstance(message, Start)
-    # What is left of a start that is cut off lies where the parent takes it away.
-    tempfile.tempdir = str(Path(address.removeprefix("ipc://")).parent)
-    try:
-        return start_engine(EngineConfig(**message.options), Path(message.path), message.eos_token_ids)
-    finally:
-        tempfile.tempdir = None
+    config = EngineConfig(**message.options)
+    # What is left of a start that is cut off lies where the parent takes it away; what is kept lies elsewhere.
+    with caching_in(config.cache_dir or str(cache_directory())):
+        tempfile.tempdir = str(Path(address.removeprefix("ipc://")).parent)
+        try:
+            return start_engine(config, Path(message.path), message.eos_token_ids)
+        finally:
+            tempfile.tempdir = None
 
 
 def _run(core: EngineCore[Any], socket: zmq.Socket[bytes], progress: Progress) -> None:

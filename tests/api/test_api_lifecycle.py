@@ -37,8 +37,10 @@ def test_a_failed_start_is_the_last_thing_on_the_screen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_ends_open_streams_with_an_error(tmp_path: Path, number: signal.Signals) -> None:
-    with start_server(tmp_path) as server:
+def test_a_signal_ends_open_streams_with_an_error(
+    tmp_path: Path, small_model: Path, number: signal.Signals
+) -> None:
+    with start_server(tmp_path, "--model", str(small_model)) as server:
         server.wait_until_ready()
         with httpx.stream(
             "POST", f"{server.url}/v1/completions", json=STREAM, timeout=STOP_SECONDS
@@ -54,8 +56,8 @@ def test_a_signal_ends_open_streams_with_an_error(tmp_path: Path, number: signal
         assert not any(child.is_running() for child in children)
 
 
-def test_health_follows_the_engine(tmp_path: Path) -> None:
-    with start_server(tmp_path) as server:
+def test_health_follows_the_engine(tmp_path: Path, small_model: Path) -> None:
+    with start_server(tmp_path, "--model", str(small_model)) as server:
         statuses = []
         while 200 not in statuses and server.process.poll() is None:
             try:

@@ -171,11 +171,13 @@ def test_a_run_of_which_requests_fail_has_no_value(
 
 
 def test_a_server_of_ours_is_started_and_measured(
-    peer: CompletionsServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    peer: CompletionsServer, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "result.json"
-    arguments = f"--quant int8 --kv-cache-memory 64MiB --option max_num_seqs 8 --peer tiny={peer.base_url} "
-    arguments += f"--peer-pid tiny={os.getpid()} --scenario D --repeat 1 --output {output}"
+    arguments = f"--model {small_model} --quant int8 --kv-cache-memory 64MiB --option max_num_seqs 8 "
+    arguments += (
+        f"--peer tiny={peer.base_url} --peer-pid tiny={os.getpid()} --scenario D --repeat 1 --output {output}"
+    )
     assert main(arguments.split()) == 0
     result = json.loads(output.read_text())
     ours = result["values"]["int8 int8"]

@@ -24,13 +24,17 @@ from engine.frontend.async_engine import AsyncEngine
 
 pytestmark = pytest.mark.process
 
-CONFIG = EngineConfig(model="llama", quant="int8", kv_cache_memory="64MiB")
 LONG = SamplingParams(max_tokens=2000, temperature=0, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 
 
+@pytest.fixture(scope="module")
+def config(small_model: Path) -> EngineConfig:
+    return EngineConfig(model=str(small_model), quant="int8", kv_cache_memory="64MiB")
+
+
 @asynccontextmanager
-async def started(config: EngineConfig = CONFIG) -> AsyncIterator[AsyncEngine]:
+async def started(config: EngineConfig) -> AsyncIterator[AsyncEngine]:
     others = set(psutil.Process().children())
     engine = AsyncEngine(config)
     await engine.start()
@@ -63,9 +67,9 @@ async def collect(engine: AsyncEngine, prompt: str, params: SamplingParams, requ
     return token_ids
 
 
-def test_streams_aborts_and_idleness() -> None:
+def test_streams_aborts_and_idleness(config: EngineConfig) -> None:
     async def check() -> None:
-        async with started() as engine:
+        async with started(config) as engine:
             alone = await collect(engine, "The capital of France is", SHORT, "alone")
             many = await asyncio.gather(
                 *(collect(engine, "The capital of France is", SHORT, f"many {i}") for i in range(5))
@@ -102,9 +106,9 @@ def test_streams_aborts_and_idleness() -> None:
     run(check())
 
 
-def test_a_killed_engine_ends_its_streams_with_the_cause() -> None:
+def test_a_killed_engine_ends_its_streams_with_the_cause(config: EngineConfig) -> None:
     async def check() -> None:
-        async with started() as engine:
+        async with started(config) as engine:
             streams = [asyncio.create_task(collect(engine, "Once", LONG, f"{i}")) for i in range(3)]
             await until(lambda: engine.stats.num_requests_running == 3)
             child = engine_process()
@@ -123,39 +127,44 @@ def test_a_killed_engine_ends_its_streams_with_the_cause() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"quant": "none", "kv_cache_memory": "900GiB"}, ConfigError, "do not fit"),
+        ({"model": "llama", "quant": "none", "kv_cache_memory": "900GiB"}, ConfigError, "do not fit"),
         pytest.param({"max_model_len": 9999}, ConfigError, "8192", marks=pytest.mark.slow),
         ({"model": "/nowhere/at/all"}, ModelNotFoundError, "nowhere"),
     ],
 )
 def test_a_failed_start_keeps_its_type_and_message(
-    options: dict[str, Any], error: type[Exception], message: str
+    options: dict[str, Any], error: type[Exception], message: str, small_model: Path
 ) -> None:
     async def check() -> None:
         others = set(psutil.Process().children())
-        engine = AsyncEngine(EngineConfig(**{"model": "llama", **options}))
-        with pytest.raises(error, match=message):
-            await engine.start()
-        assert engine.status == "dead"
+        engine = AsyncEngine(EngineConfig(**{"model": str(small_model), **options}))
+        try:
+            with pytest.raises(error, match=message):
+                await engine.start()
+            assert engine.status == "dead"
+        finally:
+            await engine.shutdown()
         assert set(psutil.Process().children()) <= others
 
     run(check())
 
 
-def test_a_process_that_cannot_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_start_is_reported(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It ends before it could connect."""
     monkeypatch.setattr(sys, "executable", "/bin/false")
 
     async def check() -> None:
         with pytest.raises(EngineDeadError, match="exited with status 1"):
-            await AsyncEngine(CONFIG).start()
+            await AsyncEngine(config).start()
 
     run(check())
 
 
-def test_a_request_right_after_the_engines_death_fails() -> None:
+def test_a_request_right_after_the_engines_death_fails(config: EngineConfig) -> None:
     async def check() -> None:
-        async with started() as engine:
+        async with started(config) as engine:
             engine_process().kill()
             for i in range(3):
                 with pytest.raises(EngineDeadError, match="SIGKILL"):
@@ -164,14 +173,14 @@ def test_a_request_right_after_the_engines_death_fails() -> None:
     run(check())
 
 
-def test_a_download_does_not_keep_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_does_not_keep_the_program(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     timer = threading.Timer(60, released.set)
     timer.start()
     monkeypatch.setattr("engine.frontend.async_engine.resolve_model", lambda model: released.wait())
 
     async def check() -> None:
-        engine = AsyncEngine(CONFIG)
+        engine = AsyncEngine(config)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(engine.start(), 0.1)
         assert engine.status == "dead"
@@ -194,7 +203,7 @@ def test_a_damaged_model_is_reported_from_either_process(tmp_path: Path) -> None
     run(check())
 
 
-def test_the_engine_goes_with_its_parent(tmp_path: Path) -> None:
+def test_the_engine_goes_with_its_parent(tmp_path: Path, small_model: Path) -> None:
     """The parent is killed without a chance to clean up; its child ends by itself."""
     script = tmp_path / "parent.py"
     script.write_text(
@@ -204,7 +213,7 @@ def test_the_engine_goes_with_its_parent(tmp_path: Path) -> None:
         from engine.frontend.async_engine import AsyncEngine
 
         async def main():
-            engine = AsyncEngine(EngineConfig(model="llama", quant="int8", kv_cache_memory="64MiB"))
+            engine = AsyncEngine(EngineConfig(model=sys.argv[1], quant="int8", kv_cache_memory="64MiB"))
             await engine.start()
             print(psutil.Process().children()[0].pid, flush=True)
             await asyncio.sleep(600)
@@ -213,7 +222,7 @@ def test_the_engine_goes_with_its_parent(tmp_path: Path) -> None:
         """)
     )
     with subprocess.Popen(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), str(small_model)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},

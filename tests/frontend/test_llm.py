@@ -267,6 +267,16 @@ def test_calls_of_threads_share_steps(tmp_path: Path) -> None:
     assert llm.core.stats.num_steps - before < 200 * len(prompts) / 2
 
 
+def test_two_llms_of_a_process_generate_at_once(tmp_path: Path) -> None:
+    """Their steps run on the same threads."""
+    llms = [tiny_llm(tmp_path, num_threads=2) for _ in range(2)]
+    prompts = ["abc", "another prompt", "d"]
+    expected = [tokens(llm, prompts, LONG) for llm in llms]
+    with ThreadPoolExecutor(len(llms)) as pool:
+        for _ in range(3):
+            assert list(pool.map(lambda llm: tokens(llm, prompts, LONG), llms)) == expected
+
+
 def test_max_tokens_beyond_the_context_are_lowered_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -102,7 +102,7 @@ def write_gguf_model(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     vocabulary = byte_tokenizer().get_vocab()
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    tokens += [f"<{index}>" for index in range(len(tokens), config.vocab_size)]
+    tokens += ["ab", *(f"<{index}>" for index in range(len(tokens) + 1, config.vocab_size))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)

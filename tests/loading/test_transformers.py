@@ -14,6 +14,7 @@ from engine.compression.quantize import quantize_checkpoint
 from engine.compression.recipe import Recipe
 from engine.loading.checkpoint import open_checkpoint
 from engine.quant.weight import GridWeight, Weight, to_float
+from tests.helpers.log_probabilities import assert_same_log_probabilities
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 Weights = dict[str, Weight]
@@ -72,6 +73,7 @@ def test_logits_are_those_of_our_weights(
     loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     expected = float_logits(float_path, {name: to_float(weight).float() for name, weight in weights.items()})
     assert torch.equal(logits_of(loaded), expected)
+    assert_same_log_probabilities(path, loaded)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 import pytest
@@ -42,8 +38,7 @@ from engine.quant.nf4 import NF4
 from engine.quant.scheme import Scheme
 from engine.quant.weight import GridWeight, Weight, to_float
 from engine.quant_spec import ActivationTerms, parse_quant_spec
-
-ROOT = str(Path(__file__).parents[2])
+from tests.helpers.forked_ranks import CONTEXT, start_server
 
 SIZES = (2, 3)
 
@@ -177,6 +172,13 @@ def run_rank(rank: int, size: int, directory: str) -> None:
     torch.save(results, f"{directory}/{rank}-of-{size}")
 
 
+def run_ranks(rank: int, directory: str) -> None:
+    """A process is a rank of two, if it is one of the first, and then of three."""
+    for size in SIZES:
+        if rank < size:
+            run_rank(rank, size, directory)
+
+
 Results = dict[int, list[list[Result]]]
 """By number of ranks, each rank's, of the exact cases and then the summed ones."""
 
@@ -186,16 +188,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     if cpu.library() is None:
         pytest.skip("there is no C compiler on this machine")
     directory = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": ROOT}
-    command = [sys.executable, "-m", __name__, str(directory)]
-    processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(max(SIZES))]
-    while not any(process.poll() for process in processes) and None in [
-        process.poll() for process in processes
+    start_server()
+    processes = [
+        CONTEXT.Process(target=run_ranks, args=(rank, str(directory)), daemon=True)
+        for rank in range(max(SIZES))
+    ]
+    for process in processes:
+        process.start()
+    while not any(process.exitcode for process in processes) and None in [
+        process.exitcode for process in processes
     ]:
         time.sleep(0.05)
     for process in processes:
         process.kill()  # who waits for one that failed
-    assert [process.wait() for process in processes] == [0] * max(SIZES)
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * max(SIZES)
     return {
         size: [
             [Result(*result) for result in torch.load(directory / f"{rank}-of-{size}")]
@@ -307,9 +314,3 @@ def test_bytes_are_those_of_the_exchanges_written_out(size: int) -> None:
             in_features = int(out_features * ratio * margin) // (32 * size) * (32 * size)
             sums = integer_sum_bytes(in_features, out_features, size, terms)
             assert (sums < gathered_bytes(in_features, out_features, size)) == is_less
-
-
-if __name__ == "__main__":
-    for number in SIZES:
-        if int(sys.argv[2]) < number:
-            run_rank(int(sys.argv[2]), number, sys.argv[1])

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import zmq
 
+from engine.cache_directory import caching_in
 from engine.config import EngineConfig
 from engine.core.batch import Batch
 from engine.core.request import RowFailure
@@ -77,7 +78,8 @@ def follow(orders_link: Link, reports: Link) -> None:
                 answers.send(encode(RankSays(start.rank, line)))
 
             checkpoint = open_model(Path(start.path), config.load_format)
-            runner = ModelRunner(config, checkpoint, start.rank, start.store, say=say, record=record)
+            with caching_in(config.cache_dir):
+                runner = ModelRunner(config, checkpoint, start.rank, start.store, say=say, record=record)
             answers.send(encode(RankReady(start.rank)))
             while True:
                 with record.waiting((0,), "order"):

@@ -9,6 +9,7 @@ falls silent or ends is named, and all of them are ended with it.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import logging
 import threading
@@ -181,7 +182,7 @@ class Ranks:
             with self._changed:
                 self._changed.notify_all()
 
-        threading.Thread(target=run, daemon=True).start()
+        threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
         with self._changed:
             self._changed.wait_for(lambda: self.failure is not None or results or errors)
         if errors and self.failure is None:

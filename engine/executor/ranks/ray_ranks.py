@@ -38,7 +38,7 @@ PLACEMENT_SECONDS = 60.0
 REACH_SECONDS = 10.0
 """How long the host that a cluster was started on may take to answer."""
 
-INHERITED = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "XDG_CACHE_HOME")
+INHERITED = ("GOMP_SPINCOUNT", "LLM_ENGINE_CACHE", "OMP_WAIT_POLICY", "XDG_CACHE_HOME")
 """Variables of this process that ranks have, too."""
 
 

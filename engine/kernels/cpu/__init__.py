@@ -252,7 +252,7 @@ class _Call(ctypes.Structure):
 
 
 class Program:
-    """Calls with fixed addresses, run one after the other. One thread at a time may run programs.
+    """Calls with fixed addresses, run one after the other. Threads that run programs take turns.
 
     Args:
         num_threads: The calling one and others.

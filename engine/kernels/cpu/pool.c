@@ -34,7 +34,7 @@ typedef struct {
 typedef struct {
     int64_t num_threads, generation, sleepers;
     Run runs[RUNS], *current;
-    pthread_mutex_t mutex;
+    pthread_mutex_t mutex, running;  // running: held by who runs calls
     pthread_cond_t posted;
 } Pool;
 
@@ -100,6 +100,7 @@ void *create_pool(int64_t num_threads) {
     Pool *pool = calloc(1, sizeof *pool);
     pool->num_threads = num_threads;
     pthread_mutex_init(&pool->mutex, NULL);
+    pthread_mutex_init(&pool->running, NULL);
     pthread_cond_init(&pool->posted, NULL);
     for (int64_t thread = 1; thread < num_threads; thread++) {
         pthread_t id;
@@ -117,8 +118,9 @@ void drain_pool(Pool *pool) {
         while (__atomic_load_n(&pool->runs[i].active, __ATOMIC_SEQ_CST) != 0) pause_briefly(&spins);
 }
 
-// seconds: [size], to which each call's duration is added, or null. One thread of the process at a time.
+// seconds: [size], to which each call's duration is added, or null. Who comes while another runs calls waits.
 void run_calls(Pool *pool, const Call *calls, int64_t size, double *seconds) {
+    pthread_mutex_lock(&pool->running);
     Run *run = &pool->runs[pool->generation % RUNS];
     int64_t spins = 0;
     while (__atomic_load_n(&run->active, __ATOMIC_SEQ_CST) != 0) pause_briefly(&spins);
@@ -143,4 +145,5 @@ void run_calls(Pool *pool, const Call *calls, int64_t size, double *seconds) {
         __atomic_store_n(&run->counters[i].next, CLOSED, __ATOMIC_SEQ_CST);
         __atomic_store_n(&run->counters[i].done, CLOSED, __ATOMIC_SEQ_CST);
     }
+    pthread_mutex_unlock(&pool->running);
 }

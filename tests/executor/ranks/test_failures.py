@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +30,27 @@ from engine.core.engine_core import EngineCore
 from engine.core.request import Request
 from engine.errors import ConfigError, EngineDeadError, EngineError, RankFailedError
 from engine.executor.ranks.agreement import awaited
-from engine.executor.ranks.launching import ProcessLauncher
 from engine.executor.ranks.limits import Limits
 from engine.executor.ranks.ranks import LeadingRunner, launch
 from engine.executor.start import start_engine
 from engine.frontend.async_engine import AsyncEngine
 from engine.loading.checkpoint import open_checkpoint
-from engine.loading.resolve import resolve_model
 from engine.process import RunningClock
 from tests.api.conftest import start_server
+from tests.helpers.forked_ranks import ForkLauncher
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 DETECTION_SECONDS = 10.0
 
 OPTIONS: dict[str, Any] = {
-    "model": "llama",
     "quant": "int8",
     "device": "cpu",
     "num_threads": 3,
     "max_num_batched_tokens": 48,
-    "kv_cache_memory": "1MiB",
+    "kv_cache_memory": "20KiB",
     "seed": 1,
 }
-"""Small steps and a small cache, of 268 tokens on three ranks: prompts come in chunks, sequences are preempted."""
+"""Small steps and a small cache, of 272 tokens on three ranks: prompts come in chunks, sequences are preempted."""
 
 PREFIX = list(range(1000, 1050))
 """Three blocks that prompts have in common."""
@@ -90,9 +89,14 @@ def generate(core: EngineCore, aborted: dict[str, int]) -> dict[str, list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[list[int]]:
+def options(small_model: Path) -> dict[str, Any]:
+    return {**OPTIONS, "model": str(small_model)}
+
+
+@pytest.fixture(scope="module")
+def expected(options: dict[str, Any], small_model: Path) -> list[list[int]]:
     """What one rank draws, greedily, for each prompt by itself."""
-    core = start_engine(EngineConfig(**{**OPTIONS, "kv_cache_memory": "8MiB"}), resolve_model("llama"), ())
+    core = start_engine(EngineConfig(**{**options, "kv_cache_memory": "8MiB"}), small_model, ())
     results = []
     for index, prompt in enumerate(PROMPTS[:3]):
         core.add_request(Request(request_id=str(index), prompt_token_ids=prompt, params=GREEDY, seed=0))
@@ -103,12 +107,13 @@ def expected() -> list[list[int]]:
     return results
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_chunks_cached_prefixes_preemptions_and_aborts_do_not_change_what_is_drawn(tmp_path: Path) -> None:
     # Nine heads, so that three ranks share them; of the vocabulary that the prompts are of.
     tiny = deepcopy(TINY_CONFIGS["smollm2"])
     tiny.vocab_size, tiny.intermediate_size = 2100, 96
     write_checkpoint(tmp_path, tiny)
-    options = {**OPTIONS, "model": str(tmp_path)}
+    options = {**OPTIONS, "model": str(tmp_path), "kv_cache_memory": "1MiB"}
     alone = generate(start_engine(EngineConfig(**options), tmp_path, ()), {})
     options["kv_cache_memory"] = "16KiB"
     core = start_engine(EngineConfig(**options, tensor_parallel_size=3), tmp_path, ())
@@ -166,6 +171,12 @@ async def collect(engine: AsyncEngine, prompt: list[int], params: SamplingParams
     return token_ids
 
 
+async def collect_on(engine: AsyncEngine, prompt: list[int], params: SamplingParams, name: str) -> None:
+    """Asks again and again."""
+    for number in count():
+        await collect(engine, prompt, params, f"{name}-{number}")
+
+
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         await asyncio.sleep(0.01)
@@ -195,11 +206,14 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     ids=["killed and stopped", "killed", "stopped"],
 )
 def test_a_rank_that_is_struck_under_load_ends_the_engine_and_the_next_one_starts(
-    blows: list[tuple[int, signal.Signals]], expected: list[list[int]], temporary: Path
+    blows: list[tuple[int, signal.Signals]],
+    expected: list[list[int]],
+    options: dict[str, Any],
+    temporary: Path,
 ) -> None:
     async def check() -> None:
         for rank, number in blows:
-            async with started(config=EngineConfig(**OPTIONS, tensor_parallel_size=3)) as engine:
+            async with started(config=EngineConfig(**options, tensor_parallel_size=3)) as engine:
                 alike = [collect(engine, prompt, GREEDY, f"{i}") for i, prompt in enumerate(PROMPTS[:3])]
                 assert await asyncio.gather(*alike) == expected
                 assert list(temporary.iterdir()) == []
@@ -209,7 +223,7 @@ def test_a_rank_that_is_struck_under_load_ends_the_engine_and_the_next_one_start
         processes = Processes.of(psutil.Process())
         assert len(processes.ranks) == 3
         before = engine.stats.num_preemptions
-        streams = [asyncio.create_task(collect(engine, p, LONG, f"{i}")) for i, p in enumerate(PROMPTS)]
+        streams = [asyncio.create_task(collect_on(engine, p, LONG, f"{i}")) for i, p in enumerate(PROMPTS)]
         await until(lambda: engine.stats.num_requests_running > 3)
         streams.pop().cancel()
         await until(lambda: engine.stats.num_preemptions > before and engine.stats.prefix_cache_hits > 0)
@@ -235,9 +249,11 @@ def test_a_rank_that_is_struck_under_load_ends_the_engine_and_the_next_one_start
     run(check())
 
 
-def test_clients_are_told_which_rank_has_died_and_the_server_stays(tmp_path: Path, temporary: Path) -> None:
-    options = ("--tensor-parallel-size", "3", "--kv-cache-memory", "1MiB", "--max-model-len", "200")
-    body = {"prompt": PROMPTS[0], "max_tokens": 120, "ignore_eos": True, "stream": True}
+def test_clients_are_told_which_rank_has_died_and_the_server_stays(
+    tmp_path: Path, small_model: Path, temporary: Path
+) -> None:
+    options = ("--model", str(small_model), "--tensor-parallel-size", "3", "--kv-cache-memory", "1MiB")
+    body = {"prompt": PROMPTS[0], "max_tokens": 5000, "ignore_eos": True, "stream": True}
     with start_server(tmp_path, *options) as server:
         server.wait_until_ready()
         processes = Processes.of(psutil.Process(server.process.pid))
@@ -261,7 +277,7 @@ def test_clients_are_told_which_rank_has_died_and_the_server_stays(tmp_path: Pat
 
 
 def test_rank_0_is_missed_when_it_hangs_but_not_by_one_who_was_held_up_itself(
-    tmp_path: Path, temporary: Path
+    tmp_path: Path, small_model: Path, temporary: Path
 ) -> None:
     """For an engine of one rank, too."""
     script = tmp_path / "stuck.py"
@@ -284,7 +300,7 @@ def test_rank_0_is_missed_when_it_hangs_but_not_by_one_who_was_held_up_itself(
         os._exit(engine_process.main(sys.argv[1], sys.argv[2], limits))
         """)
     )
-    config = EngineConfig(model="llama", quant="int8", kv_cache_memory="8MiB")
+    config = EngineConfig(model=str(small_model), quant="int8", kv_cache_memory="8MiB")
 
     async def check() -> None:
         limits = Limits(silence=2.5)
@@ -330,7 +346,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def launcher(directory: Path, patch: str) -> ProcessLauncher:
+def launcher(directory: Path, patch: str) -> ForkLauncher:
     """Ranks that are not quite what they should be."""
     script = directory / "rank.py"
     lines = (
@@ -342,7 +358,7 @@ def launcher(directory: Path, patch: str) -> ProcessLauncher:
         "sys.exit(rank_process.main(*sys.argv[1:]))",
     )
     script.write_text("\n".join(lines))
-    return ProcessLauncher((sys.executable, str(script)))
+    return ForkLauncher(script)
 
 
 def run_steps(
@@ -358,7 +374,7 @@ def run_steps(
         tensor_parallel_size=3 if stages == 1 else 1,
         pipeline_parallel_size=stages,
     )
-    others = set(psutil.Process().children())
+    others = set(psutil.Process().children(recursive=True))
     ranks = None
     try:
         _, steps, ranks = launch(config, open_checkpoint(tiny), tiny, limits, launcher(directory, patch))
@@ -374,7 +390,7 @@ def run_steps(
         if ranks is not None:
             ranks.close()
             ranks.close()
-        assert set(psutil.Process().children()) <= others
+        assert set(psutil.Process().children(recursive=True)) <= others
 
 
 SAMPLE = """
@@ -585,16 +601,19 @@ def test_a_rank_that_cannot_start_says_why(
     assert time.monotonic() - began < Limits().start
 
 
-def test_a_program_that_is_interrupted_or_ends_without_closing_leaves_nothing(temporary: Path) -> None:
+def test_a_program_that_is_interrupted_or_ends_without_closing_leaves_nothing(
+    options: dict[str, Any], temporary: Path
+) -> None:
+    options = {**options, "tensor_parallel_size": 3, "kv_cache_memory": "1MiB"}
     program = f"""
     import signal, sys, psutil
     from engine import LLM, SamplingParams
     # Who starts tests in the background of a shell has them ignore interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    llm = LLM(**{ {**OPTIONS, "tensor_parallel_size": 3}!r})
+    llm = LLM(**{options!r})
     print(*[child.pid for child in psutil.Process().children()], flush=True)
     try:
-        llm.generate([{PREFIX}] * 4, SamplingParams(max_tokens=150, temperature=0, ignore_eos=True), use_tqdm=False)
+        llm.generate([{PREFIX}] * 4, SamplingParams(max_tokens=3000, ignore_eos=True), use_tqdm=False)
     except KeyboardInterrupt:
         sys.exit(130)
     """

@@ -23,6 +23,7 @@ from engine.kernels import cpu
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model
 from engine.models.splits import RowParallelGather, RowParallelIntegerSum
+from tests.helpers.forked_ranks import ForkLauncher
 from tests.helpers.paged import make_runner, make_sequences, run_chunks
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
@@ -47,7 +48,7 @@ def options(path: Path, **others: object) -> dict[str, object]:
 def shared(path: Path, size: int, **others: object) -> Iterator[SimpleNamespace]:
     """What `run_chunks` needs of a runner, over several ranks."""
     config = EngineConfig.from_options(**options(path, tensor_parallel_size=size, **others))
-    runner, steps, ranks = launch(config, open_checkpoint(path), path)
+    runner, steps, ranks = launch(config, open_checkpoint(path), path, launcher=ForkLauncher())
     assert ranks is not None
     try:
         yield SimpleNamespace(
@@ -151,6 +152,7 @@ def generate(path: Path, **others: object) -> tuple[dict[str, list[SampledToken]
         core.close()
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(
     ("family", "quant", "tensor", "pipeline", "memory"),
     [
