@@ -59,7 +59,7 @@ the prefix cache has the prompts; prefill: prompt tokens / time to the first tex
 the last end, the shared tokens not seen before. Sampled: temperature 0.8, top_p 0.95, and no other filter.
 start: process started -> /health answers 200, with a filled cache. Memory: highest sum over the server's processes of
 their proportional set sizes, and idle: the processor time of these processes, both with no other server of ours
-running, over and after a round of A to E that is counted nowhere else. API process: what ours, which renders,
+running, over and after a round of all scenarios that is counted nowhere else. API process: what ours, which renders,
 tokenizes, detokenizes and speaks HTTP, uses during C.
 Cells: median (lowest..highest), how many times as good as the best peer's median (above 1x: better), and in brackets
 the shares in % of the bytes a second that memory gives | of the int8 multiply-adds a second that all threads make,
@@ -103,9 +103,10 @@ async def run_once(
     is_counted: bool,
 ) -> None:
     """Run one scenario on one server; a run of which a request failed or ended early has no value."""
+    warming = []
     if scenario.is_warm:
         first_tokens = [replace(request, max_tokens=1) for request in requests]
-        await server.client.run(first_tokens, len(requests), lambda: None)
+        warming = await server.client.run(first_tokens, len(requests), lambda: None)
     with running_hogs(scenario.hogs) as hogs:
         start = time.perf_counter()
         before, api_before = _foreign_seconds(server, hogs), _api_seconds(server)
@@ -114,7 +115,7 @@ async def run_once(
         foreign = (_foreign_seconds(server, hogs) - before) / duration
         api = (_api_seconds(server) - api_before) / duration
     value = getattr(summarize(records), scenario.metric)
-    problem = next((record.error for record in records if record.error is not None), None)
+    problem = next((record.error for record in (*warming, *records) if record.error is not None), None)
     if problem is None and any(record.output_tokens != scenario.output_tokens for record in records):
         problem = f"outputs were not {scenario.output_tokens} tokens long; see --without-ignore-eos"
     if problem is not None:
@@ -151,12 +152,10 @@ def _api_seconds(server: Server) -> float:
 
 def disturbance(runs: Iterable[dict[str, Any]]) -> str:
     """What other programs took from counted runs: numbers taken beside a busy program say little."""
-    shares = [run["foreign_cores"] for run in runs if run["counted"] and run["foreign_cores"] is not None]
-    if not shares:
+    used = [run["foreign_cores"] for run in runs if run["counted"] and run["foreign_cores"] is not None]
+    if not used:
         return "How much other programs ran meanwhile is not known."
-    return (
-        f"Other programs, idle servers included, used {median(shares):.2f} cores (up to {max(shares):.2f})."
-    )
+    return f"Other programs, idle servers included, used {median(used):.2f} cores (up to {max(used):.2f})."
 
 
 def _record(record: RequestRecord) -> dict[str, Any]:
@@ -297,12 +296,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--repeat", type=positive_int, default=3, help="counted rounds")
     add("--profile", action="store_true", help="first print the share of a step by operation")
     add("--seed", type=int, default=0, help="of the prompts' words, beside the time")
-    add(
-        "--output",
-        type=Path,
-        default=Path("cpu-benchmark.json"),
-        help="JSON with every number",
-    )
+    add("--output", type=Path, help="JSON with every number")
     options = parser.parse_args(arguments)
     names = [name for name, _, _ in options.peer]
     try:
@@ -493,9 +487,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{disturbance(results.runs)}")
     for problem in results.errors:
         print(f"failed: {problem}")
-    write_json(
-        options.output, result | {"values": results.values, "errors": results.errors, "runs": results.runs}
-    )
+    if options.output is not None:
+        result |= {"values": results.values, "errors": results.errors, "runs": results.runs}
+        write_json(options.output, result)
     return 1 if results.errors else 0
 
 

@@ -269,7 +269,7 @@ def test_all_requests_of_a_run_are_open_at_once(peer: CompletionsServer, tmp_pat
 def test_a_run_of_which_requests_fail_has_no_value(
     peer: CompletionsServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    peer.fault, peer.good_answers = "error event", 5
+    peer.fault, peer.good_answers = "error event", 4
     output = tmp_path / "result.json"
     arguments = f"--quant --peer tiny={peer.base_url} --scenario A --repeat 2 --output {output}"
     assert main(arguments.split()) == 1  # what is not counted succeeds, and one that is; one fails
