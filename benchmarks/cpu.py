@@ -345,7 +345,7 @@ async def run_benchmark(options: argparse.Namespace, results: Results) -> dict[s
     tokenizer = load_tokenizer(resolve_model(options.model))
     prompts = ExactPrompts(tokenizer, f"{options.seed} {time.time_ns()}")
     engines, scenarios = engine_options(options), chosen_scenarios(options)
-    num_starts = (options.repeat + 1 if "start" in options.scenario else 0) + ("memory" in options.scenario)
+    num_starts = options.repeat + 1 if "start" in options.scenario else int("memory" in options.scenario)
     num_runs = len(scenarios) * (options.repeat + ("memory" in options.scenario)) + 1
 
     async with AsyncExitStack() as stack:
@@ -362,7 +362,7 @@ async def run_benchmark(options: argparse.Namespace, results: Results) -> dict[s
             for name, command in engines.items():
                 progress.set_postfix_str(f"start of {name}")
                 async with running_engine(name, command) as server:
-                    if 0 < repetition <= options.repeat and server.start_seconds is not None:
+                    if repetition and server.start_seconds is not None:
                         results.add(name, "start", server.start_seconds)
                     progress.update()
                     if "memory" in options.scenario and repetition == num_starts - 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -284,18 +285,26 @@ def test_a_server_of_ours_is_started_and_measured(
 ) -> None:
     output = tmp_path / "result.json"
     arguments = f"--quant int8 --kv-cache-memory 64MiB --option max_num_seqs 8 --peer tiny={peer.base_url} "
-    arguments += f"--peer-pid tiny={os.getpid()} --scenario D start memory --repeat 1 "
-    arguments += f"--output {output}"
+    arguments += f"--peer-pid tiny={os.getpid()} --scenario D decode-8k start memory --repeat 1 "
+    arguments += f"--short --output {output}"
     assert main(arguments.split()) == 0
     result = json.loads(output.read_text())
     ours = result["values"]["int8 int8"]
-    assert {row: len(values) for row, values in ours.items()} == {"start": 1, "memory": 1, "idle": 1, "D": 1}
+    assert {row: len(values) for row, values in ours.items()} == {
+        "start": 1,
+        "memory": 1,
+        "idle": 1,
+        "D": 1,
+        "decode-8k": 1,
+    }
     assert 0.1 < ours["start"][0] < 300
     assert 100 < ours["memory"][0] < 8192
-    [run] = [run for run in result["runs"] if run["counted"] and run["server"] == "int8 int8"]
-    [request] = run["requests"]
-    assert (request["input_tokens"], request["output_tokens"], request["cached_tokens"]) == (1024, 1, 0)
-    assert capsys.readouterr().out.count("x ") >= 1
+    runs = {run["scenario"]: run for run in result["runs"] if run["counted"] and run["server"] == "int8 int8"}
+    [cold], [warm] = runs["D"]["requests"], runs["decode-8k"]["requests"]
+    assert (cold["input_tokens"], cold["output_tokens"], cold["cached_tokens"]) == (64, 1, 0)
+    # Whole blocks of 16 tokens.
+    assert (warm["input_tokens"], warm["output_tokens"], warm["cached_tokens"]) == (500, 8, 496)
+    assert re.search(r" \d+\.\d\dx \[\d+\|\d+\]", capsys.readouterr().out)
 
 
 def test_a_server_of_ours_that_does_not_start_tells_why() -> None:
