@@ -156,7 +156,7 @@ class CompletionsClient:
         return self._model
 
     def body(self, request: PlannedRequest) -> bytes:
-        """The JSON body of a request, greedy and streamed."""
+        """The JSON body of a request, streamed."""
         fields: dict[str, Any] = {
             "model": self._model,
             "prompt": request.prompt,
@@ -164,6 +164,7 @@ class CompletionsClient:
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **request.fields,
         }
         if self._ignore_eos:
             fields["ignore_eos"] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -21,11 +21,17 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """A request to send; `arrival` in seconds since the scenario began, None when a stream is free."""
+    """A request to send.
+
+    Attributes:
+        arrival: Seconds since the scenario began; None when a stream is free.
+        fields: Of the request's body, beside these; greedy if they name no temperature.
+    """
 
     prompt: str
     max_tokens: int
     arrival: float | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,17 +22,25 @@ from benchmarks.scenarios import PlannedRequest
 
 _START_SECONDS = 600.0
 _LOG_CHARACTERS = 2000
+# What llama.cpp calls a field that the engine and vLLM have under the name on the left; vLLM overlooks these.
+_SYNONYMS = {"repetition_penalty": "repeat_penalty"}
 
 
-class BiasedClient(CompletionsClient):
-    """Keeps a server that does not know ignore_eos from ending early, by a bias against the end tokens."""
+class PeerClient(CompletionsClient):
+    """Says to a server of others what has another name there.
 
-    def __init__(self, base_url: str, model: str | None, eos_token_ids: Iterable[int]) -> None:
-        super().__init__(base_url, model, api_key=None, ignore_eos=False)
-        self._bias = {str(token_id): -100 for token_id in eos_token_ids}
+    Args:
+        eos_token_ids: Given to one that does not know `ignore_eos`: a bias against them keeps it from ending early.
+    """
+
+    def __init__(self, base_url: str, model: str | None, eos_token_ids: Iterable[int] | None = None) -> None:
+        super().__init__(base_url, model, api_key=None, ignore_eos=eos_token_ids is None)
+        self._bias = {str(token_id): -100 for token_id in eos_token_ids or ()}
 
     def body(self, request: PlannedRequest) -> bytes:
-        return json.dumps(json.loads(super().body(request)) | {"logit_bias": self._bias}).encode()
+        fields = json.loads(super().body(request))
+        fields |= {other: fields[name] for name, other in _SYNONYMS.items() if name in fields}
+        return json.dumps(fields | ({"logit_bias": self._bias} if self._bias else {})).encode()
 
 
 @dataclass(slots=True)
@@ -88,6 +96,19 @@ async def running_engine(name: str, options: Sequence[str]) -> AsyncIterator[Ser
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def running_hogs(number: int) -> Iterator[list[int]]:
+    """Programs that compute without an end, each on one thread, while the block runs; their ids."""
+    command = [sys.executable, "-c", "while True: pass"]
+    hogs = [subprocess.Popen(command) for _ in range(number)]
+    try:
+        yield [hog.pid for hog in hogs]
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
 
 
 def _is_ready(client: httpx.Client, url: str) -> bool:

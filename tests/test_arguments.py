@@ -21,7 +21,7 @@ from engine.errors import ConfigError
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     path
-    for pattern in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "benchmarks/README.md")
+    for pattern in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "benchmarks/*.md")
     for path in sorted(ROOT.glob(pattern))
 ]
 
@@ -160,6 +160,7 @@ COMMANDS = (
     "benchmarks.exactness",
     "benchmarks.gpu_check",
     "benchmarks.parallel",
+    "benchmarks.random_gguf",
     "benchmarks.serving",
     "benchmarks.throughput",
 )

@@ -22,7 +22,7 @@ from engine.frontend.async_engine import ServedEngine
 from tests.test_architecture import FILES, GROUND, ORDER, ROOT
 
 DOCS = ROOT / "docs"
-PAPERS = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "benchmarks" / "README.md"])
+PAPERS = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 
 
 def name(path: Path) -> str:
