@@ -39,6 +39,13 @@ HAND_WRITTEN = [
 ]
 """Schemas in the style of functions, extraction and OpenAPI: {"name", "schema"}, and the keyword that is refused."""
 
+SETTINGS: dict[str, Any] = {
+    "database": None,
+    "deadline": None,
+    "phases": [Phase.generate],
+    "suppress_health_check": list(HealthCheck),
+}
+
 KEYWORD_AND_PATH = re.compile(r"the keyword '([^']+)' at (\$\S*)")
 
 
@@ -62,14 +69,14 @@ def refusal(checker: FormChecker, schema: Any) -> str | None:
     return None
 
 
-def completed(path: Path, schemas: list[Schema]) -> list[str | None]:
+def completed(path: Path, schemas: list[Schema], max_tokens: int = 250) -> list[str | None]:
     """What a model of random weights says in each form at temperature 1; None where it comes to no end."""
     core = make_core(path, max_model_len=256, max_num_seqs=16)
     requests = [
         make_request(
             str(number),
             structured_outputs={"json": schema, "whitespace_pattern": " ?"},
-            max_tokens=250,
+            max_tokens=max_tokens,
         )
         for number, schema in enumerate(schemas)
     ]
@@ -96,19 +103,13 @@ def invalid(schemas: list[Schema], texts: list[str | None]) -> list[tuple[Schema
     return found
 
 
-@pytest.mark.parametrize("number", [120, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_schemas_by_chance_are_kept_or_refused_by_name(
     checkpoint: Path, checker: FormChecker, number: int
 ) -> None:
     made: list[Schema] = []
 
-    @settings(
-        max_examples=number,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(max_examples=number, **SETTINGS)
     @seed(0)
     @given(schemas())
     def make(schema: Schema) -> None:
@@ -138,9 +139,9 @@ def test_schemas_by_hand_are_kept(checkpoint: Path, checker: FormChecker) -> Non
             assert named[1] == entry["refused"]
         else:
             assert problem is None, f"{entry['name']}: {problem}"
-    texts = completed(checkpoint, accepted)
+    texts = completed(checkpoint, accepted, max_tokens=120)
     print(f"{len(accepted)} accepted, {sum(text is not None for text in texts)} completed")
-    assert sum(text is not None for text in texts) >= 20
+    assert sum(text is not None for text in texts) >= 80
     assert invalid(accepted, texts) == []
 
 
@@ -148,13 +149,7 @@ def check_that_instances_are_allowed(checker: FormChecker, number: int) -> None:
     grammars = Grammars(NUM_TOKENS, EOS)
     grammars.vocabulary = VOCABULARY
 
-    @settings(
-        max_examples=number,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(max_examples=number, **SETTINGS)
     @seed(0)
     @given(closed_schemas(), st.data())
     def check(schema: Schema, data: st.DataObject) -> None:
@@ -208,12 +203,9 @@ def test_size_and_nesting_have_limits(checker: FormChecker) -> None:
     # Its branches would multiply.
     many = {"anyOf": [{"properties": {f"p{number}": {"pattern": f"a{number}b"}}} for number in range(12)]}
     assert "too large" in str(refusal(checker, {"allOf": [many] * 12}))
-    for form in ({"regex": "((a{1,999}){1,999}){1,999}"}, {"grammar": "start: " + "a " * 10**5}):
-        with pytest.raises(RequestError, match=r"^structured_outputs: "):
-            checker.check(StructuredOutputs(**form))
 
 
-@pytest.mark.parametrize("alias", ["llama", "gemma"])
+@pytest.mark.parametrize("alias", ["llama", pytest.param("gemma", marks=pytest.mark.slow)])
 def test_characters_cut_into_tokens_come_out_whole(alias: str) -> None:
     """Whatever the cut: each way is chosen at random among those that the mask allows."""
     try:

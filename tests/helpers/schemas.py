@@ -236,7 +236,7 @@ def instances(schema: Schema) -> st.SearchStrategy[Any]:
 
 
 def written(value: Any) -> str:
-    """A value's text in a spelling that every number has: plain digits where there are bounds, and no negative zero."""
+    """A value's text as every form has it: within bounds there are no exponents, and no negative zero."""
 
     def plain(value: Any) -> Any:
         match value:
