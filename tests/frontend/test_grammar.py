@@ -46,6 +46,11 @@ SETTINGS: dict[str, Any] = {
     "suppress_health_check": list(HealthCheck),
 }
 
+# Python's dates begin in the year 1, those of the standard in the year 0.
+FORMAT_CHECKER = jsonschema.FormatChecker(
+    [name for name in jsonschema.Draft202012Validator.FORMAT_CHECKER.checkers if name != "date"]
+)
+
 KEYWORD_AND_PATH = re.compile(r"the keyword '([^']+)' at (\$\S*)")
 
 
@@ -96,8 +101,9 @@ def invalid(schemas: list[Schema], texts: list[str | None]) -> list[tuple[Schema
     for schema, text in zip(schemas, texts, strict=True):
         if text is not None:
             try:
-                formats = jsonschema.Draft202012Validator.FORMAT_CHECKER
-                jsonschema.Draft202012Validator(schema, format_checker=formats).validate(json.loads(text))
+                jsonschema.Draft202012Validator(schema, format_checker=FORMAT_CHECKER).validate(
+                    json.loads(text)
+                )
             except (jsonschema.ValidationError, ValueError) as error:
                 found.append((schema, text, str(error)))
     return found
