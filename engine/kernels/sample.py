@@ -95,15 +95,24 @@ def select_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def mask_logits(logits: torch.Tensor, allowed_tokens: torch.Tensor) -> None:
-    """Bans what a bitmask leaves out, in place; on a GPU with torch's operators.
+    """Bans what a bitmask leaves out, in place.
 
     Args:
         logits: [R, V] float32.
         allowed_tokens: [R, ceil(V / 32)] int32; bit t % 32 of word t // 32 is set where token t may be drawn.
     """
-    if target_of(logits) is None and cpu.serves(logits):
+    if target_of(logits) is not None:
+        from engine.kernels.sample_triton import mask_in_triton
+
+        mask_in_triton(logits, allowed_tokens)
+    elif cpu.serves(logits):
         _adjust_in_c(logits, allowed=allowed_tokens)
-        return
+    else:
+        reference_mask(logits, allowed_tokens)
+
+
+def reference_mask(logits: torch.Tensor, allowed_tokens: torch.Tensor) -> None:
+    """What `mask_logits` does, with torch's operators."""
     bits = torch.arange(32, dtype=torch.int32, device=logits.device)
     is_allowed = (allowed_tokens[:, :, None] >> bits & 1).flatten(1)[:, : logits.shape[1]] == 1
     logits.masked_fill_(~is_allowed, -math.inf)

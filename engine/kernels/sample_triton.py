@@ -29,7 +29,19 @@ ROW_TILE = Tile({"BLOCK": 8192}, num_warps=16, num_stages=1)
 LOGPROB_TILE = Tile({"BLOCK": 4096}, num_warps=16, num_stages=1)
 """One program a row; its order of float sums is fixed with it, like that of `ROW_TILE`."""
 
+MASK_TILE = Tile({"BLOCK": 1024}, num_warps=4, num_stages=1)
+
 PICK_TILE = Tile({}, num_warps=1, num_stages=1)
+
+
+@triton.jit
+def _mask_kernel(logits, allowed, vocab_size, num_words, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    token_ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_token = token_ids < vocab_size
+    words = tl.load(allowed + row * num_words + token_ids // 32, is_token, -1)
+    is_banned = is_token & (((words >> (token_ids % 32)) & 1) == 0)
+    tl.store(logits + row * vocab_size + token_ids, float("-inf"), is_banned)
 
 
 @triton.jit(do_not_specialize=["num_entries"])
@@ -415,6 +427,22 @@ def _logprob_kernel(logits, tokens, log_sums, chosen, ranks, vocab_size, BLOCK: 
     tl.store(log_sums + row, log_sum)
     tl.store(chosen + row, chosen_logit - log_sum)
     tl.store(ranks + row, tl.sum(better) + 1)
+
+
+def mask_in_triton(logits: torch.Tensor, allowed_tokens: torch.Tensor) -> None:
+    """`mask_logits` in one launch."""
+    num_rows, vocab_size = logits.shape
+    launch(
+        _mask_kernel,
+        (triton.cdiv(vocab_size, MASK_TILE["BLOCK"]), num_rows),
+        {
+            "logits": logits,
+            "allowed": allowed_tokens,
+            "vocab_size": vocab_size,
+            "num_words": allowed_tokens.shape[1],
+        },
+        MASK_TILE,
+    )
 
 
 def adjust_in_triton(logits: torch.Tensor, entries: Adjustments, tile: Tile | None) -> None:
