@@ -63,9 +63,13 @@ def after_reasoning(
     return parse_all
 
 
-def reasoning_grammar(lark: Lark, reasoning_format: ReasoningFormat, has_begun: bool) -> str:
-    """Reasoning, and what it is ended with; perhaps none where the prompt has not begun it."""
-    reasoning = lark.text_until(reasoning_format.close)
+def reasoning_grammar(lark: Lark, reasoning_format: ReasoningFormat, has_begun: bool, space: str) -> str:
+    """Reasoning and the mark at its end; perhaps none where the prompt has not begun it.
+
+    Args:
+        space: The grammar of what stands between it and the answer.
+    """
+    reasoning = f"{lark.text_until(reasoning_format.close)} {space}"
     if has_begun:
         return reasoning
     return f"({lark.mark(reasoning_format.open)} {reasoning})?"

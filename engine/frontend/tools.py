@@ -30,6 +30,9 @@ class ToolChoice:
     names: frozenset[str] | None = None
 
 
+NO_CALLS = ToolChoice("none")
+
+
 def read_tools(tools: Any, field: str = "tools") -> list[Tool]:
     """Tools from [{"type": "function", "function": {"name", "description", "parameters"}}, …], and custom tools.
 

@@ -1,0 +1,424 @@
+"""How a model's chat template writes tools, calls and reasoning: found by rendering probes, and used for prompts and
+answers.
+
+A template that knows no tools gets them in a system message of ours, `describe_tools`, and answers in Hermes's format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from engine.errors import RequestError
+from engine.frontend.reasoning import (
+    REASONING_FORMATS,
+    ReasoningFormat,
+    after_reasoning,
+    reasoning_grammar,
+)
+from engine.frontend.tool_formats import TOOL_FORMATS
+from engine.frontend.tool_formats.format import Answer, Tool, ToolFormat
+from engine.frontend.tool_formats.harmony import HARMONY
+from engine.frontend.tool_formats.hermes import HERMES
+from engine.frontend.tool_formats.lark import Lark
+from engine.frontend.tool_formats.stream import Parsing, Source, StreamParser, stream_until
+from engine.frontend.tools import NO_CALLS, ToolChoice
+from engine.tokenizer.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+
+_QUESTION, _THOUGHT, _SAID = "A probe's question?", "A probe's thought.", "A probe's answer."
+_ARGUMENTS = {"probe_argument": "probe_value"}
+_PROBE = Tool(
+    "probe_tool",
+    {"type": "object", "properties": {"probe_argument": {"type": "string", "description": "A probe."}}},
+    "A probe.",
+)
+_ASKED: Message = {"role": "user", "content": _QUESTION}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    """A prompt, and how to read what the model answers to it.
+
+    Attributes:
+        grammar: What the answer must keep, as llguidance's Lark; None: nothing.
+        shows_special_tokens: Whether the parser needs the text of special tokens.
+        parse: The answer's parser.
+        custom_tools: Names of the tools that take a text.
+    """
+
+    prompt_token_ids: list[int]
+    grammar: str | None
+    shows_special_tokens: bool
+    parse: Callable[[Source], Parsing[None]]
+    custom_tools: frozenset[str] = frozenset()
+
+    def parser(self) -> StreamParser:
+        """For one sample."""
+        return StreamParser(self.parse)
+
+
+class ChatFormat:
+    """What a model's chat template does with tools and reasoning.
+
+    Args:
+        tool_format: A name of TOOL_FORMATS; "prompt": tools in a system message of ours, whatever the template does;
+            "auto": what the template itself writes.
+        reasoning_format: A name of REASONING_FORMATS, "harmony" or "none"; "auto": what the template itself writes.
+
+    Attributes:
+        tool_format: How calls are written; None where that cannot be told.
+        is_prompted: Whether tools are described in a system message of ours.
+        reasoning: The marks around reasoning; None: it is not told from the answer.
+        is_harmony: Whether answers are messages in channels.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tool_format: str = "auto", reasoning_format: str = "auto") -> None:
+        self._tokenizer = tokenizer
+        self._probes = _Probes(tokenizer)
+        self._problem = ""
+        self.tool_format: ToolFormat | None = TOOL_FORMATS.get(tool_format)
+        self.is_prompted = tool_format == "prompt" or not self._probes.knows_tools
+        if self.is_prompted:
+            self._prompt_tools(tool_format)
+        elif tool_format == "auto":
+            self._find_format()
+        self.is_harmony = reasoning_format == "harmony" or (
+            reasoning_format == "auto" and (self.tool_format is HARMONY or self._probes.is_harmony)
+        )
+        self.reasoning = REASONING_FORMATS.get(reasoning_format)
+        if reasoning_format == "auto" and not self.is_harmony:
+            self.reasoning = self._probes.reasoning
+
+    def _prompt_tools(self, tool_format: str) -> None:
+        if tool_format in ("auto", "prompt", HERMES.name):
+            self.tool_format = HERMES
+        else:
+            self.tool_format = None
+            self._problem = (
+                f"the model's chat template knows no tools, so it cannot have them in the format {tool_format}: "
+                "--tool-format prompt describes them in a system message"
+            )
+
+    def _find_format(self) -> None:
+        found = self._probes.tool_formats
+        if len(found) == 1:
+            [self.tool_format] = found
+            return
+        names = ", ".join(found_format.name for found_format in found)
+        what = f"may be of several formats ({names})" if found else "is of no format that is known here"
+        self._problem = (
+            f"how the model's chat template writes a call {what}: name it with --tool-format, "
+            f"one of {', '.join(TOOL_FORMATS)}, or prompt, which describes tools in a system message"
+        )
+
+    def turn(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        choice: ToolChoice = NO_CALLS,
+        is_parallel: bool = True,
+        content: str | None = None,
+        **template_arguments: Any,
+    ) -> ChatTurn:
+        """The prompt for messages and tools, and how its answer is to be read.
+
+        Args:
+            messages: As OpenAI's: a call's arguments are JSON as text.
+            is_parallel: Whether there may be several calls, where the format has such.
+            content: The grammar of an answer that calls nothing, as a Lark expression; None: free text.
+            template_arguments: As in `Tokenizer.apply_chat_template`.
+
+        Raises:
+            RequestError: The template does not take them, or how the model calls tools is not known.
+        """
+        offered = list(tools) if choice.mode != "none" else []
+        if offered and self.tool_format is None:
+            raise RequestError(f"tools: {self._problem}", "tools")
+        rendered = list(self._rendered(messages, offered))
+        if offered and not self.is_prompted:
+            template_arguments["tools"] = [tool.declaration for tool in offered]
+        text = self._tokenizer.apply_chat_template(rendered, **template_arguments)
+        token_ids = self._tokenizer.encode(text, add_special_tokens=False)
+        is_continued = bool(template_arguments.get("continue_final_message"))
+        callable_tools = [tool for tool in offered if choice.names is None or tool.name in choice.names]
+        reading = _Reading(
+            self._tokenizer.special_token_id,
+            self.tool_format if offered else None,
+            None if is_continued else self.reasoning,
+            self.is_harmony and not is_continued,
+            text.rstrip(),
+        )
+        has_parallel = reading.tool_format is not None and reading.tool_format.has_parallel_calls
+        answer = Answer(callable_tools, choice.mode == "required", is_parallel and has_parallel, content)
+        return ChatTurn(
+            token_ids,
+            reading.grammar(answer) if offered or content is not None else None,
+            any(self._tokenizer.special_token_id(mark) is not None for mark in reading.marks),
+            reading.parse,
+            frozenset(tool.name for tool in offered if tool.is_custom),
+        )
+
+    def _rendered(self, messages: Sequence[Message], tools: list[Tool]) -> Iterator[Message]:
+        """The messages as the template takes them."""
+        if self.is_prompted:
+            yield from _without_tools(messages, tools, self._probes.takes_system)
+            return
+        call_id = (self.tool_format and self.tool_format.call_id) or (lambda given: given)
+        names: dict[str, str] = {}
+        for message in messages:
+            calls = message.get("tool_calls")
+            if calls:
+                names |= {call["id"]: call["function"]["name"] for call in calls if call.get("id")}
+                calls = [self._rendered_call(call, call_id) for call in calls]
+                message = {**message, "tool_calls": calls}
+                if not message.get("content"):
+                    message["content"] = self._probes.empty_content
+            elif message["role"] == "tool":
+                given = message.get("tool_call_id") or ""
+                name = message.get("name") or names.get(given)
+                message = {**message, "tool_call_id": call_id(given), "name": name}
+            yield message
+
+    def _rendered_call(self, call: dict[str, Any], call_id: Callable[[str], str]) -> dict[str, Any]:
+        function = call["function"]
+        if not self._probes.takes_text:
+            function = {**function, "arguments": _read_arguments(function)}
+        return {**call, "id": call_id(call.get("id") or ""), "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How one answer is read.
+
+    Attributes:
+        prompt: Its end tells whether the reasoning has begun, or is over.
+    """
+
+    special_token_id: Callable[[str], int | None]
+    tool_format: ToolFormat | None
+    reasoning: ReasoningFormat | None
+    is_harmony: bool
+    prompt: str
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        reasoning = (self.reasoning.open, self.reasoning.close) if self.reasoning else ()
+        tools = self.tool_format.marks if self.tool_format else ()
+        return (*reasoning, *tools, *(HARMONY.marks if self.is_harmony else ()))
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the prompt ends in the reasoning."""
+        return self.reasoning is not None and self.prompt.endswith(self.reasoning.open)
+
+    def parse(self, source: Source) -> Parsing[None]:
+        parse = self.tool_format.parse if self.tool_format else _plain
+        if self.is_harmony:
+            parse = HARMONY.parse
+        elif self.reasoning is not None:
+            parse = after_reasoning(self.reasoning, self.has_begun, parse)
+        yield from parse(source)
+
+    def grammar(self, answer: Answer) -> str:
+        lark = Lark(self.special_token_id)
+        if self.is_harmony:
+            return lark.source(HARMONY.grammar(lark, answer))
+        reasons = self.reasoning is not None and not self.prompt.endswith(self.reasoning.close)
+        first = ""
+        if self.reasoning is not None and reasons:
+            is_text = answer.content is None and not answer.is_required
+            first = reasoning_grammar(lark, self.reasoning, self.has_begun, space="" if is_text else r"/\s{0,2}/")
+            if not self.has_begun and self.special_token_id(self.reasoning.open) is None:
+                lark.never_first = self.reasoning.open
+        if self.tool_format is not None:
+            start = self.tool_format.grammar(lark, answer)
+        else:
+            assert answer.content is not None
+            start = answer.content
+        return lark.source(f"{first} {start}")
+
+
+def _plain(source: Source) -> Parsing[None]:
+    yield from stream_until(source, [], "content")
+
+
+class _Probes:
+    """What a chat template makes of probes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def _render(self, messages: Sequence[Message], **arguments: Any) -> str:
+        """What the template makes of them; nothing if it refuses them."""
+        try:
+            return self._tokenizer.apply_chat_template(list(messages), **arguments)
+        except RequestError:
+            return ""
+
+    @property
+    def _tools(self) -> list[dict[str, Any]]:
+        return [_PROBE.declaration]
+
+    @cached_property
+    def _call(self) -> tuple[str, str | None, bool, list[ToolFormat]]:
+        """The answer with a call as it is rendered, by what empty content and arguments it takes; formats that read it."""
+        best: tuple[str, str | None, bool, list[ToolFormat]] = ("", "", False, [])
+        for takes_text in (False, True):
+            for content in ("", None):
+                arguments = json.dumps(_ARGUMENTS) if takes_text else _ARGUMENTS
+                function = {"name": _PROBE.name, "arguments": arguments}
+                call = {"id": "probe0001", "type": "function", "function": function}
+                said: Message = {"role": "assistant", "content": content, "tool_calls": [call]}
+                result = {"role": "tool", "tool_call_id": "probe0001", "name": _PROBE.name, "content": "ok"}
+                answer = self._answer([_ASKED, said, result], tools=self._tools)
+                found = [one for one in TOOL_FORMATS.values() if _reads_probe(one, answer)]
+                if found:
+                    return answer, content, takes_text, found
+                if _ARGUMENTS["probe_argument"] in answer and not best[0]:
+                    best = (answer, content, takes_text, [])
+        return best
+
+    def _answer(self, messages: Sequence[Message], **arguments: Any) -> str:
+        """What follows the prompt that the first message makes."""
+        whole = self._render(messages, **arguments)
+        prompt = self._render(messages[:1], **arguments)
+        # Where the template opens or skips the reasoning, an answer that is there already may not.
+        opens = [one.open for one in REASONING_FORMATS.values() if one.open in prompt]
+        for start in (prompt, *(prompt.rpartition(mark)[0] for mark in opens)):
+            if start and whole.startswith(start):
+                return whole[len(start) :]
+        return whole.partition(_QUESTION)[2]
+
+    @property
+    def tool_formats(self) -> list[ToolFormat]:
+        return self._call[3]
+
+    @property
+    def empty_content(self) -> str | None:
+        """The content of a message that has calls alone."""
+        return self._call[1]
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether a call's arguments are text to the template, else an object."""
+        return self._call[2]
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        return _PROBE.name in self._render([_ASKED], tools=self._tools) or bool(self._call[0])
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether a conversation may begin with a system message."""
+        return _SAID in self._render([{"role": "system", "content": _SAID}, _ASKED])
+
+    @cached_property
+    def _rendered(self) -> list[str]:
+        """Prompts with and without thinking, and one that has a thought in it."""
+        thought = {"role": "assistant", "content": _SAID, "reasoning_content": _THOUGHT}
+        prompts = [self._render([_ASKED], **choice) for choice in ({}, {"enable_thinking": True}, {"enable_thinking": False})]
+        return [*prompts, self._render([_ASKED, thought]), self._render([_ASKED, thought, _ASKED])]
+
+    @cached_property
+    def reasoning(self) -> ReasoningFormat | None:
+        """The marks that the template writes, or takes out of what was said before."""
+        for one in REASONING_FORMATS.values():
+            if any(one.close in text or one.open in text for text in self._rendered) or self._takes_out(one):
+                return one
+        return None
+
+    def _takes_out(self, one: ReasoningFormat) -> bool:
+        said = {"role": "assistant", "content": f"{one.open}\n{_THOUGHT}\n{one.close}\n\n{_SAID}"}
+        text = self._render([_ASKED, said, _ASKED])
+        return _SAID in text and _THOUGHT not in text
+
+    @cached_property
+    def is_harmony(self) -> bool:
+        return any("<|channel|>final<|message|>" in text for text in self._rendered)
+
+
+def _reads_probe(tool_format: ToolFormat, answer: str) -> bool:
+    pieces = StreamParser(tool_format.parse).push(answer, is_last=True)
+    calls = [piece.text for piece in pieces if piece.kind == "call"]
+    arguments = "".join(piece.text for piece in pieces if piece.kind == "arguments")
+    try:
+        return calls == [_PROBE.name] and json.loads(arguments) == _ARGUMENTS
+    except ValueError:
+        return False
+
+
+def _read_arguments(function: dict[str, Any]) -> Any:
+    """The arguments of a call in a conversation.
+
+    Raises:
+        RequestError: They are no JSON object.
+    """
+    arguments = function.get("arguments") or "{}"
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise RequestError(
+            f"messages: the arguments of a call of {function['name']} are no JSON object", "messages"
+        )
+    return arguments
+
+
+def describe_tools(tools: Sequence[Tool]) -> str:
+    """What a model is told of tools where its chat template knows none."""
+    declarations = "\n".join(json.dumps(tool.declaration, ensure_ascii=False) for tool in tools)
+    return (
+        "You can call functions. Each is described here by a name and a JSON schema of its arguments:\n"
+        f"<tools>\n{declarations}\n</tools>\n"
+        "To call one, write its name and its arguments as JSON between these tags, once for each call:\n"
+        '<tool_call>\n{"name": "the function\'s name", "arguments": {"argument": "value"}}\n</tool_call>\n'
+        "You will be given what it returns between <tool_response> and </tool_response>."
+    )
+
+
+def _without_tools(messages: Sequence[Message], tools: list[Tool], takes_system: bool) -> Iterator[Message]:
+    """The messages as templates take them that know no tools: calls and results are text.
+
+    Args:
+        tools: What the first message says of; none: nothing.
+    """
+    told = describe_tools(tools) if tools else ""
+    results: list[str] = []
+    for message in messages:
+        role = message["role"]
+        if role == "tool":
+            results.append(f"<tool_response>\n{_text(message)}\n</tool_response>")
+            continue
+        if results:
+            yield {"role": "user", "content": "\n".join(results)}
+            results = []
+        if told and (role == "system" or (role == "user" and not takes_system)):
+            message, told = {**message, "content": "\n\n".join(filter(None, [_text(message), told]))}, ""
+        elif told and takes_system:
+            yield {"role": "system", "content": told}
+            told = ""
+        calls = message.get("tool_calls")
+        if calls:
+            message = {key: value for key, value in message.items() if key != "tool_calls"}
+            message["content"] = "\n".join(filter(None, [_text(message), *map(_written_call, calls)]))
+        yield message
+    if results:
+        yield {"role": "user", "content": "\n".join(results)}
+
+
+def _written_call(call: dict[str, Any]) -> str:
+    function = call["function"]
+    written = {"name": function["name"], "arguments": _read_arguments(function)}
+    return f"<tool_call>\n{json.dumps(written, ensure_ascii=False)}\n</tool_call>"
+
+
+def _text(message: Message) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
