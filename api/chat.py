@@ -29,6 +29,7 @@ from api.protocol import ChatCompletionRequest, decode_request
 from api.sampling import sampling_params
 from api.service import Service
 from api.streaming import event, event_stream, until_disconnect
+from api.structured_outputs import named_as_asked
 from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.errors import RequestError
@@ -58,9 +59,10 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
     outputs = generate(service, [token_ids], [params], job.request_id, request.priority)
     headers = {"x-request-id": job.request_id}
     try:
-        if request.stream:
-            return await event_stream(http_request.receive, _events(job, outputs), headers)
-        return json_response(await until_disconnect(http_request.receive, _whole(job, outputs)), headers)
+        with named_as_asked(request):
+            if request.stream:
+                return await event_stream(http_request.receive, _events(job, outputs), headers)
+            return json_response(await until_disconnect(http_request.receive, _whole(job, outputs)), headers)
     except RequestError as error:
         if error.field == "max_tokens" and request.max_completion_tokens is not None:
             raise RequestError(

@@ -21,6 +21,7 @@ from api.protocol import CompletionRequest, decode_request
 from api.sampling import sampling_params
 from api.service import Service
 from api.streaming import event, event_stream, until_disconnect
+from api.structured_outputs import named_as_asked
 from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import SamplingParams
 
@@ -71,10 +72,11 @@ async def create_completion(service: Service, http_request: Request) -> Response
     )
     outputs = generate(service, token_ids, _fitted(service, job), job.request_id, request.priority)
     headers = {"x-request-id": job.request_id}
-    if request.stream:
-        return await event_stream(http_request.receive, _events(service, job, outputs), headers)
-    completion = await until_disconnect(http_request.receive, _whole(service, job, outputs))
-    return json_response(completion, headers)
+    with named_as_asked(request):
+        if request.stream:
+            return await event_stream(http_request.receive, _events(service, job, outputs), headers)
+        completion = await until_disconnect(http_request.receive, _whole(service, job, outputs))
+        return json_response(completion, headers)
 
 
 def _params(service: Service, request: CompletionRequest) -> SamplingParams:

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from api.protocol import GenerationRequest
+from api.structured_outputs import structured_outputs_of
 from engine.core.sampling_params import SAMPLING_PARAMETERS, SamplingParams
 
 SAMPLING_FIELDS = tuple(
-    parameter.name for parameter in SAMPLING_PARAMETERS if parameter.name not in ("max_tokens", "logprobs")
+    parameter.name
+    for parameter in SAMPLING_PARAMETERS
+    if parameter.name not in ("max_tokens", "logprobs", "structured_outputs")
 )
-"""Fields of `GenerationRequest` that are sampling parameters as they stand; the two others differ by endpoint."""
+"""Fields of `GenerationRequest` that are sampling parameters as they stand. Two others differ by endpoint, and what
+asks for a form of the answer has several names.
+"""
 
 
 def sampling_params(
@@ -23,4 +28,9 @@ def sampling_params(
         RequestError: A field is out of range.
     """
     given = {name: value for name in SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
-    return SamplingParams(**{**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs})
+    own = {
+        "max_tokens": max_tokens,
+        "logprobs": logprobs,
+        "structured_outputs": structured_outputs_of(request),
+    }
+    return SamplingParams(**{**defaults, **given, **own})

@@ -18,6 +18,8 @@ class Draw:
         seed, index, position: The draw is a function of these three and the token's logits alone.
         stop_token_ids: Tokens that may not be drawn yet (min_tokens); empty otherwise.
         prompt_token_ids, output_token_ids: The sequence so far, where penalties need it; empty otherwise.
+        allowed_tokens: A bitmask of what the form of the output allows, words of 32 bits: token t may be drawn where
+            bit t % 32 of word t // 32 is set; None: every token may.
     """
 
     params: SamplingParams
@@ -27,6 +29,7 @@ class Draw:
     stop_token_ids: tuple[int, ...] = ()
     prompt_token_ids: tuple[int, ...] = ()
     output_token_ids: tuple[int, ...] = ()
+    allowed_tokens: bytes | None = None
 
 
 PENDING = -1

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 from engine.config import EngineConfig, SchedulerConfig
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Drawn, LoadedModel, Logits, Sampled
+from engine.core.grammar import Grammars
 from engine.core.kv_cache import BlockPool, KVCacheManager
 from engine.core.request import EngineOutput, Request, RowFailure, SampledToken
 from engine.core.sampling_params import SAMPLING_PARAMETERS, Parameter, SamplingParams
@@ -40,6 +41,9 @@ class EngineCore(Generic[Model]):
         model: Loaded; is closed with the engine.
         eos_token_ids: Tokens that end a sequence.
 
+    Attributes:
+        grammars: What keeps the forms of outputs; must know the tokenizer's vocabulary before the first of them.
+
     Raises:
         CheckpointError: The model recommends sampling parameters that no request could have.
     """
@@ -47,12 +51,14 @@ class EngineCore(Generic[Model]):
     def __init__(self, config: EngineConfig, model: Model, eos_token_ids: Collection[int]) -> None:
         facts = model.facts
         self.model = model
+        self.grammars = Grammars(facts.vocab_size, eos_token_ids)
         self.scheduler = Scheduler(
             SchedulerConfig.resolve(config, facts.max_model_len, facts.device_type),
             KVCacheManager(BlockPool(facts.num_blocks + 1), facts.block_size),
             eos_token_ids,
             facts.cache_salt,
             config.enable_prefix_caching,
+            self.grammars,
         )
         self.overlap = facts.is_asynchronous if config.overlap is None else config.overlap
         self.num_stages = config.pipeline_parallel_size
@@ -80,7 +86,8 @@ class EngineCore(Generic[Model]):
         self.model.check()
 
     def close(self) -> None:
-        """Ends the engine's other processes."""
+        """Ends the engine's threads and other processes."""
+        self.grammars.close()
         self.model.close()
 
     def add_request(self, request: Request) -> None:

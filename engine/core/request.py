@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
+from engine.core.grammar import Grammar
 from engine.core.outputs import FinishReason
 from engine.core.sampling_params import SamplingParams
 
@@ -62,6 +63,7 @@ class EngineOutput:
         index: Which of the request's n samples.
         num_cached_tokens: Prompt tokens that came from the prefix cache.
         stop_token_id: The stop token id that ended the sequence; None for end-of-sequence.
+        is_form_complete: Whether it has ended because nothing can follow in its form: its last token is text.
         error: Why the sequence failed (finish_reason "error").
     """
 
@@ -70,6 +72,7 @@ class EngineOutput:
     tokens: list[SampledToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    is_form_complete: bool = False
     num_cached_tokens: int = 0
     error: str | None = None
 
@@ -91,6 +94,8 @@ class Sequence:
         arrival: Order of arrival in the engine, unique.
         leader: The request's first sample, whose blocks this one waits for; None for the first itself.
         token_ids: Prompt and output.
+        draw_params: The request's, without the form, which `grammar` keeps: steps go to every rank.
+        grammar: What keeps the form of the output, from the first admission on; None without one.
         num_computed_tokens: Tokens whose keys and values are in the cache, or will be once the steps in flight
             are through.
         num_pending_tokens: Tokens that steps in flight draw: each counts from its planning to its update.
@@ -109,6 +114,8 @@ class Sequence:
     cache_salt: bytes
     leader: Sequence | None = None
     token_ids: list[int] = field(default_factory=list)
+    draw_params: SamplingParams = field(init=False)
+    grammar: Grammar | None = None
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
     num_stored_tokens: int = 0
@@ -121,6 +128,12 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = self.request.prompt_token_ids + (self.request.resumed(self.index) or [])
+        params = self.request.params
+        self.draw_params = replace(params, structured_outputs=None) if params.structured_outputs else params
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def num_tokens(self) -> int:

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
+from engine.core.structured_outputs import StructuredOutputs
 from engine.errors import RequestError
 
 MAX_LOGPROBS = 20
@@ -159,6 +160,7 @@ class SamplingParams:
         include_stop_str_in_output: Keep the matched stop string at the end of the text.
         logit_bias: Added to the logits, by token id, -100..100.
         logprobs: Log-probabilities of the chosen token and of this many likeliest ones; None for none.
+        structured_outputs: The form that the output must have, also as a dictionary with its fields; None for any.
     """
 
     n: int = _parameter(1, Range(low=1, high=MAX_SAMPLES))
@@ -179,6 +181,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = _parameter(None, Range(low=0, high=MAX_LOGPROBS))
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         # A user may write stop="\n", stop=["\n"] or top_k=-1; the fields hold one form, and no list of the user's.
@@ -189,6 +192,7 @@ class SamplingParams:
                 object.__setattr__(self, parameter.name, parameter.read(getattr(self, parameter.name)))
         for name, read in (("stop", _strings), ("stop_token_ids", _ids), ("logit_bias", _biases)):
             object.__setattr__(self, name, read(getattr(self, name), name))
+        object.__setattr__(self, "structured_outputs", StructuredOutputs.read(self.structured_outputs))
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", "stop")
         for token_id, bias in self.logit_bias.items():

@@ -9,6 +9,9 @@ The next step may be planned before the tokens of the one in flight are known: p
 their values. A sequence whose pending token turns out to end it has then one token too many in flight, which
 `update` drops. Where steps pass through several stages, as many are in flight, each with its share of the sequences;
 one whose token is pending waits for it then.
+
+A sequence whose output has a form is drawn under a mask, which a thread makes (`engine.core.grammar`). Where it is
+late, what the step draws of that sequence is dropped, and the sequence draws again in the next step.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Collection
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from itertools import count
 
 from engine.config import SchedulerConfig
 from engine.core.batch import PENDING, Batch, BatchRow, Draw
+from engine.core.grammar import Grammar, Grammars
 from engine.core.kv_cache import KVCacheManager
 from engine.core.outputs import FinishReason
 from engine.core.request import EngineOutput, Request, RowFailure, SampledToken, Sequence, SequenceStatus
@@ -29,15 +34,26 @@ from engine.core.stats import EngineStats
 WATERMARK = 0.01
 """Share of the blocks that admission leaves free, so that a newcomer is not preempted at once."""
 
+MASK_SECONDS, LONELY_MASK_SECONDS = 0.005, 0.1
+"""How long a step waits for the masks of its rows: where others draw, and where nobody does."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
-    """One row of a step in flight: it computes `sequence`'s tokens start … end - 1."""
+    """One row of a step in flight: it computes `sequence`'s tokens start … end - 1.
+
+    Attributes:
+        admission: The sequence's when the row was planned.
+        draw: None where nothing is drawn, or nobody takes it.
+        failure: Why the sequence cannot go on, if it was found after planning.
+    """
 
     sequence: Sequence
     start: int
     end: int
+    admission: int
     draw: Draw | None
+    failure: str | None = None
 
 
 class Scheduler:
@@ -47,6 +63,7 @@ class Scheduler:
         eos_token_ids: Tokens that end a sequence unless it ignores them.
         cache_salt: Start of every hash chain: what a cached block depends on besides its tokens.
         enable_prefix_caching: Without it only the samples of one request share blocks.
+        grammars: What keeps the forms of outputs.
     """
 
     def __init__(
@@ -56,12 +73,14 @@ class Scheduler:
         eos_token_ids: Collection[int],
         cache_salt: bytes,
         enable_prefix_caching: bool,
+        grammars: Grammars,
     ) -> None:
         self.config = config
         self.kv_cache = kv_cache
         self.eos_token_ids = frozenset(eos_token_ids)
         self.cache_salt = cache_salt
         self.enable_prefix_caching = enable_prefix_caching
+        self.grammars = grammars
         self.requests: dict[str, list[Sequence]] = {}
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -148,15 +167,28 @@ class Scheduler:
         if rows:
             self._in_flight.append(
                 [
-                    PlannedRow(sequence, row.start, row.start + len(row.token_ids), row.draw)
+                    PlannedRow(sequence, row.start, row.start + len(row.token_ids), row.admission, row.draw)
                     for sequence, row in zip(plan, rows, strict=True)
                 ]
             )
         return Batch(rows)
 
     def draws(self) -> list[Draw | None]:
-        """The draws of the step planned last, one a row, now that all tokens before them are known."""
-        return [None if row.draw is None else self._complete(row) for row in self._in_flight[-1]]
+        """The draws of the step planned last, one a row, now that all tokens before them are known.
+
+        Waits for masks, but not for long: a row without one is drawn too, and what it draws is dropped.
+        """
+        rows = self._in_flight[-1]
+        self._wait_for_masks(rows)
+        draws: list[Draw | None] = []
+        for number, row in enumerate(rows):
+            grammar = row.sequence.grammar
+            if row.draw is None or grammar is None or grammar.has_mask:
+                draws.append(None if row.draw is None else self._complete(row))
+            else:
+                draws.append(row.draw)
+                rows[number] = self._without_draw(row, grammar)
+        return draws
 
     def resolve(self, batch: Batch) -> Batch:
         """The step planned last, `batch`, with the tokens that were pending then."""
@@ -174,13 +206,14 @@ class Scheduler:
             sequence = row.sequence
             if sequence.status is SequenceStatus.FINISHED:
                 continue  # it ended while this step was in flight
-            if isinstance(result, RowFailure):
-                outputs.append(self._fail(sequence, result.message))
+            if row.failure is not None or isinstance(result, RowFailure):
+                message = result.message if isinstance(result, RowFailure) else row.failure
+                outputs.append(self._fail(sequence, str(message)))
                 continue
-            if sequence.status is SequenceStatus.RUNNING:
+            if sequence.status is SequenceStatus.RUNNING and sequence.admission == row.admission:
                 self.kv_cache.register(sequence, row.start, row.end)
             self.num_scheduled_tokens += row.end - row.start
-            if result is not None:
+            if row.draw is not None and result is not None:
                 sequence.num_pending_tokens -= 1
                 outputs.append(self._append(sequence, result))
         self.num_steps += 1
@@ -238,6 +271,9 @@ class Scheduler:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             sequence.status = SequenceStatus.RUNNING
             sequence.slot, sequence.admission = self._free_slots.pop(), next(self._admissions)
+            structured = sequence.request.params.structured_outputs
+            if structured is not None and sequence.grammar is None:
+                sequence.grammar = self.grammars.start(structured, sequence.output_token_ids)
             self.running.append(sequence)
             num_tokens = self._chunk(sequence.num_remaining_tokens, budget)
             self.kv_cache.extend(sequence, sequence.num_computed_tokens + num_tokens)
@@ -275,7 +311,7 @@ class Scheduler:
             start=start,
             num_stored_tokens=sequence.num_stored_tokens,
             block_table=sequence.block_ids,
-            draw=Draw(request.params, request.seed, sequence.index, position=end) if is_last else None,
+            draw=Draw(sequence.draw_params, request.seed, sequence.index, position=end) if is_last else None,
             slot=sequence.slot,
             admission=sequence.admission,
         )
@@ -283,12 +319,16 @@ class Scheduler:
     def _complete(self, row: PlannedRow) -> Draw:
         """The row's draw with what depends on the tokens before it."""
         assert row.draw is not None
-        sequence, params = row.sequence, row.draw.params
-        if sequence.num_output_tokens < params.min_tokens:
+        sequence, params, allowed = row.sequence, row.draw.params, None
+        banned: tuple[int, ...] = ()
+        is_short = sequence.num_output_tokens < params.min_tokens
+        if sequence.grammar is not None:
+            # A form in whose place nothing else can be ends before min_tokens, and under ignore_eos.
+            allowed = sequence.grammar.allowed_tokens(may_end=not (is_short or params.ignore_eos))
+            banned = params.stop_token_ids if is_short else ()
+        elif is_short:
             banned = (*self.eos_token_ids, *params.stop_token_ids)
-        elif params.has_penalties:
-            banned = ()
-        else:
+        if not banned and allowed is None and not params.has_penalties:
             return row.draw
         history = sequence.token_ids if params.has_penalties else []
         return replace(
@@ -296,7 +336,23 @@ class Scheduler:
             stop_token_ids=banned,
             prompt_token_ids=tuple(history[: sequence.num_prompt_tokens]),
             output_token_ids=tuple(history[sequence.num_prompt_tokens :]),
+            allowed_tokens=allowed,
         )
+
+    def _wait_for_masks(self, rows: list[PlannedRow]) -> None:
+        masks = [row.sequence.grammar.mask for row in rows if row.draw and row.sequence.grammar]
+        late = [mask for mask in masks if not mask.done()]
+        if late:
+            wait(late, LONELY_MASK_SECONDS if len(late) == len(rows) else MASK_SECONDS)
+
+    def _without_draw(self, row: PlannedRow, grammar: Grammar) -> PlannedRow:
+        """A row whose mask is late, or cannot be: its last token is computed again, or the sequence fails."""
+        if grammar.error is not None:
+            return replace(row, draw=None, failure=f"structured_outputs: {grammar.error}")
+        if row.sequence.status is not SequenceStatus.FINISHED:
+            row.sequence.num_pending_tokens -= 1
+            row.sequence.num_computed_tokens -= 1
+        return replace(row, draw=None)
 
     def _is_through(self, sequence: Sequence) -> bool:
         """Whether the pending token is the last that the sequence may have."""
@@ -310,6 +366,13 @@ class Scheduler:
     def _append(self, sequence: Sequence, sample: SampledToken) -> EngineOutput:
         sequence.token_ids.append(sample.token_id)
         finish_reason, stop_token_id = self._finish_reason(sequence, sample.token_id)
+        is_form_complete = False
+        if (
+            sequence.grammar is not None
+            and finish_reason != "stop"
+            and sequence.grammar.advance(sample.token_id)
+        ):
+            finish_reason, is_form_complete = "stop", sample.token_id not in self.eos_token_ids
         if finish_reason is not None:
             self._finish(sequence)
         return EngineOutput(
@@ -318,6 +381,7 @@ class Scheduler:
             tokens=[sample],
             finish_reason=finish_reason,
             stop_token_id=stop_token_id,
+            is_form_complete=is_form_complete,
             num_cached_tokens=sequence.num_cached_tokens or 0,
         )
 

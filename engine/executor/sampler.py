@@ -51,8 +51,6 @@ class SamplerInputs:
         last_tokens: [places] int32; takes each row's token (0 for none), where the next step finds it.
         changes: What changes the logits of each sequence, kept from step to step.
         sequences: For each row what `changes` knows its sequence by.
-        allowed_tokens: [R, ceil(vocabulary / 32)] int32, a bitmask a row: token t may be drawn where bit t % 32 of
-            word t // 32 is set; None: every token may.
     """
 
     parameters: DrawParameters
@@ -60,7 +58,6 @@ class SamplerInputs:
     last_tokens: torch.Tensor
     changes: AdjustmentTable
     sequences: Sequence[Hashable]
-    allowed_tokens: torch.Tensor | None = None
 
     @staticmethod
     def on_cpu(batch: Batch, last_tokens: torch.Tensor, changes: AdjustmentTable) -> SamplerInputs:
@@ -94,9 +91,10 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw | None], inputs: SamplerIn
     index = _to_device(torch.tensor(asking, dtype=torch.int32), logits.device) if asking else None
     raw = None if index is None else select_rows(logits, index)
 
-    # Allowed tokens.
-    if inputs.allowed_tokens is not None:
-        mask_logits(logits, inputs.allowed_tokens)
+    # Tokens that the form allows.
+    allowed_tokens = allowed_tokens_of(wanted)
+    if allowed_tokens is not None:
+        mask_logits(logits, _to_device(allowed_tokens, logits.device))
 
     # logit_bias, then penalties; and tokens that are banned until min_tokens.
     adjustments = inputs.changes.update(wanted, inputs.sequences)
@@ -165,12 +163,25 @@ def _result(draw: Draw, token_id: int, logprobs: Iterator[tuple[Any, ...]]) -> S
     num = draw.params.logprobs
     chosen, rank, ids, values = (None,) * 4 if num is None else next(logprobs)
     if token_id < 0:
-        return RowFailure("no token can be drawn: the logits are not finite (NaN or infinity)")
+        cause = "the logits are not finite (NaN or infinity)"
+        if draw.allowed_tokens is not None and draw.stop_token_ids:
+            cause += ", or min_tokens bans with stop_token_ids all that structured_outputs allows"
+        return RowFailure(f"no token can be drawn: {cause}")
     if num is None:
         return SampledToken(token_id)
     return SampledToken(
         token_id, logprob=chosen, rank=rank, top_logprobs=list(zip(ids[:num], values[:num], strict=True))
     )
+
+
+def allowed_tokens_of(draws: Sequence[Draw]) -> torch.Tensor | None:
+    """[draws, ceil(vocabulary / 32)] int32, the bitmasks of what may be drawn; None where all draws allow all."""
+    masks = [draw.allowed_tokens for draw in draws]
+    width = max((len(mask) for mask in masks if mask is not None), default=0)
+    if width == 0:
+        return None
+    words = b"".join(b"\xff" * width if mask is None else mask for mask in masks)
+    return torch.from_numpy(np.frombuffer(words, np.int32).reshape(len(masks), -1).copy())
 
 
 def sequences_of(batch: Batch) -> list[Hashable]:

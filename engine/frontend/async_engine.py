@@ -25,18 +25,22 @@ from engine.core.random import derive_seed
 from engine.core.request import EngineOutput, Request
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
+from engine.core.structured_outputs import FIELD, StructuredOutputs
 from engine.core.validation import validate_request
-from engine.errors import EngineDeadError, EngineError, EngineStartError
+from engine.errors import EngineDeadError, EngineError, EngineStartError, RequestError
 from engine.executor.ranks.limits import BEAT_SECONDS, Limits
+from engine.frontend.grammar import FormChecker
 from engine.frontend.messages import (
     Abort,
     Add,
     Died,
     FromEngine,
+    Learn,
     Outputs,
     Ready,
     Start,
     StartFailed,
+    ToEngine,
     beat_decoder,
     encode,
     from_engine_decoder,
@@ -49,6 +53,9 @@ from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
 Result = TypeVar("Result")
 
 SHUTDOWN_SECONDS = 5.0
+
+CHECK_SECONDS = 10.0
+"""How long the check of a request's form may take."""
 
 OPENMP_SPINS = "20000"
 """How often torch's threads look for work before they sleep, tens of microseconds. By default they spin for
@@ -113,6 +120,8 @@ class AsyncEngine:
         self.stats = EngineStats()
         self._queues: dict[str, asyncio.Queue[EngineOutput | None]] = {}
         self._arrivals = count()
+        self._forms: FormChecker
+        self._teaching: asyncio.Task[None] | None = None
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._heard = asyncio.Event()
@@ -160,6 +169,7 @@ class AsyncEngine:
         info = message.info
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
         self.default_params = info.default_params
+        self._forms = FormChecker(self.tokenizer, self.vocab_size)
         self.status = "ready"
         self._tasks.append(asyncio.create_task(self._receive_outputs()))
 
@@ -208,6 +218,8 @@ class AsyncEngine:
             self.tokenizer.eos_token_ids,
             self.config.clip_max_tokens,
         )
+        if params.structured_outputs is not None:
+            await self._prepare(params.structured_outputs)
         request = Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -237,6 +249,23 @@ class AsyncEngine:
             del self._queues[request_id]
             if not finished and self.status == "ready":
                 await self._abort(request_id)
+
+    async def _prepare(self, structured: StructuredOutputs) -> None:
+        """Checks a form, in a thread, and lets the engine know the vocabulary, once.
+
+        Raises:
+            RequestError: It cannot be kept.
+        """
+        try:
+            await asyncio.wait_for(asyncio.to_thread(self._forms.check, structured), CHECK_SECONDS)
+        except TimeoutError:
+            raise RequestError(f"{FIELD}: takes more than {CHECK_SECONDS:g} s to compile", FIELD) from None
+        if self._teaching is None:
+            self._teaching = asyncio.create_task(self._teach())
+        await asyncio.shield(self._teaching)
+
+    async def _teach(self) -> None:
+        await self._send(Learn(await asyncio.to_thread(self.tokenizer.vocabulary)))
 
     async def _abort(self, request_id: str, index: int | None = None) -> None:
         # An engine that has just ended has nothing left to abort.
@@ -278,7 +307,7 @@ class AsyncEngine:
         self._exited = asyncio.create_task(self._process.wait())
         self._tasks.append(asyncio.create_task(self._watch(self._process, beats)))
 
-    async def _send(self, message: Start | Add | Abort) -> None:
+    async def _send(self, message: ToEngine) -> None:
         """Sends, unless the process has ended: a pair socket waits for a peer, and would wait forever.
 
         Raises:

@@ -32,6 +32,7 @@ from engine.frontend.messages import (
     Add,
     Alive,
     Died,
+    Learn,
     Outputs,
     Ready,
     Start,
@@ -170,6 +171,8 @@ def _run(core: EngineCore[Any], socket: zmq.Socket[bytes], progress: Progress) -
     while True:
         while not core.has_work or socket.poll(0):
             match to_engine_decoder.decode(socket.recv()):
+                case Learn(vocabulary):
+                    core.grammars.vocabulary = vocabulary
                 case Add(request):
                     core.add_request(request)
                 case Abort(request_id, index):

@@ -22,6 +22,7 @@ from engine.core.sampling_params import SamplingParams
 from engine.core.validation import validate_request
 from engine.errors import ConfigError, RequestError
 from engine.executor.start import start_engine
+from engine.frontend.grammar import FormChecker
 from engine.frontend.output_processor import OutputProcessor
 from engine.frontend.prompts import Prompt, read_prompts
 from engine.frontend.step_thread import Call, StepThread
@@ -56,6 +57,7 @@ class LLM:
             self.tokenizer = load_tokenizer(path, may_stand_in=self.config.load_format == "dummy")
             self.core = start_engine(self.config, path, self.tokenizer.eos_token_ids)
         print(self.core.info.memory_plan, file=sys.stderr)
+        self._forms = FormChecker(self.tokenizer, self.core.info.vocab_size)
         self._request_ids = map(str, count())
         self._steps = StepThread(self.core)
 
@@ -172,6 +174,10 @@ class LLM:
             self.tokenizer.eos_token_ids,
             clips_max_tokens=True,
         )
+        if params.structured_outputs is not None:
+            self._forms.check(params.structured_outputs)
+            if self.core.grammars.vocabulary is None:
+                self.core.grammars.vocabulary = self.tokenizer.vocabulary()
         seed = params.seed
         if seed is None:
             seed = secrets.randbits(63) if self.config.seed is None else derive_seed(self.config.seed, index)

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from engine.core.grammar import Vocabulary
 from engine.core.request import EngineOutput, Request
 from engine.core.stats import EngineInfo, EngineStats
 
@@ -21,6 +22,12 @@ class Start(msgspec.Struct, tag=True, kw_only=True):
     options: dict[str, Any]
     path: str
     eos_token_ids: list[int]
+
+
+class Learn(msgspec.Struct, tag=True):
+    """The tokenizer's vocabulary, before the first request with a form."""
+
+    vocabulary: Vocabulary
 
 
 class Add(msgspec.Struct, tag=True):
@@ -69,7 +76,7 @@ class Died(msgspec.Struct, tag=True):
     reason: str
 
 
-ToEngine = Start | Add | Abort
+ToEngine = Start | Learn | Add | Abort
 FromEngine = Ready | StartFailed | Outputs | Died
 Beat = Alive | Died
 

@@ -41,7 +41,10 @@ class OutputProcessor:
         params = self.request.params
         for index in range(params.n):
             detokenizer = IncrementalDetokenizer(
-                self.tokenizer, self.request.prompt_token_ids, params.skip_special_tokens
+                self.tokenizer,
+                self.request.prompt_token_ids,
+                params.skip_special_tokens,
+                keeps_start=params.structured_outputs is not None,
             )
             resumed = self.request.resumed(index)
             sample = _Sample(detokenizer, is_finished=resumed is None)
@@ -79,7 +82,8 @@ class OutputProcessor:
         if params.logprobs is not None:
             addition.logprobs = [self._logprobs(token) for token in output.tokens]
         # The token that ends a sequence is not part of its text.
-        ends_in_token = output.finish_reason == "stop" and not params.include_stop_str_in_output
+        ends_in_token = output.finish_reason == "stop" and not output.is_form_complete
+        ends_in_token = ends_in_token and not params.include_stop_str_in_output
         shown = addition.token_ids[:-1] if ends_in_token else addition.token_ids
         text = "".join(sample.detokenizer.push(token_id) for token_id in shown)
         if output.finish_reason is not None:

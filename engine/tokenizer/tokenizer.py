@@ -10,6 +10,7 @@ from typing import Any
 
 import tokenizers
 
+from engine.core.grammar import Vocabulary
 from engine.errors import RequestError
 from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.files import TokenizerSettings, byte_tokenizer, has_tokenizer, read_tokenizer
@@ -74,6 +75,11 @@ class Tokenizer:
         if data is None:
             data = self._bytes[token_id] = self._pieces.decode(token_id)
         return data
+
+    def vocabulary(self) -> Vocabulary:
+        """All tokens as bytes; takes up to a second or two."""
+        tokens = [self._pieces.decode(token_id) for token_id in range(self.vocab_size)]
+        return Vocabulary(tokens, sorted(self.special_token_ids))
 
     def apply_chat_template(
         self,
@@ -142,15 +148,22 @@ class IncrementalDetokenizer:
 
     The pieces joined are what the output adds to the text of the prompt: `decode(prompt + output)`
     without `decode(prompt)`. Where the prompt ends amid a character, the output's text begins with it.
+
+    Args:
+        keeps_start: The text is the tokens' bytes and nothing else, at the start of a text, too.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        skip_special_tokens: bool,
+        keeps_start: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at_start = not any(
+        self._at_start = not keeps_start and not any(
             tokenizer.token_bytes(token_id) for token_id in prompt_token_ids if token_id not in self._skipped
         )
         self._decoder.decode(self._tail(prompt_token_ids))

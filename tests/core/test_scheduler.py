@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from engine.config import SchedulerConfig
 from engine.core.batch import Batch
+from engine.core.grammar import Grammars
 from engine.core.kv_cache import BlockPool, KVCacheManager
 from engine.core.request import EngineOutput, Request, RowFailure, SampledToken, SequenceStatus
 from engine.core.sampling_params import SamplingParams
@@ -35,7 +36,7 @@ def make_scheduler(
         max_model_len=num_blocks * BLOCK_SIZE,
     )
     cache = KVCacheManager(BlockPool(num_blocks + 1), BLOCK_SIZE)
-    return Scheduler(config, cache, [EOS], b"salt", enable_prefix_caching)
+    return Scheduler(config, cache, [EOS], b"salt", enable_prefix_caching, Grammars(320, [EOS]))
 
 
 def make_request(request_id: str, prompt: list[int], priority: int = 0, **params: object) -> Request:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,9 +35,10 @@ def sample_rows(
     slots = torch.arange(len(draws), dtype=torch.int32)
     last_tokens = torch.zeros_like(slots)
     changes = AdjustmentTable()
-    inputs = SamplerInputs(
-        parameters_of(draws), slots, last_tokens, changes, range(len(draws)), allowed_tokens
-    )
+    inputs = SamplerInputs(parameters_of(draws), slots, last_tokens, changes, range(len(draws)))
+    if allowed_tokens is not None:
+        masks = [mask.tobytes() for mask in allowed_tokens.numpy()]
+        draws = [replace(draw, allowed_tokens=mask) for draw, mask in zip(draws, masks, strict=True)]
     results = sample(logits.clone(), draws, inputs).read()
     assert last_tokens.tolist() == [getattr(result, "token_id", 0) for result in results]
     return results
