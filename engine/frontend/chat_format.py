@@ -1,18 +1,22 @@
-"""How a model's chat template writes tools, calls and reasoning: found by rendering probes, and used for prompts and
-answers.
+"""How a model's chat template writes tools, calls and reasoning, found by rendering probes.
 
-A template that knows no tools gets them in a system message of ours, `describe_tools`, and answers in Hermes's format.
+A template that knows no tools gets them in a system message of ours (`describe_tools`), and answers in Hermes's.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from engine.core.grammar import lark_of
+from engine.core.outputs import CalledTool, ChatAnswer
+from engine.core.sampling_params import SamplingParams
+from engine.core.structured_outputs import FIELD, StructuredOutputs
 from engine.errors import RequestError
+from engine.frontend.grammar import FormChecker
 from engine.frontend.reasoning import (
     REASONING_FORMATS,
     ReasoningFormat,
@@ -23,7 +27,7 @@ from engine.frontend.tool_formats import TOOL_FORMATS
 from engine.frontend.tool_formats.format import Answer, Tool, ToolFormat
 from engine.frontend.tool_formats.harmony import HARMONY
 from engine.frontend.tool_formats.hermes import HERMES
-from engine.frontend.tool_formats.lark import Lark
+from engine.frontend.tool_formats.lark import Lark, nested
 from engine.frontend.tool_formats.stream import Parsing, Source, StreamParser, stream_until
 from engine.frontend.tools import NO_CALLS, ToolChoice
 from engine.tokenizer.tokenizer import Tokenizer
@@ -45,14 +49,14 @@ class ChatTurn:
     """A prompt, and how to read what the model answers to it.
 
     Attributes:
-        grammar: What the answer must keep, as llguidance's Lark; None: nothing.
+        form: What the answer must be, reasoning and calls and all; None: anything.
         shows_special_tokens: Whether the parser needs the text of special tokens.
         parse: The answer's parser.
         custom_tools: Names of the tools that take a text.
     """
 
     prompt_token_ids: list[int]
-    grammar: str | None
+    form: StructuredOutputs | None
     shows_special_tokens: bool
     parse: Callable[[Source], Parsing[None]]
     custom_tools: frozenset[str] = frozenset()
@@ -60,6 +64,27 @@ class ChatTurn:
     def parser(self) -> StreamParser:
         """For one sample."""
         return StreamParser(self.parse)
+
+    def params(self, params: SamplingParams) -> SamplingParams:
+        """The parameters under which the model answers."""
+        skips = params.skip_special_tokens and not self.shows_special_tokens
+        return replace(params, structured_outputs=self.form, skip_special_tokens=skips)
+
+    def read(self, text: str) -> ChatAnswer:
+        """A whole answer."""
+        answer = ChatAnswer()
+        for piece in self.parser().push(text, is_last=True):
+            match piece.kind:
+                case "content":
+                    answer.content += piece.text
+                case "reasoning":
+                    answer.reasoning_content += piece.text
+                case "call":
+                    answer.tool_calls.append(CalledTool(piece.text, ""))
+                case "arguments":
+                    call = answer.tool_calls[-1]
+                    answer.tool_calls[-1] = CalledTool(call.name, call.arguments + piece.text)
+        return answer
 
 
 class ChatFormat:
@@ -77,9 +102,12 @@ class ChatFormat:
         is_harmony: Whether answers are messages in channels.
     """
 
-    def __init__(self, tokenizer: Tokenizer, tool_format: str = "auto", reasoning_format: str = "auto") -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, tool_format: str = "auto", reasoning_format: str = "auto"
+    ) -> None:
         self._tokenizer = tokenizer
         self._probes = _Probes(tokenizer)
+        self._forms = FormChecker(tokenizer, tokenizer.vocab_size)
         self._problem = ""
         self.tool_format: ToolFormat | None = TOOL_FORMATS.get(tool_format)
         self.is_prompted = tool_format == "prompt" or not self._probes.knows_tools
@@ -122,7 +150,7 @@ class ChatFormat:
         tools: Sequence[Tool] = (),
         choice: ToolChoice = NO_CALLS,
         is_parallel: bool = True,
-        content: str | None = None,
+        form: StructuredOutputs | None = None,
         **template_arguments: Any,
     ) -> ChatTurn:
         """The prompt for messages and tools, and how its answer is to be read.
@@ -130,7 +158,7 @@ class ChatFormat:
         Args:
             messages: As OpenAI's: a call's arguments are JSON as text.
             is_parallel: Whether there may be several calls, where the format has such.
-            content: The grammar of an answer that calls nothing, as a Lark expression; None: free text.
+            form: What an answer must be that calls nothing; None: free text.
             template_arguments: As in `Tokenizer.apply_chat_template`.
 
         Raises:
@@ -139,7 +167,13 @@ class ChatFormat:
         offered = list(tools) if choice.mode != "none" else []
         if offered and self.tool_format is None:
             raise RequestError(f"tools: {self._problem}", "tools")
-        rendered = list(self._rendered(messages, offered))
+        try:
+            rendered = list(self._rendered(messages, offered))
+        except (AttributeError, KeyError, TypeError):
+            raise RequestError(
+                "messages must be objects with a role; calls in them have an id and a function with a name",
+                "messages",
+            ) from None
         if offered and not self.is_prompted:
             template_arguments["tools"] = [tool.declaration for tool in offered]
         text = self._tokenizer.apply_chat_template(rendered, **template_arguments)
@@ -154,14 +188,45 @@ class ChatFormat:
             text.rstrip(),
         )
         has_parallel = reading.tool_format is not None and reading.tool_format.has_parallel_calls
-        answer = Answer(callable_tools, choice.mode == "required", is_parallel and has_parallel, content)
+        answer = Answer(
+            callable_tools,
+            choice.mode == "required",
+            is_parallel and has_parallel and not choice.is_named,
+            None if form is None else nested(_lark_of(form)),
+        )
         return ChatTurn(
             token_ids,
-            reading.grammar(answer) if offered or content is not None else None,
+            self._form(reading, answer, form),
             any(self._tokenizer.special_token_id(mark) is not None for mark in reading.marks),
             reading.parse,
             frozenset(tool.name for tool in offered if tool.is_custom),
         )
+
+    def _form(
+        self, reading: _Reading, answer: Answer, form: StructuredOutputs | None
+    ) -> StructuredOutputs | None:
+        """The form of all of an answer.
+
+        Raises:
+            RequestError: It cannot be kept; names the tool.
+        """
+        for tool in answer.tools:
+            if tool.grammar is not None and not (reading.tool_format and reading.tool_format.has_texts):
+                raise RequestError(
+                    f"{tool.where}: a Lark grammar cannot be kept in the model's format of calls, which is JSON; "
+                    "--tool-format prompt has another",
+                    tool.where,
+                )
+            try:
+                by_schema = StructuredOutputs(json=tool.parameters)
+                self._forms.check(
+                    by_schema if tool.grammar is None else StructuredOutputs(grammar=tool.grammar)
+                )
+            except RequestError as error:
+                raise RequestError(str(error).replace(FIELD, tool.where, 1), tool.where, error.code) from None
+        if not answer.tools and (form is None or not reading.marks):
+            return form
+        return StructuredOutputs(grammar=reading.grammar(answer))
 
     def _rendered(self, messages: Sequence[Message], tools: list[Tool]) -> Iterator[Message]:
         """The messages as the template takes them."""
@@ -186,8 +251,10 @@ class ChatFormat:
 
     def _rendered_call(self, call: dict[str, Any], call_id: Callable[[str], str]) -> dict[str, Any]:
         function = call["function"]
-        if not self._probes.takes_text:
-            function = {**function, "arguments": _read_arguments(function)}
+        arguments = _read_arguments(function)
+        if self._probes.takes_text:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        function = {**function, "arguments": arguments}
         return {**call, "id": call_id(call.get("id") or ""), "function": function}
 
 
@@ -232,7 +299,9 @@ class _Reading:
         first = ""
         if self.reasoning is not None and reasons:
             is_text = answer.content is None and not answer.is_required
-            first = reasoning_grammar(lark, self.reasoning, self.has_begun, space="" if is_text else r"/\s{0,2}/")
+            first = reasoning_grammar(
+                lark, self.reasoning, self.has_begun, space="" if is_text else r"/\s{0,2}/"
+            )
             if not self.has_begun and self.special_token_id(self.reasoning.open) is None:
                 lark.never_first = self.reasoning.open
         if self.tool_format is not None:
@@ -266,7 +335,7 @@ class _Probes:
 
     @cached_property
     def _call(self) -> tuple[str, str | None, bool, list[ToolFormat]]:
-        """The answer with a call as it is rendered, by what empty content and arguments it takes; formats that read it."""
+        """The answer with a call as rendered, what empty content and arguments it takes, and formats that read it."""
         best: tuple[str, str | None, bool, list[ToolFormat]] = ("", "", False, [])
         for takes_text in (False, True):
             for content in ("", None):
@@ -321,7 +390,8 @@ class _Probes:
     def _rendered(self) -> list[str]:
         """Prompts with and without thinking, and one that has a thought in it."""
         thought = {"role": "assistant", "content": _SAID, "reasoning_content": _THOUGHT}
-        prompts = [self._render([_ASKED], **choice) for choice in ({}, {"enable_thinking": True}, {"enable_thinking": False})]
+        choices: list[dict[str, bool]] = [{}, {"enable_thinking": True}, {"enable_thinking": False}]
+        prompts = [self._render([_ASKED], **choice) for choice in choices]
         return [*prompts, self._render([_ASKED, thought]), self._render([_ASKED, thought, _ASKED])]
 
     @cached_property
@@ -417,6 +487,17 @@ def _written_call(call: dict[str, Any]) -> str:
     function = call["function"]
     written = {"name": function["name"], "arguments": _read_arguments(function)}
     return f"<tool_call>\n{json.dumps(written, ensure_ascii=False)}\n</tool_call>"
+
+
+def _lark_of(form: StructuredOutputs) -> str:
+    """
+    Raises:
+        RequestError: The form is a grammar that cannot be read.
+    """
+    try:
+        return lark_of(form)
+    except ValueError as error:
+        raise RequestError(f"{FIELD}: {error}", FIELD) from None
 
 
 def _text(message: Message) -> str:

@@ -24,10 +24,12 @@ class ToolChoice:
     Attributes:
         mode: none: nothing; auto: what it wants to; required: one of them at least.
         names: Which; None: all.
+        is_named: Whether it is one call of the one that is named.
     """
 
     mode: Literal["none", "auto", "required"]
     names: frozenset[str] | None = None
+    is_named: bool = False
 
 
 NO_CALLS = ToolChoice("none")
@@ -85,7 +87,7 @@ def read_function(function: Any, where: str) -> Tool:
             f"{where}.parameters must be a JSON schema of type object, got {parameters!r}",
             f"{where}.parameters",
         )
-    return Tool(name, {"type": "object", **parameters}, description)
+    return Tool(name, {"type": "object", **parameters}, description, where=f"{where}.parameters")
 
 
 def _read_custom(custom: Mapping[str, Any], where: str) -> Tool:
@@ -99,14 +101,14 @@ def _read_custom(custom: Mapping[str, Any], where: str) -> Tool:
         case {"type": "grammar", "grammar": {"syntax": "regex", "definition": str(pattern)}}:
             text["pattern"] = f"^(?:{pattern})$"
         case {"type": "grammar", "grammar": {"syntax": "lark", "definition": str(grammar)}}:
-            return Tool(name, _input(text), description, is_custom=True, grammar=grammar)
+            return Tool(name, _input(text), description, is_custom=True, grammar=grammar, where=place)
         case _:
             raise RequestError(
                 f'{place} must be {{"type": "text"}} or {{"type": "grammar", "grammar": {{"syntax": "lark" or '
                 f'"regex", "definition": …}}}}',
                 place,
             )
-    return Tool(name, _input(text), description, is_custom=True)
+    return Tool(name, _input(text), description, is_custom=True, where=place)
 
 
 def _input(text: dict[str, Any]) -> dict[str, Any]:
@@ -130,22 +132,23 @@ def _head(body: Any, where: str) -> tuple[str, str | None]:
 
 
 def read_tool_choice(choice: Any, tools: Sequence[Tool], field: str = "tool_choice") -> ToolChoice:
-    """A choice from "none", "auto", "required", a named function or custom tool, or a list of allowed ones; None is auto.
+    """A choice from "none", "auto", "required", one tool by name, or a list of allowed ones; None is auto.
 
     Raises:
         RequestError: It is none of these, or names a tool that there is not.
     """
     known = {tool.name for tool in tools}
+    mode, names = "required", known
     match choice:
-        case None:
-            return ToolChoice("auto" if tools else "none")
-        case "none" | "auto":
-            return ToolChoice(choice if tools else "none")
+        case None | "auto":
+            return ToolChoice("auto") if tools else NO_CALLS
+        case "none":
+            return NO_CALLS
         case "required":
-            mode, names = "required", known
-        case {"type": "function", "function": {"name": str(name)}} | {"type": "custom", "custom": {"name": str(name)}}:
-            mode, names = "required", {name}
-        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*allowed]}}:
+            pass
+        case {"type": "function" | "custom"}:
+            mode, names = "named", {_name_of(choice, field)}
+        case {"type": "allowed_tools", "allowed_tools": {"mode": str(mode), "tools": [*allowed]}}:
             names = {_name_of(tool, field) for tool in allowed}
         case _:
             raise RequestError(
@@ -155,11 +158,15 @@ def read_tool_choice(choice: Any, tools: Sequence[Tool], field: str = "tool_choi
         raise RequestError(f"{field} asks for a call, and there are no tools to call", field)
     for name in sorted(names - known):
         raise RequestError(f"{field}: there is no tool {name!r}; there are {', '.join(sorted(known))}", field)
-    return ToolChoice("required" if mode == "required" else "auto", frozenset(names))
+    if mode not in ("auto", "required", "named") or not names:
+        raise RequestError(f"{field}.allowed_tools must have the mode auto or required, and tools", field)
+    return ToolChoice("auto" if mode == "auto" else "required", frozenset(names), is_named=mode == "named")
 
 
 def _name_of(tool: Any, field: str) -> str:
-    match tool:
-        case {"type": "function", "function": {"name": str(name)}} | {"type": "custom", "custom": {"name": str(name)}}:
-            return name
-    raise RequestError(f"{field}.allowed_tools.tools must hold tools by name, got {tool!r}", field)
+    kind = tool.get("type") if isinstance(tool, Mapping) else None
+    body = tool.get(kind) if kind in ("function", "custom") else None
+    name = body.get("name") if isinstance(body, Mapping) else None
+    if not isinstance(name, str):
+        raise RequestError(f"{field} must name a tool by its type and name, got {tool!r}", field)
+    return name

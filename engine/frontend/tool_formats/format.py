@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.errors import RequestError
 from engine.frontend.tool_formats.lark import Lark
 from engine.frontend.tool_formats.stream import Parsing, Source
 
@@ -17,7 +18,8 @@ class Tool:
     Attributes:
         parameters: The JSON schema of its arguments, an object's.
         is_custom: Whether it takes a text, and not JSON: its one argument, "input".
-        grammar: Of a custom tool, the Lark grammar that the text keeps, which no JSON schema says.
+        grammar: The Lark grammar that the text of a custom tool keeps, which no JSON schema says.
+        where: How errors call the part of a request that says what it takes.
     """
 
     name: str
@@ -25,11 +27,15 @@ class Tool:
     description: str | None = None
     is_custom: bool = False
     grammar: str | None = None
+    where: str = "tools"
 
     @property
     def declaration(self) -> dict[str, Any]:
         """What a chat template gets."""
-        function: dict[str, Any] = {"name": self.name, "description": self.description or ""}
+        description = self.description or ""
+        if self.grammar is not None:
+            description += f"\nThe input keeps this grammar, in Lark:\n{self.grammar}"
+        function: dict[str, Any] = {"name": self.name, "description": description}
         return {"type": "function", "function": {**function, "parameters": self.parameters}}
 
 
@@ -60,6 +66,7 @@ class ToolFormat:
         grammar: The expression of an answer, whose rules it adds.
         parse: Reads an answer.
         has_parallel_calls: Whether there can be several calls in an answer.
+        has_texts: Whether a call can have a text that keeps a grammar of its own.
         call_id: An id as the chat template takes it; None: as it is.
     """
 
@@ -68,6 +75,7 @@ class ToolFormat:
     grammar: Callable[[Lark, Answer], str]
     parse: Callable[[Source], Parsing[None]]
     has_parallel_calls: bool = True
+    has_texts: bool = False
     call_id: Callable[[str], str] | None = None
 
 
@@ -85,6 +93,11 @@ def unmarked(lark: Lark, answer: Answer, first: str, calls: str) -> str:
     if answer.is_required:
         return calls
     if answer.content is not None:
-        return f"({answer.content} | {calls})"
+        # Both would be tried from the first character on, and llguidance takes one of them.
+        raise RequestError(
+            "response_format and tools cannot be had together in this model's format of calls, which has no mark "
+            'before a call: leave out one, or give tool_choice "none" or "required"',
+            "response_format",
+        )
     text = lark.text([], rf"/\s*|\s*[^\s\{first}](?s:.*)/")
     return f"({text} | {calls})"

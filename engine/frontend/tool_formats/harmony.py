@@ -5,10 +5,11 @@ https://developers.openai.com/cookbook/articles/openai-harmony
 
 from __future__ import annotations
 
+import json
 import re
 
 from engine.frontend.tool_formats.format import Answer, ToolFormat
-from engine.frontend.tool_formats.lark import Lark, either, quote, schema
+from engine.frontend.tool_formats.lark import Lark, either, nested, quote, schema
 from engine.frontend.tool_formats.stream import (
     Kind,
     Malformed,
@@ -18,6 +19,7 @@ from engine.frontend.tool_formats.stream import (
     accept,
     attempt,
     read_until,
+    read_until_end,
     skip_space,
     starts_with,
     stream_json,
@@ -53,6 +55,10 @@ def _call(lark: Lark, answer: Answer) -> str:
     calls = []
     for tool in answer.tools:
         recipient = f" to=functions.{tool.name}"
+        if tool.grammar is not None:
+            head = f"{channel} {quote(f'commentary{recipient}')} {lark.mark(MESSAGE)}"
+            calls.append(f"{head} {nested(tool.grammar)}")
+            continue
         heads = either(
             f"{channel} {quote(f'commentary{recipient} ')} {lark.mark(CONSTRAIN)} {quote('json')}",
             f"{quote(recipient)} {channel} {quote('commentary json')}",
@@ -82,9 +88,13 @@ def _message(source: Source) -> Parsing[None]:
         yield from stream_until(source, ENDS, kind)
         return
     yield Piece("call", recipient[1])
+    if not head.rstrip().endswith("json"):
+        text = yield from read_until_end(source, ENDS)
+        yield Piece("arguments", json.dumps({"input": text}, ensure_ascii=False))
+        return
     if (yield from starts_with(source, "{")):
         yield from stream_json(source, "arguments")
     yield from stream_until(source, ENDS, "arguments", trims=True)
 
 
-HARMONY = ToolFormat("harmony", MARKS, grammar, parse, has_parallel_calls=False)
+HARMONY = ToolFormat("harmony", MARKS, grammar, parse, has_parallel_calls=False, has_texts=True)

@@ -32,8 +32,8 @@ def call_grammar(tools: Sequence[Tool], key: str = "arguments", end: str = "}") 
     return f"{either(*calls)} {quote(end)}"
 
 
-def parse_call(source: Source, arguments: str = "arguments") -> Parsing[None]:
-    """One object, with its keys in any order; keys of other names are read over.
+def parse_call(source: Source, arguments: str = "arguments") -> Parsing[bool]:
+    """One object, with its keys in any order; keys of other names are read over. Returns whether it had arguments.
 
     Args:
         arguments: The key of the arguments.
@@ -70,5 +70,10 @@ def parse_call(source: Source, arguments: str = "arguments") -> Parsing[None]:
             break
     if name is None:
         raise Malformed
-    if not has_arguments:
+    return has_arguments
+
+
+def parse_whole_call(source: Source, arguments: str = "arguments") -> Parsing[None]:
+    """As `parse_call`; one without arguments has none, and not a text after it."""
+    if not (yield from parse_call(source, arguments)):
         yield Piece("arguments", "{}")

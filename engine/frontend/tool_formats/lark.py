@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.errors import RequestError
+
 ANY_TEXT = "/(?s:.*)/"
 NAME = "[a-zA-Z0-9_.-]"
 """A character of a tool's name, as a regular expression."""
@@ -79,8 +81,19 @@ def quote(text: str) -> str:
 
 
 def schema(value: dict[str, Any]) -> str:
-    """JSON that a JSON schema allows."""
+    """JSON that a JSON schema allows.
+
+    Raises:
+        RequestError: It has llguidance's own keyword, which would change what the others mean.
+    """
+    if "x-guidance" in value:
+        raise RequestError("the keyword 'x-guidance' is not taken in parameters of tools", "tools")
     return f"%json {json.dumps(value, ensure_ascii=False)}"
+
+
+def nested(source: str) -> str:
+    """What another grammar's start is."""
+    return f"%lark {{\n{source}\n}}"
 
 
 def either(*expressions: str) -> str:

@@ -6,7 +6,7 @@ https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1/#json-based-t
 from __future__ import annotations
 
 from engine.frontend.tool_formats.format import Answer, ToolFormat, unmarked
-from engine.frontend.tool_formats.json_calls import call_grammar, parse_call
+from engine.frontend.tool_formats.json_calls import call_grammar, parse_whole_call
 from engine.frontend.tool_formats.lark import Lark
 from engine.frontend.tool_formats.stream import (
     Parsing,
@@ -33,7 +33,7 @@ def parse(source: Source) -> Parsing[None]:
     before = yield from skip_space(source)
     before += (yield from accept(source, TAG)) or ""
     if (yield from starts_with(source, "{")):
-        yield from attempt(source, parse_call(source, "parameters"), before)
+        yield from attempt(source, parse_whole_call(source, "parameters"), before)
         yield from skip_space(source)
     else:
         yield Piece("content", before)

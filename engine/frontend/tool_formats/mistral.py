@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 
 from engine.frontend.tool_formats.format import Answer, ToolFormat, marked
-from engine.frontend.tool_formats.json_calls import call_grammar, parse_call
+from engine.frontend.tool_formats.json_calls import call_grammar, parse_whole_call
 from engine.frontend.tool_formats.lark import Lark, either, quote, schema, separated
 from engine.frontend.tool_formats.stream import (
     Malformed,
@@ -47,7 +47,7 @@ def parse_list(source: Source) -> Parsing[None]:
         if (yield from attempt(source, _first(source), OPEN)):
             yield from skip_space(source)
             while (yield from accept(source, ",", "]")) == ",":
-                yield from attempt(source, parse_call(source), ",")
+                yield from attempt(source, parse_whole_call(source), ",")
                 yield from skip_space(source)
             yield from skip_space(source)
 
@@ -55,7 +55,7 @@ def parse_list(source: Source) -> Parsing[None]:
 def _first(source: Source) -> Parsing[None]:
     yield from skip_space(source)
     yield from expect(source, "[")
-    yield from parse_call(source)
+    yield from parse_whole_call(source)
 
 
 def named_grammar(lark: Lark, answer: Answer) -> str:

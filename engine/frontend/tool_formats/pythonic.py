@@ -48,7 +48,7 @@ def _calls(lark: Lark, answer: Answer) -> str:
 
 
 def _call(lark: Lark, tool: Tool) -> str:
-    values.check_members(tool.name, tool.parameters)
+    values.check_members(tool)
     notation = values.Notation(
         lambda lark: either(*(f"/{string}/" for string in _STRING)),
         lambda lark, word: either(*map(quote, _python(word))),

@@ -161,6 +161,18 @@ def read_until(source: Source, marks: Collection[str]) -> Parsing[str]:
         yield None
 
 
+def read_until_end(source: Source, marks: Collection[str]) -> Parsing[str]:
+    """The text before the first of the marks, or before the text's end; goes past the mark."""
+    while True:
+        found = [(place, -len(mark), mark) for mark in marks if (place := source.rest.find(mark)) >= 0]
+        if found or source.is_closed:
+            place, _, mark = min(found, default=(len(source.rest), 0, ""))
+            text = source.rest[:place]
+            source.position += place + len(mark)
+            return text
+        yield None
+
+
 def stream_until(
     source: Source, marks: Collection[str], kind: Kind, trims: bool = False
 ) -> Parsing[str | None]:

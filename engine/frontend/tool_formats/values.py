@@ -13,6 +13,7 @@ from types import NoneType
 from typing import Any
 
 from engine.errors import RequestError
+from engine.frontend.tool_formats.format import Tool
 from engine.frontend.tool_formats.lark import Lark, either, quote, schema
 
 _SAYS_NOTHING = {"title", "description", "default", "examples", "deprecated", "$comment", "strict"}
@@ -93,20 +94,23 @@ def members(lark: Lark, notation: Notation, keywords: dict[str, Any], definition
     return first
 
 
-def check_members(name: str, parameters: dict[str, Any]) -> None:
+def check_members(tool: Tool) -> None:
     """Refuses parameters that `members` would keep in part.
 
     Raises:
         RequestError: Names the keyword.
     """
+    parameters = tool.parameters
     unknown = parameters.keys() - _OBJECT - _SAYS_NOTHING
     missing = set(parameters.get("required", [])) - parameters.get("properties", {}).keys()
     if unknown or missing:
         what = (
-            f"the keyword {min(unknown)}" if unknown else f"required: {min(missing)}, which is no property,"
+            f"the keyword {min(unknown)!r}"
+            if unknown
+            else f"required {min(missing)!r}, which is no property,"
         )
         raise RequestError(
-            f"parameters of {name}: {what} cannot be kept in the model's format of calls", "tools"
+            f"{tool.where}: {what} at $ cannot be kept in the model's format of calls", tool.where
         )
 
 
