@@ -221,7 +221,7 @@ HERMES_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"
 
 def test_reasoning_goes_before_what_is_required() -> None:
     required = turn(FOUND, choice="required")
-    assert accepts(required, f"<think>\nI look {.\n</think>\n\n{HERMES_CALL}")
+    assert accepts(required, f"<think>\nI look: {{.\n</think>\n\n{HERMES_CALL}")
     assert accepts(required, HERMES_CALL)
     assert not accepts(required, "<think>\nI look.\n</think>\n\nWell.")
     at_once = turn(ChatFormat(tokenizer_of(THINKS_AT_ONCE)), choice="required")
