@@ -140,10 +140,11 @@ class Grammar:
         """
         if not self._matcher.consume_token(token_id):
             raise ValueError(self._matcher.get_error())
-        if self._matcher.is_stopped():
-            return True
+        return self._matcher.is_stopped()
+
+    def start_mask(self) -> None:
+        """Has a thread fill the mask of the token after those that were taken in."""
         self.mask = self._grammars.submit(self._fill)
-        return False
 
     def allowed_tokens(self, may_end: bool) -> bytes:
         """The mask that is there, as bytes.

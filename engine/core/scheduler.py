@@ -367,14 +367,17 @@ class Scheduler:
         sequence.token_ids.append(sample.token_id)
         finish_reason, stop_token_id = self._finish_reason(sequence, sample.token_id)
         is_form_complete = False
-        if (
-            sequence.grammar is not None
-            and finish_reason != "stop"
-            and sequence.grammar.advance(sample.token_id)
-        ):
-            finish_reason, is_form_complete = "stop", sample.token_id not in self.eos_token_ids
+        if sequence.grammar is not None and finish_reason != "stop":
+            try:
+                is_through = sequence.grammar.advance(sample.token_id)
+            except ValueError as error:
+                return self._fail(sequence, f"structured_outputs: {error}")
+            if is_through:
+                finish_reason, is_form_complete = "stop", sample.token_id not in self.eos_token_ids
         if finish_reason is not None:
             self._finish(sequence)
+        elif sequence.grammar is not None:
+            sequence.grammar.start_mask()
         return EngineOutput(
             request_id=sequence.request.request_id,
             index=sequence.index,

@@ -9,6 +9,7 @@ from contextlib import aclosing
 import pytest
 
 from engine import EngineConfig, SamplingParams
+from engine.core.structured_outputs import StructuredOutputs
 from engine.frontend.async_engine import AsyncEngine
 
 pytestmark = pytest.mark.process
@@ -21,6 +22,20 @@ CASES = [
         max_tokens=24, temperature=0.8, seed=5, repetition_penalty=1.3, frequency_penalty=0.5, min_tokens=20
     ),
     SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, stop=(" the",), min_tokens=12),
+    SamplingParams(
+        max_tokens=40,
+        temperature=0.9,
+        seed=4,
+        n=2,
+        structured_outputs=StructuredOutputs(
+            json={
+                "properties": {"who": {"type": "string", "maxLength": 40}, "where": {"enum": ["日本", "😀"]}},
+                "type": "object",
+                "required": ["who", "where"],
+                "additionalProperties": False,
+            },
+        ),
+    ),
 ]
 
 
