@@ -31,14 +31,8 @@ QUESTION = {"role": "user", "content": "What is the weather in Paris?"}
 
 
 def chat(client: openai.OpenAI, *messages: Any, **arguments: Any) -> Any:
-    arguments = {
-        "model": "llama",
-        "temperature": 0,
-        "max_completion_tokens": 60,
-        "tools": [WEATHER, TIME],
-        **arguments,
-    }
-    return client.chat.completions.create(messages=list(messages) or [QUESTION], **arguments)
+    defaults = {"model": "llama", "temperature": 0, "max_completion_tokens": 40, "tools": [WEATHER, TIME]}
+    return client.chat.completions.create(messages=list(messages) or [QUESTION], **{**defaults, **arguments})
 
 
 def check(call: Any) -> None:
@@ -61,7 +55,7 @@ def test_what_is_required_is_called(client: openai.OpenAI) -> None:
     [call] = choice.message.tool_calls
     check(call)
     several = (
-        chat(client, tools=[WEATHER], tool_choice="required", max_completion_tokens=150).choices[0].message
+        chat(client, tools=[WEATHER], tool_choice="required", max_completion_tokens=90).choices[0].message
     )
     assert len(several.tool_calls) > 1
     assert len({call.id for call in several.tool_calls}) == len(several.tool_calls)
@@ -71,9 +65,9 @@ def test_only_allowed_tools_are_called(client: openai.OpenAI) -> None:
     allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "get_time"}}]}
     choice = {"type": "allowed_tools", "allowed_tools": allowed}
     [called] = chat(client, tool_choice=choice, parallel_tool_calls=False).choices
-    assert [(call.function.name, call.function.arguments) for call in called.message.tool_calls] == [
-        ("get_time", "{}")
-    ]
+    [call] = called.message.tool_calls
+    assert call.function.name == "get_time"
+    assert json.loads(call.function.arguments) == {}
 
 
 def test_without_a_call_tools_change_the_prompt_alone(client: openai.OpenAI) -> None:
@@ -182,8 +176,8 @@ def test_an_answer_may_have_a_form_or_be_a_call(client: openai.OpenAI) -> None:
         "additionalProperties": False,
     }
     form = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema, "strict": True}}
-    [choice] = chat(client, response_format=form, max_completion_tokens=200).choices
-    if choice.message.tool_calls is None:
+    [choice] = chat(client, response_format=form, max_completion_tokens=60).choices
+    if choice.message.content is not None:
         jsonschema.validate(json.loads(choice.message.content), schema)
     [choice] = chat(client, response_format=form, tool_choice="none").choices
     jsonschema.validate(json.loads(choice.message.content), schema)
@@ -200,21 +194,16 @@ def test_tool_requests_are_alike_alone_and_in_company(client: openai.OpenAI) -> 
     def ask(number: int) -> Any:
         choice = ("auto", "required", NAMED)[number % 3]
         question = {"role": "user", "content": f"How is it in Paris, {number}?"}
-        arguments = {
-            "tool_choice": choice,
-            "temperature": 1,
-            "seed": number,
-            "extra_body": {"return_token_ids": True},
-        }
-        return chat(client, question, max_completion_tokens=30, **arguments).model_dump()["choices"][0][
-            "token_ids"
-        ]
+        arguments = {"tool_choice": choice, "temperature": 1, "seed": number, "max_completion_tokens": 16}
+        answer = chat(client, question, **arguments, extra_body={"return_token_ids": True})
+        return answer.model_dump()["choices"][0]["token_ids"]
 
-    alone = [ask(number) for number in range(6)]
-    with ThreadPoolExecutor(6) as pool:
-        assert list(pool.map(ask, range(6))) == alone
+    alone = [ask(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == alone
 
 
+NEGATIVE = {"properties": {"a": {"not": {}}}}
 BAD = [
     ({"tools": [{"type": "retrieval"}]}, "tools[0].type", "function or custom"),
     ({"tools": [{"type": "function"}]}, "tools[0].function", "missing"),
@@ -227,14 +216,7 @@ BAD = [
         "type object",
     ),
     (
-        {
-            "tools": [
-                {
-                    "type": "function",
-                    "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}},
-                }
-            ]
-        },
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": NEGATIVE}}]},
         "tools[0].function.parameters",
         "'not' at $.properties.a",
     ),

@@ -14,7 +14,7 @@ from engine import LLM, RequestOutput, SamplingParams
 from engine.errors import RequestError
 from engine.frontend.chat_format import ChatFormat
 from engine.frontend.tool_formats import TOOL_FORMATS
-from tests.helpers.chat_templates import TEMPLATES, THINKS_AT_ONCE, byte_tokens, tokenizer_of
+from tests.helpers.chat_templates import MARKS, TEMPLATES, THINKS_AT_ONCE, byte_tokens, tokenizer_of
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 ASKED = {"role": "user", "content": "Weather?"}
@@ -53,14 +53,10 @@ def chat(llm: LLM, name: str, params: list[SamplingParams], **options: Any) -> l
     return llm.chat(conversations, params, tools=TOOLS, use_tqdm=False, **options)
 
 
-def sampled(seed: int, max_tokens: int = 400) -> SamplingParams:
-    # White space may be endless, which a random model likes: three of JSON's four characters are ruled out.
-    return SamplingParams(
-        temperature=1, seed=seed, max_tokens=max_tokens, logit_bias=dict.fromkeys(SPACES, -100.0)
-    )
-
-
-SPACES = [tokenizer_of("").encode(space)[0] for space in "\n\r\t"]
+def sampled(seed: int, max_tokens: int = 800) -> SamplingParams:
+    # A random model would think without end.
+    bias = {256 + 1 + MARKS.index("<|end|>"): 20.0}
+    return SamplingParams(temperature=1, seed=seed, max_tokens=max_tokens, logit_bias=bias)
 
 
 @pytest.mark.parametrize("name", TOOL_FORMATS)
@@ -83,9 +79,7 @@ def test_what_is_required_is_called_and_alike_alone_and_in_company(llm: LLM, nam
 def test_a_call_that_a_model_begins_by_itself_is_one(llm: LLM, name: str) -> None:
     opening = {"hermes": "<tool_call>", "mistral_v11": "[TOOL_CALLS]"}[name]
     [mark] = llm.tokenizer.encode(opening)
-    params = SamplingParams(
-        temperature=1, seed=3, max_tokens=200, logit_bias={mark: 100.0} | dict.fromkeys(SPACES, -100.0)
-    )
+    params = SamplingParams(temperature=1, seed=3, max_tokens=200, logit_bias={mark: 100.0})
     [result] = chat(llm, name, [params], parallel_tool_calls=False)
     answer = result.outputs[0].answer
     assert answer is not None
@@ -97,9 +91,7 @@ def test_a_call_that_a_model_begins_by_itself_is_one(llm: LLM, name: str) -> Non
 
 
 def test_samples_differ_and_keep_the_form_each(llm: LLM) -> None:
-    params = SamplingParams(
-        n=4, temperature=1, seed=1, max_tokens=400, logit_bias=dict.fromkeys(SPACES, -100.0)
-    )
+    params = SamplingParams(n=4, temperature=1, seed=1, max_tokens=400)
     [result] = chat(llm, "gemma4", [params], tool_choice="required", parallel_tool_calls=False)
     calls = [output.answer.tool_calls for output in result.outputs if output.answer is not None]
     assert len(calls) == 4

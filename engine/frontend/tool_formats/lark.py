@@ -18,6 +18,10 @@ NAME = "[a-zA-Z0-9_.-]"
 """A character of a tool's name, as a regular expression."""
 
 
+WHITE_SPACE = r"[ \n]{0,16}"
+"""Between the tokens of JSON in calls: a small model would fill its answer with it."""
+
+
 @dataclass(slots=True)
 class Lark:
     """A grammar under construction. Methods return expressions, and add the rules that these need.
@@ -88,7 +92,8 @@ def schema(value: dict[str, Any]) -> str:
     """
     if "x-guidance" in value:
         raise RequestError("the keyword 'x-guidance' is not taken in parameters of tools", "tools")
-    return f"%json {json.dumps(value, ensure_ascii=False)}"
+    bounded = {"x-guidance": {"whitespace_pattern": WHITE_SPACE}, **value}
+    return f"%json {json.dumps(bounded, ensure_ascii=False)}"
 
 
 def nested(source: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 
 from engine.frontend.tool_formats import values
 from engine.frontend.tool_formats.format import Answer, Tool, ToolFormat, marked, unmarked
@@ -157,7 +158,10 @@ def _to_json(text: str) -> str:
         value = json.loads(text)
     except ValueError:
         try:
-            value = ast.literal_eval(text.strip())
+            with warnings.catch_warnings():
+                # Of escapes that Python does not know, which it leaves as they are.
+                warnings.simplefilter("ignore")
+                value = ast.literal_eval(text.strip())
             return json.dumps(value, ensure_ascii=False, allow_nan=False)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise Malformed from None
