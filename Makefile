@@ -58,7 +58,7 @@ test-fast: install  ## for a person at work
 	$(VENV)/bin/ruff check .
 	$(PYTEST) $(PARALLEL) -m 'not process and not slow and not compile' $(FAST)
 
-test-all: test test-oldest-triton
+test-all: test test-oldest-triton .clients
 	$(PYTEST) $(PARALLEL) -m 'slow and not process'
 	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m slow tests/interpreted
 	$(PYTEST) -m 'slow and process'
@@ -71,6 +71,13 @@ test-oldest-triton: .triton-3.6
 .triton-3.6: install
 	$(PIP) install --disable-pip-version-check --no-deps --target $@ triton==3.6.0 numpy==2.3.5
 
+# Clients that people use, beside the tests' own packages, whose versions they do not want.
+.clients: install tests/clients/requirements.txt tests/clients/package.json
+	$(PIP) install --disable-pip-version-check --target $@ -r tests/clients/requirements.txt
+	cp tests/clients/package.json $@/
+	if command -v npm >/dev/null; then npm install --prefix $@ --no-audit --no-fund; fi
+	touch $@
+
 bench: install
 	$(PYTHON) -m benchmarks.throughput --model $(MODEL) --quant none --quant int8 --quant int4
 
@@ -80,4 +87,4 @@ gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
 
 clean:
-	rm -rf $(VENV) .triton-3.6 .test-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .triton-3.6 .clients .test-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import jsonschema
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 WEATHER: dict[str, Any] = {
     "type": "function",
@@ -201,6 +202,33 @@ def test_tool_requests_are_alike_alone_and_in_company(client: openai.OpenAI) -> 
     alone = [ask(number) for number in range(4)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, range(4))) == alone
+
+
+class Weather(BaseModel):
+    """The weather of a city."""
+
+    city: Literal["Paris", "Rome"]
+    days: int = Field(ge=1, le=9)
+
+
+def test_openais_parse_reads_calls(client: openai.OpenAI) -> None:
+    tool = openai.pydantic_function_tool(Weather)
+    named = {"type": "function", "function": {"name": "Weather"}}
+    arguments: dict[str, Any] = {
+        "model": "llama",
+        "messages": [QUESTION],
+        "tools": [tool],
+        "tool_choice": named,
+        "temperature": 0,
+        "max_completion_tokens": 60,
+    }
+    [call] = client.chat.completions.parse(**arguments).choices[0].message.tool_calls or []
+    assert isinstance(call.function.parsed_arguments, Weather)
+    with client.chat.completions.stream(**arguments) as stream:
+        kinds = {event.type for event in stream}
+        [streamed] = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert "tool_calls.function.arguments.delta" in kinds
+    assert streamed.function.parsed_arguments == call.function.parsed_arguments
 
 
 NEGATIVE = {"properties": {"a": {"not": {}}}}

@@ -35,7 +35,7 @@ class BytesTokenizer:
         return None
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **template_arguments: Any) -> str:
-        return "".join(message["content"] for message in messages)
+        return "".join(message["content"] or "" for message in messages)
 
 
 class ScriptedEngine:
