@@ -1,7 +1,5 @@
 """LlamaIndex: structured prediction through a function, and a function that is called."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Literal
