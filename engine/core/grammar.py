@@ -240,6 +240,7 @@ class Grammars:
         """Ends the threads. May be called twice."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
 
     def _learn(self) -> LLTokenizer:
         with self._lock:

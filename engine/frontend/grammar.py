@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,15 +27,14 @@ MAX_TRIALS = 2000
 MAX_CHECKED = 1024
 """Forms whose check is remembered."""
 
-_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-"""Keywords that hold schemas by name."""
-
 _OF_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 """Keywords that hold schemas in a list."""
 
-_OF_ONE = ("items", "additionalProperties", "contains", "not", "if", "then", "else", "propertyNames",
-           "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
-"""Keywords that hold one schema."""
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keywords that hold schemas by name."""
+
+_OF_VALUES = ("const", "enum", "default", "example", "examples", "required", "type")
+"""Keywords that hold no schemas; any other may hold one."""
 
 
 class FormChecker:
@@ -70,6 +69,9 @@ class FormChecker:
             return f"{size} bytes; at most {MAX_BYTES} are taken"
         if structured.json is not None:
             problem = _shape_problem(structured.schema)
+            if problem is not None:
+                return problem
+            problem = _unkept_keyword(structured.schema)
             if problem is not None:
                 return problem
         try:
@@ -123,6 +125,21 @@ def _shape_problem(schema: Any) -> str | None:
     return None
 
 
+def _unkept_keyword(root: Any) -> str | None:
+    """Names what llguidance takes and does not keep."""
+    for path, schema in _innermost_first(root, "$"):
+        if not isinstance(schema, dict):
+            continue
+        least, required = schema.get("minProperties", 0), schema.get("required", ())
+        # It would count a name twice that it writes twice. One that is required by name is written once.
+        if isinstance(least, int) and isinstance(required, Sequence) and least > len(required) + 1:
+            return (
+                f"the keyword 'minProperties' at {path} cannot be kept: names that are not required are not kept "
+                f"apart, so it can be one more than those in 'required' at most, {len(required) + 1}"
+            )
+    return None
+
+
 def _locate(root: Any) -> str | None:
     """Names keyword and path of the innermost schema that cannot be kept, found by compiling each alone."""
     shared = {key: root[key] for key in ("$defs", "definitions") if isinstance(root, dict) and key in root}
@@ -151,12 +168,13 @@ def _innermost_first(schema: Any, path: str) -> Iterator[tuple[str, Any]]:
         for keyword, value in sorted(
             schema.items(), key=lambda item: item[0] not in ("$defs", "definitions")
         ):
-            if keyword in _OF_SCHEMAS and isinstance(value, dict):
-                for name, one in value.items():
-                    yield from _innermost_first(one, f"{path}.{keyword}.{name}")
-            elif keyword in _OF_LISTS and isinstance(value, list):
+            where = f"{path}.{keyword}"
+            if keyword in _OF_LISTS and isinstance(value, list):
                 for index, one in enumerate(value):
-                    yield from _innermost_first(one, f"{path}.{keyword}[{index}]")
-            elif keyword in _OF_ONE and isinstance(value, dict):
-                yield from _innermost_first(value, f"{path}.{keyword}")
+                    yield from _innermost_first(one, f"{where}[{index}]")
+            elif isinstance(value, dict) and keyword in _BY_NAME:
+                for name, one in value.items():
+                    yield from _innermost_first(one, f"{where}.{name}")
+            elif isinstance(value, dict) and keyword not in _OF_VALUES:
+                yield from _innermost_first(value, where)
     yield path, schema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from engine.frontend.tool_formats.format import Tool
 
 MAX_TOOLS = 128
 """As OpenAI's."""
+
+MAX_BYTES = 2**18
+"""Most that tools may take as JSON, all together."""
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -50,6 +54,9 @@ def read_tools(tools: Any, field: str = "tools") -> list[Tool]:
         raise RequestError(f"{field} must be a list of tools", field)
     if len(tools) > MAX_TOOLS:
         raise RequestError(f"{field} holds {len(tools)} tools; at most {MAX_TOOLS} are taken", field)
+    size = len(json.dumps(tools, default=str, ensure_ascii=False).encode())
+    if size > MAX_BYTES:
+        raise RequestError(f"{field} has {size} bytes; at most {MAX_BYTES} are taken", field)
     read: list[Tool] = []
     names: set[str] = set()
     for index, tool in enumerate(tools):

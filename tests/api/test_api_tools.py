@@ -249,6 +249,11 @@ BAD = [
         "'not' at $.properties.a",
     ),
     (
+        {"tools": [{"type": "function", "function": {"name": "f", "description": "word " * 60000}}]},
+        "tools",
+        "at most 262144",
+    ),
+    (
         {"tools": [{"type": "custom", "custom": {"name": "f", "format": {"type": "json"}}}]},
         "tools[0].custom.format",
         "lark",

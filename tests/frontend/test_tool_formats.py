@@ -421,7 +421,32 @@ def test_a_call_that_a_grammar_allows_is_one_that_its_schema_allows(
     assert num_ended > 2
 
 
-def test_what_pythonic_cannot_keep_is_refused() -> None:
-    tools = [Tool("f", {"type": "object", "properties": {"a": {}}, "minProperties": 1})]
-    with pytest.raises(RequestError, match="minProperties"):
-        source_of(TOOL_FORMATS["pythonic"], Answer(tools, True, True), nothing_special)
+RECURSIVE = {
+    "type": "object",
+    "properties": {"a": {"$ref": "#"}, "b": {"const": 1}},
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "keyword"),
+    [
+        ({"type": "object", "properties": {"a": {}}, "minProperties": 1}, "minProperties"),
+        ({"type": "object", "required": ["a"]}, "required 'a'"),
+        (RECURSIVE, "ref"),
+    ],
+)
+def test_what_pythonic_cannot_keep_is_refused(parameters: dict[str, Any], keyword: str) -> None:
+    with pytest.raises(RequestError, match=keyword):
+        source_of(TOOL_FORMATS["pythonic"], Answer([Tool("f", parameters)], True, True), nothing_special)
+
+
+def test_a_schema_that_refers_to_itself_is_kept_as_json(vocabulary: llguidance.LLTokenizer) -> None:
+    source = source_of(TOOL_FORMATS["gemma4"], Answer([Tool("f", RECURSIVE)], True, True), nothing_special)
+    for arguments, expected in (
+        ('{"a": {"a": {}, "b": 1}}', True),
+        ('{"a": {"c": 1}}', False),
+        ("{a:{}}", False),
+    ):
+        written = f"<|tool_call>call:f{arguments}<tool_call|>"
+        assert is_answer(vocabulary, source, encode(written, False)) == expected

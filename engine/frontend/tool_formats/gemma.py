@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.frontend.tool_formats import values
 from engine.frontend.tool_formats.format import Answer, Tool, ToolFormat, marked
-from engine.frontend.tool_formats.lark import Lark, either, quote, separated
+from engine.frontend.tool_formats.lark import Lark, either, quote, schema, separated
 from engine.frontend.tool_formats.stream import (
     CutOff,
     Malformed,
@@ -51,6 +51,8 @@ class _Gemma:
     def _arguments(self, lark: Lark, tool: Tool) -> str:
         notation = values.Notation(self._string, self._literal, _key, separator=",", nests=True)
         # One that is written as JSON is between the same braces.
+        if not values.refers_within(tool.parameters):
+            return schema(tool.parameters)
         return values.value(lark, notation, tool.parameters, values.definitions_of(tool.parameters))
 
     def _string(self, lark: Lark) -> str:

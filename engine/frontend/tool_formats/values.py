@@ -103,6 +103,8 @@ def check_members(tool: Tool) -> None:
     parameters = tool.parameters
     unknown = parameters.keys() - _OBJECT - _SAYS_NOTHING
     missing = set(parameters.get("required", [])) - parameters.get("properties", {}).keys()
+    if not refers_within(parameters):
+        unknown = {"$ref"}
     if unknown or missing:
         what = (
             f"the keyword {min(unknown)!r}"
@@ -112,6 +114,17 @@ def check_members(tool: Tool) -> None:
         raise RequestError(
             f"{tool.where}: {what} at $ cannot be kept in the model's format of calls", tool.where
         )
+
+
+def refers_within(value: Any) -> bool:
+    """Whether all references in a schema are to its definitions, which its parts can have by themselves."""
+    if isinstance(value, list):
+        return all(map(refers_within, value))
+    if not isinstance(value, dict):
+        return True
+    reference = value.get("$ref", "#/$defs/")
+    is_near = not isinstance(reference, str) or reference.startswith(("#/$defs/", "#/definitions/"))
+    return is_near and all(map(refers_within, value.values()))
 
 
 def definitions_of(parameters: dict[str, Any]) -> dict[str, Any]:
