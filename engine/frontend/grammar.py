@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -24,8 +24,8 @@ MAX_DEPTH = 64
 MAX_TRIALS = 2000
 """Most parts of a JSON Schema that are looked at to find the one at fault."""
 
-MAX_CHECKED = 1024
-"""Forms whose check is remembered."""
+MAX_PASSED = 1024
+"""Forms that are remembered to have passed."""
 
 _OF_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 """Keywords that hold schemas in a list."""
@@ -46,7 +46,8 @@ class FormChecker:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._checked: OrderedDict[StructuredOutputs, str | None] = OrderedDict()
+        self._passed: dict[StructuredOutputs, None] = {}
+        self._lock = threading.Lock()
 
     def check(self, structured: StructuredOutputs) -> None:
         """Takes milliseconds, or a second for a form of thousands of parts; may be called by several threads.
@@ -54,13 +55,15 @@ class FormChecker:
         Raises:
             RequestError: The form cannot be kept; names keyword and path of a JSON Schema.
         """
-        if structured not in self._checked:
-            self._checked[structured] = self._problem(structured)
-            while len(self._checked) > MAX_CHECKED:
-                self._checked.popitem(last=False)
-        problem = self._checked.get(structured)
+        if structured in self._passed:
+            return
+        problem = self._problem(structured)
         if problem is not None:
             raise RequestError(f"{FIELD}: {problem}", FIELD)
+        with self._lock:
+            self._passed[structured] = None
+            if len(self._passed) > MAX_PASSED:
+                del self._passed[next(iter(self._passed))]
 
     def _problem(self, structured: StructuredOutputs) -> str | None:
         texts = (structured.json, structured.regex, structured.grammar, structured.whitespace_pattern)
