@@ -14,9 +14,6 @@ from typing import Any
 from engine.errors import RequestError
 
 ANY_TEXT = "/(?s:.*)/"
-NAME = "[a-zA-Z0-9_.-]"
-"""A character of a tool's name, as a regular expression."""
-
 
 WHITE_SPACE = r"[ \n]{0,16}"
 """Between the tokens of JSON in calls: a small model would fill its answer with it."""
