@@ -60,7 +60,14 @@ from engine.kernels.norm import rms_norm
 from engine.kernels.operands import Int8Format, SumsFormat
 from engine.kernels.quantize import quantize_per_token
 from engine.kernels.rotary import rotate_and_write
-from engine.kernels.sample import Adjustments, DrawParameters, adjust_logits, draw_tokens, logprobs_of
+from engine.kernels.sample import (
+    Adjustments,
+    DrawParameters,
+    adjust_logits,
+    draw_tokens,
+    logprobs_of,
+    mask_logits,
+)
 from engine.quant.block_weight import BLOCK_TYPES
 from tests.conftest import COMPILED
 
@@ -423,7 +430,9 @@ def call_adjust(shape: Shape, num_tokens: int) -> None:
     rows, token_ids = empty(2, num_tokens, dtype=torch.int32)
     bias, repetition, subtract = empty(3, num_tokens, dtype=torch.float32)
     entries = Adjustments(rows, token_ids, bias, repetition, subtract)
-    adjust_logits(empty(num_tokens, shape.vocab, dtype=torch.float32), entries)
+    logits = empty(num_tokens, shape.vocab, dtype=torch.float32)
+    mask_logits(logits, empty(num_tokens, -(-shape.vocab // 32), dtype=torch.int32))
+    adjust_logits(logits, entries)
 
 
 def call_draw(shape: Shape, num_tokens: int) -> None:

@@ -7,6 +7,7 @@ there: what `python -m engine.kernels.compile` compiles.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -78,9 +79,16 @@ def warm_up(executor: TritonExecutor, target: Target) -> None:
     """Runs the batches; kernels that Triton's cache on disk has are loaded, the others compiled."""
     batches = list(warm_up_batches(executor.limits, target))
     for batch in tqdm(batches, desc="Compiling kernels", unit="step", leave=False):
-        sampled = executor.sample(executor.execute(batch), batch, [row.draw for row in batch.rows])
+        sampled = executor.sample(executor.execute(batch), batch, _draws(batch, executor))
         if executor.device.type != "meta":
             sampled.read()
+
+
+def _draws(batch: Batch, executor: TritonExecutor) -> list[Draw | None]:
+    """The batch's draws; those that need everything have a bitmask, too."""
+    mask = b"\xff" * (4 * -(-executor.model.config.vocab_size // 32))
+    draws = [row.draw for row in batch.rows]
+    return [replace(draw, allowed_tokens=mask) if draw and draw.params is FULL else draw for draw in draws]
 
 
 def make_meta_executor(config: EngineConfig, target: Target) -> TritonExecutor:

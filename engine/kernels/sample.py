@@ -45,6 +45,8 @@ ROW_TILE = Tile({"BLOCK": 8192}, num_warps=16, num_stages=1)
 LOGPROB_TILE = Tile({"BLOCK": 4096}, num_warps=16, num_stages=1)
 """One program a row; its order of float sums is fixed with it, like that of `ROW_TILE`."""
 
+MASK_TILE = Tile({"BLOCK": 1024}, num_warps=4, num_stages=1)
+
 PICK_TILE = Tile({}, num_warps=1, num_stages=1)
 
 
@@ -115,15 +117,33 @@ def select_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def mask_logits(logits: torch.Tensor, allowed_tokens: torch.Tensor) -> None:
-    """Bans what a bitmask leaves out, in place; on a GPU with torch's operators.
+    """Bans what a bitmask leaves out, in place.
 
     Args:
         logits: [R, V] float32.
         allowed_tokens: [R, ceil(V / 32)] int32; bit t % 32 of word t // 32 is set where token t may be drawn.
     """
-    if target_of(logits) is None and cpu.serves(logits):
+    if target_of(logits) is not None:
+        num_rows, vocab_size = logits.shape
+        launch(
+            _mask_kernel,
+            (triton.cdiv(vocab_size, MASK_TILE["BLOCK"]), num_rows),
+            {
+                "logits": logits,
+                "allowed": allowed_tokens,
+                "vocab_size": vocab_size,
+                "num_words": allowed_tokens.shape[1],
+            },
+            MASK_TILE,
+        )
+    elif cpu.serves(logits):
         _adjust_in_c(logits, allowed=allowed_tokens)
-        return
+    else:
+        reference_mask(logits, allowed_tokens)
+
+
+def reference_mask(logits: torch.Tensor, allowed_tokens: torch.Tensor) -> None:
+    """What `mask_logits` does, with torch's operators."""
     bits = torch.arange(32, dtype=torch.int32, device=logits.device)
     is_allowed = (allowed_tokens[:, :, None] >> bits & 1).flatten(1)[:, : logits.shape[1]] == 1
     logits.masked_fill_(~is_allowed, -math.inf)
@@ -211,6 +231,16 @@ def _empty_logprobs(logits: torch.Tensor, nums: Sequence[int]) -> Logprobs:
         top_ids=torch.zeros(num_rows, most, dtype=torch.int64),
         top_values=torch.zeros(num_rows, most),
     )
+
+
+@triton.jit
+def _mask_kernel(logits, allowed, vocab_size, num_words, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    token_ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_token = token_ids < vocab_size
+    words = tl.load(allowed + row * num_words + token_ids // 32, is_token, -1)
+    is_banned = is_token & (((words >> (token_ids % 32)) & 1) == 0)
+    tl.store(logits + row * vocab_size + token_ids, float("-inf"), is_banned)
 
 
 @triton.jit(do_not_specialize=["num_entries"])

@@ -46,7 +46,9 @@ def random_batch(source: random.Random, executor: TritonExecutor) -> Batch:
         length = 1 if is_decode else source.randint(1, max(1, min(share, limits.max_model_len)))
         start = source.randint(0, limits.max_model_len - length)
         params = source.choice(PARAMS)
-        draw = Draw(params, 0, 0, 0, output_token_ids=(1, 2)) if source.random() < 0.9 else None
+        mask = source.choice([None, bytes(4 * -(-executor.model.config.vocab_size // 32))])
+        draw = Draw(params, 0, 0, 0, output_token_ids=(1, 2), allowed_tokens=mask)
+        draw = draw if source.random() < 0.9 else None
         table = [1] * -(-(start + length) // executor.cache.block_size)
         rows.append(BatchRow([5] * length, start, 0, table, draw, slot, admission=source.randint(0, 10**9)))
     return Batch(rows)

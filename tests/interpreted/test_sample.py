@@ -202,6 +202,18 @@ def test_adjustments_equal_the_references_to_the_bit() -> None:
     assert int((measured != logits).sum()) == num_entries
 
 
+@pytest.mark.parametrize("vocab_size", [31, 500, 2049])
+def test_a_mask_bans_what_the_reference_bans(vocab_size: int) -> None:
+    logits = random_logits("normal", 3, vocab_size)
+    source = torch.Generator().manual_seed(0)
+    allowed = torch.randint(-(2**31), 2**31, (3, -(-vocab_size // 32)), generator=source, dtype=torch.int32)
+    measured, expected = logits.clone(), logits.clone()
+    sample.mask_logits(measured, allowed)
+    sample.reference_mask(expected, allowed)
+    assert torch.equal(measured, expected)
+    assert 0 < int(torch.isinf(measured).sum()) < measured.numel()
+
+
 def test_an_entry_outside_the_vocabulary_touches_nothing() -> None:
     logits = torch.zeros(2, 10)
     entries = Adjustments(
