@@ -377,6 +377,18 @@ def test_grammars_take_what_the_vendors_write(
         assert takes(auto, WRITERS[name]("I look.", [WEATHER]))
 
 
+@pytest.mark.parametrize("name", sorted(set(TOOL_FORMATS) - set(WITHOUT_TEXT)))
+def test_text_does_not_spell_the_mark_of_a_call(vocabulary: llguidance.LLTokenizer, name: str) -> None:
+    """The parser sees text alone, and would take it for the special token."""
+    source = source_of(TOOL_FORMATS[name], Answer(TOOLS, False, True), special)
+    text = WRITERS[name]("Write it so: MARK.", [])
+    token_ids = encode(text.replace("MARK", "a mark"), True)
+    assert is_answer(vocabulary, source, token_ids)
+    before, after = (encode(part, True) for part in text.split("MARK"))
+    opening = TOOL_FORMATS[name].marks[0]
+    assert not is_answer(vocabulary, source, [*before, *opening.encode(), *after])
+
+
 def walk(vocabulary: llguidance.LLTokenizer, source: str, draw: random.Random) -> tuple[str, bool]:
     """A random answer that a grammar allows, and whether it came to an end."""
     matcher = llguidance.LLMatcher(vocabulary, source, log_level=0)
