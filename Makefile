@@ -78,7 +78,7 @@ test-oldest-triton: .triton-3.6
 	$(PIP) install --disable-pip-version-check --no-deps --target $@ triton==3.6.0 numpy==2.3.5
 
 # Clients that people use, beside the tests' own packages, whose versions they do not want.
-.clients: install tests/clients/requirements.txt tests/clients/package.json
+.clients: tests/clients/requirements.txt tests/clients/package.json | install
 	$(PIP) install --disable-pip-version-check --target $@ -r tests/clients/requirements.txt
 	cp tests/clients/package.json $@/
 	if command -v npm >/dev/null; then npm install --prefix $@ --no-audit --no-fund; fi

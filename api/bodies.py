@@ -8,6 +8,8 @@ from msgspec import UNSET, Struct, UnsetType
 
 from engine.core.outputs import FinishReason
 
+ChatFinishReason = FinishReason | Literal["tool_calls", "function_call"]
+
 
 class PromptTokensDetails(Struct):
     cached_tokens: int
@@ -67,17 +69,51 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
+class FunctionCall(Struct):
+    """Attributes:
+    arguments: JSON as text.
+    """
+
+    name: str
+    arguments: str
+
+
+class FunctionToolCall(Struct):
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
+class CustomCall(Struct):
+    name: str
+    input: str
+
+
+class CustomToolCall(Struct):
+    id: str
+    custom: CustomCall
+    type: Literal["custom"] = "custom"
+
+
 class ChatMessage(Struct):
-    content: str
+    """Attributes:
+    content: None where the answer calls tools, and says nothing besides.
+    function_call: A call as requests with `functions` know it.
+    """
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[FunctionToolCall | CustomToolCall] | UnsetType = UNSET
+    function_call: FunctionCall | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stop_reason: int | str | None
     token_ids: list[int] | UnsetType = UNSET
 
@@ -91,16 +127,43 @@ class ChatCompletion(Struct):
     object: Literal["chat.completion"] = "chat.completion"
 
 
+class FunctionDelta(Struct):
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class CustomDelta(Struct):
+    name: str | UnsetType = UNSET
+    input: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct):
+    """What is new of the call of this index; id, type and name come once, at its beginning."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function", "custom"] | UnsetType = UNSET
+    function: FunctionDelta | UnsetType = UNSET
+    custom: CustomDelta | UnsetType = UNSET
+
+
 class ChatDelta(Struct):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+    function_call: FunctionDelta | UnsetType = UNSET
+
+    @property
+    def is_empty(self) -> bool:
+        return all(getattr(self, name) is UNSET for name in self.__struct_fields__)
 
 
 class ChatChunkChoice(Struct):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     stop_reason: int | str | UnsetType | None = UNSET
     token_ids: list[int] | UnsetType = UNSET
 

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from fastapi import Request, Response
 from msgspec import UNSET
 
+from api.answer import AnswerWriter
 from api.bodies import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
-    ChatMessage,
 )
 from api.body import json_response, read_body
 from api.errors import ApiError
 from api.generation import PromptOutputs, UsageCounter, collect, generate
 from api.logprobs import chat_logprobs
-from api.messages import encode_messages
+from api.messages import begin_turn
 from api.protocol import ChatCompletionRequest, decode_request
 from api.sampling import sampling_params
 from api.service import Service
@@ -33,6 +33,7 @@ from api.structured_outputs import named_as_asked
 from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.errors import RequestError
+from engine.frontend.chat_format import ChatTurn
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,13 @@ class ChatJob:
     model: str
     request: ChatCompletionRequest
     params: SamplingParams
-    prompt_token_ids: list[int]
+    turn: ChatTurn
+
+    def writer(self) -> AnswerWriter:
+        """For one sample."""
+        return AnswerWriter(
+            self.turn, bool(self.request.functions), self.request.include_reasoning is not False
+        )
 
 
 async def create_chat_completion(service: Service, http_request: Request) -> Response:
@@ -53,10 +60,14 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
     request = decode_request(await read_body(http_request), ChatCompletionRequest)
     model = service.check_model(request.model)
     params = _params(service, request)
-    # In a thread: a long chat takes long enough to be felt by the streams of others.
-    token_ids = await asyncio.to_thread(encode_messages, service.engine.tokenizer, request)
-    job = ChatJob(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model, request, params, token_ids)
-    outputs = generate(service, [token_ids], [params], job.request_id, request.priority)
+    with named_as_asked(request):
+        # In a thread: a long chat takes long enough to be felt by the streams of others.
+        turn = await asyncio.to_thread(
+            begin_turn, service.engine.chat_format, request, params.structured_outputs
+        )
+    params = turn.params(params)
+    job = ChatJob(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model, request, params, turn)
+    outputs = generate(service, [turn.prompt_token_ids], [params], job.request_id, request.priority)
     headers = {"x-request-id": job.request_id}
     try:
         with named_as_asked(request):
@@ -102,25 +113,28 @@ def _params(service: Service, request: ChatCompletionRequest) -> SamplingParams:
 
 
 async def _whole(job: ChatJob, outputs: PromptOutputs) -> ChatCompletion:
-    counter = UsageCounter([job.prompt_token_ids])
+    counter = UsageCounter([job.turn.prompt_token_ids])
     samples = await collect(outputs, 1, job.params.n, counter)
-    choices = [
-        ChatChoice(
-            index=sample.index,
-            message=ChatMessage(sample.text),
-            logprobs=chat_logprobs(sample, job.params.logprobs or 0),
-            finish_reason=sample.finish_reason,
-            stop_reason=sample.stop_reason,
-            token_ids=sample.token_ids if job.request.return_token_ids else UNSET,
+    choices = []
+    for sample in samples:
+        writer = job.writer()
+        choices.append(
+            ChatChoice(
+                index=sample.index,
+                message=writer.message(sample.text),
+                logprobs=chat_logprobs(sample, job.params.logprobs or 0),
+                finish_reason=writer.finish_reason(sample.finish_reason),
+                stop_reason=sample.stop_reason,
+                token_ids=sample.token_ids if job.request.return_token_ids else UNSET,
+            )
         )
-        for sample in samples
-    ]
     return ChatCompletion(job.request_id, job.created, job.model, choices, counter.usage())
 
 
 async def _events(job: ChatJob, outputs: PromptOutputs) -> AsyncGenerator[bytes, None]:
     """A role chunk for every sample, contents, finish chunks, and the usage if asked for."""
-    counter = UsageCounter([job.prompt_token_ids], job.request.stream_options)
+    counter = UsageCounter([job.turn.prompt_token_ids], job.request.stream_options)
+    writers = [job.writer() for _ in range(job.params.n)]
     everything = job.params.logprobs is not None or job.request.return_token_ids
 
     def chunk(choice: ChatChunkChoice) -> bytes:
@@ -136,28 +150,32 @@ async def _events(job: ChatJob, outputs: PromptOutputs) -> AsyncGenerator[bytes,
                 for index in range(job.params.n):
                     yield chunk(ChatChunkChoice(index, ChatDelta(role="assistant", content="")))
             for sample in output.outputs:
+                writer = writers[sample.index]
+                delta = writer.write(sample.text, is_last=sample.finish_reason is not None)
                 # A token whose text is held back has nothing to show yet.
-                if sample.text or (everything and sample.token_ids):
-                    yield chunk(_content_choice(job, sample))
+                if not delta.is_empty or (everything and sample.token_ids):
+                    yield chunk(_delta_choice(job, sample, delta))
                 if sample.finish_reason is not None:
-                    yield chunk(_finish_choice(sample))
+                    yield chunk(_finish_choice(sample, writer))
     if counter.has_usage_chunk:
         yield event(ChatChunk(job.request_id, job.created, job.model, [], usage=counter.usage()))
 
 
-def _content_choice(job: ChatJob, sample: CompletionOutput) -> ChatChunkChoice:
+def _delta_choice(job: ChatJob, sample: CompletionOutput, delta: ChatDelta) -> ChatChunkChoice:
+    if delta.is_empty:
+        delta.content = ""
     return ChatChunkChoice(
         index=sample.index,
-        delta=ChatDelta(content=sample.text),
+        delta=delta,
         logprobs=chat_logprobs(sample, job.params.logprobs or 0),
         token_ids=sample.token_ids if job.request.return_token_ids else UNSET,
     )
 
 
-def _finish_choice(sample: CompletionOutput) -> ChatChunkChoice:
+def _finish_choice(sample: CompletionOutput, writer: AnswerWriter) -> ChatChunkChoice:
     return ChatChunkChoice(
         index=sample.index,
         delta=ChatDelta(),
-        finish_reason=sample.finish_reason,
+        finish_reason=writer.finish_reason(sample.finish_reason),
         stop_reason=sample.stop_reason,
     )

@@ -1,81 +1,174 @@
-"""From the messages of a chat to the token ids of a prompt."""
+"""From the messages and tools of a chat's request to a prompt, and how its answer is to be read."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from api.errors import ApiError, not_supported
-from api.protocol import ChatCompletionRequest, Message
+from api.protocol import ChatCompletionRequest, Message, ToolCall
 from engine.errors import RequestError
+from engine.frontend.tools import NO_CALLS, ToolChoice, read_function, read_tool_choice, read_tools
 
 if TYPE_CHECKING:
-    from engine.tokenizer.tokenizer import Tokenizer
+    from engine.core.structured_outputs import StructuredOutputs
+    from engine.frontend.chat_format import ChatFormat, ChatTurn
+    from engine.frontend.tool_formats.format import Tool
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+"""Values of `reasoning_effort`."""
+
 # What the server itself hands to the template.
-RESERVED_TEMPLATE_ARGUMENTS = ("self", "messages", "add_generation_prompt", "continue_final_message")
+RESERVED_TEMPLATE_ARGUMENTS = ("self", "messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
-def encode_messages(tokenizer: Tokenizer, request: ChatCompletionRequest) -> list[int]:
-    """The prompt that the model's chat template makes of the request's messages, as token ids.
+def begin_turn(
+    chat_format: ChatFormat, request: ChatCompletionRequest, form: StructuredOutputs | None
+) -> ChatTurn:
+    """The prompt that the model's chat template makes of the request's messages and tools.
+
+    Args:
+        form: What an answer must be that calls nothing.
 
     Raises:
-        ApiError: 400, messages that are empty, of unknown roles, or hold more than text.
+        ApiError: 400, messages that are empty, of unknown roles, or hold more than text; tools that are none.
         RequestError: The template refuses them.
     """
     if not request.messages:
         raise ApiError(400, "messages must hold at least one message", param="messages")
+    messages = [_plain_message(message, f"messages[{i}]") for i, message in enumerate(request.messages)]
+    _check_results(messages)
+    tools, choice, is_parallel = _tools(request)
+    arguments = _template_arguments(request)
+    if not request.continue_final_message:
+        return chat_format.turn(messages, tools, choice, is_parallel, form, **arguments)
+    if request.add_generation_prompt:
+        problem = "continue_final_message excludes add_generation_prompt"
+    elif messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
+        problem = "continue_final_message needs an assistant's message with text at the end"
+    elif choice != NO_CALLS:
+        problem = 'continue_final_message goes with tool_choice "none" alone'
+    else:
+        try:
+            return chat_format.turn(messages, form=form, **{**arguments, "continue_final_message": True})
+        except RequestError as error:
+            problem = str(error)
+    raise ApiError(400, problem, param="continue_final_message")
+
+
+def _template_arguments(request: ChatCompletionRequest) -> dict[str, Any]:
     arguments = dict(request.chat_template_kwargs or {})
     for name in RESERVED_TEMPLATE_ARGUMENTS:
         if name in arguments:
             raise ApiError(
                 400, f"chat_template_kwargs must not hold {name}", param=f"chat_template_kwargs.{name}"
             )
-    messages = [_plain_message(message, f"messages[{i}]") for i, message in enumerate(request.messages)]
-    if request.continue_final_message:
-        return _encode_open_end(tokenizer, request, messages, arguments)
+    if request.reasoning_effort is not None:
+        if request.reasoning_effort not in EFFORTS:
+            raise ApiError(
+                400,
+                f"reasoning_effort must be one of {', '.join(EFFORTS)}, got {request.reasoning_effort!r}",
+                param="reasoning_effort",
+            )
+        arguments["reasoning_effort"] = request.reasoning_effort
+        if request.reasoning_effort == "none":
+            arguments["enable_thinking"] = False
+    if request.enable_thinking is not None:
+        arguments["enable_thinking"] = request.enable_thinking
     arguments["add_generation_prompt"] = request.add_generation_prompt is not False
-    return tokenizer.encode_chat(messages, **arguments)
+    return arguments
 
 
-def _encode_open_end(
-    tokenizer: Tokenizer,
-    request: ChatCompletionRequest,
-    messages: list[dict[str, Any]],
-    arguments: dict[str, Any],
-) -> list[int]:
-    """The prompt up to the end of the last message's content, which the model then goes on with."""
-    if request.add_generation_prompt:
-        problem = "continue_final_message excludes add_generation_prompt"
-    elif messages[-1]["role"] != "assistant":
-        problem = "continue_final_message needs an assistant's message with text at the end"
-    else:
-        try:
-            return tokenizer.encode_chat(messages, continue_final_message=True, **arguments)
-        except RequestError as error:
-            problem = str(error)
-    raise ApiError(400, problem, param="continue_final_message")
+def _tools(request: ChatCompletionRequest) -> tuple[list[Tool], ToolChoice, bool]:
+    """The tools, what of them may be called, and whether several may."""
+    if not request.functions:
+        if request.function_call not in (None, "none", "auto"):
+            raise ApiError(
+                400, "function_call asks for a call, and there are no functions", param="function_call"
+            )
+        tools = read_tools(request.tools or [])
+        choice = read_tool_choice(request.tool_choice, tools)
+        return tools, choice, request.parallel_tool_calls is not False
+    if request.tools:
+        raise ApiError(400, "functions is the older name of tools: give one of them", param="functions")
+    tools = [read_function(one, f"functions[{i}]") for i, one in enumerate(request.functions)]
+    asked: Any = request.function_call
+    if isinstance(asked, dict):
+        asked = {"type": "function", "function": asked}
+    elif asked == "required":
+        raise ApiError(400, 'function_call must be none, auto or {"name": …}', param="function_call")
+    return tools, read_tool_choice(asked, tools, "function_call"), False
 
 
 def _plain_message(message: Message, where: str) -> dict[str, Any]:
     """The message as templates take it; `where` names it in errors."""
-    if message.role in ("tool", "function"):
-        raise not_supported(f"{where}.role {message.role!r}", f"{where}.role")
     if message.role not in ROLES:
         raise ApiError(
             400,
             f"{where}.role must be one of {', '.join(ROLES)}, got {message.role!r}",
             param=f"{where}.role",
         )
-    for field in ("audio", "function_call", "tool_calls", "tool_call_id"):
-        if getattr(message, field) not in (None, []):
-            raise not_supported(f"{where}.{field}")
+    if message.audio is not None:
+        raise not_supported(f"{where}.audio")
+    is_assistant = message.role == "assistant"
+    for field in ("function_call", "tool_calls", "reasoning_content"):
+        if getattr(message, field) not in (None, []) and not is_assistant:
+            raise ApiError(
+                400, f"{where}.{field} is an assistant's, not a {message.role}'s", param=f"{where}.{field}"
+            )
     # Templates know the developer's role by its older name.
-    role = "system" if message.role == "developer" else message.role
+    role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
     plain: dict[str, Any] = {"role": role, "content": _plain_content(message, where)}
     if message.name is not None:
         plain["name"] = message.name
+    if message.reasoning_content:
+        plain["reasoning_content"] = message.reasoning_content
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            _plain_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)
+        ]
+    elif message.function_call is not None:
+        name, arguments = message.function_call.name, message.function_call.arguments
+        function = {"name": name, "arguments": arguments}
+        plain["tool_calls"] = [{"id": name, "type": "function", "function": function}]
+    if role == "tool":
+        plain["tool_call_id"] = _tool_call_id(message, where)
     return plain
+
+
+def _tool_call_id(message: Message, where: str) -> str:
+    """Which call a result is of; calls of older clients are known by their functions' names."""
+    field = "name" if message.role == "function" else "tool_call_id"
+    given: str | None = getattr(message, field)
+    if not given:
+        raise ApiError(400, f"missing field: {where}.{field}", param=f"{where}.{field}")
+    return given
+
+
+def _check_results(messages: list[dict[str, Any]]) -> None:
+    """Refuses a result of a call that nobody has made, which templates drop or take for another's."""
+    made: set[str] = set()
+    for index, message in enumerate(messages):
+        made |= {call["id"] for call in message.get("tool_calls", ())}
+        if message["role"] == "tool" and message["tool_call_id"] not in made:
+            raise ApiError(
+                400,
+                f"messages[{index}].tool_call_id {message['tool_call_id']!r} is of no call in the messages before",
+                param=f"messages[{index}].tool_call_id",
+            )
+
+
+def _plain_call(call: ToolCall, where: str) -> dict[str, Any]:
+    if not call.id:
+        raise ApiError(400, f"missing field: {where}.id", param=f"{where}.id")
+    if call.type == "custom" and call.custom is not None:
+        # As it was called: with one argument.
+        function: dict[str, Any] = {"name": call.custom.name, "arguments": {"input": call.custom.input}}
+    elif call.type == "function" and call.function is not None:
+        function = {"name": call.function.name, "arguments": call.function.arguments}
+    else:
+        raise ApiError(400, f"{where} must be a function or custom, with its part of that name", param=where)
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _plain_content(message: Message, where: str) -> str | list[dict[str, str]] | None:

@@ -16,15 +16,10 @@ Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 # Fields that OpenAI knows and this server does not act on, with the values that ask for nothing.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
-    "reasoning_effort": ("none",),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -100,6 +95,29 @@ class ContentPart(Struct, kw_only=True):
     text: str | None = None
 
 
+class CalledFunction(Struct, kw_only=True):
+    """Attributes:
+    arguments: JSON as text.
+    """
+
+    name: str
+    arguments: str = ""
+
+
+class CalledCustomTool(Struct, kw_only=True):
+    name: str
+    input: str = ""
+
+
+class ToolCall(Struct, kw_only=True):
+    """A call in a conversation; further fields of an answer that is sent back are of no account."""
+
+    id: str | None = None
+    type: str = "function"
+    function: CalledFunction | None = None
+    custom: CalledCustomTool | None = None
+
+
 class Message(Struct, kw_only=True, forbid_unknown_fields=True):
     """A message of a chat, or an answer of this server sent back as one."""
 
@@ -108,10 +126,11 @@ class Message(Struct, kw_only=True, forbid_unknown_fields=True):
     name: str | None = None
     annotations: Any = None
     audio: Any = None
-    function_call: Any = None
+    function_call: CalledFunction | None = None
+    reasoning_content: str | None = None
     refusal: str | None = None
-    tool_call_id: Any = None
-    tool_calls: Any = None
+    tool_call_id: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
@@ -123,16 +142,20 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    # Tools and reasoning; `engine.frontend.tools` reads what has no type here.
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[dict[str, Any]] | None = None
+    function_call: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    enable_thinking: bool | None = None
+    include_reasoning: bool | None = None
+
     audio: Any = None
-    function_call: Any = None
-    functions: Any = None
     modalities: Any = None
     moderation: Any = None
-    parallel_tool_calls: Any = None
     prediction: Any = None
-    reasoning_effort: Any = None
-    tool_choice: Any = None
-    tools: Any = None
     verbosity: Any = None
     web_search_options: Any = None
 

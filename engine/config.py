@@ -18,6 +18,11 @@ CacheType = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "f
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
 ExecutorBackend = Literal["mp", "ray"]
+ToolFormatName = Literal[
+    "auto", "prompt", "hermes", "llama3_json", "mistral", "mistral_v11", "gemma4", "functiongemma", "deepseek_v3",
+    "deepseek_v31", "harmony", "pythonic", "lfm2",
+]  # fmt: skip
+ReasoningFormatName = Literal["auto", "none", "think", "mistral", "gemma4", "harmony"]
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -110,6 +115,15 @@ class EngineConfig:
     )
     block_size: int = _option(16, "tokens in a block of the KV cache, a power of two from 4 to 256")
     enable_prefix_caching: bool = _option(True, "find the blocks of equal prompt prefixes again")
+    tool_format: ToolFormatName = _option(
+        "auto",
+        "how the model writes calls of tools; auto: as its chat template does; prompt: as a system message of ours "
+        "tells it to",
+    )
+    reasoning_format: ReasoningFormatName = _option(
+        "auto",
+        "the marks around a model's reasoning; auto: those of its chat template; none: it stays in the text",
+    )
     seed: int | None = _option(None, "seed from which requests without one get theirs; default: random")
     cache_dir: str | None = _option(
         None,

@@ -25,6 +25,32 @@ class Logprob:
     token_bytes: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class CalledTool:
+    """A call of a tool.
+
+    Attributes:
+        arguments: JSON as text; cut off where the answer is.
+    """
+
+    name: str
+    arguments: str
+
+
+@dataclass(slots=True)
+class ChatAnswer:
+    """What an answer of a chat says.
+
+    Attributes:
+        content: The text, without reasoning and calls.
+        reasoning_content: What the model thought before.
+    """
+
+    content: str = ""
+    reasoning_content: str = ""
+    tool_calls: list[CalledTool] = field(default_factory=list)
+
+
 @dataclass(slots=True)
 class CompletionOutput:
     """One sample of a request: whole when it comes from `LLM`, what is new when it comes from a stream.
@@ -37,6 +63,7 @@ class CompletionOutput:
             the chosen one first; None if not asked for.
         finish_reason: None while the sample runs.
         stop_reason: The stop string or stop token id that ended it; None for end-of-sequence.
+        answer: From `LLM.chat` alone: the text read as an answer.
     """
 
     index: int
@@ -45,6 +72,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    answer: ChatAnswer | None = None
 
 
 @dataclass(slots=True)

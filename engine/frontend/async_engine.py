@@ -30,6 +30,7 @@ from engine.core.structured_outputs import FIELD, StructuredOutputs
 from engine.core.validation import validate_request
 from engine.errors import EngineDeadError, EngineError, EngineStartError, RequestError
 from engine.executor.ranks.limits import BEAT_SECONDS, Limits
+from engine.frontend.chat_format import ChatFormat
 from engine.frontend.grammar import FormChecker
 from engine.frontend.messages import (
     Abort,
@@ -84,6 +85,9 @@ class ServedEngine(Protocol):
     @property
     def default_params(self) -> dict[str, Any]: ...
 
+    @property
+    def chat_format(self) -> ChatFormat: ...
+
     def generate(
         self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
     ) -> AsyncGenerator[RequestOutput]: ...
@@ -102,10 +106,11 @@ class AsyncEngine:
         status: "starting" until the model is loaded, "dead" once the process has ended.
         error: Why it is dead.
         stats: As of the engine's last step.
-        tokenizer, max_model_len, vocab_size, default_params: Valid once ready.
+        tokenizer, chat_format, max_model_len, vocab_size, default_params: Valid once ready.
     """
 
     tokenizer: Tokenizer
+    chat_format: ChatFormat
     max_model_len: int
     vocab_size: int
     default_params: dict[str, Any]
@@ -167,6 +172,9 @@ class AsyncEngine:
                 path = await _in_daemon_thread(lambda: resolve_model(self.config.model))
             self.tokenizer = await _in_daemon_thread(
                 lambda: load_tokenizer(path, self.config.load_format == "dummy")
+            )
+            self.chat_format = await _in_daemon_thread(
+                lambda: ChatFormat(self.tokenizer, self.config.tool_format, self.config.reasoning_format)
             )
             start = Start(
                 options=dataclasses.asdict(self.config),

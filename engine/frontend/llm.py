@@ -6,8 +6,9 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import count
 from typing import Any, ClassVar, Self
 
@@ -22,10 +23,12 @@ from engine.core.sampling_params import SamplingParams
 from engine.core.validation import validate_request
 from engine.errors import ConfigError, RequestError
 from engine.executor.start import start_engine
+from engine.frontend.chat_format import ChatFormat
 from engine.frontend.grammar import FormChecker
 from engine.frontend.output_processor import OutputProcessor
 from engine.frontend.prompts import Prompt, read_prompts
 from engine.frontend.step_thread import Call, StepThread
+from engine.frontend.tools import read_tool_choice, read_tools
 from engine.loading.resolve import resolve_model
 from engine.tokenizer.tokenizer import load_tokenizer
 
@@ -117,16 +120,7 @@ class LLM:
         """
         self._check_process()
         prompt_list = read_prompts(prompts)
-        if params is None:
-            params = self.default_params
-        params_list = [params] * len(prompt_list) if isinstance(params, SamplingParams) else list(params)
-        wrong = next((one for one in params_list if not isinstance(one, SamplingParams)), None)
-        if wrong is not None:
-            raise RequestError(f"params: expected SamplingParams, found {wrong!r}")
-        if len(params_list) != len(prompt_list):
-            raise RequestError(
-                f"{len(params_list)} params for {len(prompt_list)} prompts: give one, or one each"
-            )
+        params_list = self._params_list(params, len(prompt_list))
         requests = [
             self._make_request(index, prompt, prompt_params)
             for index, (prompt, prompt_params) in enumerate(zip(prompt_list, params_list, strict=True))
@@ -147,21 +141,66 @@ class LLM:
         messages: list[Message] | list[list[Message]],
         params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
+        tools: Sequence[dict[str, Any]] = (),
+        tool_choice: str | dict[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         use_tqdm: bool = True,
         **template_arguments: Any,
     ) -> list[RequestOutput]:
         """Generates the next message of one conversation or a list of them, through the chat template.
 
         Args:
-            messages: [{"role": …, "content": …}, …], or a list of such lists.
+            messages: [{"role": …, "content": …}, …], or a list of such lists; as OpenAI's, calls and results, too.
+            tools: What the model may call, as OpenAI's chats have them.
+            tool_choice: "auto", which is the default, "none", "required", or a tool by name.
+            parallel_tool_calls: Whether there may be several calls in an answer.
             template_arguments: Passed to the model's chat template.
+
+        Returns:
+            Outputs whose `text` is all that the model wrote, and whose `answer` is what it says.
+
+        Raises:
+            RequestError: As `generate`; or the template does not take messages or tools.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts = [
-            self.tokenizer.encode_chat(conversation, **template_arguments)  # type: ignore[arg-type]
-            for conversation in conversations
+        is_one = bool(messages) and isinstance(messages[0], dict)
+        conversations: list[Any] = [messages] if is_one else list(messages)
+        read = read_tools(tools)
+        choice = read_tool_choice(tool_choice, read)
+        params_list = self._params_list(params, len(conversations))
+        turns = [
+            self._chat_format.turn(
+                conversation, read, choice, parallel_tool_calls, one.structured_outputs, **template_arguments
+            )
+            for conversation, one in zip(conversations, params_list, strict=True)
         ]
-        return self.generate(prompts, params, use_tqdm=use_tqdm)
+        params_list = [turn.params(one) for turn, one in zip(turns, params_list, strict=True)]
+        results = self.generate([turn.prompt_token_ids for turn in turns], params_list, use_tqdm=use_tqdm)
+        for turn, result in zip(turns, results, strict=True):
+            for output in result.outputs:
+                output.answer = turn.read(output.text)
+        return results
+
+    @cached_property
+    def _chat_format(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer, self.config.tool_format, self.config.reasoning_format)
+
+    def _params_list(
+        self, params: SamplingParams | Iterable[SamplingParams] | None, num_prompts: int
+    ) -> list[SamplingParams]:
+        """The parameters of each prompt.
+
+        Raises:
+            RequestError: They are none, or of another number.
+        """
+        if params is None:
+            params = self.default_params
+        params_list = [params] * num_prompts if isinstance(params, SamplingParams) else list(params)
+        wrong = next((one for one in params_list if not isinstance(one, SamplingParams)), None)
+        if wrong is not None:
+            raise RequestError(f"params: expected SamplingParams, found {wrong!r}")
+        if len(params_list) != num_prompts:
+            raise RequestError(f"{len(params_list)} params for {num_prompts} prompts: give one, or one each")
+        return params_list
 
     def _make_request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

@@ -30,6 +30,7 @@ from engine.core.stats import EngineStats
 from engine.core.validation import validate_request
 from engine.errors import EngineDeadError
 from engine.frontend.async_engine import AsyncEngine
+from engine.frontend.chat_format import ChatFormat
 from engine.loading.resolve import resolve_model
 from engine.router.affinity import Resumable
 from engine.router.policies import QUEUED_TOKENS
@@ -129,6 +130,7 @@ class Replicas:
     """
 
     tokenizer: Tokenizer
+    chat_format: ChatFormat
     max_model_len: int
     vocab_size: int
     default_params: dict[str, Any]
@@ -213,6 +215,9 @@ class Replicas:
         try:
             path = await asyncio.to_thread(resolve_model, self.config.model)
             self.tokenizer = await asyncio.to_thread(load_tokenizer, path, self.config.load_format == "dummy")
+            self.chat_format = await asyncio.to_thread(
+                ChatFormat, self.tokenizer, self.config.tool_format, self.config.reasoning_format
+            )
             info = await self._handle.info.remote()
         except Exception as error:
             self.status, self.error = "dead", f"{type(error).__name__}: {_first_line(error)}"

@@ -47,6 +47,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._settings.chat_templates)
 
+    def special_token_id(self, text: str) -> int | None:
+        """The id of the special token that is written `text`; None if there is none."""
+        token_id = self._backend.token_to_id(text)
+        return token_id if token_id in self.special_token_ids else None
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of `text`; special tokens written in it become their ids.
 
@@ -86,7 +91,8 @@ class Tokenizer:
 
         Args:
             messages: Contents are text, or parts of text, which reach templates that walk them as they are, and
-                others as one text, a line a part. Keys that are None are left out.
+                others as one text, a line a part. Keys that are None are left out, but for the content of a
+                message with calls.
             continue_final_message: The text ends where the last message's content does.
             template_arguments: Passed on to the template: tools, enable_thinking, and
                 add_generation_prompt, which is True by default.
@@ -204,7 +210,9 @@ def _checked(message: Any, walks_parts: bool) -> dict[str, Any]:
     """The message without what is None, its parts joined unless the template takes them."""
     if not isinstance(message, dict):
         raise RequestError("each message must be an object", "messages")
-    message = {key: value for key, value in message.items() if value is not None}
+    # Some templates ask whether the content of a message with calls is none, and others write it.
+    kept = ("content",) if message.get("tool_calls") else ()
+    message = {key: value for key, value in message.items() if value is not None or key in kept}
     parts = message.get("content")
     if not isinstance(parts, list):
         return message

@@ -15,6 +15,7 @@ from api.server import Server
 from engine.core.outputs import CompletionOutput, RequestOutput
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
+from engine.frontend.chat_format import ChatFormat
 
 Script = Callable[[list[int], SamplingParams], AsyncGenerator[CompletionOutput, None]]
 
@@ -27,8 +28,14 @@ class BytesTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: list[dict[str, Any]], **template_arguments: Any) -> list[int]:
-        return self.encode("".join(message["content"] for message in messages))
+    eos_token_ids: tuple[int, ...] = ()
+    vocab_size = 256
+
+    def special_token_id(self, text: str) -> int | None:
+        return None
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **template_arguments: Any) -> str:
+        return "".join(message["content"] or "" for message in messages)
 
 
 class ScriptedEngine:
@@ -39,6 +46,7 @@ class ScriptedEngine:
         self.status = status
         self.error: str | None = None
         self.tokenizer = BytesTokenizer()
+        self.chat_format = ChatFormat(cast(Any, self.tokenizer))
         self.max_model_len = 100
         self.default_params: dict[str, Any] = {}
         self.stats = EngineStats()
