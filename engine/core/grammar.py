@@ -3,7 +3,8 @@
     update: a token is appended ─► advance ─► a thread fills the next mask │ meanwhile plan, forward pass ─► draws
 
 Matcher and mask are a function of the form and the sequence's tokens so far, whatever the steps were. Matching holds
-no GIL, so that a mask is made while the model computes.
+no GIL, so that a mask is made while the model computes. The package is imported with the first form: a start does not
+wait for it.
 """
 
 from __future__ import annotations
@@ -15,19 +16,17 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from llguidance.gbnf_to_lark import any_to_lark
 
 from engine.core.structured_outputs import StructuredOutputs
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
 MAX_COMPILED = 256
 """Compiled forms that are kept for requests to come."""
-
-LIMITS = LLParserLimits(verbose_errors=False)
-"""What a form may cost, to compile and in each step: llguidance's own limits. Errors do not quote the form."""
 
 _HEADER = '%llguidance {"no_forcing": true}\n'
 """Every way to cut a forced text into tokens is allowed: the model chooses, and no tokenizer is asked for one."""
@@ -49,12 +48,22 @@ class Vocabulary:
     special_token_ids: list[int]
 
 
+def limits() -> LLParserLimits:
+    """What a form may cost, to compile and in each step: llguidance's own limits. Errors do not quote the form."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(verbose_errors=False)
+
+
 def lark_of(structured: StructuredOutputs) -> str:
     """A form as llguidance's Lark.
 
     Raises:
         ValueError: A GBNF grammar that cannot be read.
     """
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
     schema = structured.schema
     if schema is not None:
         if structured.whitespace_pattern is not None:
@@ -83,6 +92,8 @@ def make_tokenizer(vocabulary: Vocabulary, vocab_size: int, eos_token_ids: Colle
         vocab_size: Width of the model's logits. Ids without a token are never allowed.
         eos_token_ids: What may come where a form can end. A model without any gets one beyond its vocabulary.
     """
+    from llguidance import LLTokenizer, TokenizerWrapper
+
     padding = [b""] * (vocab_size - len(vocabulary.tokens))
     end_ids = sorted(token_id for token_id in eos_token_ids if token_id < vocab_size)
     wrapper = TokenizerWrapper(
@@ -223,6 +234,8 @@ class Grammars:
         Raises:
             ValueError: The form cannot be compiled.
         """
+        from llguidance import LLMatcher
+
         with self._lock:
             compiled = self._compiled.setdefault(structured, _Compiled())
             self._compiled.move_to_end(structured)
@@ -230,7 +243,9 @@ class Grammars:
                 self._compiled.popitem(last=False)
         with compiled.lock:
             if compiled.matcher is None:
-                matcher = LLMatcher(self._learn(), _HEADER + lark_of(structured), log_level=0, limits=LIMITS)
+                matcher = LLMatcher(
+                    self._learn(), _HEADER + lark_of(structured), log_level=0, limits=limits()
+                )
                 if matcher.is_error():
                     raise ValueError(matcher.get_error())
                 compiled.matcher = matcher

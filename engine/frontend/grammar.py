@@ -6,14 +6,15 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llguidance import LLMatcher, LLTokenizer
-
-from engine.core.grammar import LIMITS, Vocabulary, lark_of, make_tokenizer
+from engine.core.grammar import Vocabulary, lark_of, limits, make_tokenizer
 from engine.core.structured_outputs import FIELD, StructuredOutputs
 from engine.errors import RequestError
 from engine.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 MAX_BYTES = 2**18
 """Longest form."""
@@ -99,14 +100,18 @@ class FormChecker:
 
 def _compile(lark: str, tokenizer: LLTokenizer) -> str | None:
     """Why the grammar cannot be kept."""
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(lark, tokenizer, limits=LIMITS)
+    from llguidance import LLMatcher
+
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(lark, tokenizer, limits=limits())
     return messages[0].strip().replace("\n", " | ") if is_error else None
 
 
 def _compile_schema(schema: Any) -> str | None:
     """Why the schema cannot be kept."""
+    from llguidance import LLMatcher
+
     lark = LLMatcher.grammar_from_json_schema(json.dumps(schema))
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(lark, limits=LIMITS)
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(lark, limits=limits())
     return " ".join(messages[0].split()) if is_error else None
 
 
