@@ -31,7 +31,7 @@ class Checkpoint(Protocol):
 
     @property
     def recommended_params(self) -> dict[str, Any]:
-        """Those of `generation_config` that may recommend sampling parameters; a GGUF file has none."""
+        """The keys of `generation_config` where it may recommend sampling parameters; a GGUF file has none."""
         ...
 
     def names(self) -> set[str]:

@@ -103,12 +103,14 @@ def take_rows(weight: Weight, index: torch.Tensor) -> Weight:
 
 
 def stack_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors [N_i, …] on the CPU one below the other; a single one is not copied.
+    """Tensors [N_i, …] one below the other; a single one is not copied.
 
-    By this thread alone: torch's threads would wait for each other, for long where the machine is busy.
+    On the CPU by this thread alone: torch's threads would wait for each other, for long where the machine is busy.
     """
     if len(parts) == 1:
         return parts[0]
+    if not parts[0].is_cpu:
+        return torch.cat(list(parts))
     shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
     stacked = torch.empty(shape, dtype=parts[0].dtype)
     target, position = _bytes_of(stacked), 0
