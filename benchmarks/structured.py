@@ -126,7 +126,7 @@ def stream_rates(llm: LLM, num_streams: int, num_tokens: int, repeat: int) -> li
     return rates[1:]
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -140,7 +140,7 @@ def main() -> int:
     parser.add_argument("--stream-tokens", type=positive_int, default=128)
     parser.add_argument("--repeat", type=positive_int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file for all numbers")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         forms = read_forms()
         llm = LLM(arguments.model, quant=arguments.quant, kv_cache_memory="256MiB")

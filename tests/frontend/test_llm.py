@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -229,7 +231,16 @@ def is_interrupted(llm: LLM, seconds: float) -> bool:
     return False
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts: a shell has its background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_call_leaves_the_llm_whole(tmp_path: Path, overlap: bool) -> None:
     llm = tiny_llm(tmp_path, overlap=overlap)
     expected = tokens(llm, "abc")
