@@ -36,6 +36,7 @@ from engine.frontend.messages import (
     Abort,
     Add,
     Died,
+    EndTokens,
     FromEngine,
     Learn,
     Outputs,
@@ -170,18 +171,16 @@ class AsyncEngine:
                 await self.launch()
             with caching_in(self.config.cache_dir):
                 path = await _in_daemon_thread(lambda: resolve_model(self.config.model))
+            await self._send(Start(options=dataclasses.asdict(self.config), path=str(path)))
             self.tokenizer = await _in_daemon_thread(
                 lambda: load_tokenizer(path, self.config.load_format == "dummy")
             )
             self.chat_format = await _in_daemon_thread(
                 lambda: ChatFormat(self.tokenizer, self.config.tool_format, self.config.reasoning_format)
             )
-            start = Start(
-                options=dataclasses.asdict(self.config),
-                path=str(path),
-                eos_token_ids=list(self.tokenizer.eos_token_ids),
-            )
-            await self._send(start)
+            # An engine that has failed meanwhile has said why.
+            with contextlib.suppress(EngineDeadError):
+                await self._send(EndTokens(list(self.tokenizer.eos_token_ids)))
             message = await self._receive()
             if isinstance(message, Ready):
                 # Both sockets have their other ends then.

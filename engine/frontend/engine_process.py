@@ -34,6 +34,7 @@ from engine.frontend.messages import (
     Add,
     Alive,
     Died,
+    EndTokens,
     Learn,
     Outputs,
     Ready,
@@ -162,7 +163,7 @@ def _beat(address: str, progress: Progress) -> None:
 def _load(socket: zmq.Socket[bytes], address: str) -> EngineCore[Any]:
     # It brings torch, which takes seconds: the thread that says this process lives is there first, and the parent
     # reads the vocabulary meanwhile.
-    from engine.executor.start import start_engine
+    from engine.executor.start import start_model
 
     message = to_engine_decoder.decode(socket.recv())
     assert isinstance(message, Start)
@@ -171,9 +172,16 @@ def _load(socket: zmq.Socket[bytes], address: str) -> EngineCore[Any]:
     with caching_in(config.cache_dir or str(cache_directory())):
         tempfile.tempdir = str(Path(address.removeprefix("ipc://")).parent)
         try:
-            return start_engine(config, Path(message.path), message.eos_token_ids)
+            model = start_model(config, Path(message.path))
         finally:
             tempfile.tempdir = None
+    try:
+        ends = to_engine_decoder.decode(socket.recv())
+        assert isinstance(ends, EndTokens)
+        return EngineCore(config, model, ends.eos_token_ids)
+    except BaseException:
+        model.close()
+        raise
 
 
 def _run(core: EngineCore[Any], socket: zmq.Socket[bytes], progress: Progress) -> None:

@@ -21,6 +21,14 @@ class Start(msgspec.Struct, tag=True, kw_only=True):
 
     options: dict[str, Any]
     path: str
+
+
+class EndTokens(msgspec.Struct, tag=True):
+    """The second message: the tokens that end a sequence.
+
+    It comes once the tokenizer is there, which may take longer than the model.
+    """
+
     eos_token_ids: list[int]
 
 
@@ -76,7 +84,7 @@ class Died(msgspec.Struct, tag=True):
     reason: str
 
 
-ToEngine = Start | Learn | Add | Abort
+ToEngine = Start | EndTokens | Learn | Add | Abort
 FromEngine = Ready | StartFailed | Outputs | Died
 Beat = Alive | Died
 
