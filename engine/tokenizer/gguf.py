@@ -248,10 +248,10 @@ def _merges_by_score(tokens: list[str], scores: list[float], types: list[int]) -
     normal.sort(key=lambda index: -scores[index])
     pieces = {tokens[index] for index in normal}
     return [
-        (piece[:cut], piece[cut:])
+        (left, right)
         for piece in (tokens[index] for index in normal)
         for cut in range(1, len(piece))
-        if piece[:cut] in pieces and piece[cut:] in pieces
+        if (left := piece[:cut]) in pieces and (right := piece[cut:]) in pieces
     ]
 
 
