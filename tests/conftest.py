@@ -9,6 +9,11 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A slow machine is no fault of what is tested.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 # OpenMP reads this when torch loads it. A client, a server and its engine share few cores here: threads that
 # spin while they wait would take them from each other.
