@@ -24,6 +24,8 @@ question = "Ann and Bob meet on Monday for lunch."
 by_schema = model.with_structured_output(Event, method="json_schema")
 whole = by_schema.invoke(question)
 streamed = list(by_schema.stream(question))[-1]
-by_mode = model.with_structured_output(None, method="json_mode").invoke(f"In JSON: {question}")
+# A form alone does not make a small model come to an end.
+repeat = 'Repeat this JSON: {"day": "Monday"}'
+by_mode = model.with_structured_output(None, method="json_mode").invoke(repeat)
 assert isinstance(whole, Event)
 print(json.dumps({"whole": whole.model_dump(), "streamed": streamed.model_dump(), "any": by_mode}))
