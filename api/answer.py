@@ -23,6 +23,9 @@ from engine.core.outputs import FinishReason
 from engine.frontend.chat_format import ChatTurn
 from engine.frontend.tool_formats.stream import Piece
 
+LONGEST_ESCAPE = 12
+"""Characters that one character takes in JSON at most: two times \\uXXXX."""
+
 
 class AnswerWriter:
     """Turns the text of one sample into deltas, or into a message.
@@ -113,11 +116,16 @@ class AnswerWriter:
 
 
 def _read_input(arguments: str) -> str:
-    """The input of a custom tool; that of a call that was cut off is not known."""
-    try:
-        return str(json.loads(arguments)["input"])
-    except ValueError:
-        return ""
+    """The input of a custom tool, as far as it goes: an answer may be cut off, even amid a character's escapes."""
+    shorter = (arguments[: len(arguments) - cut] + '"}' for cut in range(min(len(arguments), LONGEST_ESCAPE)))
+    for text in (arguments, *shorter):
+        try:
+            found = str(json.loads(text)["input"])
+            found.encode()  # no half of a character
+        except (ValueError, KeyError):
+            continue
+        return found
+    return ""
 
 
 def _join(first: str | UnsetType, second: str) -> str:

@@ -102,7 +102,17 @@ def start_engine(
     Raises:
         ConfigError, CheckpointError, EngineError: As `start_model`; nothing is left behind.
     """
-    model = start_model(config, path)
+    return run_model(config, start_model(config, path), eos_token_ids)
+
+
+def run_model(
+    config: EngineConfig, model: StartedModel, eos_token_ids: Collection[int]
+) -> EngineCore[StartedModel]:
+    """A step loop over a loaded model, which is closed where there cannot be one.
+
+    Raises:
+        CheckpointError: As `EngineCore`.
+    """
     try:
         return EngineCore(config, model, eos_token_ids)
     except BaseException:

@@ -163,7 +163,7 @@ def _beat(address: str, progress: Progress) -> None:
 def _load(socket: zmq.Socket[bytes], address: str) -> EngineCore[Any]:
     # It brings torch, which takes seconds: the thread that says this process lives is there first, and the parent
     # reads the vocabulary meanwhile.
-    from engine.executor.start import start_model
+    from engine.executor.start import run_model, start_model
 
     message = to_engine_decoder.decode(socket.recv())
     assert isinstance(message, Start)
@@ -175,13 +175,9 @@ def _load(socket: zmq.Socket[bytes], address: str) -> EngineCore[Any]:
             model = start_model(config, Path(message.path))
         finally:
             tempfile.tempdir = None
-    try:
-        ends = to_engine_decoder.decode(socket.recv())
-        assert isinstance(ends, EndTokens)
-        return EngineCore(config, model, ends.eos_token_ids)
-    except BaseException:
-        model.close()
-        raise
+    ends = to_engine_decoder.decode(socket.recv())
+    assert isinstance(ends, EndTokens)
+    return run_model(config, model, ends.eos_token_ids)
 
 
 def _run(core: EngineCore[Any], socket: zmq.Socket[bytes], progress: Progress) -> None:

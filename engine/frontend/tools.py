@@ -18,6 +18,12 @@ MAX_BYTES = 2**18
 """Most that tools may take as JSON, all together."""
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_KNOWN = {
+    "function": ("name", "description", "parameters", "strict"),
+    "custom": ("name", "description", "format"),
+}
+"""Members of a tool, by its type."""
+
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -72,6 +78,7 @@ def _read_tool(tool: Any, where: str) -> Tool:
     kind = tool.get("type") if isinstance(tool, Mapping) else None
     if kind not in ("function", "custom"):
         raise RequestError(f"{where}.type must be function or custom, got {kind!r}", f"{where}.type")
+    _check_members(tool, ("type", kind), where)
     where = f"{where}.{kind}"
     body = tool.get(kind)
     if not isinstance(body, Mapping):
@@ -85,7 +92,7 @@ def read_function(function: Any, where: str) -> Tool:
     Raises:
         RequestError: It is none; `where` names it.
     """
-    name, description = _head(function, where)
+    name, description = _head(function, "function", where)
     parameters = function.get("parameters")
     if parameters is None:
         parameters = _NO_PARAMETERS
@@ -98,7 +105,7 @@ def read_function(function: Any, where: str) -> Tool:
 
 
 def _read_custom(custom: Mapping[str, Any], where: str) -> Tool:
-    name, description = _head(custom, where)
+    name, description = _head(custom, "custom", where)
     form = custom.get("format") or {"type": "text"}
     place = f"{where}.format"
     text: dict[str, Any] = {"type": "string"}
@@ -127,7 +134,16 @@ def _input(text: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _head(body: Any, where: str) -> tuple[str, str | None]:
+def _check_members(body: Any, known: tuple[str, ...], where: str) -> None:
+    """Refuses a member that nobody reads: a tool with misspelt parameters would take none."""
+    for name in body:
+        if name not in known:
+            raise RequestError(
+                f"unknown field: {where}.{name}; there are {', '.join(known)}", f"{where}.{name}"
+            )
+
+
+def _head(body: Any, kind: str, where: str) -> tuple[str, str | None]:
     name, description = body.get("name"), body.get("description")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise RequestError(
@@ -135,6 +151,7 @@ def _head(body: Any, where: str) -> tuple[str, str | None]:
         )
     if description is not None and not isinstance(description, str):
         raise RequestError(f"{where}.description must be text, got {description!r}", f"{where}.description")
+    _check_members(body, _KNOWN[kind], where)
     return name, description
 
 

@@ -149,7 +149,8 @@ def load_weights(
         model.bind()
     writer = _start_writing(model.state_dict(), path)
     if not is_packed:
-        tensors = {name: tensor.to(device) for name, tensor in model.state_dict().items()}
+        # Copies, also on the CPU: what a scheme stores as it is read would be the checkpoint's own file, mapped.
+        tensors = {name: tensor.to(device, copy=True) for name, tensor in model.state_dict().items()}
         model.load_state_dict(tensors, assign=True)
         model.bind()
     return writer

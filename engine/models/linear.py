@@ -195,7 +195,9 @@ class Embedding(StoredLayer):
         self._store(scheme.storage(*self.shape))
 
     def load(self, read: ReadWeight) -> None:
-        self._store(self.scheme.quantize(read(f"{self.source}.weight", Slices(self.rows))))
+        tensors = self.scheme.quantize(read(f"{self.source}.weight", Slices(self.rows)))
+        # Copies: a table that is looked up as it is stored would be the checkpoint's own file, mapped.
+        self._store({name: tensor.clone() for name, tensor in tensors.items()})
 
     def randomize(self, device: torch.device) -> None:
         self._store(self.scheme.random(*self.shape, device))

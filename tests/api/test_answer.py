@@ -86,6 +86,17 @@ def test_inputs_of_custom_tools_are_texts() -> None:
     ]
 
 
+@pytest.mark.parametrize("escaped", ["a\\n", "a\\u00e9", "a\\ud83d\\ude00", 'a\\"'])
+def test_the_input_of_a_call_that_is_cut_off_goes_as_far_as_it_does(escaped: str) -> None:
+    turn = turn_of(PLAIN, tools=[{"type": "custom", "custom": {"name": "f"}}])
+    begun = '<tool_call>\n{"name": "f", "arguments": {"input": "'
+    for end in range(1, len(escaped)):
+        (call,) = message(turn, begun + escaped[:end])["tool_calls"]
+        assert call["custom"]["input"] == "a"
+    (call,) = message(turn, begun + escaped)["tool_calls"]
+    assert call["custom"]["input"] == json.loads(f'"{escaped}"')
+
+
 def test_older_clients_get_a_function_call() -> None:
     turn = turn_of(PLAIN, functions=[{"name": "f"}])
     whole = message(turn, f"Now:\n{CALL}", is_legacy=True)

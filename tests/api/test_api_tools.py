@@ -258,6 +258,17 @@ BAD = [
         "tools[0].custom.format",
         "lark",
     ),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "paramaters": {}}}]},
+        "tools[0].function.paramaters",
+        "unknown field",
+    ),
+    (
+        {"tools": [{"type": "custom", "custom": {"name": "f", "parameters": {}}}]},
+        "tools[0].custom.parameters",
+        "unknown field",
+    ),
+    ({"tools": [{**WEATHER, "strict": True}]}, "tools[0].strict", "unknown field"),
     ({"tool_choice": "required"}, "tool_choice", "no tools"),
     ({"tools": [WEATHER], "tool_choice": "always"}, "tool_choice", "'always'"),
     (

@@ -240,3 +240,18 @@ def test_what_a_killed_start_left_goes_after_an_hour(checkpoint: Path) -> None:
     start(checkpoint)
     assert new.exists()
     assert not old.exists()
+
+
+@pytest.mark.parametrize("bodies", ["c", "torch"])
+def test_what_becomes_of_the_checkpoint_does_not_matter_afterwards(
+    checkpoint: Path, bodies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if bodies == "torch":
+        monkeypatch.setattr("engine.kernels.cpu.library", lambda: None)
+    runner = start(checkpoint)
+    expected = runner.execute(dummy_batch([7], GREEDY)).clone()
+    with (checkpoint / "model.safetensors").open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        file.write(b"\0" * size)
+    assert torch.equal(runner.execute(dummy_batch([7], GREEDY)), expected)

@@ -247,8 +247,8 @@ SIGNATURE(pack_int8,
     READS(void, weight)            // [N, K], bytes
     INTEGER(rows)                  // N
     INTEGER(columns)               // K
-    INTEGER(offset)                // 128 for signed bytes, 0 for others
-    WRITES(uint8_t, output)        // [panels, padded K / 4, 16, 4]: the bytes plus offset
+    INTEGER(is_signed)             // 1: the bytes are int8
+    WRITES(uint8_t, output)        // [panels, padded K / 4, 16, 4]: the bytes; signed ones plus 128
 )
 
 SIGNATURE(pack_nibbles,

@@ -15,10 +15,10 @@ INLINE uint32_t word_at(const uint8_t *row, int64_t position, int64_t size) {
     return word;
 }
 
-// An offset of 128 is added to a byte, or taken from it, by turning its highest bit over.
+// To a signed byte 128 is added by turning its highest bit over.
 OPERATION(pack_int8) {
     const int64_t panels = count(args->num_rows), columns = args->columns, stride = padded(columns);
-    const uint32_t offset = (uint32_t)args->offset * 0x01010101u;
+    const uint32_t offset = args->is_signed ? 0x80808080u : 0;
     FOR_ROWS(panel, panels) {
         const uint8_t *weight = (const uint8_t *)args->weight + panel * PANEL * columns;
         const int64_t rows = args->rows - panel * PANEL < PANEL ? args->rows - panel * PANEL : PANEL;

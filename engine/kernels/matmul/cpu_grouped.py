@@ -196,7 +196,7 @@ def _pack(weight: GroupedWeight) -> tuple[torch.Tensor, int, int, torch.Tensor |
     if weight.is_packed:
         return pack_nibbles_in_panels(weight.codes), 2, weight.offset, None
     if weight.codes.dtype == torch.uint8:
-        return pack_int8(weight.codes, offset=0), 1, weight.offset, None
+        return pack_int8(weight.codes), 1, weight.offset, None
     return pack_int8(weight.codes), 0, weight.offset + _SIGNED, None
 
 

@@ -104,8 +104,8 @@ def codebook_grid(
     return grid, row_scale
 
 
-def pack_int8(weight: torch.Tensor, offset: int = 128) -> torch.Tensor:
-    """[N, K] bytes → panels [N / 16, K / 4, 16, 4] uint8, padded with zeros, each plus an offset."""
+def pack_int8(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K] int8 or uint8 → panels [N / 16, K / 4, 16, 4] uint8, padded with zeros; int8 plus 128."""
     rows, columns = weight.shape
     shape = (-(-rows // PANEL), -(-columns // ALIGNMENT) * ALIGNMENT // 4, PANEL, 4)
     packed = torch.empty(shape, dtype=torch.uint8, device=weight.device)
@@ -118,7 +118,7 @@ def pack_int8(weight: torch.Tensor, offset: int = 128) -> torch.Tensor:
         weight=weight.contiguous(),
         rows=rows,
         columns=columns,
-        offset=offset,
+        is_signed=int(weight.dtype == torch.int8),
         output=packed,
     )
     return packed
