@@ -28,26 +28,34 @@ if TYPE_CHECKING:
 
 
 class ApiKeyMiddleware:
-    """Lets requests to /v1 pass that carry the key as their bearer token, "bearer" in any case (RFC 9110, 11.1)."""
+    """Lets requests to /v1 pass that carry the key.
+
+    As their bearer token, "bearer" in any case (RFC 9110, 11.1), as OpenAI's clients send it, or in the header
+    X-Api-Key, as Anthropic's do.
+    """
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self._app = app
         self._key = api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            is_key = secrets.compare_digest(key.strip(" ").encode("latin-1"), self._key)
-            if scheme.lower() != "bearer" or not is_key:
-                error = ApiError(
-                    401,
-                    "a valid API key is needed in the header Authorization: Bearer <key>",
-                    code="invalid_api_key",
-                    headers={"www-authenticate": "Bearer"},
-                )
-                await error_response(error)(scope, receive, send)
-                return
+        if scope["type"] == "http" and scope["path"].startswith("/v1") and not self._has_key(scope):
+            error = ApiError(
+                401,
+                "a valid API key is needed in the header Authorization: Bearer <key>",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+            await error_response(error, scope["path"])(scope, receive, send)
+            return
         await self._app(scope, receive, send)
+
+    def _has_key(self, scope: Scope) -> bool:
+        headers = Headers(scope=scope)
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [token.strip(" ")] if scheme.lower() == "bearer" else []
+        given.append(headers.get("x-api-key", ""))
+        return any(secrets.compare_digest(key.encode("latin-1"), self._key) for key in given)
 
 
 def create_app(

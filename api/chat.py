@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from fastapi import Request, Response
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
-from api.answer import AnswerWriter
-from api.bodies import (
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatDelta,
-)
+from api.bodies import ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, Usage
 from api.body import json_response, read_body
+from api.chat_answer import ChatAnswerWriter
+from api.chat_messages import named_as_in_chat, read_conversation
+from api.conversation import begin_turn
 from api.errors import ApiError
-from api.generation import PromptOutputs, UsageCounter, collect, generate
+from api.generation import Generation, PromptOutputs, TokenCounter, collect, generate, new_id
 from api.logprobs import chat_logprobs
-from api.messages import begin_turn
 from api.protocol import ChatCompletionRequest, decode_request
 from api.sampling import sampling_params
 from api.service import Service
 from api.streaming import event, event_stream, until_disconnect
-from api.structured_outputs import named_as_asked
+from api.usage import chunk_usage, has_usage_chunk, usage_of
 from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import MAX_LOGPROBS, SamplingParams
-from engine.errors import RequestError
 from engine.frontend.chat_format import ChatTurn
 
 
@@ -40,16 +31,17 @@ from engine.frontend.chat_format import ChatTurn
 class ChatJob:
     """A checked request."""
 
-    request_id: str
-    created: int
-    model: str
     request: ChatCompletionRequest
-    params: SamplingParams
+    generation: Generation
     turn: ChatTurn
 
-    def writer(self) -> AnswerWriter:
+    @property
+    def params(self) -> SamplingParams:
+        return self.generation.params[0]
+
+    def writer(self) -> ChatAnswerWriter:
         """For one sample."""
-        return AnswerWriter(
+        return ChatAnswerWriter(
             self.turn, bool(self.request.functions), self.request.include_reasoning is not False
         )
 
@@ -60,28 +52,17 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
     request = decode_request(await read_body(http_request), ChatCompletionRequest)
     model = service.check_model(request.model)
     params = _params(service, request)
-    with named_as_asked(request):
-        # In a thread: a long chat takes long enough to be felt by the streams of others.
-        turn = await asyncio.to_thread(
-            begin_turn, service.engine.chat_format, request, params.structured_outputs
+    with named_as_in_chat(request):
+        turn = await begin_turn(service, read_conversation(request, params.structured_outputs))
+        generation = Generation(
+            new_id("chatcmpl-"), model, [turn.prompt_token_ids], [turn.params(params)], request.priority or 0
         )
-    params = turn.params(params)
-    job = ChatJob(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model, request, params, turn)
-    outputs = generate(service, [turn.prompt_token_ids], [params], job.request_id, request.priority)
-    headers = {"x-request-id": job.request_id}
-    try:
-        with named_as_asked(request):
-            if request.stream:
-                return await event_stream(http_request.receive, _events(job, outputs), headers)
-            return json_response(await until_disconnect(http_request.receive, _whole(job, outputs)), headers)
-    except RequestError as error:
-        if error.field == "max_tokens" and request.max_completion_tokens is not None:
-            raise RequestError(
-                f"max_completion_tokens: {error}", "max_completion_tokens", error.code
-            ) from None
-        if error.field != "prompt":
-            raise
-        raise RequestError(f"messages: {error}", "messages", error.code) from None
+        job = ChatJob(request, generation, turn)
+        outputs = generate(service, generation)
+        headers = {"x-request-id": generation.request_id}
+        if request.stream:
+            return await event_stream(http_request.receive, _events(job, outputs), headers)
+        return json_response(await until_disconnect(http_request.receive, _whole(job, outputs)), headers)
 
 
 def _params(service: Service, request: ChatCompletionRequest) -> SamplingParams:
@@ -113,8 +94,8 @@ def _params(service: Service, request: ChatCompletionRequest) -> SamplingParams:
 
 
 async def _whole(job: ChatJob, outputs: PromptOutputs) -> ChatCompletion:
-    counter = UsageCounter([job.turn.prompt_token_ids])
-    samples = await collect(outputs, 1, job.params.n, counter)
+    counter = TokenCounter(job.generation)
+    samples = await collect(job.generation, outputs, counter)
     choices = []
     for sample in samples:
         writer = job.writer()
@@ -128,18 +109,23 @@ async def _whole(job: ChatJob, outputs: PromptOutputs) -> ChatCompletion:
                 token_ids=sample.token_ids if job.request.return_token_ids else UNSET,
             )
         )
-    return ChatCompletion(job.request_id, job.created, job.model, choices, counter.usage())
+    generation = job.generation
+    return ChatCompletion(
+        generation.request_id, generation.created, generation.model, choices, usage_of(counter)
+    )
 
 
 async def _events(job: ChatJob, outputs: PromptOutputs) -> AsyncGenerator[bytes, None]:
     """A role chunk for every sample, contents, finish chunks, and the usage if asked for."""
-    counter = UsageCounter([job.turn.prompt_token_ids], job.request.stream_options)
+    generation, options = job.generation, job.request.stream_options
+    counter = TokenCounter(generation)
     writers = [job.writer() for _ in range(job.params.n)]
     everything = job.params.logprobs is not None or job.request.return_token_ids
 
-    def chunk(choice: ChatChunkChoice) -> bytes:
-        usage = counter.chunk_usage()
-        return event(ChatChunk(job.request_id, job.created, job.model, [choice], usage=usage))
+    def chunk(choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> bytes:
+        return event(
+            ChatChunk(generation.request_id, generation.created, generation.model, choices, usage=usage)
+        )
 
     has_begun = False
     async with aclosing(outputs):
@@ -148,17 +134,18 @@ async def _events(job: ChatJob, outputs: PromptOutputs) -> AsyncGenerator[bytes,
             if output.outputs and not has_begun:
                 has_begun = True
                 for index in range(job.params.n):
-                    yield chunk(ChatChunkChoice(index, ChatDelta(role="assistant", content="")))
+                    delta = ChatDelta(role="assistant", content="")
+                    yield chunk([ChatChunkChoice(index, delta)], chunk_usage(counter, options))
             for sample in output.outputs:
                 writer = writers[sample.index]
                 delta = writer.write(sample.text, is_last=sample.finish_reason is not None)
                 # A token whose text is held back has nothing to show yet.
                 if not delta.is_empty or (everything and sample.token_ids):
-                    yield chunk(_delta_choice(job, sample, delta))
+                    yield chunk([_delta_choice(job, sample, delta)], chunk_usage(counter, options))
                 if sample.finish_reason is not None:
-                    yield chunk(_finish_choice(sample, writer))
-    if counter.has_usage_chunk:
-        yield event(ChatChunk(job.request_id, job.created, job.model, [], usage=counter.usage()))
+                    yield chunk([_finish_choice(sample, writer)], chunk_usage(counter, options))
+    if has_usage_chunk(options):
+        yield chunk([], usage_of(counter))
 
 
 def _delta_choice(job: ChatJob, sample: CompletionOutput, delta: ChatDelta) -> ChatChunkChoice:
@@ -172,7 +159,7 @@ def _delta_choice(job: ChatJob, sample: CompletionOutput, delta: ChatDelta) -> C
     )
 
 
-def _finish_choice(sample: CompletionOutput, writer: AnswerWriter) -> ChatChunkChoice:
+def _finish_choice(sample: CompletionOutput, writer: ChatAnswerWriter) -> ChatChunkChoice:
     return ChatChunkChoice(
         index=sample.index,
         delta=ChatDelta(),

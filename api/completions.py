@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -15,13 +13,14 @@ from msgspec import UNSET, UnsetType
 from api.bodies import Completion, CompletionChoice, Usage
 from api.body import json_response, read_body
 from api.errors import ApiError, not_supported
-from api.generation import PromptOutputs, UsageCounter, collect, generate
+from api.generation import Generation, PromptOutputs, TokenCounter, collect, generate, new_id
 from api.logprobs import CompletionLogprobsFormatter
 from api.protocol import CompletionRequest, decode_request
 from api.sampling import sampling_params
 from api.service import Service
 from api.streaming import event, event_stream, until_disconnect
 from api.structured_outputs import named_as_asked
+from api.usage import chunk_usage, has_usage_chunk, usage_of
 from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import SamplingParams
 
@@ -37,16 +36,15 @@ class CompletionJob:
 
     Attributes:
         prompts: As given, for echo.
-        prompt_token_ids: The same as token ids.
     """
 
-    request_id: str
-    created: int
-    model: str
     request: CompletionRequest
-    params: SamplingParams
+    generation: Generation
     prompts: Sequence[Prompt]
-    prompt_token_ids: Sequence[list[int]]
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.generation.params[0]
 
 
 async def create_completion(service: Service, http_request: Request) -> Response:
@@ -67,11 +65,12 @@ async def create_completion(service: Service, http_request: Request) -> Response
     token_ids = await asyncio.to_thread(
         lambda: [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     )
-    job = CompletionJob(
-        f"cmpl-{uuid.uuid4().hex}", int(time.time()), model, request, params, prompts, token_ids
+    generation = Generation(
+        new_id("cmpl-"), model, token_ids, _fitted(service, request, params, token_ids), request.priority or 0
     )
-    outputs = generate(service, token_ids, _fitted(service, job), job.request_id, request.priority)
-    headers = {"x-request-id": job.request_id}
+    job = CompletionJob(request, generation, prompts)
+    outputs = generate(service, generation)
+    headers = {"x-request-id": generation.request_id}
     with named_as_asked(request):
         if request.stream:
             return await event_stream(http_request.receive, _events(service, job, outputs), headers)
@@ -93,12 +92,14 @@ def _params(service: Service, request: CompletionRequest) -> SamplingParams:
     return params
 
 
-def _fitted(service: Service, job: CompletionJob) -> list[SamplingParams]:
+def _fitted(
+    service: Service, request: CompletionRequest, params: SamplingParams, prompts: Sequence[list[int]]
+) -> list[SamplingParams]:
     """The parameters of each prompt: a max_tokens that nobody asked for takes what room there is."""
-    if job.request.max_tokens is not None:
-        return [job.params] * len(job.prompt_token_ids)
-    rooms = (service.engine.max_model_len - len(token_ids) for token_ids in job.prompt_token_ids)
-    return [replace(job.params, max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room))) for room in rooms]
+    if request.max_tokens is not None:
+        return [params] * len(prompts)
+    rooms = (service.engine.max_model_len - len(token_ids) for token_ids in prompts)
+    return [replace(params, max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room))) for room in rooms]
 
 
 def split_prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
@@ -147,21 +148,26 @@ class ChoiceWriter:
 
 
 async def _whole(service: Service, job: CompletionJob, outputs: PromptOutputs) -> Completion:
-    counter = UsageCounter(job.prompt_token_ids)
-    samples = await collect(outputs, len(job.prompts), job.params.n, counter)
+    generation, counter = job.generation, TokenCounter(job.generation)
+    samples = await collect(generation, outputs, counter)
     choices = [ChoiceWriter(service, job, sample.index).write(sample) for sample in samples]
-    return Completion(job.request_id, job.created, job.model, choices, usage=counter.usage())
+    return Completion(
+        generation.request_id, generation.created, generation.model, choices, usage=usage_of(counter)
+    )
 
 
 async def _events(
     service: Service, job: CompletionJob, outputs: PromptOutputs
 ) -> AsyncGenerator[bytes, None]:
-    counter = UsageCounter(job.prompt_token_ids, job.request.stream_options)
+    generation, options = job.generation, job.request.stream_options
+    counter = TokenCounter(generation)
     writers = [ChoiceWriter(service, job, index) for index in range(len(job.prompts) * job.params.n)]
     everything = job.params.logprobs is not None or job.request.return_token_ids
 
     def chunk(choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> bytes:
-        return event(Completion(job.request_id, job.created, job.model, choices, usage=usage))
+        return event(
+            Completion(generation.request_id, generation.created, generation.model, choices, usage=usage)
+        )
 
     async with aclosing(outputs):
         async for prompt_index, output in outputs:
@@ -170,6 +176,6 @@ async def _events(
                 # A token whose text is held back has nothing to show yet.
                 if sample.text or sample.finish_reason or (everything and sample.token_ids):
                     writer = writers[prompt_index * job.params.n + sample.index]
-                    yield chunk([writer.write(sample)], counter.chunk_usage())
-    if counter.has_usage_chunk:
-        yield chunk([], counter.usage())
+                    yield chunk([writer.write(sample)], chunk_usage(counter, options))
+    if has_usage_chunk(options):
+        yield chunk([], usage_of(counter))

@@ -1,8 +1,9 @@
-"""Errors as OpenAI's clients expect them: a status and {"error": {message, type, param, code}}."""
+"""Errors: a status, and a body in the shape that the endpoint's clients expect."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -41,17 +42,6 @@ class ClientDisconnected(Exception):
     """The client hung up before its answer was ready."""
 
 
-class ErrorDetail(msgspec.Struct):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(msgspec.Struct):
-    error: ErrorDetail
-
-
 def not_supported(what: str, field: str | None = None) -> ApiError:
     """The error for something that OpenAI knows and this server does not; `field` if `what` says more."""
     return ApiError(
@@ -71,14 +61,63 @@ def to_api_error(error: Exception) -> ApiError:
     return ApiError(500, f"internal error ({type(error).__name__}); the server's log has the details")
 
 
-def error_body(error: ApiError) -> ErrorBody:
+class ErrorDetail(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    """As OpenAI's clients expect it."""
+
+    error: ErrorDetail
+
+
+class AnthropicErrorDetail(msgspec.Struct):
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(msgspec.Struct):
+    """As Anthropic's clients expect it."""
+
+    error: AnthropicErrorDetail
+    type: Literal["error"] = "error"
+
+
+def openai_error(error: ApiError) -> ErrorBody:
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     return ErrorBody(ErrorDetail(error.message, kind, error.param, error.code))
 
 
-def error_response(error: ApiError) -> Response:
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+"""Anthropic's types of errors, by status."""
+
+
+def anthropic_error(error: ApiError) -> AnthropicErrorBody:
+    kind = "invalid_request_error" if error.status < 500 else "api_error"
+    return AnthropicErrorBody(AnthropicErrorDetail(ANTHROPIC_KINDS.get(error.status, kind), error.message))
+
+
+ErrorShape = Callable[[ApiError], msgspec.Struct]
+
+
+def error_shape(path: str) -> ErrorShape:
+    """How the clients of a path expect errors."""
+    return anthropic_error if path.startswith("/v1/messages") else openai_error
+
+
+def error_response(error: ApiError, path: str) -> Response:
     return Response(
-        msgspec.json.encode(error_body(error)),
+        msgspec.json.encode(error_shape(path)(error)),
         status_code=error.status,
         headers=error.headers,
         media_type="application/json",
@@ -86,17 +125,18 @@ def error_response(error: ApiError) -> Response:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    return error_response(to_api_error(error))
+    return error_response(to_api_error(error), request.url.path)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """Paths and methods that do not exist."""
     assert isinstance(error, HTTPException)
+    path = request.url.path
     what = {404: "no such path", 405: "this path does not take this method"}.get(
         error.status_code, error.detail
     )
-    message = f"{what}: {request.method} {request.url.path}"
-    return error_response(ApiError(error.status_code, message, headers=error.headers))
+    message = f"{what}: {request.method} {path}"
+    return error_response(ApiError(error.status_code, message, headers=error.headers), path)
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

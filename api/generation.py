@@ -1,69 +1,74 @@
-"""The prompts of one HTTP request on their way through the engine."""
+"""The one request inside the API, and its way through the engine: endpoints translate into it and out of it."""
 
 from __future__ import annotations
 
 import asyncio
+import time
+import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 
-from msgspec import UNSET, UnsetType
-
-from api.bodies import PromptTokensDetails, Usage
 from api.errors import ApiError
-from api.protocol import StreamOptions
 from api.service import Service
 from engine.core.outputs import CompletionOutput, RequestOutput
 from engine.core.sampling_params import SamplingParams
 
-Prompts = Sequence[list[int]]
 PromptOutputs = AsyncGenerator[tuple[int, RequestOutput], None]
 
 
-class UsageCounter:
-    """Counts the tokens of one HTTP request; a prompt counts once, whatever its n."""
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What every endpoint that generates text makes of a body.
 
-    def __init__(self, prompts: Prompts, options: StreamOptions | None = None) -> None:
-        self._options = options or StreamOptions()
-        self._num_prompt_tokens = sum(len(prompt) for prompt in prompts)
-        self._num_cached_tokens = [0] * len(prompts)
-        self._num_completion_tokens = 0
+    Attributes:
+        created: When, in seconds since 1970.
+        model: The name to answer under.
+        prompts: Token ids.
+        params: One for each prompt; all have the same n.
+        priority: Lower goes first.
+    """
+
+    request_id: str
+    model: str
+    prompts: Sequence[list[int]]
+    params: Sequence[SamplingParams]
+    priority: int = 0
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def num_samples(self) -> int:
+        """How many are drawn from each prompt."""
+        return self.params[0].n
+
+
+def new_id(kind: str) -> str:
+    """An id for a request or a part of an answer, such as chatcmpl-5f0c…; `kind` is what stands before the digits."""
+    return f"{kind}{uuid.uuid4().hex}"
+
+
+class TokenCounter:
+    """Counts the tokens of one generation; a prompt counts once, whatever its n."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.num_prompt_tokens = sum(map(len, generation.prompts))
+        self.num_completion_tokens = 0
+        self._num_cached_tokens = [0] * len(generation.prompts)
 
     def add(self, prompt_index: int, output: RequestOutput) -> None:
         # The first sample's: the others find the blocks that it has just computed.
         if any(sample.index == 0 for sample in output.outputs):
             self._num_cached_tokens[prompt_index] = output.num_cached_tokens
-        self._num_completion_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+        self.num_completion_tokens += sum(len(sample.token_ids) for sample in output.outputs)
 
     @property
-    def has_usage_chunk(self) -> bool:
-        return bool(self._options.include_usage)
-
-    def chunk_usage(self) -> Usage | UnsetType | None:
-        """What the usage field of a chunk that carries choices holds."""
-        if self._options.continuous_usage_stats:
-            return self.usage()
-        return None if self.has_usage_chunk else UNSET
-
-    def usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=self._num_prompt_tokens,
-            completion_tokens=self._num_completion_tokens,
-            total_tokens=self._num_prompt_tokens + self._num_completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(sum(self._num_cached_tokens)),
-        )
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache."""
+        return sum(self._num_cached_tokens)
 
 
-async def generate(
-    service: Service,
-    prompts: Prompts,
-    params: Sequence[SamplingParams],
-    request_id: str,
-    priority: int | None,
-) -> PromptOutputs:
+async def generate(service: Service, generation: Generation) -> PromptOutputs:
     """Runs all prompts at once and yields what is new as (index of the prompt, output).
-
-    Args:
-        params: One for each prompt.
 
     Closing it, or the failure of one prompt, aborts all of them.
 
@@ -74,11 +79,11 @@ async def generate(
     """
     streams = [
         service.metrics.observe(
-            service.engine.generate(prompt, prompt_params, f"{request_id}-{index}", priority or 0),
+            service.engine.generate(prompt, params, f"{generation.request_id}-{index}", generation.priority),
             len(prompt),
-            prompt_params.n,
+            params.n,
         )
-        for index, (prompt, prompt_params) in enumerate(zip(prompts, params, strict=True))
+        for index, (prompt, params) in enumerate(zip(generation.prompts, generation.params, strict=True))
     ]
     merged = _numbered(streams[0]) if len(streams) == 1 else _merge(streams)
     async with aclosing(merged):
@@ -125,10 +130,11 @@ async def _merge(streams: Sequence[AsyncGenerator[RequestOutput, None]]) -> Prom
 
 
 async def collect(
-    outputs: PromptOutputs, num_prompts: int, num_samples: int, counter: UsageCounter
+    generation: Generation, outputs: PromptOutputs, counter: TokenCounter
 ) -> list[CompletionOutput]:
     """Whole samples, prompt after prompt."""
-    samples = [CompletionOutput(index) for index in range(num_prompts * num_samples)]
+    num_samples = generation.num_samples
+    samples = [CompletionOutput(index) for index in range(len(generation.prompts) * num_samples)]
     texts: list[list[str]] = [[] for _ in samples]
     async with aclosing(outputs):
         async for prompt_index, output in outputs:

@@ -4,29 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from api.errors import ApiError, ClientDisconnected, error_body, to_api_error
+from api.errors import ApiError, ClientDisconnected, openai_error, to_api_error
 from engine.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-DONE = b"data: [DONE]\n\n"
 
 _encoder = msgspec.json.Encoder()
 
 
-def event(chunk: msgspec.Struct) -> bytes:
-    """`chunk` as one server-sent event."""
-    return b"data: " + _encoder.encode(chunk) + b"\n\n"
+def event(chunk: msgspec.Struct, name: str | None = None) -> bytes:
+    """`chunk` as one server-sent event, of a type that is named or not."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + _encoder.encode(chunk) + b"\n\n"
+
+
+def _openai_error_event(error: ApiError) -> bytes:
+    return event(openai_error(error))
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnds:
+    """How the streams of an endpoint end.
+
+    Attributes:
+        error: The last event of one that failed.
+        done: What follows the last event of each.
+    """
+
+    error: Callable[[ApiError], bytes] = _openai_error_event
+    done: bytes = b"data: [DONE]\n\n"
+
+
+OPENAI_ENDS = StreamEnds()
+"""As completions and chats end."""
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
@@ -54,9 +76,12 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def event_stream(
-    receive: Receive, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]
+    receive: Receive,
+    events: AsyncGenerator[bytes, None],
+    headers: Mapping[str, str],
+    ends: StreamEnds = OPENAI_ENDS,
 ) -> Response:
-    """Answers with `events` and a final [DONE].
+    """Answers with `events`, and ends as the endpoint's clients expect.
 
     Waits for the first event, so that what fails before it is an ordinary HTTP error: raised here.
     """
@@ -65,21 +90,23 @@ async def event_stream(
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(first, events, headers)
+    return EventStream(first, events, headers, ends)
 
 
 async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(events)
 
 
-async def _with_error_event(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+async def _with_error_event(
+    events: AsyncGenerator[bytes, None], error_event: Callable[[ApiError], bytes]
+) -> AsyncGenerator[bytes, None]:
     try:
         async for data in events:
             yield data
     except Exception as error:
         if not isinstance(error, (ApiError, EngineError)):
             logger.exception("a stream failed")
-        yield event(error_body(to_api_error(error)))
+        yield error_event(to_api_error(error))
 
 
 class EventStream(Response):
@@ -87,8 +114,15 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        first: bytes,
+        events: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str],
+        ends: StreamEnds,
+    ) -> None:
         self.first = first
+        self.ends = ends
         self.events = events
         self.status_code = 200
         self.background = None
@@ -103,7 +137,7 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.first, "more_body": True})
-        async with aclosing(_with_error_event(self.events)) as rest:
+        async with aclosing(_with_error_event(self.events, self.ends.error)) as rest:
             async for data in rest:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self.ends.done, "more_body": False})

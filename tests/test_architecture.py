@@ -103,3 +103,18 @@ def test_the_api_knows_no_more_than_the_async_engine(path: Path) -> None:
         for name in imports(path):
             if name.startswith("engine"):
                 assert name.startswith(known), name
+
+
+ENDPOINTS = ("api.completions", "api.chat")
+"""Modules of endpoints, and what is theirs alone."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_no_endpoint_knows_another(path: Path) -> None:
+    """They translate into `api.generation` and `api.conversation`, and out of them."""
+    module = module_name(path)
+    if module.startswith("api.") and module != "api.app":
+        own = next((name for name in ENDPOINTS if module.startswith(name)), None)
+        others = {name for name in ENDPOINTS if name != own}
+        known = own_imports(path)
+        assert not {name for name in known if name.startswith(tuple(others))}, module

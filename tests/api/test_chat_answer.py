@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET, to_builtins
 
-from api.answer import AnswerWriter
+from api.chat_answer import ChatAnswerWriter
+from api.chat_messages import read_conversation
 from api.errors import ApiError
-from api.messages import begin_turn
 from api.protocol import ChatCompletionRequest, decode_request
 from engine.frontend.chat_format import ChatFormat, ChatTurn
 from engine.frontend.tool_formats import TOOL_FORMATS
@@ -24,7 +24,7 @@ ASKED = {"role": "user", "content": "How is the weather?"}
 
 def message(turn: ChatTurn, text: str, is_legacy: bool = False, has_reasoning: bool = True) -> dict[str, Any]:
     """A whole answer; ids of calls, which are random, left out."""
-    whole = to_builtins(AnswerWriter(turn, is_legacy, has_reasoning).message(text))
+    whole = to_builtins(ChatAnswerWriter(turn, is_legacy, has_reasoning).message(text))
     for call in whole.get("tool_calls", []):
         del call["id"]
     return whole
@@ -32,7 +32,7 @@ def message(turn: ChatTurn, text: str, is_legacy: bool = False, has_reasoning: b
 
 def streamed(turn: ChatTurn, texts: list[str], is_legacy: bool = False) -> dict[str, Any]:
     """Deltas joined as clients do it."""
-    writer = AnswerWriter(turn, is_legacy, has_reasoning=True)
+    writer = ChatAnswerWriter(turn, is_legacy, has_reasoning=True)
     joined: dict[str, Any] = {"content": "", "role": "assistant", "refusal": None}
     for index, text in enumerate(texts):
         delta = to_builtins(writer.write(text, is_last=index == len(texts) - 1))
@@ -73,7 +73,7 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {"input": "a\\nb"}}\n</tool_call
 def turn_of(template: str, **fields: Any) -> ChatTurn:
     body = {"messages": [ASKED], **fields}
     request = decode_request(json.dumps(body).encode(), ChatCompletionRequest)
-    return begin_turn(ChatFormat(tokenizer_of(template)), request, None)
+    return read_conversation(request, None).turn(ChatFormat(tokenizer_of(template)))
 
 
 def test_inputs_of_custom_tools_are_texts() -> None:
@@ -111,7 +111,7 @@ def test_reasoning_is_a_part_of_its_own_or_left_out() -> None:
     whole = message(turn, text)
     assert (whole["reasoning_content"], whole["content"]) == ("Hm.", "It rains.")
     assert streamed(turn, [*text, ""]) == whole
-    without = AnswerWriter(turn, is_legacy=False, has_reasoning=False).message(text)
+    without = ChatAnswerWriter(turn, is_legacy=False, has_reasoning=False).message(text)
     assert (without.reasoning_content, without.content) == (UNSET, "It rains.")
 
 
@@ -123,7 +123,7 @@ def test_the_reason_of_an_end_is_a_call_only_where_it_stopped() -> None:
         ("Hm.", "stop", "stop"),
         (CALL, None, None),
     ):
-        writer = AnswerWriter(turn, is_legacy=False, has_reasoning=True)
+        writer = ChatAnswerWriter(turn, is_legacy=False, has_reasoning=True)
         writer.write(text, is_last=True)
         assert writer.finish_reason(reason) == expected  # type: ignore[arg-type]
 

@@ -1,17 +1,20 @@
-"""From the messages and tools of a chat's request to a prompt, and how its answer is to be read."""
+"""From the messages and tools of a chat completion's request to a conversation."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from api.conversation import Conversation
 from api.errors import ApiError, not_supported
 from api.protocol import ChatCompletionRequest, Message, ToolCall
+from api.structured_outputs import named_as_asked
 from engine.errors import RequestError
 from engine.frontend.tools import NO_CALLS, ToolChoice, read_function, read_tool_choice, read_tools
 
 if TYPE_CHECKING:
     from engine.core.structured_outputs import StructuredOutputs
-    from engine.frontend.chat_format import ChatFormat, ChatTurn
     from engine.frontend.tool_formats.format import Tool
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -19,20 +22,18 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 """Values of `reasoning_effort`."""
 
 # What the server itself hands to the template.
+CONTINUE = "continue_final_message"
 RESERVED_TEMPLATE_ARGUMENTS = ("self", "messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
-def begin_turn(
-    chat_format: ChatFormat, request: ChatCompletionRequest, form: StructuredOutputs | None
-) -> ChatTurn:
-    """The prompt that the model's chat template makes of the request's messages and tools.
+def read_conversation(request: ChatCompletionRequest, form: StructuredOutputs | None) -> Conversation:
+    """What the request asks the model to answer.
 
     Args:
         form: What an answer must be that calls nothing.
 
     Raises:
         ApiError: 400, messages that are empty, of unknown roles, or hold more than text; tools that are none.
-        RequestError: The template refuses them.
     """
     if not request.messages:
         raise ApiError(400, "messages must hold at least one message", param="messages")
@@ -41,7 +42,7 @@ def begin_turn(
     tools, choice, is_parallel = _tools(request)
     arguments = _template_arguments(request)
     if not request.continue_final_message:
-        return chat_format.turn(messages, tools, choice, is_parallel, form, **arguments)
+        return Conversation(messages, tools, choice, is_parallel, form, arguments)
     if request.add_generation_prompt:
         problem = "continue_final_message excludes add_generation_prompt"
     elif messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
@@ -49,11 +50,26 @@ def begin_turn(
     elif choice != NO_CALLS:
         problem = 'continue_final_message goes with tool_choice "none" alone'
     else:
-        try:
-            return chat_format.turn(messages, form=form, **{**arguments, "continue_final_message": True})
-        except RequestError as error:
-            problem = str(error)
-    raise ApiError(400, problem, param="continue_final_message")
+        return Conversation(messages, form=form, template_arguments={**arguments, CONTINUE: True})
+    raise ApiError(400, problem, param=CONTINUE)
+
+
+@contextmanager
+def named_as_in_chat(request: ChatCompletionRequest) -> Iterator[None]:
+    """Within it, errors of the engine name the fields of this endpoint."""
+    try:
+        with named_as_asked(request):
+            yield
+    except RequestError as error:
+        match error.field:
+            case "prompt":
+                raise RequestError(f"messages: {error}", "messages", error.code) from None
+            case "max_tokens" if request.max_completion_tokens is not None:
+                name = "max_completion_tokens"
+                raise RequestError(f"{name}: {error}", name, error.code) from None
+            case "messages" if request.continue_final_message:
+                raise RequestError(str(error), CONTINUE, error.code) from None
+        raise
 
 
 def _template_arguments(request: ChatCompletionRequest) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""A chat as every endpoint for chats hands it on: none of them knows another's words."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from engine.frontend.tools import NO_CALLS, ToolChoice
+
+if TYPE_CHECKING:
+    from api.service import Service
+    from engine.core.structured_outputs import StructuredOutputs
+    from engine.frontend.chat_format import ChatFormat, ChatTurn
+    from engine.frontend.tool_formats.format import Tool
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a model is to answer.
+
+    Attributes:
+        messages: As `ChatFormat.turn` takes them.
+        choice: What of the tools may be called.
+        is_parallel: Whether there may be several calls in the answer.
+        form: What an answer must be that calls nothing; None: free text.
+        template_arguments: Further arguments of the model's chat template.
+    """
+
+    messages: Sequence[dict[str, Any]]
+    tools: Sequence[Tool] = ()
+    choice: ToolChoice = NO_CALLS
+    is_parallel: bool = True
+    form: StructuredOutputs | None = None
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+
+    def turn(self, chat_format: ChatFormat) -> ChatTurn:
+        """The prompt, and how its answer is to be read.
+
+        Raises:
+            RequestError: The template does not take it, or a tool or the form cannot be kept; names the field.
+        """
+        return chat_format.turn(
+            self.messages, self.tools, self.choice, self.is_parallel, self.form, **self.template_arguments
+        )
+
+
+async def begin_turn(service: Service, conversation: Conversation) -> ChatTurn:
+    """As `Conversation.turn`, in a thread: a long chat takes long enough to be felt by the streams of others."""
+    return await asyncio.to_thread(conversation.turn, service.engine.chat_format)
