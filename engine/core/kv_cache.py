@@ -132,6 +132,9 @@ class KVCacheManager:
         self.block_size = block_size
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
+        # Blocks of prompts that running sequences will enter in the prefix cache, and how many of them will.
+        self._coming: dict[bytes, int] = {}
+        self._settled: list[bytes] = []
 
     def num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks to add so that the table covers the first `num_tokens` tokens."""
@@ -156,6 +159,24 @@ class KVCacheManager:
             block_ids.append(block_id)
         return block_ids
 
+    def last_coming(self, sequence: Sequence, index: int) -> bytes | None:
+        """The last block of its prefix that a running sequence is about to compute; None if not even `index` is.
+
+        Args:
+            index: The sequence's first block that `find_prefix` has not found.
+        """
+        last = None
+        for block_hash in sequence.block_hashes[index:]:
+            if block_hash not in self._coming:
+                break
+            last = block_hash
+        return last
+
+    def take_settled(self) -> list[bytes]:
+        """Blocks that were coming until the last call and are not any more: they can be found, or are lost."""
+        settled, self._settled = self._settled, []
+        return settled
+
     def adopt_prefix(self, sequence: Sequence, block_ids: list[int]) -> None:
         """Starts the sequence's table with blocks from `find_prefix`.
 
@@ -167,6 +188,9 @@ class KVCacheManager:
         sequence.block_ids = list(block_ids)
         sequence.num_stored_tokens = len(block_ids) * self.block_size
         sequence.num_computed_tokens = min(sequence.num_stored_tokens, sequence.num_tokens - 1)
+        sequence.num_entered_blocks, sequence.num_coming_blocks = len(block_ids), len(sequence.block_hashes)
+        for block_hash in sequence.block_hashes[len(block_ids) :]:
+            self._coming[block_hash] = self._coming.get(block_hash, 0) + 1
         self.num_queried_tokens += sequence.num_tokens
         self.num_hit_tokens += sequence.num_computed_tokens
 
@@ -175,12 +199,24 @@ class KVCacheManager:
         self._extend_hashes(sequence, end)
         for i in range(start // self.block_size, end // self.block_size):
             self.pool.register(sequence.block_ids[i], sequence.block_hashes[i])
+        self._settle(sequence, end // self.block_size)
 
     def free(self, sequence: Sequence) -> None:
         """Releases every block, the tail first, so that the heads of prefixes live longest."""
+        self._settle(sequence, sequence.num_coming_blocks)
         self.pool.release(reversed(sequence.block_ids))
         sequence.block_ids = []
         sequence.num_computed_tokens = sequence.num_stored_tokens = 0
+
+    def _settle(self, sequence: Sequence, num_blocks: int) -> None:
+        """No more of the sequence's first blocks are coming."""
+        end = min(num_blocks, sequence.num_coming_blocks)
+        for block_hash in sequence.block_hashes[sequence.num_entered_blocks : end]:
+            self._settled.append(block_hash)
+            self._coming[block_hash] -= 1
+            if not self._coming[block_hash]:
+                del self._coming[block_hash]
+        sequence.num_entered_blocks = max(sequence.num_entered_blocks, end)
 
     def _extend_hashes(self, sequence: Sequence, num_tokens: int) -> None:
         size, hashes = self.block_size, sequence.block_hashes

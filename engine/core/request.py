@@ -105,6 +105,8 @@ class Sequence:
         block_ids: Block table.
         block_hashes: Hash chain of the full blocks of `token_ids`, as far as it was needed.
         cache_salt: Start of the hash chain.
+        num_entered_blocks, num_coming_blocks: While it runs, leading blocks that it has entered in the prefix cache,
+            and those that it will have when its prompt is through.
         slot, admission: As in `BatchRow`, while the sequence runs.
     """
 
@@ -122,6 +124,8 @@ class Sequence:
     num_cached_tokens: int | None = None
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
+    num_entered_blocks: int = 0
+    num_coming_blocks: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int = 0
     admission: int = 0

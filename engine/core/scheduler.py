@@ -16,7 +16,6 @@ late, what the step draws of that sequence is dropped, and the sequence draws ag
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import wait
@@ -30,9 +29,13 @@ from engine.core.kv_cache import KVCacheManager
 from engine.core.outputs import FinishReason
 from engine.core.request import EngineOutput, Request, RowFailure, SampledToken, Sequence, SequenceStatus
 from engine.core.stats import EngineStats
+from engine.core.waiting import WaitingQueue
 
 WATERMARK = 0.01
 """Share of the blocks that admission leaves free, so that a newcomer is not preempted at once."""
+
+MAX_HASHED_TOKENS = 2**14
+"""Tokens of waiting prompts that one step hashes before it leaves the rest of them to the next: some milliseconds."""
 
 MASK_SECONDS, LONELY_MASK_SECONDS = 0.005, 0.1
 """How long a step waits for the masks of its rows: where others draw, and where nobody does."""
@@ -86,7 +89,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_steps = 0
         self.num_scheduled_tokens = 0
-        self._waiting: list[tuple[int, int, Sequence]] = []
+        self._waiting = WaitingQueue()
         self._in_flight: deque[list[PlannedRow]] = deque()
         self._free_slots = list(reversed(range(config.max_num_seqs)))
         self._arrivals = count()
@@ -124,7 +127,7 @@ class Scheduler:
             sequence = Sequence(request, index, next(self._arrivals), salt, leader)
             leader = leader or sequence
             sequences.append(sequence)
-            self._enqueue(sequence)
+            self._waiting.push(sequence)
         self.requests[request.request_id] = sequences
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -214,7 +217,7 @@ class Scheduler:
                 self.kv_cache.register(sequence, row.start, row.end)
             self.num_scheduled_tokens += row.end - row.start
             if row.draw is not None and result is not None:
-                sequence.num_pending_tokens -= 1
+                self._end_draw(sequence)
                 outputs.append(self._append(sequence, result))
         self.num_steps += 1
         return outputs
@@ -243,29 +246,37 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
         sequence.status = SequenceStatus.WAITING
-        self._enqueue(sequence)
+        self._waiting.push(sequence)
         self.num_preemptions += 1
 
     def _admit(self, plan: dict[Sequence, int], budget: int, max_rows: int) -> None:
-        """Starts waiting sequences in order, as long as the budget lasts and their whole prompts have room."""
-        held_back = []
-        while (
-            self._waiting
-            and budget > 0
-            and len(plan) < max_rows
-            and len(self.running) < self.config.max_num_seqs
-        ):
-            sequence = self._waiting[0][-1]
-            if sequence.num_pending_tokens or (sequence.leader and self._is_prefilling(sequence.leader)):
-                held_back.append(heapq.heappop(self._waiting))
+        """Starts waiting sequences in order, as long as the budget lasts and their whole prompts have room.
+
+        Those that wait for something else are left out until it is there or lost, and cost nothing meanwhile.
+        """
+        for block_hash in self.kv_cache.take_settled():
+            self._waiting.release(block_hash)
+        num_hashed = 0
+        while budget > 0 and len(plan) < max_rows and len(self.running) < self.config.max_num_seqs:
+            sequence = self._waiting.first()
+            if sequence is None or num_hashed > MAX_HASHED_TOKENS:
+                break
+            if sequence.num_pending_tokens:
+                self._waiting.park(sequence)
                 continue
+            if sequence.leader and self._is_prefilling(sequence.leader):
+                self._waiting.park(sequence.leader)
+                continue
+            num_hashed -= len(sequence.block_hashes) * self.kv_cache.block_size
             prefix = self.kv_cache.find_prefix(sequence)
-            if self._is_being_computed(sequence, len(prefix)):
-                held_back.append(heapq.heappop(self._waiting))
+            num_hashed += len(sequence.block_hashes) * self.kv_cache.block_size
+            coming = self.kv_cache.last_coming(sequence, len(prefix))
+            if coming is not None:
+                self._waiting.park(coming)
                 continue
             if not self._has_room(sequence, prefix):
                 break
-            heapq.heappop(self._waiting)
+            self._waiting.pop()
             self.kv_cache.adopt_prefix(sequence, prefix)
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -279,13 +290,6 @@ class Scheduler:
             self.kv_cache.extend(sequence, sequence.num_computed_tokens + num_tokens)
             plan[sequence] = num_tokens
             budget -= num_tokens
-        for entry in held_back:
-            heapq.heappush(self._waiting, entry)
-
-    def _is_being_computed(self, sequence: Sequence, index: int) -> bool:
-        """Whether a running sequence will soon have full block `index` of this one's prompt: worth waiting for."""
-        wanted = sequence.block_hashes[index : index + 1]
-        return bool(wanted) and any(wanted == s.block_hashes[index : index + 1] for s in self.running)
 
     def _is_prefilling(self, sequence: Sequence) -> bool:
         """Whether its first token is still to come; until then its prompt's blocks cannot be found."""
@@ -350,9 +354,15 @@ class Scheduler:
         if grammar.error is not None:
             return replace(row, draw=None, failure=f"structured_outputs: {grammar.error}")
         if row.sequence.status is not SequenceStatus.FINISHED:
-            row.sequence.num_pending_tokens -= 1
+            self._end_draw(row.sequence)
             row.sequence.num_computed_tokens -= 1
         return replace(row, draw=None)
+
+    def _end_draw(self, sequence: Sequence) -> None:
+        """One of the sequence's tokens is no longer pending: preempted, it may take its turn when none is."""
+        sequence.num_pending_tokens -= 1
+        if not sequence.num_pending_tokens:
+            self._waiting.release(sequence)
 
     def _is_through(self, sequence: Sequence) -> bool:
         """Whether the pending token is the last that the sequence may have."""
@@ -365,6 +375,8 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, sample: SampledToken) -> EngineOutput:
         sequence.token_ids.append(sample.token_id)
+        # Its prompt's blocks can be found now.
+        self._waiting.release(sequence)
         finish_reason, stop_token_id = self._finish_reason(sequence, sample.token_id)
         is_form_complete = False
         if sequence.grammar is not None and finish_reason != "stop":
@@ -410,10 +422,12 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> None:
         if sequence.status is SequenceStatus.RUNNING:
             self._stop(sequence)
-        elif sequence.status is SequenceStatus.WAITING:
-            self._waiting = [entry for entry in self._waiting if entry[-1] is not sequence]
-            heapq.heapify(self._waiting)
+        was_waiting = sequence.status is SequenceStatus.WAITING
         sequence.status = SequenceStatus.FINISHED
+        if was_waiting:
+            self._waiting.end(sequence)
+        # Others need its prompt's blocks no longer.
+        self._waiting.release(sequence)
         request_id = sequence.request.request_id
         siblings = self.requests.get(request_id, [])
         if all(sibling.status is SequenceStatus.FINISHED for sibling in siblings):
@@ -426,6 +440,3 @@ class Scheduler:
         self.kv_cache.free(sequence)
         self.running.remove(sequence)
         self._free_slots.append(sequence.slot)
-
-    def _enqueue(self, sequence: Sequence) -> None:
-        heapq.heappush(self._waiting, (*sequence.order, sequence))

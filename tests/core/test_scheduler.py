@@ -13,9 +13,10 @@ from engine.config import SchedulerConfig
 from engine.core.batch import Batch
 from engine.core.grammar import Grammars
 from engine.core.kv_cache import BlockPool, KVCacheManager
-from engine.core.request import EngineOutput, Request, RowFailure, SampledToken, SequenceStatus
+from engine.core.request import EngineOutput, Request, RowFailure, SampledToken, Sequence, SequenceStatus
 from engine.core.sampling_params import SamplingParams
-from engine.core.scheduler import Scheduler
+from engine.core.scheduler import MAX_HASHED_TOKENS, Scheduler
+from engine.core.waiting import WaitingQueue
 from tests.core.test_kv_cache import free_list
 
 EOS = 7
@@ -252,6 +253,22 @@ def test_followers_go_on_when_their_leader_is_aborted_before_its_prompt_is_throu
     assert [(output.index, output.finish_reason) for output in outputs] == [(1, "length")]
 
 
+def coming_blocks(scheduler: Scheduler) -> set[bytes]:
+    """Hashes of blocks of their prompts that running sequences have not computed yet, or just compute."""
+    planned = {row.sequence: row.start for step in reversed(scheduler._in_flight) for row in step}
+    return {
+        block_hash
+        for sequence in scheduler.running
+        for block_hash in sequence.block_hashes[
+            max(
+                sequence.num_stored_tokens,
+                planned.get(sequence, sequence.num_computed_tokens),
+            )
+            // BLOCK_SIZE : sequence.num_coming_blocks
+        ]
+    }
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
@@ -310,9 +327,104 @@ def test_two_hundred_requests_with_random_aborts_leave_nothing_behind(
         held = sum(block.ref_count for block in pool.blocks)
         assert held == sum(len(sequence.block_ids) for sequence in scheduler.running)
         assert all(sequence.status is SequenceStatus.RUNNING for sequence in scheduler.running)
+        live = [sequence for sequences in scheduler.requests.values() for sequence in sequences]
+        num_waiting = sum(sequence.status is SequenceStatus.WAITING for sequence in live)
+        assert scheduler.stats.num_requests_waiting == num_waiting
+        assert scheduler.kv_cache._coming.keys() == coming_blocks(scheduler)
     assert {request_id: received[request_id] for request_id in expected} == expected
     assert pool.num_free == pool.num_blocks
     assert sorted(free_list(pool)) == list(range(1, pool.num_blocks + 1))
     assert all(block.ref_count == 0 for block in pool.blocks)
     assert sorted(scheduler._free_slots) == list(range(scheduler.config.max_num_seqs))
     assert scheduler.stats.num_requests_running == scheduler.stats.num_requests_waiting == 0
+
+
+def test_nobody_waits_for_a_block_that_was_computed_and_lost() -> None:
+    """Two samples draw the same tokens, one of them enters the block, ends, and its block is taken."""
+    scheduler = make_scheduler(num_blocks=12, max_num_batched_tokens=16)
+    prompt = prompt_of(4)
+    scheduler.add(make_request("twins", prompt, n=2, max_tokens=30, ignore_eos=True))
+    for _ in range(6):
+        step(scheduler)
+    first, second = scheduler.running
+    assert first.block_hashes[:2] == second.block_hashes[:2]
+    scheduler.abort("twins", first.index)
+    for first_token in (200, 300):
+        scheduler.add(make_request("taker", prompt_of(26, first_token), max_tokens=1))
+        while "taker" in scheduler.requests:
+            step(scheduler)
+    assert scheduler.kv_cache.pool.find(second.block_hashes[1]) is None
+    scheduler.add(make_request("late", [*prompt, *[1] * 4, 9], max_tokens=1))
+    _, outputs = step(scheduler)
+    assert "late" in {output.request_id for output in outputs}
+
+
+class CountedCache(KVCacheManager):
+    """Counts how often a waiting sequence is looked at."""
+
+    num_visits = 0
+
+    def find_prefix(self, sequence: Sequence) -> list[int]:
+        self.num_visits += 1
+        return super().find_prefix(sequence)
+
+
+def test_who_waits_for_a_prefix_is_not_looked_at_in_each_step() -> None:
+    scheduler = make_scheduler(num_blocks=256, max_num_batched_tokens=12, threshold=8)
+    scheduler.kv_cache = cache = CountedCache(scheduler.kv_cache.pool, BLOCK_SIZE)
+    prefix = prompt_of(200)
+    for index in range(100):
+        scheduler.add(make_request(str(index), [*prefix, 400 + index], max_tokens=2))
+    for _ in range(200 // 8):
+        step(scheduler)
+    assert cache.num_visits == 100
+    while scheduler.has_work:
+        step(scheduler)
+    # Each twice, and the head of the queue once in each step that has no place for it.
+    assert cache.num_visits <= 200 + scheduler.num_steps
+
+
+def test_one_step_hashes_a_bounded_part_of_the_queue() -> None:
+    scheduler = make_scheduler(num_blocks=8192, max_num_batched_tokens=12, threshold=8)
+    length = MAX_HASHED_TOKENS // 4
+    for index in range(12):
+        scheduler.add(make_request(str(index), [*prompt_of(length), index], max_tokens=1))
+    waiting = [sequences[0] for sequences in scheduler.requests.values()]
+    num_hashed = []
+    for _ in range(3):
+        step(scheduler)
+        num_hashed.append(sum(len(sequence.block_hashes) * BLOCK_SIZE for sequence in waiting))
+    assert num_hashed == [5 * length, 10 * length, 12 * length]
+
+
+class CountedSequence(Sequence):
+    """Counts how often a queue looks at it."""
+
+    num_reads = 0
+
+    @property
+    def status(self) -> SequenceStatus:
+        CountedSequence.num_reads += 1
+        return self.known
+
+    @status.setter
+    def status(self, status: SequenceStatus) -> None:
+        self.known = status
+
+
+def test_the_end_of_one_costs_no_more_where_many_wait() -> None:
+    queue = WaitingQueue()
+    sequences = [CountedSequence(make_request(str(i), [1]), 0, i, b"") for i in range(4000)]
+    for sequence in sequences:
+        queue.push(sequence)
+    for _ in range(1000):
+        queue.park("a block")
+    CountedSequence.num_reads = 0
+    for number, sequence in enumerate(random.Random(0).sample(sequences, len(sequences))):
+        sequence.status = SequenceStatus.FINISHED
+        queue.end(sequence)
+        assert len(queue) == len(sequences) - number - 1
+        assert len(queue._ready) <= 2 * len(queue) + 1
+    assert CountedSequence.num_reads <= 2 * len(sequences)
+    queue.release("a block")
+    assert queue.first() is None
