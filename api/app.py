@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.bodies import Model, ModelList
+from api.bodies import Model, ModelList, Status
 from api.body import json_response
 from api.chat import create_chat_completion
 from api.completions import create_completion
@@ -111,7 +111,14 @@ def create_app(
     @app.get("/health")
     async def health() -> Response:
         service.check_ready()
-        return Response(b'{"status":"ready"}', media_type="application/json")
+        return json_response(Status("healthy"))
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        service.check_ready()
+        if engine.status == "restarting":
+            raise ApiError(503, f"the engine is started again: {engine.error}", code="restarting")
+        return json_response(Status("ready"))
 
     @app.get("/version")
     async def engine_version() -> Response:

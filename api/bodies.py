@@ -185,6 +185,10 @@ class Model(Struct):
     owned_by: str = "engine"
 
 
+class Status(Struct):
+    status: Literal["healthy", "ready"]
+
+
 class ModelList(Struct):
     data: list[Model]
     object: Literal["list"] = "list"

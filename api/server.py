@@ -16,10 +16,10 @@ import uvicorn
 
 from api.app import create_app
 from api.upgrades import HttpProtocol
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
-    from engine.frontend.async_engine import AsyncEngine
+    from engine.router.restarting import RestartingEngine
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def serve(
-    engine: AsyncEngine,
+    engine: RestartingEngine,
     host: str,
     port: int,
     *,
@@ -77,6 +77,8 @@ async def serve(
     Raises:
         ConfigError: The address cannot be listened on; nothing was started.
         EngineStartError: The engine did not start; the server has stopped.
+        EngineDeadError: Engines have died too often; open requests have ended with an error, and the server has
+            stopped.
     """
     listener = _listen(host, port)
     app = create_app(
@@ -105,6 +107,7 @@ async def serve(
     starting = asyncio.create_task(engine.start())
     stopping = asyncio.create_task(stop.wait())
     hurrying = asyncio.create_task(hurry.wait())
+    failing = asyncio.create_task(engine.failed.wait())
     try:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
@@ -116,11 +119,13 @@ async def serve(
                 listener.getsockname()[1],
                 time.monotonic() - began,
             )
-            await asyncio.wait((answering, stopping), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((answering, stopping, failing), return_when=asyncio.FIRST_COMPLETED)
+            if failing.done():
+                raise EngineDeadError(engine.error)
     finally:
-        starting.cancel()
-        stopping.cancel()
-        await asyncio.gather(starting, stopping, return_exceptions=True)
+        for task in (starting, stopping, failing):
+            task.cancel()
+        await asyncio.gather(starting, stopping, failing, return_exceptions=True)
         server.should_exit = True
         await asyncio.wait((answering, hurrying), timeout=GRACE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         hurrying.cancel()

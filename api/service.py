@@ -28,7 +28,10 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_ready(self) -> None:
-        """Raises ApiError 503 with the cause unless the engine takes requests."""
+        """Raises ApiError 503 with the cause unless the engine takes requests.
+
+        One that is started again in the place of another takes them: they wait for it.
+        """
         match self.engine.status:
             case "starting":
                 raise ApiError(

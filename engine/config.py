@@ -124,6 +124,12 @@ class EngineConfig:
         "auto",
         "the marks around a model's reasoning; auto: those of its chat template; none: it stays in the text",
     )
+    max_restarts: int = _option(
+        3,
+        "how often within --restart-window an engine that has died, or lost a rank, is started again; open requests "
+        "go on",
+    )
+    restart_window: float = _option(600.0, "seconds; see --max-restarts")
     seed: int | None = _option(None, "seed from which requests without one get theirs; default: random")
     cache_dir: str | None = _option(
         None,
@@ -150,6 +156,10 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if self.block_size not in (4, 8, 16, 32, 64, 128, 256):
             raise ConfigError(f"block_size must be a power of two from 4 to 256, got {self.block_size}")
+        if self.max_restarts < 0:
+            raise ConfigError(f"max_restarts must be at least 0, got {self.max_restarts}")
+        if not 0.0 < self.restart_window < float("inf"):
+            raise ConfigError(f"restart_window must be above 0, got {self.restart_window}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"

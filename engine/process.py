@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -59,6 +60,26 @@ def whereabouts(thread_id: int) -> list[str]:
         places.append(f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}")
         frame = frame.f_back
     return places
+
+
+class RestartLimit:
+    """How often something is started again that has died.
+
+    Args:
+        most: How often at most within `window` seconds.
+    """
+
+    def __init__(self, most: int, window: float) -> None:
+        self._most, self._window = most, window
+        self._deaths: deque[float] = deque()
+
+    def allows_another(self) -> bool:
+        """Notes a death, and says whether it may be started again."""
+        now = time.monotonic()
+        self._deaths.append(now)
+        while now - self._deaths[0] > self._window:
+            self._deaths.popleft()
+        return len(self._deaths) <= self._most
 
 
 class RunningClock:

@@ -44,12 +44,12 @@ def _serve(
     try:
         import uvloop
 
-        from engine.frontend.async_engine import AsyncEngine
+        from engine.router.restarting import RestartingEngine
     except ModuleNotFoundError as error:
         raise missing_package(error, "serve") from error
-    engine = AsyncEngine(config)
 
     async def run() -> None:
+        engine = RestartingEngine(config)
         # Its process loads torch while this one loads the server.
         await engine.launch()
         try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -43,6 +43,7 @@ class EngineCore(Generic[Model]):
 
     Attributes:
         grammars: What keeps the forms of outputs; must know the tokenizer's vocabulary before the first of them.
+        on_plan: Is told which requests a step is of, before it runs.
 
     Raises:
         CheckpointError: The model recommends sampling parameters that no request could have.
@@ -62,12 +63,14 @@ class EngineCore(Generic[Model]):
         )
         self.overlap = facts.is_asynchronous if config.overlap is None else config.overlap
         self.num_stages = config.pipeline_parallel_size
+        self.on_plan: Callable[[list[str]], None] | None = None
         self._in_flight: deque[Sampled] = deque()
         self.info = EngineInfo(
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,
             default_params=_default_params(facts.recommended_params),
             memory_plan=facts.memory_plan,
+            num_cache_bytes=facts.num_cache_bytes,
         )
 
     @property
@@ -131,6 +134,8 @@ class EngineCore(Generic[Model]):
 
     def _execute(self, batch: Batch) -> Logits | None:
         """The batch's logits; None if a row spoils it."""
+        if self.on_plan is not None:
+            self.on_plan(self.scheduler.planned_requests())
         try:
             return self.model.executor.execute(batch)
         except self.model.fatal:

@@ -176,6 +176,10 @@ class Scheduler:
             )
         return Batch(rows)
 
+    def planned_requests(self) -> list[str]:
+        """Ids of the requests in the step planned last."""
+        return [row.sequence.request.request_id for row in self._in_flight[-1]]
+
     def draws(self) -> list[Draw | None]:
         """The draws of the step planned last, one a row, now that all tokens before them are known.
 

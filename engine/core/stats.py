@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,12 +16,21 @@ class EngineInfo:
     Attributes:
         default_params: Sampling parameters that the model's generation_config.json recommends.
         memory_plan: For people.
+        num_cache_bytes: Size of the KV cache of a rank.
     """
 
     max_model_len: int
     vocab_size: int
     default_params: dict[str, Any]
     memory_plan: str
+    num_cache_bytes: int
+
+    def pinned(self, config: EngineConfig) -> EngineConfig:
+        """The options for an engine in the place of this one.
+
+        What was planned by the memory that was free then stays as it is: open requests rely on it.
+        """
+        return replace(config, max_model_len=self.max_model_len, kv_cache_memory=self.num_cache_bytes)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -83,6 +83,7 @@ def start_model(config: EngineConfig, path: Path) -> StartedModel:
         cache_salt=runner.cache_salt,
         recommended_params=checkpoint.recommended_params,
         memory_plan=str(runner.plan),
+        num_cache_bytes=runner.plan.kv_cache,
     )
     started = StartedModel(runner, executor, ranks, facts)
     if ranks is not None:

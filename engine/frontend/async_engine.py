@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import zmq
@@ -25,7 +26,7 @@ from engine.core.outputs import RequestOutput
 from engine.core.random import derive_seed
 from engine.core.request import EngineOutput, Request
 from engine.core.sampling_params import SamplingParams
-from engine.core.stats import EngineStats
+from engine.core.stats import EngineInfo, EngineStats
 from engine.core.structured_outputs import FIELD, StructuredOutputs
 from engine.core.validation import validate_request
 from engine.errors import EngineDeadError, EngineError, EngineStartError, RequestError
@@ -49,6 +50,7 @@ from engine.frontend.messages import (
     from_engine_decoder,
 )
 from engine.frontend.output_processor import OutputProcessor
+from engine.frontend.progress_page import ProgressPage
 from engine.loading.resolve import resolve_model
 from engine.process import RunningClock, exit_cause
 from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -69,7 +71,7 @@ class ServedEngine(Protocol):
     """What the API asks of an engine, wherever that is; see `AsyncEngine`."""
 
     @property
-    def status(self) -> Literal["starting", "ready", "dead"]: ...
+    def status(self) -> Literal["starting", "ready", "restarting", "dead"]: ...
 
     @property
     def error(self) -> str | None: ...
@@ -107,7 +109,8 @@ class AsyncEngine:
         status: "starting" until the model is loaded, "dead" once the process has ended.
         error: Why it is dead.
         stats: As of the engine's last step.
-        tokenizer, chat_format, max_model_len, vocab_size, default_params: Valid once ready.
+        ended: Set once it is dead.
+        tokenizer, chat_format, max_model_len, vocab_size, default_params, info: Valid once ready.
     """
 
     tokenizer: Tokenizer
@@ -115,6 +118,7 @@ class AsyncEngine:
     max_model_len: int
     vocab_size: int
     default_params: dict[str, Any]
+    info: EngineInfo
 
     def __init__(
         self, config: EngineConfig, limits: Limits | None = None, command: Sequence[str] | None = None
@@ -125,6 +129,8 @@ class AsyncEngine:
         self.status: Literal["starting", "ready", "dead"] = "starting"
         self.error: str | None = None
         self.stats = EngineStats()
+        self.ended = asyncio.Event()
+        self._page: ProgressPage | None = None
         self._queues: dict[str, asyncio.Queue[EngineOutput | None]] = {}
         self._arrivals = count()
         self._forms: FormChecker
@@ -142,6 +148,7 @@ class AsyncEngine:
         # In a directory that only this user can enter, and gone from there once both ends hold the socket.
         self._directory = socket_directory()
         address = f"ipc://{self._directory.name}/engine"
+        self._page = ProgressPage(Path(self._directory.name) / "engine-page", creates=True)
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
@@ -160,8 +167,16 @@ class AsyncEngine:
         self._exited = asyncio.create_task(self._process.wait())
         self._tasks.append(asyncio.create_task(self._watch(self._process, beats)))
 
-    async def start(self) -> None:
+    @property
+    def requests_under_way(self) -> frozenset[str]:
+        """Ids of the requests in the step that runs, or that ran when the process ended."""
+        return frozenset() if self._page is None else self._page.read()
+
+    async def start(self, like: AsyncEngine | None = None) -> None:
         """Loads the model in the child process; launches that if nobody has.
+
+        Args:
+            like: An engine of the same model, which has read the vocabulary.
 
         Raises:
             EngineError: Of the type the engine failed with; EngineStartError if it is none of ours.
@@ -172,12 +187,15 @@ class AsyncEngine:
             with caching_in(self.config.cache_dir):
                 path = await _in_daemon_thread(lambda: resolve_model(self.config.model))
             await self._send(Start(options=dataclasses.asdict(self.config), path=str(path)))
-            self.tokenizer = await _in_daemon_thread(
-                lambda: load_tokenizer(path, self.config.load_format == "dummy")
-            )
-            self.chat_format = await _in_daemon_thread(
-                lambda: ChatFormat(self.tokenizer, self.config.tool_format, self.config.reasoning_format)
-            )
+            if like is None:
+                self.tokenizer = await _in_daemon_thread(
+                    lambda: load_tokenizer(path, self.config.load_format == "dummy")
+                )
+                self.chat_format = await _in_daemon_thread(
+                    lambda: ChatFormat(self.tokenizer, self.config.tool_format, self.config.reasoning_format)
+                )
+            else:
+                self.tokenizer, self.chat_format = like.tokenizer, like.chat_format
             # An engine that has failed meanwhile has said why.
             with contextlib.suppress(EngineDeadError):
                 await self._send(EndTokens(list(self.tokenizer.eos_token_ids)))
@@ -199,7 +217,7 @@ class AsyncEngine:
         assert isinstance(message, Ready)
         info = message.info
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
-        self.default_params = info.default_params
+        self.default_params, self.info = info.default_params, info
         self._forms = FormChecker(self.tokenizer, self.vocab_size)
         self.status = "ready"
         self._tasks.append(asyncio.create_task(self._receive_outputs()))
@@ -407,6 +425,7 @@ class AsyncEngine:
         if self.status == "dead":
             return
         self.status, self.error = "dead", reason
+        self.ended.set()
         for queue in self._queues.values():
             queue.put_nowait(None)
 

@@ -43,6 +43,7 @@ from engine.frontend.messages import (
     encode,
     to_engine_decoder,
 )
+from engine.frontend.progress_page import ProgressPage
 from engine.process import RunningClock, follow_parent, whereabouts
 
 FLUSH_MILLISECONDS = 1000
@@ -63,6 +64,7 @@ def main(address: str, beats: str, limits: Limits | None = None) -> int:
         socket.set_hwm(0)
         socket.connect(address)
         try:
+            page = ProgressPage(Path(f"{address.removeprefix('ipc://')}-page"))
             core = _load(socket, address)
         except Exception as error:
             if not isinstance(error, EngineError):
@@ -71,7 +73,7 @@ def main(address: str, beats: str, limits: Limits | None = None) -> int:
             return 1
         gc.freeze()
         gc.enable()
-        progress.watch(core)
+        progress.watch(core, page)
         socket.send(encode(Ready(core.info)))
         try:
             _run(core, socket, progress)
@@ -97,8 +99,13 @@ class Progress:
         # The step that was seen last, and when.
         self._seen = 0, 0.0
 
-    def watch(self, core: EngineCore[Any]) -> None:
-        """Watches an engine's ranks and steps from now on."""
+    def watch(self, core: EngineCore[Any], page: ProgressPage) -> None:
+        """Watches an engine's ranks and steps from now on.
+
+        Args:
+            page: Where the parent finds which requests a step is of.
+        """
+        core.on_plan = page.write
         # A call finishes a step that was planned so many calls ago at most.
         self._planned = deque([0], 1 + core.num_stages)
         self._core = core

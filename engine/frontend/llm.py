@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from engine.cache_directory import caching_in
 from engine.config import EngineConfig
+from engine.core.engine_core import EngineCore
 from engine.core.outputs import CompletionOutput, RequestOutput
 from engine.core.random import derive_seed
 from engine.core.request import Request
@@ -30,6 +31,7 @@ from engine.frontend.prompts import Prompt, read_prompts
 from engine.frontend.step_thread import Call, StepThread
 from engine.frontend.tools import read_tool_choice, read_tools
 from engine.loading.resolve import resolve_model
+from engine.process import RestartLimit
 from engine.tokenizer.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -58,11 +60,20 @@ class LLM:
         with caching_in(self.config.cache_dir):
             path = resolve_model(self.config.model)
         self.tokenizer = load_tokenizer(path, may_stand_in=self.config.load_format == "dummy")
-        self.core = start_engine(self.config, path, self.tokenizer.eos_token_ids)
-        print(self.core.info.memory_plan, file=sys.stderr)
+        core = start_engine(self.config, path, self.tokenizer.eos_token_ids)
+        self._steps = StepThread(
+            core,
+            lambda: start_engine(core.info.pinned(self.config), path, self.tokenizer.eos_token_ids),
+            RestartLimit(self.config.max_restarts, self.config.restart_window),
+        )
+        print(core.info.memory_plan, file=sys.stderr)
         self._forms = FormChecker(self.tokenizer, self.core.info.vocab_size)
         self._request_ids = map(str, count())
-        self._steps = StepThread(self.core)
+
+    @property
+    def core(self) -> EngineCore[Any]:
+        """The engine, another one after the loss of a rank."""
+        return self._steps.core
 
     def close(self) -> None:
         """Ends the processes of other ranks. May be called twice; with them nothing can be generated afterwards."""
@@ -233,7 +244,10 @@ class LLM:
         if not requests:
             return []
         call = Call(
-            requests, processors, lambda addition: _extend_result(results[addition.request_id], addition)
+            requests,
+            processors,
+            lambda addition: _extend_result(results[addition.request_id], addition),
+            lambda request_id: _resumed(results[request_id]),
         )
         with tqdm(total=len(requests), desc="Generating", unit="prompt", disable=not use_tqdm) as progress:
 
@@ -253,6 +267,10 @@ def _empty_result(request: Request, prompt: str | None) -> RequestOutput:
     if request.params.logprobs is not None:
         outputs = [replace(output, logprobs=[]) for output in outputs]
     return RequestOutput(request.request_id, prompt, request.prompt_token_ids, outputs)
+
+
+def _resumed(result: RequestOutput) -> list[list[int] | None]:
+    return [None if output.finish_reason else list(output.token_ids) for output in result.outputs]
 
 
 def _extend_result(result: RequestOutput, addition: RequestOutput) -> None:

@@ -7,16 +7,21 @@ thread is there while there is work.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.core.engine_core import EngineCore
 from engine.core.outputs import RequestOutput
 from engine.core.request import Request
+from engine.errors import EngineDeadError
 from engine.frontend.output_processor import OutputProcessor
+from engine.process import RestartLimit
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 """How often a progress bar is moved."""
@@ -28,6 +33,7 @@ class Call:
 
     Attributes:
         processors, extend: By request id, what makes text of tokens; and takes what it has made.
+        resumed: What a request, by its id, has got so far; see `Request.resumed_token_ids`.
         num_tokens, num_finished: So far.
         done: Set once all requests have finished, or none will.
         error: What ended the call.
@@ -36,6 +42,7 @@ class Call:
     requests: list[Request]
     processors: dict[str, OutputProcessor]
     extend: Callable[[RequestOutput], None]
+    resumed: Callable[[str], list[list[int] | None]]
     num_tokens: int = 0
     num_finished: int = 0
     done: threading.Event = field(default_factory=threading.Event)
@@ -43,10 +50,21 @@ class Call:
 
 
 class StepThread:
-    """Runs steps as long as calls are open."""
+    """Runs steps as long as calls are open.
 
-    def __init__(self, core: EngineCore[Any]) -> None:
-        self._core = core
+    Args:
+        restart: Makes another engine in the place of one that has lost a rank.
+        limit: How often.
+
+    Attributes:
+        core: The engine.
+    """
+
+    def __init__(
+        self, core: EngineCore[Any], restart: Callable[[], EngineCore[Any]], limit: RestartLimit
+    ) -> None:
+        self.core = core
+        self._restart, self._limit = restart, limit
         self._lock = threading.Lock()
         self._arrived: deque[Call] = deque()
         self._cancelled: deque[Call] = deque()
@@ -81,39 +99,61 @@ class StepThread:
             with self._lock:
                 arrived = list(self._arrived)
                 self._arrived.clear()
-                if not arrived and not self._core.has_work:
+                if not arrived and not self.core.has_work:
                     self._thread = None
                     return
             try:
                 for call in arrived:
                     open_calls |= dict.fromkeys(call.processors, call)
-                    for request in call.requests:
-                        self._core.add_request(request)
+                for request in [request for call in arrived for request in call.requests]:
+                    self.core.add_request(request)
                 while self._cancelled:
                     for request_id in self._cancelled.popleft().processors:
-                        self._core.abort(request_id)
+                        self.core.abort(request_id)
                         open_calls.pop(request_id, None)
-                if self._core.has_work:
+                if self.core.has_work:
                     self._step(open_calls)
             except BaseException as error:
-                # Nobody knows how far the step came: what was open ends with it, and the next call finds nothing.
-                try:
-                    self._core.reset()
-                finally:
-                    for call in {id(call): call for call in [*open_calls.values(), *arrived]}.values():
-                        call.error = error
-                        call.done.set()
-                    open_calls.clear()
+                problem: BaseException | None = error
+                while problem is not None:
+                    problem = self._recover(problem, open_calls)
+
+    def _recover(self, error: BaseException, open_calls: dict[str, Call]) -> BaseException | None:
+        """Has what is open go on where it can, and ends it otherwise. Returns what went wrong amid that."""
+        if not isinstance(error, EngineDeadError) or not self._limit.allows_another():
+            # Nobody knows how far the step came: what was open ends with it, and the next call finds nothing.
+            try:
+                self.core.reset()
+            finally:
+                for call in set(open_calls.values()):
+                    call.error = error
+                    call.done.set()
+                open_calls.clear()
+            return None
+        logger.error("%s; starting again, %d requests are open", error, len(open_calls))
+        try:
+            self.core.close()
+            vocabulary = self.core.grammars.vocabulary
+            self.core = self._restart()
+            self.core.grammars.vocabulary = vocabulary
+            for call in set(open_calls.values()):
+                for request in call.requests:
+                    if request.request_id in open_calls:
+                        resumed = call.resumed(request.request_id)
+                        self.core.add_request(replace(request, resumed_token_ids=resumed))
+        except BaseException as another:
+            return another
+        return None
 
     def _step(self, open_calls: dict[str, Call]) -> None:
-        for output in self._core.step():
+        for output in self.core.step():
             call = open_calls.get(output.request_id)
             if call is None:
                 continue  # of a call that is no longer waited for
             processor = call.processors[output.request_id]
             addition = processor.process(output)
             for index in processor.stopped_samples:
-                self._core.abort(output.request_id, index)
+                self.core.abort(output.request_id, index)
             processor.stopped_samples.clear()
             if addition is None:
                 continue

@@ -1,8 +1,6 @@
 """Replicas of an engine, each an actor of Ray Serve, and all of them as one engine that outlives each.
 
-What is sent of each open request is kept: prompt, seed and tokens. If a replica dies, what was open there goes on at
-another: a draw is a function of seed, sample and position alone, so that under int8 the tokens are those that the
-first replica would have drawn.
+If a replica dies, what was open there goes on at another; see `engine.router.open_request`.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, fields, replace
 from itertools import count
@@ -24,7 +21,6 @@ from ray.serve.handle import DeploymentHandle
 
 from engine.config import EngineConfig
 from engine.core.outputs import RequestOutput
-from engine.core.random import derive_seed
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
 from engine.core.validation import validate_request
@@ -33,6 +29,7 @@ from engine.frontend.async_engine import AsyncEngine
 from engine.frontend.chat_format import ChatFormat
 from engine.loading.resolve import resolve_model
 from engine.router.affinity import Resumable
+from engine.router.open_request import OpenRequest, seeded
 from engine.router.policies import QUEUED_TOKENS
 from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -162,30 +159,23 @@ class Replicas:
             self.tokenizer.eos_token_ids,
             self._clips_max_tokens,
         )
-        request = Resumable(request_id, token_ids, replace(params, seed=self._seed(params)), priority)
-        sent: list[list[int] | None] = [[] for _ in range(params.n)]
-        num_cached_tokens: int | None = None
+        request = OpenRequest(
+            request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority
+        )
+        lost: tuple[str, ...] = ()
         for num_losses in count(1):
             name = ""
-            stream = self._handle.options(stream=True).generate.remote(request)
+            resumable = Resumable(
+                request_id, token_ids, request.params, priority, request.resumed_token_ids, lost
+            )
+            stream = self._handle.options(stream=True).generate.remote(resumable)
             try:
                 async for said in stream:
                     if isinstance(said, str):
                         name = said
                         continue
-                    _note(sent, said)
-                    if num_cached_tokens is None:
-                        # What a resumed request finds is partly its own.
-                        num_cached_tokens = said.num_cached_tokens
-                    is_finished = said.error is not None or all(tokens is None for tokens in sent)
-                    yield replace(
-                        said,
-                        request_id=request_id,
-                        prompt_token_ids=token_ids,
-                        num_cached_tokens=num_cached_tokens,
-                        finished=is_finished,
-                    )
-                    if is_finished:
+                    yield request.take(said)
+                    if request.is_finished:
                         return
             except LOST as error:
                 logger.warning("%s: replica %s is lost: %s", request_id, name, _first_line(error))
@@ -198,18 +188,7 @@ class Replicas:
                     name = ""
             finally:
                 stream.cancel()
-            request = replace(
-                request,
-                lost=(*request.lost, name),
-                resumed_token_ids=[None if tokens is None else list(tokens) for tokens in sent],
-            )
-
-    def _seed(self, params: SamplingParams) -> int:
-        if params.seed is not None:
-            return params.seed
-        if self.config.seed is not None:
-            return derive_seed(self.config.seed, next(self._arrivals))
-        return secrets.randbits(63)
+            lost = (*lost, name)
 
     async def _watch(self) -> None:
         try:
@@ -236,15 +215,6 @@ class Replicas:
             self.status = "ready" if living else "starting"
             self.stats = _sum(living)
             await asyncio.sleep(STATS_SECONDS)
-
-
-def _note(sent: list[list[int] | None], output: RequestOutput) -> None:
-    for sample in output.outputs:
-        tokens = sent[sample.index]
-        assert tokens is not None, "a sample that has ended goes on"
-        tokens += sample.token_ids
-        if sample.finish_reason is not None:
-            sent[sample.index] = None
 
 
 def _sum(stats: list[EngineStats]) -> EngineStats:

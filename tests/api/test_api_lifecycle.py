@@ -56,7 +56,8 @@ def test_a_signal_ends_open_streams_with_an_error(
         assert not any(child.is_running() for child in children)
 
 
-def test_health_follows_the_engine(tmp_path: Path, small_model: Path) -> None:
+def test_a_stream_outlives_the_engine(tmp_path: Path, small_model: Path) -> None:
+    body = {**STREAM, "max_tokens": 400, "temperature": 0.9, "seed": 1}
     with start_server(tmp_path, "--model", str(small_model)) as server:
         statuses = []
         while 200 not in statuses and server.process.poll() is None:
@@ -65,17 +66,40 @@ def test_health_follows_the_engine(tmp_path: Path, small_model: Path) -> None:
             except httpx.ConnectError:
                 continue
         assert statuses[0] == 503
+        undisturbed = httpx.post(
+            f"{server.url}/v1/completions", json={**body, "stream": False}, timeout=STOP_SECONDS
+        ).json()["choices"][0]
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json=body, timeout=STOP_SECONDS
+        ) as response:
+            lines = (line for line in response.iter_lines() if line)
+            chunks = [next(lines) for _ in range(20)]
+            engine = max(server.children(), key=lambda child: child.memory_info().rss)
+            engine.kill()
+            while (ready := httpx.get(f"{server.url}/ready")).status_code == 200:
+                pass
+            assert ready.json()["error"]["code"] == "restarting"
+            assert "SIGKILL" in ready.json()["error"]["message"]
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            *more, done = lines
+        choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in chunks + more]
+        assert "".join(choice["text"] for choice in choices) == undisturbed["text"]
+        assert choices[-1]["finish_reason"] == undisturbed["finish_reason"]
+        assert done == "data: [DONE]"
+        assert httpx.get(f"{server.url}/ready").status_code == 200
+
+
+def test_a_server_whose_engine_dies_too_often_ends(tmp_path: Path, small_model: Path) -> None:
+    with start_server(tmp_path, "--model", str(small_model), "--max-restarts", "0") as server:
+        server.wait_until_ready()
         with httpx.stream(
             "POST", f"{server.url}/v1/completions", json=STREAM, timeout=STOP_SECONDS
         ) as response:
             lines = (line for line in response.iter_lines() if line)
             next(lines)
-            engine = max(server.children(), key=lambda child: child.memory_info().rss)
-            engine.kill()
+            max(server.children(), key=lambda child: child.memory_info().rss).kill()
             *_, error, done = lines
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_dead"
         assert done == "data: [DONE]"
-        health = httpx.get(f"{server.url}/health")
-        assert health.status_code == 503
-        assert health.json()["error"]["message"]
-        assert httpx.post(f"{server.url}/v1/completions", json=STREAM).status_code == 503
+        assert server.process.wait(STOP_SECONDS) == 1
+    assert "--max-restarts" in server.log.read_text().splitlines()[-1]

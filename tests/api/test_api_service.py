@@ -28,7 +28,8 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 def test_health_and_version(http: httpx.Client) -> None:
-    assert http.get("/health").json() == {"status": "ready"}
+    assert http.get("/health").json() == {"status": "healthy"}
+    assert http.get("/ready").json() == {"status": "ready"}
     assert http.get("/version").json()["version"].count(".") == 2
 
 

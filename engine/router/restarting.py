@@ -1,0 +1,253 @@
+"""An engine that outlives its process: where that dies, another is started, and open requests go on in it.
+
+    client ── request ──▶ RestartingEngine ──▶ AsyncEngine ──▶ engine process ✝
+                              │   keeps prompt, seed and tokens
+                              └──────────────▶ AsyncEngine ──▶ the next one
+
+A request may be what kills an engine. Those of the step amid which one has died go on one after the other: each when
+the one before has a token from the new engine. So a second death shows which it was, and that one alone fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from itertools import count
+from typing import Any, Literal
+
+from engine.config import EngineConfig
+from engine.core.outputs import RequestOutput
+from engine.core.sampling_params import SamplingParams
+from engine.core.stats import EngineStats
+from engine.errors import EngineDeadError, EngineError
+from engine.executor.ranks.limits import Limits
+from engine.frontend.async_engine import AsyncEngine
+from engine.frontend.chat_format import ChatFormat
+from engine.process import RestartLimit
+from engine.router.open_request import OpenRequest, seeded
+from engine.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class RestartingEngine:
+    """One engine at a time; see `engine.frontend.async_engine.ServedEngine`.
+
+    Args:
+        limits, command: As `AsyncEngine` takes them.
+
+    Attributes:
+        status: "restarting" while an engine is started in the place of one that has died: requests wait for it.
+        error: Why the last engine died.
+        num_restarts: Engines that were started in the place of another.
+        failed: Set once no more are started.
+    """
+
+    def __init__(
+        self, config: EngineConfig, limits: Limits | None = None, command: Sequence[str] | None = None
+    ) -> None:
+        self.config = config
+        self.status: Literal["starting", "ready", "restarting", "dead"] = "starting"
+        self.error: str | None = None
+        self.num_restarts = 0
+        self.failed = asyncio.Event()
+        self._limits, self._command = limits, command
+        self._engine = AsyncEngine(config, limits, command)
+        self._limit = RestartLimit(config.max_restarts, config.restart_window)
+        self._open: dict[str, OpenRequest] = {}
+        self._waiting: dict[OpenRequest, asyncio.Future[AsyncEngine]] = {}
+        # Of requests that go on one after the other, the one whose turn it is.
+        self._on_trial: tuple[OpenRequest, asyncio.Event] | None = None
+        self._releasing: asyncio.Task[None] | None = None
+        # Requests in whose step an engine has died twice, and what is said of it.
+        self._guilty: dict[OpenRequest, str] = {}
+        self._arrivals = count()
+        self._keeping: asyncio.Task[None] | None = None
+
+    @property
+    def stats(self) -> EngineStats:
+        """As of the last step of the engine that runs; cumulative counts go with an engine."""
+        return self._engine.stats
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        return self._engine.chat_format
+
+    @property
+    def max_model_len(self) -> int:
+        return self._engine.max_model_len
+
+    @property
+    def default_params(self) -> dict[str, Any]:
+        return self._engine.default_params
+
+    async def launch(self) -> None:
+        """As `AsyncEngine.launch`."""
+        await self._engine.launch()
+
+    async def start(self) -> None:
+        """Starts the first engine; one that fails at that is not started again.
+
+        Raises:
+            EngineError: As `AsyncEngine.start`.
+        """
+        try:
+            await self._engine.start()
+        except BaseException:
+            self.status, self.error = "dead", self._engine.error
+            raise
+        self.status = "ready"
+        self._keeping = asyncio.create_task(self._keep())
+
+    async def shutdown(self) -> None:
+        """Ends the engine and all that waits for it. May be called at any time, and twice."""
+        for task in (self._keeping, self._releasing):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        self._keeping = self._releasing = None
+        self._end("the engine was shut down")
+        await self._engine.shutdown()
+
+    async def generate(
+        self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
+    ) -> AsyncGenerator[RequestOutput]:
+        """As `AsyncEngine.generate`; goes on where the engine has died and another is there.
+
+        Raises:
+            RequestError: The request cannot be served as asked.
+            EngineDeadError: Engines have died too often.
+        """
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        request = OpenRequest(
+            request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority
+        )
+        assert request_id not in self._open, f"request id {request_id!r} is in use"
+        self._open[request_id] = request
+        try:
+            while not request.is_finished:
+                engine = await self._living(request)
+                if request in self._guilty:
+                    yield request.failure(self._guilty[request])
+                    return
+                stream = engine.generate(
+                    token_ids, request.params, request_id, priority, request.resumed_token_ids
+                )
+                # Where the engine has died, `_keep` sees it, too, and says how it goes on.
+                with contextlib.suppress(EngineDeadError):
+                    async with aclosing(stream):
+                        async for output in stream:
+                            output = request.take(output)
+                            if any(sample.token_ids for sample in output.outputs):
+                                self._acquit(request)
+                            yield output
+        finally:
+            self._acquit(request)
+            del self._open[request_id]
+            self._guilty.pop(request, None)
+
+    async def _living(self, request: OpenRequest) -> AsyncEngine:
+        """The engine, as soon as it lives.
+
+        Raises:
+            EngineDeadError: None will.
+        """
+        if self.status == "starting":
+            raise EngineDeadError("the engine is still loading the model")
+        if self.status == "dead":
+            raise EngineDeadError(self.error)
+        if self._engine.status == "ready":
+            return self._engine
+        future = self._waiting[request] = asyncio.get_running_loop().create_future()
+        try:
+            return await future
+        finally:
+            self._waiting.pop(request, None)
+
+    async def _keep(self) -> None:
+        """Starts an engine each time one has died, until they die too often."""
+        while True:
+            await self._engine.ended.wait()
+            cause = self._engine.error or "the engine has ended"
+            if self._releasing is not None:
+                self._releasing.cancel()
+            self._blame(cause)
+            started = False
+            while not started:
+                self.status, self.error = "restarting", cause
+                if not self._limit.allows_another():
+                    self._give_up(cause)
+                    return
+                logger.error("%s; starting the engine again, %d requests are open", cause, len(self._open))
+                await self._engine.shutdown()
+                try:
+                    await self._restart()
+                except EngineError as error:
+                    cause = str(error)
+                else:
+                    started = True
+
+    async def _restart(self) -> None:
+        """Starts an engine like the first, and hands it the requests."""
+        before, began = self._engine, time.monotonic()
+        engine = AsyncEngine(before.info.pinned(self.config), self._limits, self._command)
+        try:
+            await engine.start(like=before)
+        except BaseException:
+            await engine.shutdown()
+            raise
+        self._engine, self.status = engine, "ready"
+        self.num_restarts += 1
+        logger.info("the engine is ready again after %.1f s", time.monotonic() - began)
+        self._releasing = asyncio.create_task(self._release(engine))
+
+    async def _release(self, engine: AsyncEngine) -> None:
+        """Lets requests go on that wait: those first that need least for it, suspects last, and each by itself."""
+        waiting = sorted(
+            self._waiting, key=lambda one: (one.suspected_at is not None, not one.has_begun, one.num_tokens)
+        )
+        for request in waiting:
+            future = self._waiting.get(request)
+            if future is None or future.done():
+                continue
+            future.set_result(engine)
+            if request.suspected_at is not None and request not in self._guilty:
+                has_gone_on = asyncio.Event()
+                self._on_trial = request, has_gone_on
+                await has_gone_on.wait()
+
+    def _acquit(self, request: OpenRequest) -> None:
+        """Notes that a request has a token from the engine, or has ended."""
+        if self._on_trial is not None and self._on_trial[0] is request:
+            self._on_trial[1].set()
+            self._on_trial = None
+
+    def _blame(self, cause: str) -> None:
+        under_way = self._engine.requests_under_way
+        for request in self._open.values():
+            if request.blame(request.request_id in under_way):
+                self._guilty[request] = (
+                    f"the engine died twice in a step with this request: {cause}; it is not tried again"
+                )
+
+    def _give_up(self, cause: str) -> None:
+        self._end(
+            f"{cause}; it has been started again {self.config.max_restarts} times within "
+            f"{self.config.restart_window:g} s, and is not any more (--max-restarts, --restart-window)"
+        )
+        self.failed.set()
+
+    def _end(self, cause: str) -> None:
+        if self.status != "dead":
+            self.status, self.error = "dead", cause
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(EngineDeadError(self.error))
