@@ -53,6 +53,11 @@ class EngineCollector(Collector):
                 "GPU kernels compiled after the start, of which there should be none",
                 stats.num_kernel_compilations,
             ),
+            (
+                "starved_seconds",
+                "Time in which the engine was ready to run and other programs had the CPUs",
+                stats.starved_seconds,
+            ),
         )
         for name, help_text, value in counters:
             counter = CounterMetricFamily(f"engine_{name}", help_text, labels=["model_name"])

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,6 +15,9 @@ from collections import deque
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+"""A second's, in which the kernel counts CPU time."""
 
 
 def exit_cause(status: int) -> str:
@@ -62,6 +66,10 @@ def whereabouts(thread_id: int) -> list[str]:
     return places
 
 
+LOOK_SECONDS = 0.2
+"""How often a process is looked at: CPU time is counted in hundredths."""
+
+
 class RestartLimit:
     """How often something is started again that has died.
 
@@ -80,6 +88,55 @@ class RestartLimit:
         while now - self._deaths[0] > self._window:
             self._deaths.popleft()
         return len(self._deaths) <= self._most
+
+
+class ProcessClock:
+    """Seconds in which a process could have got on, by which to judge one that does not.
+
+    While a thread of it is ready to run, or waits for a disk, only the CPU time counts that the process gets: beside
+    busy neighbours, under a quota, and where memory is short, it is not its fault that nothing happens. While all of
+    it sleeps or is stopped, time counts as it passes. Without /proc it always does.
+
+    Args:
+        process_id: Of the process; None for one that is elsewhere.
+        longest: As `RunningClock` takes it: time counts only while the thread that asks runs itself.
+
+    Attributes:
+        seconds: As of the last question.
+        starved_seconds: Time in which it was ready and got no CPU.
+    """
+
+    def __init__(self, process_id: int | None, longest: float) -> None:
+        self.seconds = self.starved_seconds = 0.0
+        self._tasks = None if process_id is None else Path(f"/proc/{process_id}/task")
+        self._clock = RunningClock(longest)
+        self._looked = self._cpu_seconds = 0.0
+        self._own = process_id == os.getpid()
+
+    def tick(self) -> float:
+        before = self._looked
+        passed = self._clock.tick() - before
+        if passed < LOOK_SECONDS:
+            return self.seconds
+        self._looked += passed
+        is_ready, cpu_seconds = self._look()
+        counted = min(passed, max(0.0, cpu_seconds - self._cpu_seconds)) if is_ready else passed
+        self._cpu_seconds = cpu_seconds
+        self.seconds += counted
+        self.starved_seconds += passed - counted
+        return self.seconds
+
+    def _look(self) -> tuple[bool, float]:
+        """Whether a thread is ready or waits for a disk, and the CPU time of all of them (proc_pid_stat(5))."""
+        is_ready, ticks = False, 0
+        asking = threading.get_native_id() if self._own else None
+        with contextlib.suppress(OSError):
+            for task in [] if self._tasks is None else self._tasks.iterdir():
+                # The name before the state may hold anything, blanks and brackets too.
+                state, *numbers = (task / "stat").read_text().rpartition(")")[2].split()
+                ticks += int(numbers[10]) + int(numbers[11])
+                is_ready |= state in ("R", "D") and int(task.name) != asking
+        return is_ready, ticks / CLOCK_TICKS
 
 
 class RunningClock:

@@ -81,6 +81,10 @@ class LoadedModel(Protocol):
     @property
     def facts(self) -> ModelFacts: ...
 
+    def progress(self) -> tuple[int, ...] | None:
+        """What is another value when a step has got on; None where that cannot be seen. Any thread may ask."""
+        ...
+
     @property
     def fatal(self) -> tuple[type[Exception], ...]:
         """What steps raise when the device or a rank is lost, not a row."""

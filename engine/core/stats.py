@@ -46,6 +46,7 @@ class EngineStats:
         num_steps: Cumulative.
         num_scheduled_tokens: Tokens computed in all steps, cumulative.
         num_kernel_compilations: Kernels compiled since the engine has started, cumulative.
+        starved_seconds: Time in which the engine was ready to run and other programs had the CPUs, cumulative.
     """
 
     num_requests_running: int = 0
@@ -57,3 +58,4 @@ class EngineStats:
     num_steps: int = 0
     num_scheduled_tokens: int = 0
     num_kernel_compilations: int = 0
+    starved_seconds: float = 0.0

@@ -160,6 +160,10 @@ class ModelRunner:
         """Draws a token for each row of the batch that has a draw."""
         return self.executor.sample(logits, batch, draws)
 
+    def progress(self) -> tuple[int, ...] | None:
+        """What is another value when a step has got on meanwhile; None where that cannot be seen."""
+        return cpu.progress() if isinstance(self.executor, CpuExecutor) else None
+
     @property
     def _limits(self) -> SchedulerConfig:
         return SchedulerConfig.resolve(self.config, self.plan.max_model_len, self.device.type)

@@ -42,6 +42,10 @@ class StartedModel:
     def num_compilations(self) -> int:
         return self.runner.compilations.count
 
+    def progress(self) -> tuple[int, ...] | None:
+        # A rank may stand still because another one does.
+        return self.runner.progress() if self.ranks is None else None
+
     def check(self) -> None:
         if self.ranks is not None:
             self.ranks.check()

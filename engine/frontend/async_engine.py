@@ -52,7 +52,7 @@ from engine.frontend.messages import (
 from engine.frontend.output_processor import OutputProcessor
 from engine.frontend.progress_page import ProgressPage
 from engine.loading.resolve import resolve_model
-from engine.process import RunningClock, exit_cause
+from engine.process import ProcessClock, exit_cause
 from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 Result = TypeVar("Result")
@@ -378,7 +378,7 @@ class AsyncEngine:
 
     async def _watch(self, process: asyncio.subprocess.Process, beats: zmq.asyncio.Socket) -> None:
         """Ends the process once it is silent or has failed."""
-        clock, heard = RunningClock(2 * BEAT_SECONDS), 0.0
+        clock, heard = ProcessClock(process.pid, 2 * BEAT_SECONDS), 0.0
         while self.status != "dead":
             has_beat = await beats.poll(int(1000 * BEAT_SECONDS))
             now = clock.tick()

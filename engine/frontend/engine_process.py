@@ -44,7 +44,7 @@ from engine.frontend.messages import (
     to_engine_decoder,
 )
 from engine.frontend.progress_page import ProgressPage
-from engine.process import RunningClock, follow_parent, whereabouts
+from engine.process import ProcessClock, follow_parent, whereabouts
 
 FLUSH_MILLISECONDS = 1000
 """How long the last messages of a process that ends may take to leave it."""
@@ -92,12 +92,13 @@ class Progress:
 
     def __init__(self, limits: Limits) -> None:
         self._limits, self._main = limits, threading.get_ident()
-        self._clock = RunningClock(2 * BEAT_SECONDS)
+        self._clock = ProcessClock(os.getpid(), 2 * BEAT_SECONDS)
         self._core: EngineCore[Any] | None = None
         self._num_steps, self._is_stepping = 0, False
         self._planned: deque[int] = deque()
-        # The step that was seen last, and when.
+        # The step that was seen last, and when; what it was at, and since when.
         self._seen = 0, 0.0
+        self._task: tuple[tuple[int, ...] | None, float] = None, 0.0
 
     def watch(self, core: EngineCore[Any], page: ProgressPage) -> None:
         """Watches an engine's ranks and steps from now on.
@@ -120,6 +121,11 @@ class Progress:
         self._is_stepping = False
         return outputs
 
+    @property
+    def starved_seconds(self) -> float:
+        """Time in which this process was ready to run, and other programs had the CPUs."""
+        return self._clock.starved_seconds
+
     def close(self) -> None:
         """Ends the engine's other processes, if they have been started."""
         if self._core is not None:
@@ -135,17 +141,28 @@ class Progress:
         except EngineError as error:
             return str(error)
         number, since = self._seen
+        task, task_since = self._task
+        at = core.model.progress()
         if not self._is_stepping or number != self._num_steps:
-            self._seen = self._num_steps, now
+            self._seen, self._task = (self._num_steps, now), (at, now)
             return None
         num_tokens = core.scheduler.num_scheduled_tokens - self._planned[0]
+        if at != task:
+            self._task = at, now
+        elif at is not None and now - task_since > self._limits.task:
+            return self._stuck(num_tokens, f"has not got on for {self._limits.task:.3g} s in")
         # Where other ranks are late, those who watch them say so a little earlier, and can name them.
         seconds = self._limits.of_step(num_tokens, core.model.facts.num_bytes) + self._limits.silence
-        if now - since <= seconds:
+        # Who takes one task after the other is slow, and not stuck.
+        if at is not None or now - since <= seconds:
             return None
+        return self._stuck(num_tokens, "has not finished", f" within {seconds:.3g} s")
+
+    def _stuck(self, num_tokens: int, what: str, how_long: str = "") -> str:
+        assert self._core is not None
         return (
-            f"rank 0 has not finished step {core.scheduler.num_steps} of {num_tokens} tokens "
-            f"within {seconds:.3g} s; now at {whereabouts(self._main)[0]}"
+            f"rank 0 {what} step {self._core.scheduler.num_steps} of {num_tokens} tokens{how_long}; "
+            f"now at {whereabouts(self._main)[0]}"
         )
 
 
@@ -201,7 +218,9 @@ def _run(core: EngineCore[Any], socket: zmq.Socket[bytes], progress: Progress) -
                     if not core.has_work:
                         socket.send(encode(Outputs([], core.stats)))
         outputs = progress.step()
-        socket.send(encode(Outputs(outputs, core.stats)))
+        stats = core.stats
+        stats.starved_seconds = progress.starved_seconds
+        socket.send(encode(Outputs(outputs, stats)))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import pytest
 
 from engine import EngineConfig, SamplingParams
 from engine.errors import CheckpointError, ConfigError, EngineDeadError, ModelNotFoundError, RequestError
+from engine.executor.ranks.limits import Limits
 from engine.frontend.async_engine import AsyncEngine
 
 pytestmark = pytest.mark.process
@@ -235,3 +236,38 @@ def test_the_engine_goes_with_its_parent(tmp_path: Path, small_model: Path) -> N
         time.sleep(0.05)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     assert list(tmp_path.iterdir()) == [script]
+
+
+def test_an_engine_that_gets_no_cpu_is_not_held_to_be_dead(config: EngineConfig) -> None:
+    """Others have the CPUs for longer than it may be silent."""
+
+    async def check() -> None:
+        engine = AsyncEngine(config, Limits(silence=1.0, task=1.0))
+        await engine.start()
+        try:
+            expected = await collect(engine, "Once", SHORT, "alone")
+            stream = asyncio.create_task(collect(engine, "Once upon", LONG, "long"))
+            await until(lambda: engine.stats.num_requests_running == 1)
+            child = engine_process()
+            for thread in child.threads():
+                os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
+            hogs = [
+                subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                for _ in range(2 * len(os.sched_getaffinity(0)))
+            ]
+            try:
+                before = engine.stats.num_steps
+                await asyncio.sleep(6)
+                assert engine.status == "ready", engine.error
+                print(f"{engine.stats.num_steps - before} steps beside {len(hogs)} hogs")
+            finally:
+                for hog in hogs:
+                    hog.kill()
+                    hog.wait()
+            stream.cancel()
+            assert await collect(engine, "Once", SHORT, "after") == expected
+            assert engine.stats.starved_seconds > 1
+        finally:
+            await engine.shutdown()
+
+    run(check())

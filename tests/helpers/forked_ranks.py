@@ -50,6 +50,7 @@ class ForkLauncher(ProcessLauncher):
 class _Fork:
     def __init__(self, process: ForkServerProcess, end: Connection) -> None:
         self.process, self._end = process, end
+        self.process_id: int | None = process.pid
 
     def poll(self) -> str | None:
         status = self.process.exitcode

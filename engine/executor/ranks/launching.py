@@ -39,7 +39,13 @@ class Link(msgspec.Struct, frozen=True):
 
 
 class RankHandle(Protocol):
-    """A rank's process, wherever it is."""
+    """A rank's process, wherever it is.
+
+    Attributes:
+        process_id: On this machine; None of one that is elsewhere.
+    """
+
+    process_id: int | None
 
     def poll(self) -> str | None:
         """None while it runs; else what became of it: "was killed by SIGKILL"."""
@@ -119,6 +125,7 @@ class ProcessLauncher:
 class _Child:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
+        self.process_id: int | None = process.pid
 
     def poll(self) -> str | None:
         status = self.process.poll()

@@ -20,16 +20,21 @@ class Limits:
     as if all weights were read again for each token, at a speed that everything that can serve a model exceeds many
     times: the limit is not to hurry anyone, and must let a step of half a minute pass.
 
+    Seconds are those in which the process could have got on (`engine.process.ProcessClock`): on a busy machine they
+    take longer.
+
     Attributes:
         start: Silence of a process that loads: imports alone take minutes where disks are slow, one that ends is seen
             at once.
         silence: Of one that runs steps.
+        task: How long a step may go without a task of it being taken, where that can be seen: they take milliseconds.
         settle: How long a failure waits for its cause: where one rank has died, others fail in their exchanges with
             it, and may be heard first.
     """
 
     start: float = 300.0
     silence: float = 5.0
+    task: float = 10.0
     step: float = 40.0
     bytes_per_second: float = 2.0**28
     settle: float = 1.0

@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import dataclasses
 import logging
+import os
 import threading
 import traceback
 from collections import Counter
@@ -53,7 +54,7 @@ from engine.loading.checkpoint import Checkpoint
 from engine.parallel.pipeline import waiting_for_device
 from engine.parallel.place import RankPlace
 from engine.parallel.waiting import WaitRecord
-from engine.process import RunningClock
+from engine.process import ProcessClock, RunningClock
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +71,14 @@ Result = TypeVar("Result")
 class _Rank:
     """
     Attributes:
-        last_heard: On the watcher's clock.
+        clock: The time in which its process could have got on.
+        last_heard: On that clock.
         standing: As in its last `Beat`.
     """
 
     orders: zmq.Socket[bytes]
     link: Link
+    clock: ProcessClock
     process: RankHandle | None = None
     last_heard: float = 0.0
     is_told: bool = False
@@ -91,7 +94,7 @@ class _Step:
     """A step that not all ranks have finished.
 
     Attributes:
-        deadline: On the watcher's clock.
+        deadline: On a clock that goes as the slowest of the ranks'.
         digests: What each rank that has finished it said came of it.
     """
 
@@ -129,6 +132,9 @@ class Ranks:
         self._limits = Limits() if limits is None else limits
         self._changed = threading.Condition()
         self._clock = RunningClock(2 * BEAT_SECONDS)
+        self._own_clock = ProcessClock(os.getpid(), 2 * BEAT_SECONDS)
+        self._clock_seconds = [0.0] * size
+        self._step_seconds = 0.0
         self._step, self._thread = 0, threading.get_ident()
         self._steps: dict[int, _Step] = {}
         self._stage_size = config.tensor_parallel_size
@@ -144,7 +150,8 @@ class Ranks:
             self._ranks: dict[int, _Rank] = {}
             for rank in range(1, size):
                 orders = self._socket(zmq.PUSH)
-                self._ranks[rank] = _Rank(orders, launcher.bind(orders, f"rank-{rank}"))
+                clock = ProcessClock(None, 2 * BEAT_SECONDS)
+                self._ranks[rank] = _Rank(orders, launcher.bind(orders, f"rank-{rank}"), clock)
         except BaseException:
             self._context.destroy(linger=0)
             launcher.close()
@@ -208,7 +215,7 @@ class Ranks:
             # It may wait for those before it.
             num_tokens = batch.num_tokens + sum(step.num_tokens for step in self._steps.values())
             seconds = self._limits.of_step(num_tokens, self.num_bytes)
-            self._steps[self._step] = _Step(batch.num_tokens, seconds, self._clock.seconds + seconds)
+            self._steps[self._step] = _Step(batch.num_tokens, seconds, self._step_seconds + seconds)
         return self._order(Execute(self._step, batch))
 
     def sample(self, draws: list[Draw | None]) -> int:
@@ -289,6 +296,7 @@ class Ranks:
             # A child of this thread: it must not go with another that somebody starts an engine in and ends.
             for number, rank in self._ranks.items():
                 rank.process = self._launcher.start(number, rank.link, reports)
+                rank.clock = ProcessClock(rank.process.process_id, 2 * BEAT_SECONDS)
             while self.failure is None:
                 self._tell(starts)
                 self._listen()
@@ -320,21 +328,29 @@ class Ranks:
             timeout = 0
 
     def _judge(self) -> None:
-        now = self._clock.tick()
+        self._clock.tick()
+        self._own_clock.tick()
         for number, rank in self._ranks.items():
             assert rank.process is not None
+            rank.clock.tick()
             cause = rank.process.poll()
             if cause is not None:
                 self._fail(RankFailedError(f"rank {number} {cause} {self._when(number)}"))
             limit = self._limits.silence if rank.is_ready else self._limits.start
-            if now - rank.last_heard > limit:
+            if rank.clock.seconds - rank.last_heard > limit:
                 self._fail(
                     RankFailedError(f"rank {number} has been silent for {limit:g} s {self._when(number)}")
                 )
-        if self._reported is not None and now > self._reported[1]:
+        if self._reported is not None and self._clock.seconds > self._reported[1]:
             self._fail(self._reported[0])
+        # Each waits for the slowest.
+        clocks = [self._own_clock, *(rank.clock for rank in self._ranks.values())]
+        before, self._clock_seconds = self._clock_seconds, [clock.seconds for clock in clocks]
+        self._step_seconds += min(now - then for now, then in zip(self._clock_seconds, before, strict=True))
         with self._changed:
-            overdue = [(number, step) for number, step in self._steps.items() if now > step.deadline]
+            overdue = [
+                (number, step) for number, step in self._steps.items() if self._step_seconds > step.deadline
+            ]
         for number, step in overdue:
             self._judge_step(number, step)
 
@@ -361,7 +377,7 @@ class Ranks:
 
     def _take(self, message: FromRank) -> None:
         rank = self._ranks[message.rank]
-        rank.last_heard = self._clock.tick()
+        rank.last_heard = rank.clock.seconds
         match message:
             case RankHere():
                 rank.is_here = True

@@ -192,6 +192,8 @@ class GpuKeeper:
 class _Actor:
     """See `engine.executor.ranks.launching.RankHandle`."""
 
+    process_id: int | None = None
+
     def __init__(self, actor: Any, killer: Any, orders: Link, reports: Link) -> None:
         self._actor, self._killer = actor, killer
         self._process = actor.process.remote()

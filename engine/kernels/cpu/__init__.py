@@ -85,6 +85,7 @@ FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "enable_tiles": (ctypes.c_int, ()),
     "create_pool": (ctypes.c_void_p, (ctypes.c_int64,)),
     "drain_pool": (None, (ctypes.c_void_p,)),
+    "pool_progress": (ctypes.c_int64, (ctypes.c_void_p,)),
     "run_calls": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)),
     "begin_turn": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
     "await_turn": (ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)),
@@ -244,7 +245,22 @@ def _pool(num_threads: int, process: int) -> int:
     address: int | None = loaded.functions.create_pool(num_threads)
     if address is None:
         raise EngineError(f"the system refuses {num_threads} threads; lower num_threads")
+    _pools.append((process, address))
     return address
+
+
+_pools: list[tuple[int, int]] = []
+"""Each process's pools; one that was forked has its parent's in the list, which are not there."""
+
+
+def progress() -> tuple[int, ...]:
+    """What is another value when a thread of this process's pools has taken a task meanwhile. Any thread may ask."""
+    own = [address for process, address in _pools if process == os.getpid()]
+    if not own:
+        return ()
+    loaded = library()
+    assert loaded is not None
+    return tuple(loaded.functions.pool_progress(address) for address in own)
 
 
 class _Call(ctypes.Structure):

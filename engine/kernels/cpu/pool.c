@@ -34,7 +34,8 @@ typedef struct {
 typedef struct {
     int64_t num_threads, generation, sleepers;
     Run runs[RUNS], *current;
-    pthread_mutex_t mutex, running;  // running: held by who runs calls
+    int64_t call;                             // which one of the run the thread that runs calls is at
+    pthread_mutex_t mutex, running, growing;  // running: held by who runs calls; growing: while counters move
     pthread_cond_t posted;
 } Pool;
 
@@ -51,9 +52,11 @@ static double now(void) {
     return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
-static void work(const Run *run, Team team, double *seconds) {
+// at: where to say which call it is at, or null
+static void work(const Run *run, Team team, double *seconds, int64_t *at) {
     double start = seconds == NULL ? 0 : now();
     for (int64_t i = 0; i < run->size; i++) {
+        if (at != NULL) __atomic_store_n(at, i, __ATOMIC_RELAXED);
         team.counters = run->counters + i;
         team.taken = 0;
         if (__atomic_load_n(&team.counters->next, __ATOMIC_RELAXED) >= CLOSED) return;
@@ -89,7 +92,7 @@ static void *serve(void *argument) {
         // Whoever reuses a run's memory waits until it is neither current nor active.
         __atomic_fetch_add(&run->active, 1, __ATOMIC_SEQ_CST);
         if (__atomic_load_n(&pool->current, __ATOMIC_SEQ_CST) == run)
-            work(run, (Team){pool->num_threads, NULL, 0, 0}, NULL);
+            work(run, (Team){pool->num_threads, NULL, 0, 0}, NULL, NULL);
         __atomic_fetch_sub(&run->active, 1, __ATOMIC_SEQ_CST);
     }
     return NULL;
@@ -101,6 +104,7 @@ void *create_pool(int64_t num_threads) {
     pool->num_threads = num_threads;
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_mutex_init(&pool->running, NULL);
+    pthread_mutex_init(&pool->growing, NULL);
     pthread_cond_init(&pool->posted, NULL);
     for (int64_t thread = 1; thread < num_threads; thread++) {
         pthread_t id;
@@ -125,9 +129,11 @@ void run_calls(Pool *pool, const Call *calls, int64_t size, double *seconds) {
     int64_t spins = 0;
     while (__atomic_load_n(&run->active, __ATOMIC_SEQ_CST) != 0) pause_briefly(&spins);
     if (run->capacity < size) {
+        pthread_mutex_lock(&pool->growing);
         free(run->counters);
         run->counters = aligned_alloc(sizeof(Counters), (size_t)size * sizeof(Counters));
         run->capacity = size;
+        pthread_mutex_unlock(&pool->growing);
     }
     memset(run->counters, 0, (size_t)size * sizeof(Counters));
     run->calls = calls;
@@ -139,11 +145,22 @@ void run_calls(Pool *pool, const Call *calls, int64_t size, double *seconds) {
         pthread_cond_broadcast(&pool->posted);
         pthread_mutex_unlock(&pool->mutex);
     }
-    work(run, (Team){pool->num_threads, NULL, 0, 0}, seconds);
+    work(run, (Team){pool->num_threads, NULL, 0, 0}, seconds, &pool->call);
     // Both: a thread that is behind may count more tasks than there were, and must not wait for them.
     for (int64_t i = 0; i < size; i++) {
         __atomic_store_n(&run->counters[i].next, CLOSED, __ATOMIC_SEQ_CST);
         __atomic_store_n(&run->counters[i].done, CLOSED, __ATOMIC_SEQ_CST);
     }
     pthread_mutex_unlock(&pool->running);
+}
+
+// A number that is another one when a task has been taken meanwhile. Any thread may ask.
+int64_t pool_progress(Pool *pool) {
+    pthread_mutex_lock(&pool->growing);
+    const int64_t generation = __atomic_load_n(&pool->generation, __ATOMIC_SEQ_CST);
+    const int64_t call = __atomic_load_n(&pool->call, __ATOMIC_RELAXED);
+    const Run *run = &pool->runs[(generation + RUNS - 1) % RUNS];
+    const int64_t taken = call < run->capacity ? __atomic_load_n(&run->counters[call].next, __ATOMIC_RELAXED) : 0;
+    pthread_mutex_unlock(&pool->growing);
+    return (generation << 40) + (call << 24) + (taken & 0xffffff);
 }
