@@ -57,7 +57,7 @@ class LLM:
         self.config = EngineConfig.from_options(model=model, **options)
         with caching_in(self.config.cache_dir):
             path = resolve_model(self.config.model)
-        self.tokenizer = load_tokenizer(path, may_stand_in=self.config.load_format == "dummy")
+            self.tokenizer = load_tokenizer(path, may_stand_in=self.config.load_format == "dummy")
         self.core = start_engine(self.config, path, self.tokenizer.eos_token_ids)
         print(self.core.info.memory_plan, file=sys.stderr)
         self._forms = FormChecker(self.tokenizer, self.core.info.vocab_size)
