@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
-from engine.kernels.nibbles import pack_nibbles
 
 Parts = dict[str, torch.Tensor]
 
@@ -105,12 +104,6 @@ class BlockWeight:
     kind: str
     parts: Parts
     in_features: int
-
-    @staticmethod
-    def of_codes(kind: str, codes: torch.Tensor, **numbers: torch.Tensor) -> BlockWeight:
-        """From codes [N, K] uint8, one in a byte, and the other parts."""
-        stored = pack_nibbles(codes) if BLOCK_TYPES[kind].bits == 4 else codes
-        return BlockWeight(kind, {"codes": stored, **numbers}, codes.shape[1])
 
     @property
     def shape(self) -> torch.Size:

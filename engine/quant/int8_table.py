@@ -32,10 +32,14 @@ class Int8Table:
         if isinstance(weight, GridWeight) and weight.minimum is None and weight.group_size == GROUP_SIZE:
             return {"codes": weight.codes, "scale": weight.scale}
         # By rows: the floats of a large table are gigabytes.
-        chunks = [
-            _round(take_rows(weight, rows)) for rows in torch.split(torch.arange(weight.shape[0]), _ROWS)
-        ]
-        return {name: stack_rows([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        stored = {
+            name: torch.empty_like(tensor, device="cpu")
+            for name, tensor in self.storage(*weight.shape).items()
+        }
+        for rows in torch.split(torch.arange(weight.shape[0]), _ROWS):
+            for name, tensor in _round(take_rows(weight, rows)).items():
+                stored[name][rows[0] : rows[-1] + 1] = tensor
+        return stored
 
     def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
         shape = (out_features, in_features)
