@@ -133,9 +133,8 @@ class BlockWeight:
 
     def rows(self, index: torch.Tensor) -> BlockWeight:
         """The same grid with its rows taken in the order of `index` ([N] int64)."""
-        return BlockWeight(
-            self.kind, {name: part[index] for name, part in self.parts.items()}, self.in_features
-        )
+        parts = {name: part.index_select(0, index) for name, part in self.parts.items()}
+        return BlockWeight(self.kind, parts, self.in_features)
 
     def is_cut_by(self, columns: slice) -> bool:
         """Whether columns begin or end amid a block of several groups."""
