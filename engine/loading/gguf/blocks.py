@@ -52,8 +52,7 @@ def _paired(packed: Bytes) -> torch.Tensor:
     shape = packed.shape
     words = np.ascontiguousarray(packed).view(np.uint64)
     low = words & _LOW_OF_FIRST | words >> np.uint64(4) & _LOW_OF_SECOND
-    words >>= np.uint64(4)
-    high = words & _LOW_OF_FIRST | words >> np.uint64(4) & _LOW_OF_SECOND
+    high = words >> np.uint64(4) & _LOW_OF_FIRST | words >> np.uint64(8) & _LOW_OF_SECOND
     pairs = np.empty((*shape[:2], 2, shape[2] // 2), np.uint8)
     # The low byte of two has both codes.
     pairs[:, :, 0] = low.view(np.uint8)[..., ::2]
