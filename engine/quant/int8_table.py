@@ -44,7 +44,7 @@ class Int8Table:
 
         num_rows = max(1, _ELEMENTS // weight.shape[1])
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(round_rows, torch.arange(weight.shape[0]).split(num_rows)))
+            list(pool.map(round_rows, torch.split(torch.arange(weight.shape[0]), num_rows)))
         return stored
 
     def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
