@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -71,8 +72,9 @@ async def serve(
 ) -> None:
     """Serves `engine` on `host`:`port` until SIGINT or SIGTERM; starts the engine and shuts it down.
 
-    The server answers from the first moment; until the engine is ready, with 503. Port 0 takes a free port,
-    which the log names. A second signal skips the grace that open requests have.
+    The server answers from the first moment; until the engine is ready, with 503. Garbage is collected from then on,
+    among what comes after the start. Port 0 takes a free port, which the log names. A second signal skips the grace
+    that open requests have.
 
     Raises:
         ConfigError: The address cannot be listened on; nothing was started.
@@ -112,6 +114,8 @@ async def serve(
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
+            gc.freeze()
+            gc.enable()
             logger.info(
                 "serving %s on http://%s:%d/v1 after %.1f s",
                 ", ".join(served_model_names),

@@ -1,4 +1,4 @@
-"""Where the engine keeps what it can make again: parsed weights, joined models, compiled kernels."""
+"""Where the engine keeps what it can make again: parsed weights, merges, joined models, compiled kernels."""
 
 from __future__ import annotations
 

@@ -133,7 +133,8 @@ class EngineConfig:
     seed: int | None = _option(None, "seed from which requests without one get theirs; default: random")
     cache_dir: str | None = _option(
         None,
-        "where parsed weights, joined models and compiled kernels are kept; default: $XDG_CACHE_HOME/llm-engine",
+        "where parsed weights, merges, joined models and compiled kernels are kept; default: "
+        "$XDG_CACHE_HOME/llm-engine",
     )
 
     def __post_init__(self) -> None:

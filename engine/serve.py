@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from engine.arguments import build_parser
 from engine.config import EngineConfig
@@ -44,31 +44,30 @@ def _serve(
     try:
         import uvloop
 
-        from engine.router.restarting import RestartingEngine
+        from engine.frontend.child import launch
     except ModuleNotFoundError as error:
         raise missing_package(error, "serve") from error
 
+    # Until the engine is ready: what a start makes stays, and looking through it for garbage takes long.
+    gc.disable()
+
     async def run() -> None:
-        engine = RestartingEngine(config)
-        # Its process loads torch while this one loads the server.
-        await engine.launch()
+        # The engine's process loads torch while this one loads the server.
+        child = await launch()
         try:
-            serve = _load_server()
+            try:
+                from api import serve
+                from engine.router.restarting import RestartingEngine
+            except ModuleNotFoundError as error:
+                raise missing_package(error, "serve") from error
+            engine = RestartingEngine(config, child=child)
             await serve(
                 engine, host, port, served_model_names=names, api_key=api_key, cors_origins=cors_origins
             )
         finally:
-            await engine.shutdown()
+            await child.end()
 
     uvloop.run(run())
-
-
-def _load_server() -> Callable[..., Coroutine[Any, Any, None]]:
-    try:
-        from api import serve
-    except ModuleNotFoundError as error:
-        raise missing_package(error, "serve") from error
-    return serve
 
 
 if __name__ == "__main__":

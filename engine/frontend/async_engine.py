@@ -6,21 +6,14 @@ import asyncio
 import contextlib
 import contextvars
 import dataclasses
-import os
 import secrets
-import sys
-import tempfile
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-import zmq
-import zmq.asyncio
-
 import engine.errors
-from engine.cache_directory import caching_in, socket_directory
+from engine.cache_directory import caching_in
 from engine.config import EngineConfig
 from engine.core.outputs import RequestOutput
 from engine.core.random import derive_seed
@@ -32,6 +25,7 @@ from engine.core.validation import validate_request
 from engine.errors import EngineDeadError, EngineError, EngineStartError, RequestError
 from engine.executor.ranks.limits import BEAT_SECONDS, Limits
 from engine.frontend.chat_format import ChatFormat
+from engine.frontend.child import EngineChild, end_process, launch
 from engine.frontend.grammar import FormChecker
 from engine.frontend.messages import (
     Abort,
@@ -50,21 +44,14 @@ from engine.frontend.messages import (
     from_engine_decoder,
 )
 from engine.frontend.output_processor import OutputProcessor
-from engine.frontend.progress_page import ProgressPage
 from engine.loading.resolve import resolve_model
 from engine.process import ProcessClock, exit_cause
 from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 Result = TypeVar("Result")
 
-SHUTDOWN_SECONDS = 5.0
-
 CHECK_SECONDS = 10.0
 """How long the check of a request's form may take."""
-
-OPENMP_SPINS = "20000"
-"""How often torch's threads look for work before they sleep, tens of microseconds. By default they spin for
-milliseconds, and take the core from whoever they wait for when the machine has something else to do."""
 
 
 class ServedEngine(Protocol):
@@ -104,6 +91,7 @@ class AsyncEngine:
     Args:
         limits: How long it may be silent.
         command: What starts the process; two addresses are added.
+        child: The process, if it has been started.
 
     Attributes:
         status: "starting" until the model is loaded, "dead" once the process has ended.
@@ -121,59 +109,33 @@ class AsyncEngine:
     info: EngineInfo
 
     def __init__(
-        self, config: EngineConfig, limits: Limits | None = None, command: Sequence[str] | None = None
+        self,
+        config: EngineConfig,
+        limits: Limits | None = None,
+        command: Sequence[str] | None = None,
+        child: EngineChild | None = None,
     ) -> None:
         self.config = config
         self._limits = Limits() if limits is None else limits
-        self._command = command or (sys.executable, "-m", "engine.frontend.engine_process")
+        self._command, self._child = command, child
         self.status: Literal["starting", "ready", "dead"] = "starting"
         self.error: str | None = None
         self.stats = EngineStats()
         self.ended = asyncio.Event()
-        self._page: ProgressPage | None = None
         self._queues: dict[str, asyncio.Queue[EngineOutput | None]] = {}
         self._arrivals = count()
         self._forms: FormChecker
         self._teaching: asyncio.Task[None] | None = None
-        self._context: zmq.asyncio.Context | None = None
-        self._socket: zmq.asyncio.Socket | None = None
         self._heard = asyncio.Event()
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._exited: asyncio.Task[int] | None = None
         self._tasks: list[asyncio.Task[None]] = []
-
-    async def launch(self) -> None:
-        """Starts the child process, which loads its libraries before it is told what to be: that takes seconds."""
-        # In a directory that only this user can enter, and gone from there once both ends hold the socket.
-        self._directory = socket_directory()
-        address = f"ipc://{self._directory.name}/engine"
-        self._page = ProgressPage(Path(self._directory.name) / "engine-page", creates=True)
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)
-        self._socket.bind(address)
-        beats = self._context.socket(zmq.PULL)
-        beats.bind(f"{address}-beats")
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command,
-            address,
-            f"{address}-beats",
-            stdin=asyncio.subprocess.PIPE,
-            # Signals to this process's group are this process's to handle.
-            start_new_session=True,
-            env={"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ},
-        )
-        self._exited = asyncio.create_task(self._process.wait())
-        self._tasks.append(asyncio.create_task(self._watch(self._process, beats)))
 
     @property
     def requests_under_way(self) -> frozenset[str]:
         """Ids of the requests in the step that runs, or that ran when the process ended."""
-        return frozenset() if self._page is None else self._page.read()
+        return frozenset() if self._child is None else self._child.page.read()
 
     async def start(self, like: AsyncEngine | None = None) -> None:
-        """Loads the model in the child process; launches that if nobody has.
+        """Loads the model in the child process; starts that if nobody has.
 
         Args:
             like: An engine of the same model, which has read the vocabulary.
@@ -182,15 +144,17 @@ class AsyncEngine:
             EngineError: Of the type the engine failed with; EngineStartError if it is none of ours.
         """
         try:
-            if self._process is None:
-                await self.launch()
+            if self._child is None:
+                self._child = await launch(self._command)
+            self._tasks.append(asyncio.create_task(self._watch(self._child)))
             with caching_in(self.config.cache_dir):
                 path = await _in_daemon_thread(lambda: resolve_model(self.config.model))
-            await self._send(Start(options=dataclasses.asdict(self.config), path=str(path)))
+                await self._send(Start(options=dataclasses.asdict(self.config), path=str(path)))
+                if like is None:
+                    self.tokenizer = await _in_daemon_thread(
+                        lambda: load_tokenizer(path, self.config.load_format == "dummy")
+                    )
             if like is None:
-                self.tokenizer = await _in_daemon_thread(
-                    lambda: load_tokenizer(path, self.config.load_format == "dummy")
-                )
                 self.chat_format = await _in_daemon_thread(
                     lambda: ChatFormat(self.tokenizer, self.config.tool_format, self.config.reasoning_format)
                 )
@@ -205,7 +169,8 @@ class AsyncEngine:
                 await self._heard.wait()
                 if self.error is not None:
                     raise EngineDeadError(self.error)
-            self._remove_directory()
+            # Both ends hold the sockets: there is no way in any more.
+            self._child.directory.cleanup()
         except BaseException as error:
             self._die(f"the engine did not start: {error}")
             await self.shutdown()
@@ -229,13 +194,8 @@ class AsyncEngine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._process is not None:
-            await _end(self._process)
-            self._process = None
-        if self._context is not None:
-            self._context.destroy(linger=0)
-            self._context = None
-        self._remove_directory()
+        if self._child is not None:
+            await self._child.end()
 
     async def generate(
         self,
@@ -340,10 +300,9 @@ class AsyncEngine:
         Raises:
             EngineDeadError: The process has ended.
         """
-        assert self._socket is not None
-        assert self._exited is not None
-        sending = asyncio.ensure_future(self._socket.send(encode(message)))
-        await asyncio.wait((sending, self._exited), return_when=asyncio.FIRST_COMPLETED)
+        assert self._child is not None
+        sending = asyncio.ensure_future(self._child.socket.send(encode(message)))
+        await asyncio.wait((sending, self._child.exited), return_when=asyncio.FIRST_COMPLETED)
         if not sending.done():
             sending.cancel()
             raise self._exit_error()
@@ -354,11 +313,10 @@ class AsyncEngine:
         Raises:
             EngineDeadError: The process ended instead of sending one.
         """
-        assert self._socket is not None
-        assert self._exited is not None
-        message = asyncio.ensure_future(self._socket.recv())
+        assert self._child is not None
+        message = asyncio.ensure_future(self._child.socket.recv())
         try:
-            await asyncio.wait((message, self._exited), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((message, self._child.exited), return_when=asyncio.FIRST_COMPLETED)
             if not message.done():
                 # What the process sent with its last breath may still be on its way.
                 await asyncio.wait((message,), timeout=0.2)
@@ -369,31 +327,32 @@ class AsyncEngine:
             message.cancel()
 
     def _exit_error(self) -> EngineDeadError:
-        assert self._exited is not None
+        assert self._child is not None
         # It may have been ended for something that is known already.
-        return EngineDeadError(self.error or f"rank 0 {exit_cause(self._exited.result())} {self._when()}")
+        cause = exit_cause(self._child.exited.result())
+        return EngineDeadError(self.error or f"rank 0 {cause} {self._when()}")
 
     def _when(self) -> str:
         return f"after step {self.stats.num_steps}" if self.status == "ready" else "while it started"
 
-    async def _watch(self, process: asyncio.subprocess.Process, beats: zmq.asyncio.Socket) -> None:
+    async def _watch(self, child: EngineChild) -> None:
         """Ends the process once it is silent or has failed."""
-        clock, heard = ProcessClock(process.pid, 2 * BEAT_SECONDS), 0.0
+        clock, heard = ProcessClock(child.process.pid, 2 * BEAT_SECONDS), 0.0
         while self.status != "dead":
-            has_beat = await beats.poll(int(1000 * BEAT_SECONDS))
+            has_beat = await child.beats.poll(int(1000 * BEAT_SECONDS))
             now = clock.tick()
             limit = self._limits.silence if self.status == "ready" else self._limits.start
             if has_beat:
                 heard = now
                 self._heard.set()
-                message = beat_decoder.decode(await beats.recv())
+                message = beat_decoder.decode(await child.beats.recv())
                 if isinstance(message, Died):
                     self._die(message.reason)
             elif now - heard > limit:
                 self._die(f"rank 0 has been silent for {limit:g} s {self._when()}")
-                process.kill()
+                child.process.kill()
         self._heard.set()
-        await _end(process)
+        await end_process(child.process)
 
     async def _receive_outputs(self) -> None:
         while True:
@@ -415,11 +374,6 @@ class AsyncEngine:
                 case Died(reason):
                     self._die(reason)
                     return
-
-    def _remove_directory(self) -> None:
-        if self._directory is not None:
-            self._directory.cleanup()
-            self._directory = None
 
     def _die(self, reason: str) -> None:
         if self.status == "dead":
@@ -462,14 +416,3 @@ def _start_error(message: StartFailed) -> EngineError:
     if isinstance(kind, type) and issubclass(kind, EngineError):
         return kind(message.message)
     return EngineStartError(f"{message.kind}: {message.message}")
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Closes the process's standard input, its sign to go, and insists if it does not."""
-    assert process.stdin is not None
-    process.stdin.close()
-    try:
-        await asyncio.wait_for(process.wait(), SHUTDOWN_SECONDS)
-    except TimeoutError:
-        process.kill()
-        await process.wait()

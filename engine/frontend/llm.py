@@ -59,7 +59,7 @@ class LLM:
         self.config = EngineConfig.from_options(model=model, **options)
         with caching_in(self.config.cache_dir):
             path = resolve_model(self.config.model)
-        self.tokenizer = load_tokenizer(path, may_stand_in=self.config.load_format == "dummy")
+            self.tokenizer = load_tokenizer(path, may_stand_in=self.config.load_format == "dummy")
         core = start_engine(self.config, path, self.tokenizer.eos_token_ids)
         self._steps = StepThread(
             core,

@@ -144,9 +144,7 @@ def load_weights(
             progress.update()
             return read_checked(checkpoint, model.config, tensor_name, part)
 
-        model.load(read)
-    if is_packed:
-        model.bind()
+        model.load(read, binds=is_packed)
     writer = _start_writing(model.state_dict(), path)
     if not is_packed:
         # Copies, also on the CPU: what a scheme stores as it is read would be the checkpoint's own file, mapped.

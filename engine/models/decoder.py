@@ -164,11 +164,21 @@ class Decoder(nn.Module):
             if isinstance(module, StoredLayer)
         )
 
-    def load(self, read: ReadWeight) -> None:
-        """Quantizes the checkpoint's weights into the layers."""
-        for module in self.modules():
+    def load(self, read: ReadWeight, binds: bool = False) -> None:
+        """Quantizes the checkpoint's weights into the layers.
+
+        Args:
+            binds: Each product is prepared once it has its weight, and all else that `bind` does.
+        """
+        # The largest first, while there is room for what its loading takes besides.
+        largest = (self.embedding, self.lm_head)
+        for module in sorted(self.modules(), key=lambda module: module not in largest):
             if isinstance(module, (Linear, Embedding, RMSNorm)):
                 module.load(read)
+            if binds and isinstance(module, Linear):
+                module.bind()
+        if binds:
+            self._bind_norms()
 
     def randomize(self, device: torch.device) -> None:
         """Random weights, made as they are stored."""
@@ -181,6 +191,10 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.bind()
+        self._bind_norms()
+
+    def _bind_norms(self) -> None:
+        """What follows from bound products: a tied head, and what norms write."""
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             layer.bind()

@@ -23,7 +23,9 @@ class RotaryTable:
     def __init__(self, rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device) -> None:
         frequencies, magnitude = rotary_frequencies(rope, head_dim)
         angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
-        self.cosine, self.sine = ((wave * magnitude).to(device) for wave in (angles.cos(), angles.sin()))
+        # In place: tables of a long context take tens of megabytes.
+        self.sine = angles.sin().mul_(magnitude).to(device)
+        self.cosine = angles.cos_().mul_(magnitude).to(device)
 
 
 def rotary_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:

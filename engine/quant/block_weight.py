@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
-from engine.kernels.nibbles import pack_nibbles
 
 Parts = dict[str, torch.Tensor]
 
@@ -106,12 +105,6 @@ class BlockWeight:
     parts: Parts
     in_features: int
 
-    @staticmethod
-    def of_codes(kind: str, codes: torch.Tensor, **numbers: torch.Tensor) -> BlockWeight:
-        """From codes [N, K] uint8, one in a byte, and the other parts."""
-        stored = pack_nibbles(codes) if BLOCK_TYPES[kind].bits == 4 else codes
-        return BlockWeight(kind, {"codes": stored, **numbers}, codes.shape[1])
-
     @property
     def shape(self) -> torch.Size:
         return torch.Size((len(self.parts["codes"]), self.in_features))
@@ -140,9 +133,8 @@ class BlockWeight:
 
     def rows(self, index: torch.Tensor) -> BlockWeight:
         """The same grid with its rows taken in the order of `index` ([N] int64)."""
-        return BlockWeight(
-            self.kind, {name: part[index] for name, part in self.parts.items()}, self.in_features
-        )
+        parts = {name: part.index_select(0, index) for name, part in self.parts.items()}
+        return BlockWeight(self.kind, parts, self.in_features)
 
     def is_cut_by(self, columns: slice) -> bool:
         """Whether columns begin or end amid a block of several groups."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from engine.kernels.embedding import GROUP_SIZE, lookup
 from engine.quant.scheme import Tensors
-from engine.quant.weight import GridWeight, Weight, signed_grid, stack_rows, take_rows, to_float
+from engine.quant.weight import GridWeight, Weight, signed_grid, take_rows, to_float
 
-_ROWS = 2048
-"""Rounded at a time."""
+_ELEMENTS = 2**15
+"""Rounded at a time: torch has one thread do what is so small, and it stays in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,19 @@ class Int8Table:
         if isinstance(weight, GridWeight) and weight.minimum is None and weight.group_size == GROUP_SIZE:
             return {"codes": weight.codes, "scale": weight.scale}
         # By rows: the floats of a large table are gigabytes.
-        chunks = [
-            _round(take_rows(weight, rows)) for rows in torch.split(torch.arange(weight.shape[0]), _ROWS)
-        ]
-        return {name: stack_rows([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        stored = {
+            name: torch.empty_like(tensor, device="cpu")
+            for name, tensor in self.storage(*weight.shape).items()
+        }
+
+        def round_rows(rows: torch.Tensor) -> None:
+            for name, tensor in _round(take_rows(weight, rows)).items():
+                stored[name][rows[0] : rows[-1] + 1] = tensor
+
+        num_rows = max(1, _ELEMENTS // weight.shape[1])
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(round_rows, torch.split(torch.arange(weight.shape[0]), num_rows)))
+        return stored
 
     def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
         shape = (out_features, in_features)
@@ -53,7 +63,9 @@ class Int8Table:
 def _round(weight: Weight) -> Tensors:
     values = to_float(weight).float()
     rows, columns = values.shape
-    groups = torch.nn.functional.pad(values, (0, -columns % GROUP_SIZE)).view(rows, -1, GROUP_SIZE)
+    if columns % GROUP_SIZE:
+        values = torch.nn.functional.pad(values, (0, -columns % GROUP_SIZE))
+    groups = values.view(rows, -1, GROUP_SIZE)
     scale = (groups.abs().amax(dim=2) / 127).to(torch.float16)
     divisor = torch.where(scale > 0, scale.float(), 1.0)
     codes = (groups / divisor[:, :, None]).round_().clamp_(-127, 127).to(torch.int8)

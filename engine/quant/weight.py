@@ -50,8 +50,9 @@ class GridWeight:
 
     def rows(self, index: torch.Tensor) -> GridWeight:
         """The same grid with its rows taken in the order of `index` ([N] int64)."""
-        minimum = None if self.minimum is None else self.minimum[index]
-        return GridWeight(self.codes[index], self.scale[index], minimum, self.group_size)
+        minimum = None if self.minimum is None else self.minimum.index_select(0, index)
+        codes, scale = self.codes.index_select(0, index), self.scale.index_select(0, index)
+        return GridWeight(codes, scale, minimum, self.group_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +85,9 @@ class CodebookWeight:
 
     def rows(self, index: torch.Tensor) -> CodebookWeight:
         """The same weight with its rows taken in the order of `index` ([N] int64)."""
-        codebook = self.codebook if len(self.codebook) == 1 else self.codebook[index]
-        scale = None if self.scale is None else self.scale[index]
-        return CodebookWeight(self.codes[index], codebook, scale, self.group_size)
+        codebook = self.codebook if len(self.codebook) == 1 else self.codebook.index_select(0, index)
+        scale = None if self.scale is None else self.scale.index_select(0, index)
+        return CodebookWeight(self.codes.index_select(0, index), codebook, scale, self.group_size)
 
 
 Weight = torch.Tensor | GridWeight | CodebookWeight | BlockWeight
@@ -99,7 +100,7 @@ def to_float(weight: Weight) -> torch.Tensor:
 
 def take_rows(weight: Weight, index: torch.Tensor) -> Weight:
     """Rows in the order of `index` ([N] int64)."""
-    return weight[index] if isinstance(weight, torch.Tensor) else weight.rows(index)
+    return weight.index_select(0, index) if isinstance(weight, torch.Tensor) else weight.rows(index)
 
 
 def stack_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -27,6 +27,7 @@ from engine.errors import EngineDeadError, EngineError
 from engine.executor.ranks.limits import Limits
 from engine.frontend.async_engine import AsyncEngine
 from engine.frontend.chat_format import ChatFormat
+from engine.frontend.child import EngineChild
 from engine.process import RestartLimit
 from engine.router.open_request import OpenRequest, seeded
 from engine.tokenizer.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ class RestartingEngine:
     """One engine at a time; see `engine.frontend.async_engine.ServedEngine`.
 
     Args:
-        limits, command: As `AsyncEngine` takes them.
+        limits, command, child: As `AsyncEngine` takes them; the child is the first one's.
 
     Attributes:
         status: "restarting" while an engine is started in the place of one that has died: requests wait for it.
@@ -48,7 +49,11 @@ class RestartingEngine:
     """
 
     def __init__(
-        self, config: EngineConfig, limits: Limits | None = None, command: Sequence[str] | None = None
+        self,
+        config: EngineConfig,
+        limits: Limits | None = None,
+        command: Sequence[str] | None = None,
+        child: EngineChild | None = None,
     ) -> None:
         self.config = config
         self.status: Literal["starting", "ready", "restarting", "dead"] = "starting"
@@ -56,7 +61,7 @@ class RestartingEngine:
         self.num_restarts = 0
         self.failed = asyncio.Event()
         self._limits, self._command = limits, command
-        self._engine = AsyncEngine(config, limits, command)
+        self._engine = AsyncEngine(config, limits, command, child)
         self._limit = RestartLimit(config.max_restarts, config.restart_window)
         self._open: dict[str, OpenRequest] = {}
         self._waiting: dict[OpenRequest, asyncio.Future[AsyncEngine]] = {}
@@ -88,10 +93,6 @@ class RestartingEngine:
     @property
     def default_params(self) -> dict[str, Any]:
         return self._engine.default_params
-
-    async def launch(self) -> None:
-        """As `AsyncEngine.launch`."""
-        await self._engine.launch()
 
     async def start(self) -> None:
         """Starts the first engine; one that fails at that is not started again.

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from engine.errors import CheckpointError
 from engine.loading.gguf.config import end_token_ids, token_id
 from engine.loading.gguf.file import GGUFFile
+from engine.tokenizer.score_merges import merges_by_score
 
 # tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -219,10 +220,11 @@ def _sentencepiece_bpe(file: GGUFFile) -> Tokenizer:
     tokens = file["tokenizer.ggml.tokens"]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     unknown = token_id(file, "unknown_token_id")
+    pieces = [index for index, token_type in enumerate(_token_types(file)) if token_type == _NORMAL]
     tokenizer = Tokenizer(
         models.BPE(
             vocabulary,
-            _merges_by_score(tokens, file["tokenizer.ggml.scores"], _token_types(file)),
+            merges_by_score(tokens, file["tokenizer.ggml.scores"], pieces),
             unk_token=None if unknown is None else tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -236,23 +238,6 @@ def _sentencepiece_bpe(file: GGUFFile) -> Tokenizer:
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence(decoder_steps)
     return tokenizer
-
-
-def _merges_by_score(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
-    """The merges that make BPE choose as SentencePiece does.
-
-    SentencePiece joins the neighbours whose joint piece has the highest score. So every way to split a
-    piece in two pieces is a merge, and merges are ranked by the score of what they make.
-    """
-    normal = [index for index, token_type in enumerate(types) if token_type == _NORMAL]
-    normal.sort(key=lambda index: -scores[index])
-    pieces = {tokens[index] for index in normal}
-    return [
-        (left, right)
-        for piece in (tokens[index] for index in normal)
-        for cut in range(1, len(piece))
-        if (left := piece[:cut]) in pieces and (right := piece[cut:]) in pieces
-    ]
 
 
 def _add_post_processor(tokenizer: Tokenizer, file: GGUFFile, tokens: list[str], add_bos: bool) -> None:

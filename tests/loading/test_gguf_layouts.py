@@ -14,9 +14,12 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from engine.loading.checkpoint import open_checkpoint
+from engine.loading.gguf import blocks
+from engine.loading.gguf.blocks import DECODERS, read_blocks
 from engine.quant.block_weight import BLOCK_TYPES as NATIVE_TYPES
 from engine.quant.block_weight import BlockWeight
 from engine.quant.int4 import Int4
@@ -192,6 +195,29 @@ def read(path: Path, rows: list[list[Block]], kind: Type) -> tuple[Weight, torch
     write_gguf(path, tensors={"blk.3.ffn_down.weight": (stored, kind)})
     weight = open_checkpoint(path).tensor("model.layers.3.mlp.down_proj.weight")
     return weight, torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", DECODERS, ids=lambda kind: kind.name)
+def test_a_matrix_is_what_its_rows_are(kind: Type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are taken apart at a time, by as many threads as there are."""
+    block_bytes = GGML_QUANT_SIZES[kind][1]
+    data = np.random.default_rng(kind.value).integers(0, 256, (37, BLOCKS, block_bytes), dtype=np.uint8)
+    # Without a bit of the exponent, every fp16 is a number.
+    data &= 0xBF
+    whole = parts_of(read_blocks(data, kind))
+    monkeypatch.setattr(blocks, "_CHUNK", 5 * BLOCKS * block_bytes)
+    pieces = parts_of(read_blocks(data, kind))
+    assert pieces.keys() == whole.keys()
+    for name, part in whole.items():
+        assert part.dtype == pieces[name].dtype
+        assert torch.equal(pieces[name], part), name
+
+
+def parts_of(weight: Weight) -> dict[str, torch.Tensor]:
+    if isinstance(weight, BlockWeight):
+        return weight.parts
+    assert isinstance(weight, GridWeight)
+    return {"codes": weight.codes, "scale": weight.scale}
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)

@@ -16,6 +16,7 @@ from engine.kernels.matmul.cpu_int8 import reference
 from engine.kernels.matmul.int8 import MAX_IN_FEATURES
 from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.quantize import sparse_reference
+from engine.quant import int8_table
 from engine.quant.codebook4 import Codebook4
 from engine.quant.cpu_formats import CPU_ACTIVATIONS
 from engine.quant.floating import Float
@@ -113,6 +114,17 @@ def test_int8_groups_round_other_grids_anew(change: str) -> None:
     # Half a step of 254, and what the largest is over 127 steps of a scale rounded down by half of 2**-24 or less.
     step = stored["scale"].double().repeat_interleave(64, dim=1)
     assert torch.all(error <= step / 2 * 1.001 + 127 * 2**-25)
+
+
+def test_a_table_is_what_its_rows_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of them are rounded at a time."""
+    weight = torch.randn(37, 80, generator=torch.Generator().manual_seed(0))
+    whole = Int8Table().quantize(weight)
+    monkeypatch.setattr(int8_table, "_ELEMENTS", 5 * 80)
+    pieces = Int8Table().quantize(weight)
+    assert all(torch.equal(pieces[name], part) for name, part in whole.items())
+    alone = Int8Table().quantize(weight[36:])
+    assert all(torch.equal(alone[name], part[36:]) for name, part in whole.items())
 
 
 def test_int8_table_keeps_the_grid_of_q8_0() -> None:

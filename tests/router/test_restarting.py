@@ -94,9 +94,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def kill(engine: RestartingEngine) -> None:
-    process = engine._engine._process
-    assert process is not None
-    os.kill(process.pid, signal.SIGKILL)
+    child = engine._engine._child
+    assert child is not None
+    os.kill(child.process.pid, signal.SIGKILL)
 
 
 def test_streams_go_on_the_same_where_the_engine_is_killed_twice(small_model: Path) -> None:

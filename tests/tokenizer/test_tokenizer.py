@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from engine.cache_directory import caching_in
 from engine.errors import CheckpointError, ModelNotFoundError, RequestError
 from engine.loading.gguf.file import GGUFFile
 from engine.loading.resolve import resolve_model
@@ -293,11 +294,16 @@ def write_sentencepiece(path: Path, model: sentencepiece.SentencePieceProcessor,
 def test_sentencepiece_bpe(tmp_path: Path, dummy_prefix: bool) -> None:
     """Llama 2 puts a space before the text; Gemma has user-defined pieces instead."""
     reference = train_sentencepiece(dummy_prefix)
-    tokenizer = load_tokenizer(write_sentencepiece(tmp_path / "model.gguf", reference, dummy_prefix))
+    path = write_sentencepiece(tmp_path / "model.gguf", reference, dummy_prefix)
+    with caching_in(str(tmp_path / "cache")):
+        tokenizer = load_tokenizer(path)
+        assert len(list((tmp_path / "cache" / "vocabularies").iterdir())) == 1
+        kept = load_tokenizer(path)
 
     def check(text: str) -> None:
         ids = tokenizer.encode(text)
         assert ids == reference.encode(text)
+        assert kept.encode(text) == ids
         assert tokenizer.decode(ids) == text
 
     for_texts(check, st.text("ab \n", max_size=40))

@@ -54,8 +54,9 @@ def _numbers_in_panels(numbers: GroupNumbers) -> GroupNumbers:
 
 
 def _in_panels(x: torch.Tensor) -> torch.Tensor:
-    padded = F.pad(x, (0, 0, 0, -x.shape[0] % PANEL))
-    return padded.view(-1, PANEL, x.shape[1]).transpose(1, 2).contiguous()
+    if x.shape[0] % PANEL:
+        x = F.pad(x, (0, 0, 0, -x.shape[0] % PANEL))
+    return x.view(-1, PANEL, x.shape[1]).transpose(1, 2).contiguous()
 
 
 def pack_nibbles_in_panels(codes: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +46,17 @@ class _Strings:
     def __len__(self) -> int:
         return self._count
 
-    def _places(self) -> Iterator[slice]:
-        position, data = 0, self._data.data
-        for _ in range(self._count):
-            (length,) = _LENGTH.unpack_from(data, position)
-            position += _LENGTH.size
-            yield slice(position, position + length)
-            position += length
-
     def contents(self) -> list[str]:
         """
         Raises:
             UnicodeDecodeError: They are not UTF-8.
         """
-        data = self._data.data
-        return [str(data[place], "utf-8") for place in self._places()]
+        data, strings, end = self._data[: self.num_bytes].tobytes(), [], 0
+        for _ in range(self._count):
+            start = end + _LENGTH.size
+            end = start + _LENGTH.unpack_from(data, end)[0]
+            strings.append(data[start:end].decode())
+        return strings
 
 
 class _Reader(GGUFReader):  # type: ignore[misc, unused-ignore]
