@@ -111,7 +111,7 @@ def operations() -> Digests:
                 group_size=group_size,
                 scale=GroupNumbers(scale),
                 minimum=GroupNumbers(torch.randn(scale.shape).half()),
-                is_packed=True,
+                bits=4,
             )
             products.append(CpuGroupedMatmul(nibbles, None, bias, CPU_ACTIVATIONS))
         without_scale = grouped(weights[0][0], None, 32)

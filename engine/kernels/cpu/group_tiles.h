@@ -2,16 +2,19 @@
 // features, and what codes such a panel may hold.
 //
 // Two quads of a panel, a pair, are 8 input features: 128 bytes of codes of eight bits, one quad behind the other, or
-// 64 bytes of codes of four, the first quad in the low nibbles.
+// 64 bytes of codes of four, the first quad in the low nibbles. Codes of five bits are those of four and, behind each
+// four pairs, 64 bytes with the fifth bits: bit i of a byte is quad i's. Those of six have such bytes behind each two
+// pairs, with two bits a quad.
 
 #ifndef GROUP_TILES_H
 #define GROUP_TILES_H
 
 #include "int8_tiles.h"
 
-// What codes stand for: themselves (SMALL: 0 … 64; NIBBLES: 0 … 15), or one of sixteen bytes. Whatever they have been
-// stored with too much, 128 for one, sums take back: `offset`. See `CpuGroupedMatmul`.
-enum { BYTES, SMALL, NIBBLES, TABLE };
+// What codes stand for: themselves (SMALL: 0 … 64; NIBBLES: 0 … 15; FIVES: 0 … 31, in groups of 32 or more; SIXES:
+// 0 … 63), or one of sixteen bytes. Whatever they have been stored with too much, 128 for one, sums take back:
+// `offset`. See `CpuGroupedMatmul`.
+enum { BYTES, SMALL, NIBBLES, TABLE, FIVES, SIXES };
 
 // A register holds some of a panel's 16 outputs: a part.
 #if defined(__AVX512VNNI__)
@@ -36,7 +39,15 @@ typedef uint8_t PartCodes __attribute__((vector_size(64 / PARTS)));
 INLINE PartInts fill_ints(int32_t x) { return x - (PartInts){0}; }
 INLINE PartFloats fill_floats(float x) { return x - (PartFloats){0}; }
 
-INLINE int64_t pair_bytes(int kind) { return kind == BYTES || kind == SMALL ? 2 * QUAD_BYTES : QUAD_BYTES; }
+INLINE int is_bytes(int kind) { return kind == BYTES || kind == SMALL; }
+
+// A unit is what tiles take at a time: so many quads that lie together, of which panels have a whole number.
+INLINE int64_t unit_quads(int kind) { return kind == FIVES ? 8 : 4; }
+INLINE int64_t unit_bytes(int kind) {
+    const int64_t quads = unit_quads(kind) * QUAD_BYTES;
+    return is_bytes(kind) ? quads : quads / 2 + (kind == FIVES || kind == SIXES ? QUAD_BYTES : 0);
+}
+INLINE int64_t panel_bytes(int kind, int64_t quads) { return quads / unit_quads(kind) * unit_bytes(kind); }
 
 INLINE PartCodes load_codes(const uint8_t *codes) {
     PartCodes v;
@@ -57,13 +68,18 @@ INLINE PartCodes look_up(const uint8_t *table, PartCodes indices) {
 #endif
 }
 
-// One of a pair's quads, 0 or 1, for a part.
-INLINE PartCodes load_quad(int kind, const uint8_t *table, const uint8_t *pair, int quad, int part) {
-    const uint8_t *codes = pair + part * QUAD * LENGTH;
-    if (kind == BYTES || kind == SMALL) return load_codes(codes + quad * QUAD_BYTES);
-    const PartInts both = (PartInts)load_codes(codes);
-    const PartCodes nibbles = (PartCodes)((both >> (4 * quad)) & 0x0F0F0F0F);
-    return kind == TABLE ? look_up(table, nibbles) : nibbles;
+// A unit's quad for a part.
+INLINE PartCodes load_quad(int kind, const uint8_t *table, const uint8_t *unit, int quad, int part) {
+    const uint8_t *codes = unit + part * QUAD * LENGTH;
+    if (is_bytes(kind)) return load_codes(codes + quad * QUAD_BYTES);
+    const PartInts both = (PartInts)load_codes(codes + quad / 2 * QUAD_BYTES);
+    const PartInts low = (both >> (4 * (quad % 2))) & 0x0F0F0F0F;
+    if (kind == NIBBLES) return (PartCodes)low;
+    if (kind == TABLE) return look_up(table, (PartCodes)low);
+    const int width = kind == FIVES ? 1 : 2, shift = quad * width;
+    const PartInts high = (PartInts)load_codes(codes + unit_quads(kind) / 2 * QUAD_BYTES);
+    const PartInts moved = shift < 4 ? high << (4 - shift) : high >> (shift - 4);
+    return (PartCodes)(low | (moved & (kind == FIVES ? 0x10101010 : 0x30303030)));
 }
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)

@@ -15,17 +15,16 @@ INLINE uint32_t word_at(const uint8_t *row, int64_t position, int64_t size) {
     return word;
 }
 
-// To a signed byte 128 is added by turning its highest bit over.
+// To a byte 128 is added by turning its highest bit over.
 OPERATION(pack_int8) {
     const int64_t panels = count(args->num_rows), columns = args->columns, stride = padded(columns);
-    const uint32_t offset = args->is_signed ? 0x80808080u : 0;
     FOR_ROWS(panel, panels) {
         const uint8_t *weight = (const uint8_t *)args->weight + panel * PANEL * columns;
         const int64_t rows = args->rows - panel * PANEL < PANEL ? args->rows - panel * PANEL : PANEL;
         uint32_t *output = (uint32_t *)(args->output + panel * PANEL * stride);
         for (int64_t k = 0; k < stride; k += QUAD, output += PANEL)
             for (int64_t row = 0; row < PANEL; row++)
-                output[row] = offset ^ (row < rows ? word_at(weight + row * columns, k, columns) : 0);
+                output[row] = 0x80808080u ^ (row < rows ? word_at(weight + row * columns, k, columns) : 0);
     }
 }
 
@@ -43,6 +42,26 @@ OPERATION(pack_nibbles) {
                 const uint32_t even = (first & 0x0f0f) | (second & 0x0f0f) << 4;
                 const uint32_t odd = (first >> 4 & 0x0f0f) | (second & 0xf0f0);
                 output[row] = (even & 0xff) | (odd & 0xff) << 8 | (even & 0xff00) << 8 | (odd & 0xff00) << 16;
+            }
+    }
+}
+
+// Codes of five or six bits: what of them has four as above, the other bits in a word for each row behind each unit.
+OPERATION(pack_high_bits) {
+    const int64_t panels = count(args->num_rows), rows = args->rows, columns = args->columns, bits = args->bits;
+    const int64_t high_bits = bits - 4, quads = 8 / high_bits, units = padded(columns) / (quads * QUAD);
+    const int64_t unit_words = (quads / 2 + 1) * PANEL;
+    FOR_ROWS(panel, panels) {
+        uint32_t *unit = (uint32_t *)args->output + panel * units * unit_words;
+        memset(unit, 0, (size_t)(units * unit_words) * sizeof *unit);
+        for (int64_t i = 0; i < units; i++, unit += unit_words)
+            for (int64_t row = 0; row < PANEL && panel * PANEL + row < rows; row++) {
+                const uint8_t *codes = args->codes + (panel * PANEL + row) * columns;
+                for (int64_t quad = 0; quad < quads; quad++) {
+                    const uint32_t word = word_at(codes, (i * quads + quad) * QUAD, columns);
+                    unit[quad / 2 * PANEL + row] |= (word & 0x0f0f0f0f) << (quad % 2 * 4);
+                    unit[quads / 2 * PANEL + row] |= (word >> 4 & 0x0f0f0f0f) << (quad * high_bits);
+                }
             }
     }
 }

@@ -146,7 +146,7 @@ def test_products_of_nibbles_with_minimums(
         group_size=group_size,
         scale=GroupNumbers(scale),
         minimum=GroupNumbers(minimum),
-        is_packed=True,
+        bits=4,
     )
     terms, token_scale = sparse_reference(x, format)
     totals = []
