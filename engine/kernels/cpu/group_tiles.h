@@ -68,18 +68,34 @@ INLINE PartCodes look_up(const uint8_t *table, PartCodes indices) {
 #endif
 }
 
+INLINE PartInts load_line(const uint8_t *unit, int line) { return (PartInts)load_codes(unit + line * QUAD_BYTES); }
+
+// What `pack_fives` and `pack_sixes` in pack.c put together.
+INLINE PartInts load_five(const uint8_t *unit, int quad) {
+    switch (quad) {
+    case 5: return (load_line(unit, 0) >> 5 & 0x07070707) | (load_line(unit, 1) >> 3 & 0x18181818);
+    case 6: return (load_line(unit, 2) >> 5 & 0x07070707) | (load_line(unit, 3) >> 3 & 0x18181818);
+    case 7:
+        return (load_line(unit, 4) >> 5 & 0x07070707) | (load_line(unit, 1) >> 2 & 0x08080808) |
+               (load_line(unit, 3) >> 1 & 0x10101010);
+    default: return load_line(unit, quad) & 0x1F1F1F1F;
+    }
+}
+
+INLINE PartInts load_six(const uint8_t *unit, int quad) {
+    if (quad < 3) return load_line(unit, quad) & 0x3F3F3F3F;
+    return (load_line(unit, 0) >> 6 & 0x03030303) | (load_line(unit, 1) >> 4 & 0x0C0C0C0C) |
+           (load_line(unit, 2) >> 2 & 0x30303030);
+}
+
 // A unit's quad for a part.
 INLINE PartCodes load_quad(int kind, const uint8_t *table, const uint8_t *unit, int quad, int part) {
-    const uint8_t *codes = unit + part * QUAD * LENGTH;
-    if (is_bytes(kind)) return load_codes(codes + quad * QUAD_BYTES);
-    const PartInts both = (PartInts)load_codes(codes + quad / 2 * QUAD_BYTES);
-    const PartInts low = (both >> (4 * (quad % 2))) & 0x0F0F0F0F;
-    if (kind == NIBBLES) return (PartCodes)low;
-    if (kind == TABLE) return look_up(table, (PartCodes)low);
-    const int width = kind == FIVES ? 1 : 2, shift = quad * width;
-    const PartInts high = (PartInts)load_codes(codes + unit_quads(kind) / 2 * QUAD_BYTES);
-    const PartInts moved = shift < 4 ? high << (4 - shift) : high >> (shift - 4);
-    return (PartCodes)(low | (moved & (kind == FIVES ? 0x10101010 : 0x30303030)));
+    unit += part * QUAD * LENGTH;
+    if (is_bytes(kind)) return load_codes(unit + quad * QUAD_BYTES);
+    if (kind == FIVES) return (PartCodes)load_five(unit, quad);
+    if (kind == SIXES) return (PartCodes)load_six(unit, quad);
+    const PartCodes nibbles = (PartCodes)(load_line(unit, quad / 2) >> (4 * (quad % 2)) & 0x0F0F0F0F);
+    return kind == TABLE ? look_up(table, nibbles) : nibbles;
 }
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)

@@ -257,7 +257,7 @@ SIGNATURE(pack_nibbles,
     WRITES(uint8_t, output)        // [panels, padded K / 8, 64], see group_tiles.h
 )
 
-SIGNATURE(pack_high_bits,
+SIGNATURE(pack_bits,
     READS(uint8_t, codes)          // [N, K], one in a byte
     INTEGER(rows)                  // N
     INTEGER(columns)               // K

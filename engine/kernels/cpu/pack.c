@@ -46,22 +46,39 @@ OPERATION(pack_nibbles) {
     }
 }
 
-// Codes of five or six bits: what of them has four as above, the other bits in a word for each row behind each unit.
-OPERATION(pack_high_bits) {
-    const int64_t panels = count(args->num_rows), rows = args->rows, columns = args->columns, bits = args->bits;
-    const int64_t high_bits = bits - 4, quads = 8 / high_bits, units = padded(columns) / (quads * QUAD);
-    const int64_t unit_words = (quads / 2 + 1) * PANEL;
+// The low `bits` bits of each byte, moved up.
+INLINE uint32_t field(uint32_t word, int from, int bits, int to) {
+    return (word >> from & 0x01010101u * ((1u << bits) - 1)) << to;
+}
+
+// Eight words of codes of five bits in five words: the other three fill the bits that these leave.
+INLINE void pack_fives(const uint32_t *codes, uint32_t *lines) {
+    lines[0] = codes[0] | field(codes[5], 0, 3, 5);
+    lines[PANEL] = codes[1] | field(codes[5], 3, 2, 6) | field(codes[7], 3, 1, 5);
+    lines[2 * PANEL] = codes[2] | field(codes[6], 0, 3, 5);
+    lines[3 * PANEL] = codes[3] | field(codes[6], 3, 2, 6) | field(codes[7], 4, 1, 5);
+    lines[4 * PANEL] = codes[4] | field(codes[7], 0, 3, 5);
+}
+
+// Four of six bits in three.
+INLINE void pack_sixes(const uint32_t *codes, uint32_t *lines) {
+    for (int i = 0; i < 3; i++) lines[i * PANEL] = codes[i] | field(codes[3], 2 * i, 2, 6);
+}
+
+OPERATION(pack_bits) {
+    const int64_t panels = count(args->num_rows), rows = args->rows, columns = args->columns;
+    const int64_t quads = args->bits == 5 ? 8 : 4, lines = quads * args->bits / 8;
+    const int64_t units = padded(columns) / (quads * QUAD);
     FOR_ROWS(panel, panels) {
-        uint32_t *unit = (uint32_t *)args->output + panel * units * unit_words;
-        memset(unit, 0, (size_t)(units * unit_words) * sizeof *unit);
-        for (int64_t i = 0; i < units; i++, unit += unit_words)
-            for (int64_t row = 0; row < PANEL && panel * PANEL + row < rows; row++) {
-                const uint8_t *codes = args->codes + (panel * PANEL + row) * columns;
-                for (int64_t quad = 0; quad < quads; quad++) {
-                    const uint32_t word = word_at(codes, (i * quads + quad) * QUAD, columns);
-                    unit[quad / 2 * PANEL + row] |= (word & 0x0f0f0f0f) << (quad % 2 * 4);
-                    unit[quads / 2 * PANEL + row] |= (word >> 4 & 0x0f0f0f0f) << (quad * high_bits);
-                }
+        uint32_t *unit = (uint32_t *)args->output + panel * units * lines * PANEL;
+        for (int64_t i = 0; i < units; i++, unit += lines * PANEL)
+            for (int64_t row = 0; row < PANEL; row++) {
+                const int64_t n = panel * PANEL + row;
+                uint32_t words[8] = {0};
+                for (int64_t quad = 0; n < rows && quad < quads; quad++)
+                    words[quad] = word_at(args->codes + n * columns, (i * quads + quad) * QUAD, columns);
+                if (args->bits == 5) pack_fives(words, unit + row);
+                else pack_sixes(words, unit + row);
             }
     }
 }

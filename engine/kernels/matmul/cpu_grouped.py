@@ -88,7 +88,7 @@ def pack_bits_in_panels(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if packed.is_meta:
         return packed
     cpu.run(
-        "pack_high_bits",
+        "pack_bits",
         len(packed),
         torch.get_num_threads(),
         codes=codes.contiguous(),
