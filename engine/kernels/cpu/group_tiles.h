@@ -2,9 +2,8 @@
 // features, and what codes such a panel may hold.
 //
 // Two quads of a panel, a pair, are 8 input features: 128 bytes of codes of eight bits, one quad behind the other, or
-// 64 bytes of codes of four, the first quad in the low nibbles. Codes of five bits are those of four and, behind each
-// four pairs, 64 bytes with the fifth bits: bit i of a byte is quad i's. Those of six have such bytes behind each two
-// pairs, with two bits a quad.
+// 64 bytes of codes of four, the first quad in the low nibbles. Of eight quads of codes of five bits, five lie in the
+// low bits of five times 64 bytes, and the others in the bits that are left; so do one of four of six bits in three.
 
 #ifndef GROUP_TILES_H
 #define GROUP_TILES_H

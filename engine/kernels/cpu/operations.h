@@ -258,11 +258,11 @@ SIGNATURE(pack_nibbles,
 )
 
 SIGNATURE(pack_bits,
-    READS(uint8_t, codes)          // [N, K], one in a byte
+    READS(uint8_t, codes)          // [N, K], one in a byte, of 5 or 6 bits
     INTEGER(rows)                  // N
     INTEGER(columns)               // K
-    INTEGER(bits)                  // of a code, 5 or 6
-    WRITES(uint8_t, output)        // [panels, bytes of a panel], see group_tiles.h
+    INTEGER(bits)
+    WRITES(uint8_t, output)        // [panels, padded K * bits * 2], see group_tiles.h
 )
 
 SIGNATURE(pack_codebook,

@@ -14,8 +14,8 @@ With a scale for each group of a token, as `engine.kernels.matmul.int8` computes
 The sums of a group are int32 and exact, every float operation rounds once, in the order written here, and groups are
 added one after the other: y is equal to the bit for every number of tokens, tile, instruction set and body.
 
-Weights of four to six bits take no more in memory, where they become bytes: in registers for a few tokens, and for many
-in panels that stay in the second-level cache.
+Weights of four, five or six bits lie in panels of as many, which become bytes: in registers for a few tokens, and for
+many in panels that stay in the second-level cache.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def pack_nibbles_in_panels(codes: torch.Tensor) -> torch.Tensor:
 
 
 def pack_bits_in_panels(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """[N, K] uint8 below 2^bits, bits 5 or 6 → panels [N / 16, padded K * bits * 2] uint8; see group_tiles.h."""
+    """[N, K] uint8 of 5 or 6 bits → panels [N / 16, padded K * bits * 2] uint8; kernels/cpu/group_tiles.h says how."""
     rows, columns = codes.shape
     shape = (-(-rows // PANEL), -(-columns // ALIGNMENT) * ALIGNMENT * bits * PANEL // 8)
     packed = torch.empty(shape, dtype=torch.uint8, device=codes.device)
