@@ -6,6 +6,7 @@ Whole numbers v are exact in x's type, and so are scales and minimums in float32
 where they are steps of a block's: nothing is rounded but float32 sums. See `engine.kernels.matmul.segments_triton`
 for their order: a token's bits depend neither on the other tokens nor on the tile. As in
 `engine.kernels.matmul.int4_triton`, whose packed words those of four bits are, the product is computed transposed.
+Codes of five and six bits stay bytes here.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def pack_nibbles_in_panels(codes: torch.Tensor) -> torch.Tensor:
 
 
 def pack_bits_in_panels(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """[N, K] uint8 of 5 or 6 bits → panels [N / 16, padded K * bits * 2] uint8; kernels/cpu/group_tiles.h says how."""
+    """[N, K] uint8 of 5 or 6 bits → panels [N / 16, padded K * bits * 2] uint8; group_tiles.h says how."""
     rows, columns = codes.shape
     shape = (-(-rows // PANEL), -(-columns // ALIGNMENT) * ALIGNMENT * bits * PANEL // 8)
     packed = torch.empty(shape, dtype=torch.uint8, device=codes.device)
