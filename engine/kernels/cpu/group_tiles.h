@@ -42,11 +42,12 @@ INLINE int is_bytes(int kind) { return kind == BYTES || kind == SMALL; }
 
 // A unit is what tiles take at a time: so many quads that lie together, of which panels have a whole number.
 INLINE int64_t unit_quads(int kind) { return kind == FIVES ? 8 : 4; }
-INLINE int64_t unit_bytes(int kind) {
-    const int64_t quads = unit_quads(kind) * QUAD_BYTES;
-    return is_bytes(kind) ? quads : quads / 2 + (kind == FIVES || kind == SIXES ? QUAD_BYTES : 0);
+
+// Of some units.
+INLINE int64_t bytes_of(int kind, int64_t quads) {
+    const int64_t bits = is_bytes(kind) ? 8 : kind == SIXES ? 6 : kind == FIVES ? 5 : 4;
+    return quads * (bits * QUAD_BYTES / 8);
 }
-INLINE int64_t panel_bytes(int kind, int64_t quads) { return quads / unit_quads(kind) * unit_bytes(kind); }
 
 INLINE PartCodes load_codes(const uint8_t *codes) {
     PartCodes v;

@@ -69,10 +69,10 @@ INLINE void prefetch(const uint8_t *codes, int64_t bytes) {
             const int64_t end = smaller((g + 1) * weights->group_quads, weights->quads);                           \
             const int64_t start = g * weights->group_quads;                                                        \
             if (PANELS == 1)                                                                                       \
-                prefetch(weights->panels + panel_bytes(KIND, start), panel_bytes(KIND, end - start));              \
+                prefetch(weights->panels + bytes_of(KIND, start), bytes_of(KIND, end - start));                    \
             for (int64_t k = start; k < end; k += unit_quads(KIND))                                                \
                 EACH(u, unit_quads(KIND) / 2) EACH(n, PANELS) EACH(p, PARTS) {                                     \
-                    const uint8_t *unit = weights->panels + n * distance + panel_bytes(KIND, k);                   \
+                    const uint8_t *unit = weights->panels + n * distance + bytes_of(KIND, k);                      \
                     const PartCodes first = load_quad(KIND, table, unit, 2 * u, p);                                \
                     const PartCodes second = load_quad(KIND, table, unit, 2 * u + 1, p);                           \
                     EACH(m, ROWS) sums[m][n][p] = add_pair(KIND, sums[m][n][p], first, second,                     \
@@ -149,7 +149,7 @@ INLINE void add_high_terms(int kind, const Weights *weights, int64_t num_panels,
                 for (const Quad *one = first; one < quad; one++) {
                     const int quad = (int)(one->index % unit_quads(kind));
                     const uint8_t *unit =
-                        weights->panels + n * weights->distance + panel_bytes(kind, one->index - quad);
+                        weights->panels + n * weights->distance + bytes_of(kind, one->index - quad);
                     const PartCodes codes = load_quad(kind, weights->table, unit, quad, p);
                     products = add_quad_of_part(kind, products, codes, one->codes);
                 }
@@ -254,7 +254,7 @@ INLINE const uint8_t *expand(int kind, const uint8_t *table, const uint8_t *pane
     uint8_t *expanded = room(&expansion, quads * QUAD_BYTES);
     for (int64_t k = 0; k < quads; k += unit_quads(kind))
         EACH(quad, unit_quads(kind)) EACH(p, PARTS) {
-            const PartCodes codes = load_quad(kind, table, panels + panel_bytes(kind, k), quad, p);
+            const PartCodes codes = load_quad(kind, table, panels + bytes_of(kind, k), quad, p);
             memcpy(expanded + (k + quad) * QUAD_BYTES + p * QUAD * LENGTH, &codes, sizeof codes);
         }
     return expanded;
@@ -276,7 +276,7 @@ OPERATION(grouped_matmul) {
     const int64_t num_panels = (features + PANEL - 1) / PANEL;
     const int64_t panels_a_task = WIDE * larger(1, num_panels / (WIDE * MOST_TASKS));
     const int64_t tasks_a_chunk = (num_panels + panels_a_task - 1) / panels_a_task;
-    const int64_t chunks = (rows + CHUNK - 1) / CHUNK, a_panel = panel_bytes(kind, quads);
+    const int64_t chunks = (rows + CHUNK - 1) / CHUNK, panel_bytes = bytes_of(kind, quads);
     int64_t prepared = -1;
     Chunk of_tokens;
     FOR_TASKS(task, tasks_a_chunk * chunks) {
@@ -288,12 +288,12 @@ OPERATION(grouped_matmul) {
         const int expands = is_narrow && rows > FEW_ROWS;
         for (int64_t panel = first, step; panel < last; panel += step) {
             step = rows <= FEW_ROWS || last - panel < WIDE ? 1 : PANELS_AT_ONCE;
-            const uint8_t *panels = args->weight + panel * a_panel;
+            const uint8_t *panels = args->weight + panel * panel_bytes;
             const Product product = {
                 .weights = {
                     .panels = expands ? expand(kind, args->table, panels, step * quads) : panels,
                     .table = args->table,
-                    .distance = expands ? quads * QUAD_BYTES : a_panel,
+                    .distance = expands ? quads * QUAD_BYTES : panel_bytes,
                     .offset = (int32_t)args->offset,
                     .scale = numbers_of(args->group_scale, args->scale_steps, panel, groups, blocks),
                     .minimum = numbers_of(args->minimum, args->minimum_steps, panel, groups, blocks),
