@@ -1,4 +1,4 @@
-"""Weights as GGUF's types keep them: codes of four or eight bits in groups along K, with scales of their own kind.
+"""Weights as GGUF's types keep them: codes of four to six bits in groups along K, with scales of their own kind.
 
     w[n, k] = v[n, k] * scale[n, g] + minimum[n, g]          v = code - offset, or values[code]
 
@@ -32,7 +32,7 @@ class BlockType:
     """How one type stores a weight.
 
     Attributes:
-        bits: Of a code: 4, two in a byte, or 8, at most 64 in value.
+        bits: Of a code: 4, of which a byte has two, or 5 or 6, of which it has one.
         group_size: Elements along K that share a scale.
         block_size: Elements along K whose scales are steps of one number; 0: scales are numbers of their own.
         has_minimum: Whether groups have one.
@@ -70,7 +70,7 @@ class BlockType:
             block_size=self.block_size,
             scale=GroupNumbers(parts["scale"], parts.get("scale_steps")),
             minimum=GroupNumbers(parts["minimum"], parts.get("minimum_steps")) if self.has_minimum else None,
-            is_packed=self.bits == 4,
+            bits=self.bits,
             offset=self.offset,
             values=torch.tensor(self.values, dtype=torch.int8) if self.values else None,
         )
@@ -80,10 +80,10 @@ BLOCK_TYPES = {
     "q4_0": BlockType(offset=8),
     "q4_1": BlockType(has_minimum=True),
     "q4_k": BlockType(block_size=K_BLOCK, has_minimum=True),
-    "q5_0": BlockType(bits=8, offset=16),
-    "q5_1": BlockType(bits=8, has_minimum=True),
-    "q5_k": BlockType(bits=8, block_size=K_BLOCK, has_minimum=True),
-    "q6_k": BlockType(bits=8, group_size=16, block_size=K_BLOCK, offset=32),
+    "q5_0": BlockType(bits=5, offset=16),
+    "q5_1": BlockType(bits=5, has_minimum=True),
+    "q5_k": BlockType(bits=5, block_size=K_BLOCK, has_minimum=True),
+    "q6_k": BlockType(bits=6, group_size=16, block_size=K_BLOCK, offset=32),
     "iq4_nl": BlockType(values=IQ4_VALUES),
     "iq4_xs": BlockType(block_size=K_BLOCK, values=IQ4_VALUES),
     "mxfp4": BlockType(values=E2M1_TWICE),

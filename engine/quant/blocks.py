@@ -19,9 +19,6 @@ from engine.quant.cpu_formats import CPU_ACTIVATIONS
 from engine.quant.scheme import Matmul, Tensors
 from engine.quant.weight import Weight
 
-_CODES = {4: 256, 8: 65}
-"""Random bytes of codes are below it."""
-
 
 @dataclass(frozen=True)
 class Blocks:
@@ -52,11 +49,11 @@ class Blocks:
     def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
         of_type = BLOCK_TYPES[self.name]
         parts = of_type.parts(out_features, in_features, device)
-        parts["codes"].random_(0, _CODES[of_type.bits])
+        parts["codes"].random_(0, 256 if of_type.bits == 4 else 1 << of_type.bits)
         if of_type.values:
             values = torch.tensor(of_type.values).double()
         else:
-            values = torch.arange(16 if of_type.bits == 4 else _CODES[8]).double() - of_type.offset
+            values = torch.arange(1 << of_type.bits).double() - of_type.offset
         step = in_features**-0.5 / float(values.std())
         steps = 32 if of_type.block_size else 1
         for name, part in parts.items():
@@ -69,7 +66,7 @@ class Blocks:
 
     def bind(self, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
         of_type, codes = BLOCK_TYPES[self.name], tensors["codes"]
-        in_features = codes.shape[1] * (8 // of_type.bits)
+        in_features = codes.shape[1] * (2 if of_type.bits == 4 else 1)
         weight = of_type.grouped(tensors, in_features)
         if runs_triton(codes):
             from engine.kernels.matmul.blocks_triton import BlockMatmul

@@ -86,7 +86,7 @@ class Int4:
             group_size=size,
             scale=GroupNumbers(scale),
             minimum=GroupNumbers(minimum),
-            is_packed=True,
+            bits=4,
         )
         return CpuGroupedMatmul(weight, None, bias, cpu_formats.CPU_ACTIVATIONS)
 

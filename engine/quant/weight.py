@@ -139,7 +139,7 @@ def on_grid(weight: Weight) -> Weight:
     if not isinstance(weight, BlockWeight) or BLOCK_TYPES[weight.kind].block_size:
         return weight
     grouped, scale = weight.grouped, weight.parts["scale"]
-    if grouped.values is not None or not grouped.is_packed:
+    if grouped.values is not None or grouped.bits != 4:
         if grouped.minimum is not None:
             return weight  # five bits
         return GridWeight(grouped.integers().to(torch.int8), scale, None, grouped.group_size)

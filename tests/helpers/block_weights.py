@@ -16,7 +16,7 @@ def random_block_weight(kind: str, rows: int, columns: int, is_simple: bool = Fa
     """
     block_type = BLOCK_TYPES[kind]
     parts = block_type.parts(rows, columns, "cpu")
-    limit = 256 if block_type.bits == 4 else {"q6_k": 64}.get(kind, 32)
+    limit = 256 if block_type.bits == 4 else 1 << block_type.bits
     for name, part in parts.items():
         if name == "codes":
             part.random_(0, limit)

@@ -111,13 +111,14 @@ def operations() -> Digests:
                 group_size=group_size,
                 scale=GroupNumbers(scale),
                 minimum=GroupNumbers(torch.randn(scale.shape).half()),
-                is_packed=True,
+                bits=4,
             )
             products.append(CpuGroupedMatmul(nibbles, None, bias, CPU_ACTIVATIONS))
         without_scale = grouped(weights[0][0], None, 32)
         products.append(CpuGroupedMatmul(without_scale, weights[0][1], bias, Int8Format(1, 32)))
         for name in BLOCK_TYPES:
-            width = -(-columns // 256) * 256
+            # Nibbles come in pairs.
+            width = columns + columns % 2
             weight = random_block_weight(name, rows, width).grouped
             for format in (CPU_ACTIVATIONS, SparseInt8Format(0.0)):
                 product = CpuGroupedMatmul(weight, None, bias, format)

@@ -2,16 +2,18 @@
 // features, and what codes such a panel may hold.
 //
 // Two quads of a panel, a pair, are 8 input features: 128 bytes of codes of eight bits, one quad behind the other, or
-// 64 bytes of codes of four, the first quad in the low nibbles.
+// 64 bytes of codes of four, the first quad in the low nibbles. Of eight quads of codes of five bits, five lie in the
+// low bits of five times 64 bytes, and the others in the bits that are left; so do one of four of six bits in three.
 
 #ifndef GROUP_TILES_H
 #define GROUP_TILES_H
 
 #include "int8_tiles.h"
 
-// What codes stand for: themselves (SMALL: 0 … 64; NIBBLES: 0 … 15), or one of sixteen bytes. Whatever they have been
-// stored with too much, 128 for one, sums take back: `offset`. See `CpuGroupedMatmul`.
-enum { BYTES, SMALL, NIBBLES, TABLE };
+// What codes stand for: themselves (SMALL: 0 … 64; NIBBLES: 0 … 15; FIVES: 0 … 31, in groups of 32 or more; SIXES:
+// 0 … 63), or one of sixteen bytes. Whatever they have been stored with too much, 128 for one, sums take back:
+// `offset`. See `CpuGroupedMatmul`.
+enum { BYTES, SMALL, NIBBLES, TABLE, FIVES, SIXES };
 
 // A register holds some of a panel's 16 outputs: a part.
 #if defined(__AVX512VNNI__)
@@ -36,7 +38,16 @@ typedef uint8_t PartCodes __attribute__((vector_size(64 / PARTS)));
 INLINE PartInts fill_ints(int32_t x) { return x - (PartInts){0}; }
 INLINE PartFloats fill_floats(float x) { return x - (PartFloats){0}; }
 
-INLINE int64_t pair_bytes(int kind) { return kind == BYTES || kind == SMALL ? 2 * QUAD_BYTES : QUAD_BYTES; }
+INLINE int is_bytes(int kind) { return kind == BYTES || kind == SMALL; }
+
+// A unit is what tiles take at a time: so many quads that lie together, of which panels have a whole number.
+INLINE int64_t unit_quads(int kind) { return kind == FIVES ? 8 : 4; }
+
+// Of some units.
+INLINE int64_t bytes_of(int kind, int64_t quads) {
+    const int64_t bits = is_bytes(kind) ? 8 : kind == SIXES ? 6 : kind == FIVES ? 5 : 4;
+    return quads * (bits * QUAD_BYTES / 8);
+}
 
 INLINE PartCodes load_codes(const uint8_t *codes) {
     PartCodes v;
@@ -57,12 +68,33 @@ INLINE PartCodes look_up(const uint8_t *table, PartCodes indices) {
 #endif
 }
 
-// One of a pair's quads, 0 or 1, for a part.
-INLINE PartCodes load_quad(int kind, const uint8_t *table, const uint8_t *pair, int quad, int part) {
-    const uint8_t *codes = pair + part * QUAD * LENGTH;
-    if (kind == BYTES || kind == SMALL) return load_codes(codes + quad * QUAD_BYTES);
-    const PartInts both = (PartInts)load_codes(codes);
-    const PartCodes nibbles = (PartCodes)((both >> (4 * quad)) & 0x0F0F0F0F);
+INLINE PartInts load_line(const uint8_t *unit, int line) { return (PartInts)load_codes(unit + line * QUAD_BYTES); }
+
+// What `pack_fives` and `pack_sixes` in pack.c put together.
+INLINE PartInts load_five(const uint8_t *unit, int quad) {
+    switch (quad) {
+    case 5: return (load_line(unit, 0) >> 5 & 0x07070707) | (load_line(unit, 1) >> 3 & 0x18181818);
+    case 6: return (load_line(unit, 2) >> 5 & 0x07070707) | (load_line(unit, 3) >> 3 & 0x18181818);
+    case 7:
+        return (load_line(unit, 4) >> 5 & 0x07070707) | (load_line(unit, 1) >> 2 & 0x08080808) |
+               (load_line(unit, 3) >> 1 & 0x10101010);
+    default: return load_line(unit, quad) & 0x1F1F1F1F;
+    }
+}
+
+INLINE PartInts load_six(const uint8_t *unit, int quad) {
+    if (quad < 3) return load_line(unit, quad) & 0x3F3F3F3F;
+    return (load_line(unit, 0) >> 6 & 0x03030303) | (load_line(unit, 1) >> 4 & 0x0C0C0C0C) |
+           (load_line(unit, 2) >> 2 & 0x30303030);
+}
+
+// A unit's quad for a part.
+INLINE PartCodes load_quad(int kind, const uint8_t *table, const uint8_t *unit, int quad, int part) {
+    unit += part * QUAD * LENGTH;
+    if (is_bytes(kind)) return load_codes(unit + quad * QUAD_BYTES);
+    if (kind == FIVES) return (PartCodes)load_five(unit, quad);
+    if (kind == SIXES) return (PartCodes)load_six(unit, quad);
+    const PartCodes nibbles = (PartCodes)(load_line(unit, quad / 2) >> (4 * (quad % 2)) & 0x0F0F0F0F);
     return kind == TABLE ? look_up(table, nibbles) : nibbles;
 }
 

@@ -69,12 +69,12 @@ INLINE void prefetch(const uint8_t *codes, int64_t bytes) {
             const int64_t end = smaller((g + 1) * weights->group_quads, weights->quads);                           \
             const int64_t start = g * weights->group_quads;                                                        \
             if (PANELS == 1)                                                                                       \
-                prefetch(weights->panels + start / 2 * pair_bytes(KIND), (end - start) / 2 * pair_bytes(KIND));    \
-            for (int64_t k = start; k < end; k += 4)                                                               \
-                EACH(u, 2) EACH(n, PANELS) EACH(p, PARTS) {                                                        \
-                    const uint8_t *pair = weights->panels + n * distance + (k / 2 + u) * pair_bytes(KIND);         \
-                    const PartCodes first = load_quad(KIND, table, pair, 0, p);                                    \
-                    const PartCodes second = load_quad(KIND, table, pair, 1, p);                                   \
+                prefetch(weights->panels + bytes_of(KIND, start), bytes_of(KIND, end - start));                    \
+            for (int64_t k = start; k < end; k += unit_quads(KIND))                                                \
+                EACH(u, unit_quads(KIND) / 2) EACH(n, PANELS) EACH(p, PARTS) {                                     \
+                    const uint8_t *unit = weights->panels + n * distance + bytes_of(KIND, k);                      \
+                    const PartCodes first = load_quad(KIND, table, unit, 2 * u, p);                                \
+                    const PartCodes second = load_quad(KIND, table, unit, 2 * u + 1, p);                           \
                     EACH(m, ROWS) sums[m][n][p] = add_pair(KIND, sums[m][n][p], first, second,                     \
                                                            terms->codes + m * stride + k * QUAD + u * PAIR);       \
                 }                                                                                                  \
@@ -100,9 +100,13 @@ NARROW_TILES_OF(BYTES)
 NARROW_TILES_OF(SMALL)
 NARROW_TILES_OF(NIBBLES)
 NARROW_TILES_OF(TABLE)
+NARROW_TILES_OF(FIVES)
+NARROW_TILES_OF(SIXES)
 
 #define NARROW(KIND) {KIND##_tile_1_1, KIND##_tile_2_1, KIND##_tile_3_1, KIND##_tile_4_1}
-static GroupTile *const NARROW_GROUP_TILES[][FEW_ROWS] = {NARROW(BYTES), NARROW(SMALL), NARROW(NIBBLES), NARROW(TABLE)};
+static GroupTile *const NARROW_GROUP_TILES[][FEW_ROWS] = {
+    NARROW(BYTES), NARROW(SMALL), NARROW(NIBBLES), NARROW(TABLE), NARROW(FIVES), NARROW(SIXES),
+};
 
 // Of codes of eight bits: others are expanded for many rows.
 #if PARTS == 1
@@ -143,8 +147,10 @@ INLINE void add_high_terms(int kind, const Weights *weights, int64_t num_panels,
             EACH(p, PARTS) {
                 PartInts products = fill_ints(-weights->offset * sums[group]);
                 for (const Quad *one = first; one < quad; one++) {
-                    const uint8_t *pair = weights->panels + n * weights->distance + one->index / 2 * pair_bytes(kind);
-                    const PartCodes codes = load_quad(kind, weights->table, pair, one->index % 2, p);
+                    const int quad = (int)(one->index % unit_quads(kind));
+                    const uint8_t *unit =
+                        weights->panels + n * weights->distance + bytes_of(kind, one->index - quad);
+                    const PartCodes codes = load_quad(kind, weights->table, unit, quad, p);
                     products = add_quad_of_part(kind, products, codes, one->codes);
                 }
                 totals[n * PARTS + p] += __builtin_convertvector(products, PartFloats) * group_scale(weights, n, group, p);
@@ -242,14 +248,14 @@ INLINE void multiply(const Product *product, int64_t num_panels, Codes codes, co
     }
 }
 
-// Panels of four bits as they would be with eight: NIBBLES become SMALL, TABLE becomes BYTES.
-INLINE const uint8_t *expand(int kind, const uint8_t *table, const uint8_t *panels, int64_t pairs) {
+// Panels of fewer bits as they would be with eight: TABLE becomes BYTES, others become SMALL.
+INLINE const uint8_t *expand(int kind, const uint8_t *table, const uint8_t *panels, int64_t quads) {
     static _Thread_local Room expansion;
-    uint8_t *expanded = room(&expansion, pairs * 2 * QUAD_BYTES);
-    for (int64_t i = 0; i < pairs; i++)
-        EACH(quad, 2) EACH(p, PARTS) {
-            const PartCodes codes = load_quad(kind, table, panels + i * QUAD_BYTES, quad, p);
-            memcpy(expanded + (2 * i + quad) * QUAD_BYTES + p * QUAD * LENGTH, &codes, sizeof codes);
+    uint8_t *expanded = room(&expansion, quads * QUAD_BYTES);
+    for (int64_t k = 0; k < quads; k += unit_quads(kind))
+        EACH(quad, unit_quads(kind)) EACH(p, PARTS) {
+            const PartCodes codes = load_quad(kind, table, panels + bytes_of(kind, k), quad, p);
+            memcpy(expanded + (k + quad) * QUAD_BYTES + p * QUAD * LENGTH, &codes, sizeof codes);
         }
     return expanded;
 }
@@ -262,7 +268,7 @@ INLINE Numbers numbers_of(const Half *values, const int8_t *steps, int64_t panel
 
 OPERATION(grouped_matmul) {
     const int64_t rows = count(args->num_rows), group_size = args->group_size, features = args->features;
-    const int kind = (int)args->kind, is_narrow = kind == NIBBLES || kind == TABLE;
+    const int kind = (int)args->kind, is_narrow = !is_bytes(kind);
     const Codes codes = args->codes;
     const float *scale = args->scale, *bias = args->bias;
     const int64_t quads = codes.stride / QUAD, groups = (args->size + group_size - 1) / group_size;
@@ -270,7 +276,7 @@ OPERATION(grouped_matmul) {
     const int64_t num_panels = (features + PANEL - 1) / PANEL;
     const int64_t panels_a_task = WIDE * larger(1, num_panels / (WIDE * MOST_TASKS));
     const int64_t tasks_a_chunk = (num_panels + panels_a_task - 1) / panels_a_task;
-    const int64_t chunks = (rows + CHUNK - 1) / CHUNK, panel_bytes = quads / 2 * pair_bytes(kind);
+    const int64_t chunks = (rows + CHUNK - 1) / CHUNK, panel_bytes = bytes_of(kind, quads);
     int64_t prepared = -1;
     Chunk of_tokens;
     FOR_TASKS(task, tasks_a_chunk * chunks) {
@@ -285,7 +291,7 @@ OPERATION(grouped_matmul) {
             const uint8_t *panels = args->weight + panel * panel_bytes;
             const Product product = {
                 .weights = {
-                    .panels = expands ? expand(kind, args->table, panels, step * quads / 2) : panels,
+                    .panels = expands ? expand(kind, args->table, panels, step * quads) : panels,
                     .table = args->table,
                     .distance = expands ? quads * QUAD_BYTES : panel_bytes,
                     .offset = (int32_t)args->offset,

@@ -244,11 +244,10 @@ SIGNATURE(finish_sums,
 // pack.c, whose rows are panels
 
 SIGNATURE(pack_int8,
-    READS(void, weight)            // [N, K], bytes
+    READS(int8_t, weight)          // [N, K]
     INTEGER(rows)                  // N
     INTEGER(columns)               // K
-    INTEGER(is_signed)             // 1: the bytes are int8
-    WRITES(uint8_t, output)        // [panels, padded K / 4, 16, 4]: the bytes; signed ones plus 128
+    WRITES(uint8_t, output)        // [panels, padded K / 4, 16, 4]: the codes plus 128
 )
 
 SIGNATURE(pack_nibbles,
@@ -256,6 +255,14 @@ SIGNATURE(pack_nibbles,
     INTEGER(rows)                  // N
     INTEGER(num_bytes)
     WRITES(uint8_t, output)        // [panels, padded K / 8, 64], see group_tiles.h
+)
+
+SIGNATURE(pack_bits,
+    READS(uint8_t, codes)          // [N, K], one in a byte, of 5 or 6 bits
+    INTEGER(rows)                  // N
+    INTEGER(columns)               // K
+    INTEGER(bits)
+    WRITES(uint8_t, output)        // [panels, padded K * bits * 2], see group_tiles.h
 )
 
 SIGNATURE(pack_codebook,

@@ -15,17 +15,16 @@ INLINE uint32_t word_at(const uint8_t *row, int64_t position, int64_t size) {
     return word;
 }
 
-// To a signed byte 128 is added by turning its highest bit over.
+// To a byte 128 is added by turning its highest bit over.
 OPERATION(pack_int8) {
     const int64_t panels = count(args->num_rows), columns = args->columns, stride = padded(columns);
-    const uint32_t offset = args->is_signed ? 0x80808080u : 0;
     FOR_ROWS(panel, panels) {
         const uint8_t *weight = (const uint8_t *)args->weight + panel * PANEL * columns;
         const int64_t rows = args->rows - panel * PANEL < PANEL ? args->rows - panel * PANEL : PANEL;
         uint32_t *output = (uint32_t *)(args->output + panel * PANEL * stride);
         for (int64_t k = 0; k < stride; k += QUAD, output += PANEL)
             for (int64_t row = 0; row < PANEL; row++)
-                output[row] = offset ^ (row < rows ? word_at(weight + row * columns, k, columns) : 0);
+                output[row] = 0x80808080u ^ (row < rows ? word_at(weight + row * columns, k, columns) : 0);
     }
 }
 
@@ -43,6 +42,43 @@ OPERATION(pack_nibbles) {
                 const uint32_t even = (first & 0x0f0f) | (second & 0x0f0f) << 4;
                 const uint32_t odd = (first >> 4 & 0x0f0f) | (second & 0xf0f0);
                 output[row] = (even & 0xff) | (odd & 0xff) << 8 | (even & 0xff00) << 8 | (odd & 0xff00) << 16;
+            }
+    }
+}
+
+// The low `bits` bits of each byte, moved up.
+INLINE uint32_t field(uint32_t word, int from, int bits, int to) {
+    return (word >> from & 0x01010101u * ((1u << bits) - 1)) << to;
+}
+
+// Eight words of codes of five bits in five words: the other three fill the bits that these leave.
+INLINE void pack_fives(const uint32_t *codes, uint32_t *lines) {
+    lines[0] = codes[0] | field(codes[5], 0, 3, 5);
+    lines[PANEL] = codes[1] | field(codes[5], 3, 2, 6) | field(codes[7], 3, 1, 5);
+    lines[2 * PANEL] = codes[2] | field(codes[6], 0, 3, 5);
+    lines[3 * PANEL] = codes[3] | field(codes[6], 3, 2, 6) | field(codes[7], 4, 1, 5);
+    lines[4 * PANEL] = codes[4] | field(codes[7], 0, 3, 5);
+}
+
+// Four of six bits in three.
+INLINE void pack_sixes(const uint32_t *codes, uint32_t *lines) {
+    for (int i = 0; i < 3; i++) lines[i * PANEL] = codes[i] | field(codes[3], 2 * i, 2, 6);
+}
+
+OPERATION(pack_bits) {
+    const int64_t panels = count(args->num_rows), rows = args->rows, columns = args->columns;
+    const int64_t quads = args->bits == 5 ? 8 : 4, lines = quads * args->bits / 8;
+    const int64_t units = padded(columns) / (quads * QUAD);
+    FOR_ROWS(panel, panels) {
+        uint32_t *unit = (uint32_t *)args->output + panel * units * lines * PANEL;
+        for (int64_t i = 0; i < units; i++, unit += lines * PANEL)
+            for (int64_t row = 0; row < PANEL; row++) {
+                const int64_t n = panel * PANEL + row;
+                uint32_t words[8] = {0};
+                for (int64_t quad = 0; n < rows && quad < quads; quad++)
+                    words[quad] = word_at(args->codes + n * columns, (i * quads + quad) * QUAD, columns);
+                if (args->bits == 5) pack_fives(words, unit + row);
+                else pack_sixes(words, unit + row);
             }
     }
 }

@@ -6,6 +6,7 @@ Whole numbers v are exact in x's type, and so are scales and minimums in float32
 where they are steps of a block's: nothing is rounded but float32 sums. See `engine.kernels.matmul.segments_triton`
 for their order: a token's bits depend neither on the other tokens nor on the tile. As in
 `engine.kernels.matmul.int4_triton`, whose packed words those of four bits are, the product is computed transposed.
+Codes of five and six bits stay bytes here.
 """
 
 from __future__ import annotations
@@ -221,11 +222,11 @@ class BlockMatmul:
         assert weight.group_size == 32 or (weight.group_size == 16 and weight.minimum is None)
         codes = weight.codes
         self.bias, self.group_size, self.offset = bias, weight.group_size, weight.offset
-        self.is_packed = weight.is_packed
+        self.is_packed = weight.bits == 4
         self.out_features, self.in_features = codes.shape[0], weight.in_features
         padding = -weight.in_features % BLOCK
         # The offset stands for zero where K is padded, though nothing but zeros is multiplied with it.
-        self.codes = pack_words(codes) if weight.is_packed else F.pad(codes, (0, padding)).contiguous()
+        self.codes = pack_words(codes) if self.is_packed else F.pad(codes, (0, padding)).contiguous()
         self.table = None if weight.values is None else weight.values.to(codes.device)
         self.blocks_a_number = max(1, weight.block_size // BLOCK)
         groups = (weight.in_features + padding) // weight.group_size

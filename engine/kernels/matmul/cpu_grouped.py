@@ -14,7 +14,7 @@ With a scale for each group of a token, as `engine.kernels.matmul.int8` computes
 The sums of a group are int32 and exact, every float operation rounds once, in the order written here, and groups are
 added one after the other: y is equal to the bit for every number of tokens, tile, instruction set and body.
 
-Weights of four bits are multiplied as they lie in memory: nibbles become bytes in registers for a few tokens, and for
+Weights of four, five or six bits lie in panels of as many, which become bytes: in registers for a few tokens, and for
 many in panels that stay in the second-level cache.
 """
 
@@ -41,6 +41,9 @@ from engine.kernels.quantize import HIGH_STEPS, quantize_sparse, sparse_referenc
 
 GROUP_SIZES: tuple[GroupSize, ...] = (128, 64, 32)
 """What the products take of int8 weights. The exact sums of larger groups would not fit into a float's 24 bits."""
+
+_BYTES, _NIBBLES, _TABLE, _FIVES, _SIXES = 0, 2, 3, 4, 5
+"""Kinds of panels in kernels/cpu/group_tiles.h."""
 
 _SIGNED = 128
 """What bytes are stored with too much, so that they are unsigned."""
@@ -73,6 +76,26 @@ def pack_nibbles_in_panels(codes: torch.Tensor) -> torch.Tensor:
         codes=codes.contiguous(),
         rows=rows,
         num_bytes=num_bytes,
+        output=packed,
+    )
+    return packed
+
+
+def pack_bits_in_panels(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """[N, K] uint8 of 5 or 6 bits → panels [N / 16, padded K * bits * 2] uint8; group_tiles.h says how."""
+    rows, columns = codes.shape
+    shape = (-(-rows // PANEL), -(-columns // ALIGNMENT) * ALIGNMENT * bits * PANEL // 8)
+    packed = torch.empty(shape, dtype=torch.uint8, device=codes.device)
+    if packed.is_meta:
+        return packed
+    cpu.run(
+        "pack_bits",
+        len(packed),
+        torch.get_num_threads(),
+        codes=codes.contiguous(),
+        rows=rows,
+        columns=columns,
+        bits=bits,
         output=packed,
     )
     return packed
@@ -193,12 +216,17 @@ def _pack(weight: GroupedWeight) -> tuple[torch.Tensor, int, int, torch.Tensor |
     """Panels, their kind in kernels/cpu/group_tiles.h, what their codes have too much, and a table of bytes."""
     if weight.values is not None:
         table = (weight.values.short() + _SIGNED).to(torch.uint8)
-        return pack_nibbles_in_panels(weight.codes), 3, _SIGNED, table
-    if weight.is_packed:
-        return pack_nibbles_in_panels(weight.codes), 2, weight.offset, None
-    if weight.codes.dtype == torch.uint8:
-        return pack_int8(weight.codes), 1, weight.offset, None
-    return pack_int8(weight.codes), 0, weight.offset + _SIGNED, None
+        return pack_nibbles_in_panels(weight.codes), _TABLE, _SIGNED, table
+    if weight.bits == 4:
+        return pack_nibbles_in_panels(weight.codes), _NIBBLES, weight.offset, None
+    if weight.bits < 8:
+        return (
+            pack_bits_in_panels(weight.codes, weight.bits),
+            _FIVES if weight.bits == 5 else _SIXES,
+            weight.offset,
+            None,
+        )
+    return pack_int8(weight.codes), _BYTES, weight.offset + _SIGNED, None
 
 
 def reference(

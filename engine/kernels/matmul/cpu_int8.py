@@ -105,7 +105,7 @@ def codebook_grid(
 
 
 def pack_int8(weight: torch.Tensor) -> torch.Tensor:
-    """[N, K] int8 or uint8 → panels [N / 16, K / 4, 16, 4] uint8, padded with zeros; int8 plus 128."""
+    """[N, K] int8 → panels [N / 16, K / 4, 16, 4] uint8, padded with zeros, plus 128."""
     rows, columns = weight.shape
     shape = (-(-rows // PANEL), -(-columns // ALIGNMENT) * ALIGNMENT // 4, PANEL, 4)
     packed = torch.empty(shape, dtype=torch.uint8, device=weight.device)
@@ -118,7 +118,6 @@ def pack_int8(weight: torch.Tensor) -> torch.Tensor:
         weight=weight.contiguous(),
         rows=rows,
         columns=columns,
-        is_signed=int(weight.dtype == torch.int8),
         output=packed,
     )
     return packed

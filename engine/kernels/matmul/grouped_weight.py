@@ -41,12 +41,13 @@ class GroupedWeight:
     v = values[code] with values, else code - offset.
 
     Attributes:
-        codes: [N, K] int8; [N, K] uint8, at most 64; or, two in a byte, [N, ceil(K / 2)] uint8 with `is_packed`.
+        codes: [N, K] int8; [N, K] uint8 of fewer bits; or, of four, two in a byte, [N, ceil(K / 2)] uint8.
         in_features: K.
         group_size: Elements along K that share a scale, a power of two and at least 16.
         block_size: Elements along K that share what groups' numbers are steps of; the group size where they are none.
         scale, minimum: None: all of them one; all of them zero.
-        values: [16] int8, or None.
+        bits: Of a code: 4, 5 (then groups have at least 32), 6 or, signed, 8.
+        values: [16] int8, of codes of four bits, or None.
     """
 
     codes: torch.Tensor
@@ -55,11 +56,11 @@ class GroupedWeight:
     scale: GroupNumbers | None
     minimum: GroupNumbers | None = None
     block_size: int = 0
-    is_packed: bool = False
+    bits: int = 8
     offset: int = 0
     values: torch.Tensor | None = None
 
     def integers(self) -> torch.Tensor:
         """v, [N, K] float32."""
-        codes = unpack_nibbles(self.codes)[:, : self.in_features] if self.is_packed else self.codes
+        codes = unpack_nibbles(self.codes)[:, : self.in_features] if self.bits == 4 else self.codes
         return codes.float() - self.offset if self.values is None else self.values.float()[codes.long()]

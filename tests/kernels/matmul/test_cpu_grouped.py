@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_products_of_nibbles_with_minimums(
         group_size=group_size,
         scale=GroupNumbers(scale),
         minimum=GroupNumbers(minimum),
-        is_packed=True,
+        bits=4,
     )
     terms, token_scale = sparse_reference(x, format)
     totals = []
@@ -192,6 +193,24 @@ def test_products_of_weights_of_gguf_types(kind: str, format: SparseInt8Format) 
         expected = product_of_block_weight(x, format, weight.grouped) + bias
         matmul = CpuGroupedMatmul(weight.grouped, None, bias, format)
         check(matmul, reference(x, format, weight.grouped, None, bias), x, expected)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("kind", ["q5_0", "q5_1", "q5_k", "q6_k"])
+@pytest.mark.parametrize("format", SPARSE, ids=lambda format: f"spread-{format.spread}")
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_packed_codes_give_the_bits_of_bytes(
+    rows: int, columns: int, format: SparseInt8Format, kind: str
+) -> None:
+    weight, x = random_block_weight(kind, rows, columns).grouped, activations(max(TOKENS), columns)
+    packed = CpuGroupedMatmul(weight, None, None, format)
+    in_bytes = CpuGroupedMatmul(
+        replace(weight, codes=weight.codes.to(torch.int8), bits=8), None, None, format
+    )
+    for num_tokens in TOKENS:
+        assert_same(packed(x[:num_tokens]), in_bytes(x[:num_tokens]))
+    bits = 8 * packed.get_buffer("weight").numel()
+    assert bits == weight.bits * -(-rows // 16) * 16 * -(-columns // 64) * 64
 
 
 def product_of_block_weight(x: torch.Tensor, format: SparseInt8Format, weight: GroupedWeight) -> torch.Tensor:
