@@ -16,14 +16,12 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from engine.core.matcher import Matcher, TokenTrie, Vocabulary
 from engine.core.structured_outputs import StructuredOutputs
-
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 MAX_COMPILED = 256
 """Compiled forms that are kept for requests to come."""
@@ -33,26 +31,6 @@ _HEADER = '%llguidance {"no_forcing": true}\n'
 
 Bitmask = np.ndarray[tuple[int], np.dtype[np.int32]]
 """[ceil(vocabulary / 32)]; bit t % 32 of word t // 32 is set where token t may come."""
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """A tokenizer's tokens, by id.
-
-    Attributes:
-        tokens: Each one's bytes; none where there is no token. A special token's are its name.
-        special_token_ids: Tokens that are not text: a form must name them to get them.
-    """
-
-    tokens: list[bytes]
-    special_token_ids: list[int]
-
-
-def limits() -> LLParserLimits:
-    """What a form may cost, to compile and in each step: llguidance's own limits. Errors do not quote the form."""
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(verbose_errors=False)
 
 
 def lark_of(structured: StructuredOutputs) -> str:
@@ -85,42 +63,6 @@ def lark_of(structured: StructuredOutputs) -> str:
         raise ValueError(f"the GBNF grammar cannot be read: {error}") from None
 
 
-def make_tokenizer(vocabulary: Vocabulary, vocab_size: int, eos_token_ids: Collection[int]) -> LLTokenizer:
-    """The vocabulary as llguidance searches it.
-
-    Args:
-        vocab_size: Width of the model's logits. Ids without a token are never allowed.
-        eos_token_ids: What may come where a form can end. A model without any gets one beyond its vocabulary.
-    """
-    from llguidance import LLTokenizer, TokenizerWrapper
-
-    padding = [b""] * (vocab_size - len(vocabulary.tokens))
-    end_ids = sorted(token_id for token_id in eos_token_ids if token_id < vocab_size)
-    wrapper = TokenizerWrapper(
-        _Tokens(
-            tokens=[*vocabulary.tokens[:vocab_size], *padding, *([] if end_ids else [b"<end>"])],
-            special_token_ids=[
-                token_id for token_id in vocabulary.special_token_ids if token_id < vocab_size
-            ],
-            eos_token_id=end_ids[0] if end_ids else vocab_size,
-        )
-    )
-    return LLTokenizer(wrapper, n_vocab=len(wrapper.tokens), eos_token=end_ids or [vocab_size])
-
-
-@dataclass(slots=True)
-class _Tokens:
-    """What `TokenizerWrapper` reads."""
-
-    tokens: list[bytes]
-    special_token_ids: list[int]
-    eos_token_id: int
-    bos_token_id: int | None = None
-
-    def __call__(self, text: Any) -> list[int]:
-        raise NotImplementedError("forms are matched without cutting text into tokens")
-
-
 class Grammar:
     """The form of one sequence, as far as its tokens have come.
 
@@ -130,7 +72,7 @@ class Grammar:
 
     def __init__(self, grammars: Grammars, structured: StructuredOutputs, token_ids: Sequence[int]) -> None:
         self._grammars = grammars
-        self._matcher: LLMatcher
+        self._matcher: Matcher
         self.mask: Future[Bitmask] = grammars.submit(self._begin, structured, list(token_ids))
 
     @property
@@ -149,9 +91,7 @@ class Grammar:
         Raises:
             ValueError: The form has no place for it.
         """
-        if not self._matcher.consume_token(token_id):
-            raise ValueError(self._matcher.get_error())
-        return self._matcher.is_stopped()
+        return self._matcher.consume(token_id)
 
     def start_mask(self) -> None:
         """Has a thread fill the mask of the token after those that were taken in."""
@@ -171,15 +111,12 @@ class Grammar:
 
     def _begin(self, structured: StructuredOutputs, token_ids: list[int]) -> Bitmask:
         self._matcher = self._grammars.match(structured)
-        if token_ids and not self._matcher.consume_tokens(token_ids):
-            raise ValueError(self._matcher.get_error())
+        self._matcher.consume_all(token_ids)
         return self._fill()
 
     def _fill(self) -> Bitmask:
-        mask = np.zeros(self._grammars.num_words, np.int32)
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if self._matcher.is_error():
-            raise ValueError(self._matcher.get_error())
+        mask = np.empty(self._grammars.num_words, np.int32)
+        self._matcher.fill(mask)
         return mask[: len(self._grammars.end_mask)]
 
 
@@ -188,7 +125,7 @@ class _Compiled:
     """A form on its way; whoever needs it first compiles it under the lock."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    matcher: LLMatcher | None = None
+    matcher: Matcher | None = None
 
 
 class Grammars:
@@ -213,7 +150,7 @@ class Grammars:
         self.end_mask: Bitmask = end_mask.view(np.int32)
         # One more for the end token of a model that has none.
         self.num_words = -(-(vocab_size + (not end_mask.any())) // 32)
-        self._tokenizer: LLTokenizer | None = None
+        self._trie: TokenTrie | None = None
         self._compiled: OrderedDict[StructuredOutputs, _Compiled] = OrderedDict()
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
@@ -228,14 +165,12 @@ class Grammars:
             self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="grammars")
         return self._threads.submit(function, *arguments)
 
-    def match(self, structured: StructuredOutputs) -> LLMatcher:
+    def match(self, structured: StructuredOutputs) -> Matcher:
         """A matcher at a form's start; for threads.
 
         Raises:
             ValueError: The form cannot be compiled.
         """
-        from llguidance import LLMatcher
-
         with self._lock:
             compiled = self._compiled.setdefault(structured, _Compiled())
             self._compiled.move_to_end(structured)
@@ -243,13 +178,8 @@ class Grammars:
                 self._compiled.popitem(last=False)
         with compiled.lock:
             if compiled.matcher is None:
-                matcher = LLMatcher(
-                    self._learn(), _HEADER + lark_of(structured), log_level=0, limits=limits()
-                )
-                if matcher.is_error():
-                    raise ValueError(matcher.get_error())
-                compiled.matcher = matcher
-            return compiled.matcher.deep_copy()
+                compiled.matcher = Matcher(self._learn(), _HEADER + lark_of(structured))
+            return compiled.matcher.copy()
 
     def close(self) -> None:
         """Ends the threads. May be called twice."""
@@ -257,10 +187,10 @@ class Grammars:
             self._threads.shutdown(wait=False, cancel_futures=True)
             self._threads = None
 
-    def _learn(self) -> LLTokenizer:
+    def _learn(self) -> TokenTrie:
         with self._lock:
-            if self._tokenizer is None:
+            if self._trie is None:
                 if self.vocabulary is None:
                     raise ValueError("the engine does not know its tokenizer's vocabulary")
-                self._tokenizer = make_tokenizer(self.vocabulary, self.vocab_size, self._eos_token_ids)
-            return self._tokenizer
+                self._trie = TokenTrie(self.vocabulary, self.vocab_size, self._eos_token_ids)
+            return self._trie

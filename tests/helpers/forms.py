@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
-from engine.core.grammar import Vocabulary
+from engine.core.matcher import Vocabulary
 from engine.core.request import EngineOutput, Request
 from engine.core.sampling_params import SamplingParams
 from engine.executor.start import start_engine
@@ -40,7 +40,7 @@ TEXTS = (
 
 _TOKENS = [*(text.encode() for text in (*SPECIAL, *TEXTS)), *(bytes([byte]) for byte in range(256))]
 
-VOCABULARY = Vocabulary([*_TOKENS, *([b""] * (NUM_TOKENS - 8 - len(_TOKENS)))], list(range(len(SPECIAL))))
+VOCABULARY = Vocabulary.of([*_TOKENS, *([b""] * (NUM_TOKENS - 8 - len(_TOKENS)))], range(len(SPECIAL)))
 """The last ids have no token, and eight more are beyond it: a model's logits are wider than its tokenizer."""
 
 
