@@ -239,9 +239,7 @@ class Matcher:
             ValueError: The form has no place for one.
         """
         tokens = np.array(token_ids, np.uint32)
-        self._check(
-            _functions()["llg_matcher_consume_tokens"](self._handle, tokens.ctypes.data, len(tokens))
-        )
+        self._check(_functions()["llg_matcher_consume_tokens"](self._handle, tokens.ctypes.data, len(tokens)))
 
     def _own(self, trie: TokenTrie, handle: int) -> None:
         functions = _functions()

@@ -87,7 +87,9 @@ class FormChecker:
 
     def _locate(self, root: Any) -> str | None:
         """Names keyword and path of the innermost schema that cannot be kept, found by compiling each alone."""
-        shared = {key: root[key] for key in ("$defs", "definitions") if isinstance(root, dict) and key in root}
+        shared = {
+            key: root[key] for key in ("$defs", "definitions") if isinstance(root, dict) and key in root
+        }
         for number, (path, schema) in enumerate(_innermost_first(root, "$")):
             if number == MAX_TRIALS:
                 return None

@@ -41,14 +41,14 @@ def test_a_matcher_goes_as_far_as_its_grammar(trie: TokenTrie) -> None:
     assert allowed(matcher) == {ord("b"), 257}
     assert other.consume(257)
     assert allowed(other) == {END}
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match="token"):
         matcher.consume(ord("c"))
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match="token"):
         matcher.fill(np.empty(9, np.int32))
     fresh = Matcher(trie, 'start: "a" "b"')
     fresh.consume_all([ord("a"), ord("b")])
     assert allowed(fresh) == {END}
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match="token"):
         Matcher(trie, 'start: "a" "b"').consume_all([ord("b")])
 
 
@@ -95,4 +95,4 @@ def test_other_threads_run_while_a_vocabulary_is_sorted() -> None:
         future = pool.submit(make)
         while not future.done():
             pass
-        assert time.thread_time() - start > 0.2 * future.result()
+        assert time.thread_time() - start > 0.5 * future.result()
