@@ -19,13 +19,13 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Collection
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from itertools import count
 
 from engine.config import SchedulerConfig
 from engine.core.batch import PENDING, Batch, BatchRow, Draw
-from engine.core.grammar import Grammar, Grammars
+from engine.core.grammar import Bitmask, Grammar, Grammars
 from engine.core.kv_cache import KVCacheManager
 from engine.core.outputs import FinishReason
 from engine.core.request import EngineOutput, Request, RowFailure, SampledToken, Sequence, SequenceStatus
@@ -88,6 +88,7 @@ class Scheduler:
         self.num_scheduled_tokens = 0
         self._waiting: list[tuple[int, int, Sequence]] = []
         self._in_flight: deque[list[PlannedRow]] = deque()
+        self._late_masks: set[Future[Bitmask]] = set()
         self._free_slots = list(reversed(range(config.max_num_seqs)))
         self._arrivals = count()
         self._admissions = count()
@@ -341,9 +342,13 @@ class Scheduler:
 
     def _wait_for_masks(self, rows: list[PlannedRow]) -> None:
         masks = [row.sequence.grammar.mask for row in rows if row.draw and row.sequence.grammar]
-        late = [mask for mask in masks if not mask.done()]
-        if late:
-            wait(late, LONELY_MASK_SECONDS if len(late) == len(rows) else MASK_SECONDS)
+        late = {mask for mask in masks if not mask.done()}
+        if len(late) == len(rows):
+            wait(late, LONELY_MASK_SECONDS)
+        elif late:
+            # One that was late before may take long: a form is being compiled.
+            wait(late - self._late_masks, MASK_SECONDS)
+        self._late_masks = late
 
     def _without_draw(self, row: PlannedRow, grammar: Grammar) -> PlannedRow:
         """A row whose mask is late, or cannot be: its last token is computed again, or the sequence fails."""

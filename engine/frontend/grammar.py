@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,9 @@ MAX_DEPTH = 64
 MAX_TRIALS = 2000
 """Most parts of a JSON Schema that are looked at to find the one at fault."""
 
+MAX_SECONDS = 10.0
+"""How long that part is looked for. A compilation itself is limited in what it makes, and takes a second at most."""
+
 MAX_PASSED = 1024
 """Forms that are remembered to have passed."""
 
@@ -41,15 +45,18 @@ class FormChecker:
 
     Args:
         vocab_size: Width of the model's logits.
+        max_seconds: How long the part at fault is looked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_seconds: float = MAX_SECONDS) -> None:
+        self._tokenizer, self._vocab_size, self._max_seconds = tokenizer, vocab_size, max_seconds
         self._passed: dict[StructuredOutputs, None] = {}
         self._lock = threading.Lock()
 
     def check(self, structured: StructuredOutputs) -> None:
-        """Takes milliseconds, or a second for a form of thousands of parts; may be called by several threads.
+        """Takes milliseconds, a second for a form of thousands of parts, up to `max_seconds` where one is at fault.
+
+        May be called by several threads.
 
         Raises:
             RequestError: The form cannot be kept; names keyword and path of a JSON Schema.
@@ -83,16 +90,21 @@ class FormChecker:
         problem = self._grammar_problem("lark", lark)
         if problem is None or structured.json is None:
             return problem
-        return self._locate(structured.schema) or problem
+        return self._locate(structured.schema, problem)
 
-    def _locate(self, root: Any) -> str | None:
-        """Names keyword and path of the innermost schema that cannot be kept, found by compiling each alone."""
+    def _locate(self, root: Any, of_all: str) -> str:
+        """Names keyword and path of the innermost schema that cannot be kept, found by compiling each alone.
+
+        Args:
+            of_all: What is wrong with the schema as a whole.
+        """
+        deadline = time.monotonic() + self._max_seconds
         shared = {
             key: root[key] for key in ("$defs", "definitions") if isinstance(root, dict) and key in root
         }
         for number, (path, schema) in enumerate(_innermost_first(root, "$")):
-            if number == MAX_TRIALS:
-                return None
+            if number == MAX_TRIALS or time.monotonic() > deadline:
+                return f"{of_all}; the keyword at fault was looked for in {number} parts, and not found"
             problem = self._schema_problem(shared | schema if isinstance(schema, dict) else schema)
             if problem is None:
                 continue
@@ -107,7 +119,7 @@ class FormChecker:
             ]
             keyword = f"the keyword {guilty[0]!r} at " if guilty else ""
             return f"{keyword}{path} cannot be kept: {problem}"
-        return None
+        return of_all
 
     def _schema_problem(self, schema: Any) -> str | None:
         problem = self._grammar_problem("json_schema", json.dumps(schema))

@@ -211,6 +211,17 @@ def test_size_and_nesting_have_limits(checker: FormChecker) -> None:
     assert "too large" in str(refusal(checker, {"allOf": [many] * 12}))
 
 
+def test_what_is_at_fault_is_looked_for_in_some_time() -> None:
+    tokenizer = Tokenizer(byte_tokenizer(), TokenizerSettings({}, (), {}))
+    schema = {"properties": {"a": {"type": "string"}, "b": {"type": "string", "format": "no"}}}
+    assert "'format' at $.properties.b" in str(refusal(FormChecker(tokenizer, NUM_TOKENS), schema))
+    problem = str(refusal(FormChecker(tokenizer, NUM_TOKENS, max_seconds=0.0), schema))
+    assert "Unknown format: no" in problem
+    assert "was looked for in 0 parts, and not found" in problem
+    # What can be kept is not looked through.
+    assert refusal(FormChecker(tokenizer, NUM_TOKENS, max_seconds=0.0), {"properties": {"a": {}}}) is None
+
+
 @pytest.mark.parametrize("alias", ["llama", pytest.param("gemma", marks=pytest.mark.slow)])
 def test_characters_cut_into_tokens_come_out_whole(alias: str) -> None:
     """Whatever the cut: each way is chosen at random among those that the mask allows."""
