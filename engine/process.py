@@ -33,12 +33,6 @@ def machine_name() -> str:
     return " ".join((boot_id.read_text().strip(), *namespaces))
 
 
-def give_way() -> None:
-    """Has this thread leave most of the cores to others, for good; on Linux, where each has a priority."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-
-
 def follow_parent() -> None:
     """Has this process end when its parent does, whose end of standard input is closed then.
 

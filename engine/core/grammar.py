@@ -22,7 +22,6 @@ import numpy as np
 
 from engine.core.matcher import Matcher, TokenTrie, Vocabulary
 from engine.core.structured_outputs import StructuredOutputs
-from engine.process import give_way
 
 MAX_COMPILED = 256
 """Compiled forms that are kept for requests to come."""
@@ -191,12 +190,7 @@ class Grammars:
     def _learn(self) -> TokenTrie:
         with self._lock:
             if self._trie is None:
-                # In a thread of its own, since a thread that has given way cannot be given its priority back.
-                with ThreadPoolExecutor(1, initializer=give_way) as pool:
-                    self._trie = pool.submit(self._make_trie).result()
+                if self.vocabulary is None:
+                    raise ValueError("the engine does not know its tokenizer's vocabulary")
+                self._trie = TokenTrie(self.vocabulary, self.vocab_size, self._eos_token_ids)
             return self._trie
-
-    def _make_trie(self) -> TokenTrie:
-        if self.vocabulary is None:
-            raise ValueError("the engine does not know its tokenizer's vocabulary")
-        return TokenTrie(self.vocabulary, self.vocab_size, self._eos_token_ids)
