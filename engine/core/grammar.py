@@ -1,6 +1,6 @@
 """Grammars: which tokens the form of an answer allows next. llguidance matches; its work is done in threads.
 
-    update: a token is appended ─► advance ─► a thread fills the next mask │ meanwhile plan, forward pass ─► draws
+    update: tokens are appended ─► advance ─► a thread fills the next masks │ meanwhile plan, forward pass ─► draws
 
 Matcher and mask are a function of the form and the sequence's tokens so far, whatever the steps were. Matching holds
 no GIL, so that a mask is made while the model computes. The package is imported with the first form: a start does not
@@ -13,10 +13,10 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,11 +26,14 @@ from engine.core.structured_outputs import StructuredOutputs
 MAX_COMPILED = 256
 """Compiled forms that are kept for requests to come."""
 
+MASKS_A_TASK = 8
+"""Rows whose masks one thread fills: few threads take cores from the step, and the masks of a large batch do not
+queue behind each other."""
+
 _HEADER = '%llguidance {"no_forcing": true}\n'
 """Every way to cut a forced text into tokens is allowed: the model chooses, and no tokenizer is asked for one."""
 
-Bitmask = np.ndarray[tuple[int], np.dtype[np.int32]]
-"""[ceil(vocabulary / 32)]; bit t % 32 of word t // 32 is set where token t may come."""
+Result = TypeVar("Result")
 
 
 def lark_of(structured: StructuredOutputs) -> str:
@@ -63,6 +66,19 @@ def lark_of(structured: StructuredOutputs) -> str:
         raise ValueError(f"the GBNF grammar cannot be read: {error}") from None
 
 
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Which tokens may come next, as bitmasks' bytes.
+
+    Attributes:
+        allowed: All.
+        not_ends: Those that do not end the sequence; all where there are no others.
+    """
+
+    allowed: bytes
+    not_ends: bytes
+
+
 class Grammar:
     """The form of one sequence, as far as its tokens have come.
 
@@ -73,7 +89,7 @@ class Grammar:
     def __init__(self, grammars: Grammars, structured: StructuredOutputs, token_ids: Sequence[int]) -> None:
         self._grammars = grammars
         self._matcher: Matcher
-        self.mask: Future[Bitmask] = grammars.submit(self._begin, structured, list(token_ids))
+        self.mask: Future[Mask] = grammars.submit(self._begin, structured, list(token_ids))
 
     @property
     def has_mask(self) -> bool:
@@ -93,31 +109,25 @@ class Grammar:
         """
         return self._matcher.consume(token_id)
 
-    def start_mask(self) -> None:
-        """Has a thread fill the mask of the token after those that were taken in."""
-        self.mask = self._grammars.submit(self._fill)
+    def fill_mask(self) -> None:
+        """Completes `mask`; for threads."""
+        try:
+            self.mask.set_result(self._fill())
+        except Exception as error:
+            self.mask.set_exception(error)
 
-    def allowed_tokens(self, may_end: bool) -> bytes:
-        """The mask that is there, as bytes.
-
-        Args:
-            may_end: Whether tokens that end the sequence are among them even where others are.
-        """
-        mask = self.mask.result()
-        if not may_end:
-            others = mask & ~self._grammars.end_mask
-            mask = others if others.any() else mask
-        return mask.tobytes()
-
-    def _begin(self, structured: StructuredOutputs, token_ids: list[int]) -> Bitmask:
+    def _begin(self, structured: StructuredOutputs, token_ids: list[int]) -> Mask:
         self._matcher = self._grammars.match(structured)
         self._matcher.consume_all(token_ids)
         return self._fill()
 
-    def _fill(self) -> Bitmask:
-        mask = np.empty(self._grammars.num_words, np.int32)
+    def _fill(self) -> Mask:
+        mask, end_mask = np.empty(self._grammars.num_words, np.int32), self._grammars.end_mask
         self._matcher.fill(mask)
-        return mask[: len(self._grammars.end_mask)]
+        mask = mask[: len(end_mask)]
+        others = mask & ~end_mask
+        allowed = mask.tobytes()
+        return Mask(allowed, others.tobytes() if others.any() else allowed)
 
 
 @dataclass(slots=True)
@@ -136,7 +146,7 @@ class Grammars:
 
     Attributes:
         vocabulary: Must be set before the first form.
-        end_mask: The tokens that end a sequence.
+        end_mask: The tokens that end a sequence: [ceil(vocabulary / 32)] int32, bit t % 32 of word t // 32 token t's.
         num_words: Length of the masks that llguidance fills.
     """
 
@@ -147,7 +157,7 @@ class Grammars:
         for token_id in eos_token_ids:
             if token_id < vocab_size:
                 end_mask[token_id // 32] |= np.uint32(1 << token_id % 32)
-        self.end_mask: Bitmask = end_mask.view(np.int32)
+        self.end_mask = end_mask.view(np.int32)
         # One more for the end token of a model that has none.
         self.num_words = -(-(vocab_size + (not end_mask.any())) // 32)
         self._trie: TokenTrie | None = None
@@ -159,7 +169,14 @@ class Grammars:
         """A form of a sequence that has these tokens after its prompt; a thread compiles it."""
         return Grammar(self, structured, token_ids)
 
-    def submit(self, function: Any, *arguments: Any) -> Future[Bitmask]:
+    def start_masks(self, grammars: Sequence[Grammar]) -> None:
+        """Has threads fill the masks of the tokens after those that these have taken in."""
+        for grammar in grammars:
+            grammar.mask = Future()
+        for start in range(0, len(grammars), MASKS_A_TASK):
+            self.submit(_fill_masks, grammars[start : start + MASKS_A_TASK])
+
+    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Has a thread call a function."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="grammars")
@@ -194,3 +211,8 @@ class Grammars:
                     raise ValueError("the engine does not know its tokenizer's vocabulary")
                 self._trie = TokenTrie(self.vocabulary, self.vocab_size, self._eos_token_ids)
             return self._trie
+
+
+def _fill_masks(grammars: Sequence[Grammar]) -> None:
+    for grammar in grammars:
+        grammar.fill_mask()

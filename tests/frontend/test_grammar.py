@@ -165,11 +165,11 @@ def check_that_instances_are_allowed(checker: FormChecker, number: int) -> None:
         assume("\x7f" not in text and jsonschema.Draft7Validator(schema).is_valid(json.loads(text)))
         grammar = grammars.start(StructuredOutputs(json=schema), [])
         for position, token_id in enumerate(ids_of(text.encode())):
-            allowed = np.frombuffer(grammar.allowed_tokens(may_end=True), np.uint32)
+            allowed = np.frombuffer(grammar.mask.result().allowed, np.uint32)
             assert allowed[token_id // 32] >> token_id % 32 & 1, (schema, text[:position], text)
             is_complete = grammar.advance(token_id)
-            grammar.start_mask()
-        assert is_complete or np.frombuffer(grammar.allowed_tokens(may_end=True), np.uint32)[0] >> EOS[0] & 1
+            grammars.start_masks([grammar])
+        assert is_complete or np.frombuffer(grammar.mask.result().allowed, np.uint32)[0] >> EOS[0] & 1
 
     check()
     grammars.close()
@@ -242,12 +242,12 @@ def test_characters_cut_into_tokens_come_out_whole(alias: str) -> None:
         detokenizer = IncrementalDetokenizer(tokenizer, [1], skip_special_tokens=True, keeps_start=True)
         pieces, token_ids, is_complete = [], [], False
         while not is_complete:
-            mask = np.frombuffer(grammar.allowed_tokens(may_end=False), np.uint8)
+            mask = np.frombuffer(grammar.mask.result().not_ends, np.uint8)
             token_id = int(source.choice(np.flatnonzero(np.unpackbits(mask, bitorder="little"))))
             pieces.append(detokenizer.push(token_id))
             token_ids.append(token_id)
             is_complete = grammar.advance(token_id)
-            grammar.start_mask()
+            grammars.start_masks([grammar])
         assert detokenizer.flush() == ""
         assert not set(token_ids) & tokenizer.special_token_ids
         said.add(json.loads("".join(pieces)))
