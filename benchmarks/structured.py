@@ -1,7 +1,8 @@
 """What forms of answers cost: `python -m benchmarks.structured --help`.
 
-The time of a mask, for each token of answers to the schemas of the tests, which the model itself gave under them; and
-the tokens/s of constrained streams beside the same ones without a form, in turns.
+The time of a mask, for each token of answers to the schemas of the tests, which the model itself gave under them, and
+of calls of tools with these schemas, required and free to come; and the tokens/s of constrained streams beside the
+same ones without a form, in turns.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from benchmarks.machine import describe_run
 from benchmarks.prompts import WORDS
@@ -26,6 +26,9 @@ from engine import LLM, SamplingParams
 from engine.core.grammar import Grammars
 from engine.core.structured_outputs import StructuredOutputs
 from engine.errors import EngineError
+from engine.frontend.chat_format import ChatFormat
+from engine.frontend.tool_formats.format import Tool
+from engine.frontend.tools import ToolChoice
 from engine.loading.resolve import resolve_model
 from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -58,14 +61,30 @@ def read_forms() -> list[StructuredOutputs]:
     ]
 
 
+def tool_forms(
+    tokenizer: Tokenizer, forms: Sequence[StructuredOutputs], mode: Literal["auto", "required"]
+) -> list[StructuredOutputs]:
+    """The forms of answers that call a tool with these schemas."""
+    chat_format = ChatFormat(tokenizer)
+    found = []
+    for form in forms:
+        tool = Tool("answer", form.schema)
+        turn = chat_format.turn([{"role": "user", "content": "Hello"}], [tool], ToolChoice(mode))
+        assert turn.form is not None
+        found.append(turn.form)
+    return found
+
+
 def answers(llm: LLM, forms: Sequence[StructuredOutputs], max_tokens: int) -> list[str]:
     """What the model says in each form."""
     params = [
-        SamplingParams(structured_outputs=form, max_tokens=max_tokens, seed=number)
+        SamplingParams(structured_outputs=form, max_tokens=max_tokens, seed=number, skip_special_tokens=False)
         for number, form in enumerate(forms)
     ]
     prompts = ["Here is an example of the data as JSON:\n"] * len(forms)
-    return [result.outputs[0].text for result in llm.generate(prompts, params)]
+    ends = [llm.tokenizer.decode([token], skip_special_tokens=False) for token in llm.tokenizer.eos_token_ids]
+    texts = [result.outputs[0].text for result in llm.generate(prompts, params, use_tqdm=False)]
+    return [text.removesuffix(next(filter(text.endswith, ends), "")) for text in texts]
 
 
 def mask_times(
@@ -77,7 +96,7 @@ def mask_times(
     """
     grammars = Grammars(tokenizer.vocab_size, tokenizer.eos_token_ids)
     grammars.vocabulary = tokenizer.vocabulary()
-    mask = allocate_token_bitmask(1, tokenizer.vocab_size)
+    mask = np.empty(grammars.num_words, np.int32)
     compiling, filling = [], []
     for form, text in zip(forms, texts, strict=True):
         start = time.thread_time()
@@ -85,10 +104,9 @@ def mask_times(
         compiling.append(time.thread_time() - start)
         for token_id in tokenizer.encode(text, add_special_tokens=False):
             start = time.thread_time()
-            fill_next_token_bitmask(matcher, mask)
+            matcher.fill(mask)
             filling.append(time.thread_time() - start)
-            if not matcher.consume_token(token_id):
-                raise RuntimeError(f"{text!r} is not in the form {form}: {matcher.get_error()}")
+            matcher.consume(token_id)
     grammars.close()
     # The first of all waits for the tokenizer.
     compiled, filled = 1000 * np.array(compiling[1:]), 1000 * np.array(filling)
@@ -115,7 +133,7 @@ def stream_rates(llm: LLM, num_streams: int, num_tokens: int, repeat: int) -> li
         ),
     }
     rates = []
-    for _ in range(repeat + 1):
+    for _ in range(repeat + 1 if repeat else 0):
         rate = {}
         for name, params in kinds.items():
             start = time.perf_counter()
@@ -138,7 +156,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--answer-tokens", type=positive_int, default=150, help="most tokens of an answer")
     parser.add_argument("--streams", type=positive_int, default=8)
     parser.add_argument("--stream-tokens", type=positive_int, default=128)
-    parser.add_argument("--repeat", type=positive_int, default=5)
+    parser.add_argument("--repeat", type=int, default=7, help="turns of the streams; 0: masks alone")
     parser.add_argument("--output", type=Path, help="JSON file for all numbers")
     arguments = parser.parse_args(words)
     try:
@@ -146,27 +164,38 @@ def main(words: Sequence[str] | None = None) -> int:
         llm = LLM(arguments.model, quant=arguments.quant, kv_cache_memory="256MiB")
         rates = stream_rates(llm, arguments.streams, arguments.stream_tokens, arguments.repeat)
         texts = answers(llm, forms, arguments.answer_tokens)
-        masks = {arguments.model: mask_times(llm.tokenizer, forms, texts)}
-        for name in arguments.tokenizer:
-            masks[name] = mask_times(load_tokenizer(resolve_model(name)), forms, texts)
+        calls = answers(llm, tool_forms(llm.tokenizer, forms, "required"), arguments.answer_tokens)
+        masks = {}
+        for name in (arguments.model, *arguments.tokenizer):
+            tokenizer = load_tokenizer(resolve_model(name))
+            masks[name] = mask_times(tokenizer, forms, texts)
+            for mode in ("required", "auto"):
+                masks[f"{name}, tools {mode}"] = mask_times(
+                    tokenizer, tool_forms(tokenizer, forms, mode), calls
+                )
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    ratio = median(rate["constrained"] / rate["plain"] for rate in rates)
     rows = [
         [name, f"{one['vocab_size']:.0f}", *(f"{one[key]:.3f}" for key in ("median_ms", "p99_ms", "max_ms"))]
         for name, one in masks.items()
     ]
     print(format_table(["tokenizer", "vocabulary", "median ms", "p99 ms", "max ms"], rows))
-    speeds = {name: median(rate[name] for rate in rates) for name in ("plain", "constrained")}
-    print(
-        f"{arguments.streams} streams: {speeds['plain']:.1f} tokens/s, in a form {speeds['constrained']:.1f}"
-    )
-    print(f"ratio within a turn, median of {len(rates)}: {ratio:.3f}")
+    result: dict[str, Any] = {"masks": masks}
+    if rates:
+        result |= {"streams": rates, "ratio": report_rates(rates, arguments.streams)}
     if arguments.output is not None:
-        result = {"masks": masks, "streams": rates, "ratio": ratio}
         write_json(arguments.output, {"benchmark": "structured", **describe_run(sys.argv[1:]), **result})
     return 0
+
+
+def report_rates(rates: list[dict[str, float]], num_streams: int) -> float:
+    """Prints the streams' tokens/s; returns how many times as fast they are in a form."""
+    ratio = median(rate["constrained"] / rate["plain"] for rate in rates)
+    speeds = {name: median(rate[name] for rate in rates) for name in ("plain", "constrained")}
+    print(f"{num_streams} streams: {speeds['plain']:.1f} tokens/s, in a form {speeds['constrained']:.1f}")
+    print(f"ratio within a turn, median of {len(rates)}: {ratio:.3f}")
+    return ratio
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Grammars: which tokens the form of an answer allows next. llguidance matches; its work is done in threads.
 
-    update: a token is appended ─► advance ─► a thread fills the next mask │ meanwhile plan, forward pass ─► draws
+    update: tokens are appended ─► advance ─► a thread fills the next masks │ meanwhile plan, forward pass ─► draws
 
 Matcher and mask are a function of the form and the sequence's tokens so far, whatever the steps were. Matching holds
 no GIL, so that a mask is made while the model computes. The package is imported with the first form: a start does not
@@ -13,46 +13,27 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from engine.core.matcher import Matcher, TokenTrie, Vocabulary
 from engine.core.structured_outputs import StructuredOutputs
-
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 MAX_COMPILED = 256
 """Compiled forms that are kept for requests to come."""
 
+MASKS_A_TASK = 8
+"""Rows whose masks one thread fills: few threads take cores from the step, and the masks of a large batch do not
+queue behind each other."""
+
 _HEADER = '%llguidance {"no_forcing": true}\n'
 """Every way to cut a forced text into tokens is allowed: the model chooses, and no tokenizer is asked for one."""
 
-Bitmask = np.ndarray[tuple[int], np.dtype[np.int32]]
-"""[ceil(vocabulary / 32)]; bit t % 32 of word t // 32 is set where token t may come."""
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """A tokenizer's tokens, by id.
-
-    Attributes:
-        tokens: Each one's bytes; none where there is no token. A special token's are its name.
-        special_token_ids: Tokens that are not text: a form must name them to get them.
-    """
-
-    tokens: list[bytes]
-    special_token_ids: list[int]
-
-
-def limits() -> LLParserLimits:
-    """What a form may cost, to compile and in each step: llguidance's own limits. Errors do not quote the form."""
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(verbose_errors=False)
+Result = TypeVar("Result")
 
 
 def lark_of(structured: StructuredOutputs) -> str:
@@ -85,40 +66,17 @@ def lark_of(structured: StructuredOutputs) -> str:
         raise ValueError(f"the GBNF grammar cannot be read: {error}") from None
 
 
-def make_tokenizer(vocabulary: Vocabulary, vocab_size: int, eos_token_ids: Collection[int]) -> LLTokenizer:
-    """The vocabulary as llguidance searches it.
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Which tokens may come next, as bitmasks' bytes.
 
-    Args:
-        vocab_size: Width of the model's logits. Ids without a token are never allowed.
-        eos_token_ids: What may come where a form can end. A model without any gets one beyond its vocabulary.
+    Attributes:
+        allowed: All.
+        not_ends: Those that do not end the sequence; all where there are no others.
     """
-    from llguidance import LLTokenizer, TokenizerWrapper
 
-    padding = [b""] * (vocab_size - len(vocabulary.tokens))
-    end_ids = sorted(token_id for token_id in eos_token_ids if token_id < vocab_size)
-    wrapper = TokenizerWrapper(
-        _Tokens(
-            tokens=[*vocabulary.tokens[:vocab_size], *padding, *([] if end_ids else [b"<end>"])],
-            special_token_ids=[
-                token_id for token_id in vocabulary.special_token_ids if token_id < vocab_size
-            ],
-            eos_token_id=end_ids[0] if end_ids else vocab_size,
-        )
-    )
-    return LLTokenizer(wrapper, n_vocab=len(wrapper.tokens), eos_token=end_ids or [vocab_size])
-
-
-@dataclass(slots=True)
-class _Tokens:
-    """What `TokenizerWrapper` reads."""
-
-    tokens: list[bytes]
-    special_token_ids: list[int]
-    eos_token_id: int
-    bos_token_id: int | None = None
-
-    def __call__(self, text: Any) -> list[int]:
-        raise NotImplementedError("forms are matched without cutting text into tokens")
+    allowed: bytes
+    not_ends: bytes
 
 
 class Grammar:
@@ -130,8 +88,8 @@ class Grammar:
 
     def __init__(self, grammars: Grammars, structured: StructuredOutputs, token_ids: Sequence[int]) -> None:
         self._grammars = grammars
-        self._matcher: LLMatcher
-        self.mask: Future[Bitmask] = grammars.submit(self._begin, structured, list(token_ids))
+        self._matcher: Matcher
+        self.mask: Future[Mask] = grammars.submit(self._begin, structured, list(token_ids))
 
     @property
     def has_mask(self) -> bool:
@@ -149,38 +107,27 @@ class Grammar:
         Raises:
             ValueError: The form has no place for it.
         """
-        if not self._matcher.consume_token(token_id):
-            raise ValueError(self._matcher.get_error())
-        return self._matcher.is_stopped()
+        return self._matcher.consume(token_id)
 
-    def start_mask(self) -> None:
-        """Has a thread fill the mask of the token after those that were taken in."""
-        self.mask = self._grammars.submit(self._fill)
+    def fill_mask(self) -> None:
+        """Completes `mask`; for threads."""
+        try:
+            self.mask.set_result(self._fill())
+        except Exception as error:
+            self.mask.set_exception(error)
 
-    def allowed_tokens(self, may_end: bool) -> bytes:
-        """The mask that is there, as bytes.
-
-        Args:
-            may_end: Whether tokens that end the sequence are among them even where others are.
-        """
-        mask = self.mask.result()
-        if not may_end:
-            others = mask & ~self._grammars.end_mask
-            mask = others if others.any() else mask
-        return mask.tobytes()
-
-    def _begin(self, structured: StructuredOutputs, token_ids: list[int]) -> Bitmask:
+    def _begin(self, structured: StructuredOutputs, token_ids: list[int]) -> Mask:
         self._matcher = self._grammars.match(structured)
-        if token_ids and not self._matcher.consume_tokens(token_ids):
-            raise ValueError(self._matcher.get_error())
+        self._matcher.consume_all(token_ids)
         return self._fill()
 
-    def _fill(self) -> Bitmask:
-        mask = np.zeros(self._grammars.num_words, np.int32)
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if self._matcher.is_error():
-            raise ValueError(self._matcher.get_error())
-        return mask[: len(self._grammars.end_mask)]
+    def _fill(self) -> Mask:
+        mask, end_mask = np.empty(self._grammars.num_words, np.int32), self._grammars.end_mask
+        self._matcher.fill(mask)
+        mask = mask[: len(end_mask)]
+        others = mask & ~end_mask
+        allowed = mask.tobytes()
+        return Mask(allowed, others.tobytes() if others.any() else allowed)
 
 
 @dataclass(slots=True)
@@ -188,7 +135,7 @@ class _Compiled:
     """A form on its way; whoever needs it first compiles it under the lock."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    matcher: LLMatcher | None = None
+    matcher: Matcher | None = None
 
 
 class Grammars:
@@ -199,7 +146,7 @@ class Grammars:
 
     Attributes:
         vocabulary: Must be set before the first form.
-        end_mask: The tokens that end a sequence.
+        end_mask: The tokens that end a sequence: [ceil(vocabulary / 32)] int32, bit t % 32 of word t // 32 token t's.
         num_words: Length of the masks that llguidance fills.
     """
 
@@ -210,10 +157,10 @@ class Grammars:
         for token_id in eos_token_ids:
             if token_id < vocab_size:
                 end_mask[token_id // 32] |= np.uint32(1 << token_id % 32)
-        self.end_mask: Bitmask = end_mask.view(np.int32)
+        self.end_mask = end_mask.view(np.int32)
         # One more for the end token of a model that has none.
         self.num_words = -(-(vocab_size + (not end_mask.any())) // 32)
-        self._tokenizer: LLTokenizer | None = None
+        self._trie: TokenTrie | None = None
         self._compiled: OrderedDict[StructuredOutputs, _Compiled] = OrderedDict()
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
@@ -222,20 +169,25 @@ class Grammars:
         """A form of a sequence that has these tokens after its prompt; a thread compiles it."""
         return Grammar(self, structured, token_ids)
 
-    def submit(self, function: Any, *arguments: Any) -> Future[Bitmask]:
+    def start_masks(self, grammars: Sequence[Grammar]) -> None:
+        """Has threads fill the masks of the tokens after those that these have taken in."""
+        for grammar in grammars:
+            grammar.mask = Future()
+        for start in range(0, len(grammars), MASKS_A_TASK):
+            self.submit(_fill_masks, grammars[start : start + MASKS_A_TASK])
+
+    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Has a thread call a function."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="grammars")
         return self._threads.submit(function, *arguments)
 
-    def match(self, structured: StructuredOutputs) -> LLMatcher:
+    def match(self, structured: StructuredOutputs) -> Matcher:
         """A matcher at a form's start; for threads.
 
         Raises:
             ValueError: The form cannot be compiled.
         """
-        from llguidance import LLMatcher
-
         with self._lock:
             compiled = self._compiled.setdefault(structured, _Compiled())
             self._compiled.move_to_end(structured)
@@ -243,13 +195,8 @@ class Grammars:
                 self._compiled.popitem(last=False)
         with compiled.lock:
             if compiled.matcher is None:
-                matcher = LLMatcher(
-                    self._learn(), _HEADER + lark_of(structured), log_level=0, limits=limits()
-                )
-                if matcher.is_error():
-                    raise ValueError(matcher.get_error())
-                compiled.matcher = matcher
-            return compiled.matcher.deep_copy()
+                compiled.matcher = Matcher(self._learn(), _HEADER + lark_of(structured))
+            return compiled.matcher.copy()
 
     def close(self) -> None:
         """Ends the threads. May be called twice."""
@@ -257,10 +204,15 @@ class Grammars:
             self._threads.shutdown(wait=False, cancel_futures=True)
             self._threads = None
 
-    def _learn(self) -> LLTokenizer:
+    def _learn(self) -> TokenTrie:
         with self._lock:
-            if self._tokenizer is None:
+            if self._trie is None:
                 if self.vocabulary is None:
                     raise ValueError("the engine does not know its tokenizer's vocabulary")
-                self._tokenizer = make_tokenizer(self.vocabulary, self.vocab_size, self._eos_token_ids)
-            return self._tokenizer
+                self._trie = TokenTrie(self.vocabulary, self.vocab_size, self._eos_token_ids)
+            return self._trie
+
+
+def _fill_masks(grammars: Sequence[Grammar]) -> None:
+    for grammar in grammars:
+        grammar.fill_mask()

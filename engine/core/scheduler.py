@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from itertools import count
 
 from engine.config import SchedulerConfig
 from engine.core.batch import PENDING, Batch, BatchRow, Draw
-from engine.core.grammar import Grammar, Grammars
+from engine.core.grammar import Grammar, Grammars, Mask
 from engine.core.kv_cache import KVCacheManager
 from engine.core.outputs import FinishReason
 from engine.core.request import EngineOutput, Request, RowFailure, SampledToken, Sequence, SequenceStatus
@@ -91,6 +91,7 @@ class Scheduler:
         self.num_scheduled_tokens = 0
         self._waiting = WaitingQueue()
         self._in_flight: deque[list[PlannedRow]] = deque()
+        self._late_masks: set[Future[Mask]] = set()
         self._free_slots = list(reversed(range(config.max_num_seqs)))
         self._arrivals = count()
         self._admissions = count()
@@ -208,7 +209,8 @@ class Scheduler:
 
     def update(self, results: list[SampledToken | RowFailure | None]) -> list[EngineOutput]:
         """Takes in what the oldest step in flight computed: one entry a row, None where nothing was drawn."""
-        outputs = []
+        outputs: list[EngineOutput] = []
+        advanced: list[Grammar] = []
         for row, result in zip(self._in_flight.popleft(), results, strict=True):
             sequence = row.sequence
             if sequence.status is SequenceStatus.FINISHED:
@@ -223,6 +225,9 @@ class Scheduler:
             if row.draw is not None and result is not None:
                 self._end_draw(sequence)
                 outputs.append(self._append(sequence, result))
+                if sequence.grammar is not None and outputs[-1].finish_reason is None:
+                    advanced.append(sequence.grammar)
+        self.grammars.start_masks(advanced)
         self.num_steps += 1
         return outputs
 
@@ -332,7 +337,8 @@ class Scheduler:
         is_short = sequence.num_output_tokens < params.min_tokens
         if sequence.grammar is not None:
             # A form in whose place nothing else can be ends before min_tokens, and under ignore_eos.
-            allowed = sequence.grammar.allowed_tokens(may_end=not (is_short or params.ignore_eos))
+            mask = sequence.grammar.mask.result()
+            allowed = mask.not_ends if is_short or params.ignore_eos else mask.allowed
             banned = params.stop_token_ids if is_short else ()
         elif is_short:
             banned = (*self.eos_token_ids, *params.stop_token_ids)
@@ -349,9 +355,13 @@ class Scheduler:
 
     def _wait_for_masks(self, rows: list[PlannedRow]) -> None:
         masks = [row.sequence.grammar.mask for row in rows if row.draw and row.sequence.grammar]
-        late = [mask for mask in masks if not mask.done()]
-        if late:
-            wait(late, LONELY_MASK_SECONDS if len(late) == len(rows) else MASK_SECONDS)
+        late = {mask for mask in masks if not mask.done()}
+        if len(late) == len(rows):
+            wait(late, LONELY_MASK_SECONDS)
+        elif late:
+            # One that was late before may take long: a form is being compiled.
+            wait(late - self._late_masks, MASK_SECONDS)
+        self._late_masks = late
 
     def _without_draw(self, row: PlannedRow, grammar: Grammar) -> PlannedRow:
         """A row whose mask is late, or cannot be: its last token is computed again, or the sequence fails."""
@@ -392,8 +402,6 @@ class Scheduler:
                 finish_reason, is_form_complete = "stop", sample.token_id not in self.eos_token_ids
         if finish_reason is not None:
             self._finish(sequence)
-        elif sequence.grammar is not None:
-            sequence.grammar.start_mask()
         return EngineOutput(
             request_id=sequence.request.request_id,
             index=sequence.index,

@@ -181,8 +181,8 @@ def allowed_tokens_of(draws: Sequence[Draw]) -> torch.Tensor | None:
     width = max((len(mask) for mask in masks if mask is not None), default=0)
     if width == 0:
         return None
-    words = b"".join(b"\xff" * width if mask is None else mask for mask in masks)
-    return torch.from_numpy(np.frombuffer(words, np.int32).reshape(len(masks), -1).copy())
+    words = bytearray().join(b"\xff" * width if mask is None else mask for mask in masks)
+    return torch.frombuffer(words, dtype=torch.int32).view(len(masks), -1)
 
 
 def sequences_of(batch: Batch) -> list[Hashable]:

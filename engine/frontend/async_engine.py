@@ -20,9 +20,9 @@ from engine.core.random import derive_seed
 from engine.core.request import EngineOutput, Request
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineInfo, EngineStats
-from engine.core.structured_outputs import FIELD, StructuredOutputs
+from engine.core.structured_outputs import StructuredOutputs
 from engine.core.validation import validate_request
-from engine.errors import EngineDeadError, EngineError, EngineStartError, RequestError
+from engine.errors import EngineDeadError, EngineError, EngineStartError
 from engine.executor.ranks.limits import BEAT_SECONDS, Limits
 from engine.frontend.chat_format import ChatFormat
 from engine.frontend.child import EngineChild, end_process, launch
@@ -49,9 +49,6 @@ from engine.process import ProcessClock, exit_cause
 from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 Result = TypeVar("Result")
-
-CHECK_SECONDS = 10.0
-"""How long the check of a request's form may take."""
 
 
 class ServedEngine(Protocol):
@@ -265,10 +262,7 @@ class AsyncEngine:
         Raises:
             RequestError: It cannot be kept.
         """
-        try:
-            await asyncio.wait_for(asyncio.to_thread(self._forms.check, structured), CHECK_SECONDS)
-        except TimeoutError:
-            raise RequestError(f"{FIELD}: takes more than {CHECK_SECONDS:g} s to compile", FIELD) from None
+        await asyncio.to_thread(self._forms.check, structured)
         if self._teaching is None:
             self._teaching = asyncio.create_task(self._teach())
         await asyncio.shield(self._teaching)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from engine.core.grammar import Vocabulary, lark_of, limits, make_tokenizer
+from engine.core.grammar import lark_of
+from engine.core.matcher import TokenTrie, Vocabulary, grammar_problem
 from engine.core.structured_outputs import FIELD, StructuredOutputs
 from engine.errors import RequestError
 from engine.tokenizer.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from llguidance import LLTokenizer
 
 MAX_BYTES = 2**18
 """Longest form."""
@@ -24,6 +23,9 @@ MAX_DEPTH = 64
 
 MAX_TRIALS = 2000
 """Most parts of a JSON Schema that are looked at to find the one at fault."""
+
+MAX_SECONDS = 10.0
+"""How long that part is looked for. A compilation itself is limited in what it makes, and takes a second at most."""
 
 MAX_PASSED = 1024
 """Forms that are remembered to have passed."""
@@ -43,15 +45,18 @@ class FormChecker:
 
     Args:
         vocab_size: Width of the model's logits.
+        max_seconds: How long the part at fault is looked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_seconds: float = MAX_SECONDS) -> None:
+        self._tokenizer, self._vocab_size, self._max_seconds = tokenizer, vocab_size, max_seconds
         self._passed: dict[StructuredOutputs, None] = {}
         self._lock = threading.Lock()
 
     def check(self, structured: StructuredOutputs) -> None:
-        """Takes milliseconds, or a second for a form of thousands of parts; may be called by several threads.
+        """Takes milliseconds, a second for a form of thousands of parts, up to `max_seconds` where one is at fault.
+
+        May be called by several threads.
 
         Raises:
             RequestError: The form cannot be kept; names keyword and path of a JSON Schema.
@@ -82,37 +87,57 @@ class FormChecker:
             lark = lark_of(structured)
         except ValueError as error:
             return str(error)
-        problem = _compile(lark, self._special_tokens)
+        problem = self._grammar_problem("lark", lark)
         if problem is None or structured.json is None:
             return problem
-        return _locate(structured.schema) or problem
+        return self._locate(structured.schema, problem)
+
+    def _locate(self, root: Any, of_all: str) -> str:
+        """Names keyword and path of the innermost schema that cannot be kept, found by compiling each alone.
+
+        Args:
+            of_all: What is wrong with the schema as a whole.
+        """
+        deadline = time.monotonic() + self._max_seconds
+        shared = {
+            key: root[key] for key in ("$defs", "definitions") if isinstance(root, dict) and key in root
+        }
+        for number, (path, schema) in enumerate(_innermost_first(root, "$")):
+            if number == MAX_TRIALS or time.monotonic() > deadline:
+                return f"{of_all}; the keyword at fault was looked for in {number} parts, and not found"
+            problem = self._schema_problem(shared | schema if isinstance(schema, dict) else schema)
+            if problem is None:
+                continue
+            if not isinstance(schema, dict):
+                return f"{path}: {problem}"
+            guilty = [
+                key
+                for key in schema
+                if key not in shared
+                and self._schema_problem(shared | {name: schema[name] for name in schema if name != key})
+                != problem
+            ]
+            keyword = f"the keyword {guilty[0]!r} at " if guilty else ""
+            return f"{keyword}{path} cannot be kept: {problem}"
+        return of_all
+
+    def _schema_problem(self, schema: Any) -> str | None:
+        problem = self._grammar_problem("json_schema", json.dumps(schema))
+        return None if problem is None else " ".join(problem.split())
+
+    def _grammar_problem(self, kind: str, source: str) -> str | None:
+        problem = grammar_problem(self._special_tokens, kind, source)
+        return None if problem is None else problem.strip().replace("\n", " | ")
 
     @cached_property
-    def _special_tokens(self) -> LLTokenizer:
+    def _special_tokens(self) -> TokenTrie:
         """A vocabulary of nothing but the special tokens: grammars are compiled without the others, too."""
         tokens = [b""] * self._vocab_size
         special = [token_id for token_id in self._tokenizer.special_token_ids if token_id < self._vocab_size]
         for token_id in special:
             tokens[token_id] = self._tokenizer.token_bytes(token_id)
-        vocabulary = Vocabulary(tokens, special)
-        return make_tokenizer(vocabulary, self._vocab_size, self._tokenizer.eos_token_ids)
-
-
-def _compile(lark: str, tokenizer: LLTokenizer) -> str | None:
-    """Why the grammar cannot be kept."""
-    from llguidance import LLMatcher
-
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(lark, tokenizer, limits=limits())
-    return messages[0].strip().replace("\n", " | ") if is_error else None
-
-
-def _compile_schema(schema: Any) -> str | None:
-    """Why the schema cannot be kept."""
-    from llguidance import LLMatcher
-
-    lark = LLMatcher.grammar_from_json_schema(json.dumps(schema))
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(lark, limits=limits())
-    return " ".join(messages[0].split()) if is_error else None
+        vocabulary = Vocabulary.of(tokens, special)
+        return TokenTrie(vocabulary, self._vocab_size, self._tokenizer.eos_token_ids)
 
 
 def _shape_problem(schema: Any) -> str | None:
@@ -145,28 +170,6 @@ def _unkept_keyword(root: Any) -> str | None:
                 f"the keyword 'minProperties' at {path} cannot be kept: names that are not required are not kept "
                 f"apart, so it can be one more than those in 'required' at most, {len(required) + 1}"
             )
-    return None
-
-
-def _locate(root: Any) -> str | None:
-    """Names keyword and path of the innermost schema that cannot be kept, found by compiling each alone."""
-    shared = {key: root[key] for key in ("$defs", "definitions") if isinstance(root, dict) and key in root}
-    for number, (path, schema) in enumerate(_innermost_first(root, "$")):
-        if number == MAX_TRIALS:
-            return None
-        problem = _compile_schema(shared | schema if isinstance(schema, dict) else schema)
-        if problem is None:
-            continue
-        if not isinstance(schema, dict):
-            return f"{path}: {problem}"
-        guilty = [
-            key
-            for key in schema
-            if key not in shared
-            and _compile_schema(shared | {name: schema[name] for name in schema if name != key}) != problem
-        ]
-        keyword = f"the keyword {guilty[0]!r} at " if guilty else ""
-        return f"{keyword}{path} cannot be kept: {problem}"
     return None
 
 

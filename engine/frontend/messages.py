@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from engine.core.grammar import Vocabulary
+from engine.core.matcher import Vocabulary
 from engine.core.request import EngineOutput, Request
 from engine.core.stats import EngineInfo, EngineStats
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from engine.core.grammar import Vocabulary
+from engine.core.matcher import Vocabulary
 from engine.errors import RequestError
 from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.files import TokenizerSettings, byte_tokenizer, has_tokenizer, read_tokenizer
@@ -79,7 +79,7 @@ class Tokenizer:
     def vocabulary(self) -> Vocabulary:
         """All tokens as bytes; takes up to a second or two."""
         tokens = [self._pieces.decode(token_id) for token_id in range(self.vocab_size)]
-        return Vocabulary(tokens, sorted(self.special_token_ids))
+        return Vocabulary.of(tokens, self.special_token_ids)
 
     def apply_chat_template(
         self,

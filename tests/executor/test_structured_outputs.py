@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from concurrent import futures
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 from engine.core import scheduler
@@ -14,6 +18,7 @@ from engine.core.request import EngineOutput, Request
 from tests.helpers.forms import (
     EOS,
     FORMS,
+    NUM_TOKENS,
     PERSON,
     PERSON_FORM,
     VOCABULARY,
@@ -96,7 +101,9 @@ def test_late_masks_change_no_bit(
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_late_mask_delays_its_row_alone(checkpoint: Path, overlap: bool) -> None:
+def test_a_late_mask_delays_its_row_alone(
+    checkpoint: Path, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     core = make_core(checkpoint, overlap=overlap)
     slow = make_request("slow", structured_outputs={"regex": "(ab){30}"}, max_tokens=20)
     quick = make_request("quick", structured_outputs={"regex": "[a-z]{64}"}, max_tokens=20)
@@ -105,16 +112,26 @@ def test_a_late_mask_delays_its_row_alone(checkpoint: Path, overlap: bool) -> No
     expected = alone(make_core(checkpoint, overlap=False), requests)
     held = HeldBack(core, lambda call: slow.params.structured_outputs in call)
     order: list[str] = []
+    num_waits: Counter[Future[Any]] = Counter()
+
+    def wait(masks: set[Future[Any]], seconds: float) -> None:
+        if seconds == scheduler.MASK_SECONDS:
+            num_waits.update(masks)
+        futures.wait(masks, seconds)
+
+    monkeypatch.setattr(scheduler, "wait", wait)
 
     def note(outputs: list[EngineOutput]) -> None:
         order.extend(output.request_id for output in outputs if output.tokens)
-        if order.count("plain") == 20:
+        if order.count("plain") == order.count("quick") == 20:
             held.release()
 
     assert run(core, requests, note) == expected
     # The others drew in every step, and had ended when the slow one began.
     assert "slow" not in order[:40]
     assert order[40:] == ["slow"] * 20
+    # They waited for it in their first step alone.
+    assert set(num_waits.values()) == {1}
 
 
 def test_a_form_that_cannot_be_compiled_fails_its_request_alone(checkpoint: Path) -> None:
@@ -226,7 +243,7 @@ def test_a_resumed_form_goes_on_as_if_it_had_not_been_interrupted(
 def test_ids_without_a_token_are_never_allowed(checkpoint: Path) -> None:
     core = make_core(checkpoint)
     # The model would say nothing else.
-    bias = dict.fromkeys(range(len(VOCABULARY.tokens) - 20, 320), 100.0)
+    bias = dict.fromkeys(range(NUM_TOKENS - 28, NUM_TOKENS), 100.0)
     request = make_request("x", structured_outputs={"regex": "(.|\n){40}"}, logit_bias=bias, max_tokens=40)
     ((_, result),) = run(core, [request]).items()
-    assert all(VOCABULARY.tokens[token_id] for token_id in tokens_of(result))
+    assert np.frombuffer(VOCABULARY.lengths, np.uint32)[tokens_of(result)].all()

@@ -165,11 +165,11 @@ def check_that_instances_are_allowed(checker: FormChecker, number: int) -> None:
         assume("\x7f" not in text and jsonschema.Draft7Validator(schema).is_valid(json.loads(text)))
         grammar = grammars.start(StructuredOutputs(json=schema), [])
         for position, token_id in enumerate(ids_of(text.encode())):
-            allowed = np.frombuffer(grammar.allowed_tokens(may_end=True), np.uint32)
+            allowed = np.frombuffer(grammar.mask.result().allowed, np.uint32)
             assert allowed[token_id // 32] >> token_id % 32 & 1, (schema, text[:position], text)
             is_complete = grammar.advance(token_id)
-            grammar.start_mask()
-        assert is_complete or np.frombuffer(grammar.allowed_tokens(may_end=True), np.uint32)[0] >> EOS[0] & 1
+            grammars.start_masks([grammar])
+        assert is_complete or np.frombuffer(grammar.mask.result().allowed, np.uint32)[0] >> EOS[0] & 1
 
     check()
     grammars.close()
@@ -211,6 +211,17 @@ def test_size_and_nesting_have_limits(checker: FormChecker) -> None:
     assert "too large" in str(refusal(checker, {"allOf": [many] * 12}))
 
 
+def test_what_is_at_fault_is_looked_for_in_some_time() -> None:
+    tokenizer = Tokenizer(byte_tokenizer(), TokenizerSettings({}, (), {}))
+    schema = {"properties": {"a": {"type": "string"}, "b": {"type": "string", "format": "no"}}}
+    assert "'format' at $.properties.b" in str(refusal(FormChecker(tokenizer, NUM_TOKENS), schema))
+    problem = str(refusal(FormChecker(tokenizer, NUM_TOKENS, max_seconds=0.0), schema))
+    assert "Unknown format: no" in problem
+    assert "was looked for in 0 parts, and not found" in problem
+    # What can be kept is not looked through.
+    assert refusal(FormChecker(tokenizer, NUM_TOKENS, max_seconds=0.0), {"properties": {"a": {}}}) is None
+
+
 @pytest.mark.parametrize("alias", ["llama", pytest.param("gemma", marks=pytest.mark.slow)])
 def test_characters_cut_into_tokens_come_out_whole(alias: str) -> None:
     """Whatever the cut: each way is chosen at random among those that the mask allows."""
@@ -231,12 +242,12 @@ def test_characters_cut_into_tokens_come_out_whole(alias: str) -> None:
         detokenizer = IncrementalDetokenizer(tokenizer, [1], skip_special_tokens=True, keeps_start=True)
         pieces, token_ids, is_complete = [], [], False
         while not is_complete:
-            mask = np.frombuffer(grammar.allowed_tokens(may_end=False), np.uint8)
+            mask = np.frombuffer(grammar.mask.result().not_ends, np.uint8)
             token_id = int(source.choice(np.flatnonzero(np.unpackbits(mask, bitorder="little"))))
             pieces.append(detokenizer.push(token_id))
             token_ids.append(token_id)
             is_complete = grammar.advance(token_id)
-            grammar.start_mask()
+            grammars.start_masks([grammar])
         assert detokenizer.flush() == ""
         assert not set(token_ids) & tokenizer.special_token_ids
         said.add(json.loads("".join(pieces)))

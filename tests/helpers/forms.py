@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
-from engine.core.grammar import Vocabulary
+from engine.core.grammar import Grammar
+from engine.core.matcher import Vocabulary
 from engine.core.request import EngineOutput, Request
 from engine.core.sampling_params import SamplingParams
 from engine.executor.start import start_engine
@@ -40,7 +41,7 @@ TEXTS = (
 
 _TOKENS = [*(text.encode() for text in (*SPECIAL, *TEXTS)), *(bytes([byte]) for byte in range(256))]
 
-VOCABULARY = Vocabulary([*_TOKENS, *([b""] * (NUM_TOKENS - 8 - len(_TOKENS)))], list(range(len(SPECIAL))))
+VOCABULARY = Vocabulary.of([*_TOKENS, *([b""] * (NUM_TOKENS - 8 - len(_TOKENS)))], range(len(SPECIAL)))
 """The last ids have no token, and eight more are beyond it: a model's logits are wider than its tokenizer."""
 
 
@@ -150,21 +151,30 @@ class HeldBack:
     """Has the masks of some sequences come when the test says so."""
 
     def __init__(self, core: EngineCore[Any], is_held: Callable[[tuple[Any, ...]], bool]) -> None:
-        self._waiting: list[tuple[Future[Any], Any, tuple[Any, ...]]] = []
-        self._submit, self._is_held = core.grammars.submit, is_held
-        core.grammars.submit = self.submit  # type: ignore[method-assign]
+        self._waiting: list[Callable[[], None]] = []
+        grammars = core.grammars
+        self._submit, self._start_masks, self._is_held = grammars.submit, grammars.start_masks, is_held
+        grammars.submit = self.submit  # type: ignore[method-assign]
+        grammars.start_masks = self.start_masks  # type: ignore[method-assign]
 
     def submit(self, function: Any, *arguments: Any) -> Future[Any]:
         if not self._is_held((function, *arguments)):
             return self._submit(function, *arguments)
         future: Future[Any] = Future()
-        self._waiting.append((future, function, arguments))
+        self._waiting.append(lambda: future.set_result(function(*arguments)))
         return future
+
+    def start_masks(self, grammars: Sequence[Grammar]) -> None:
+        held = [grammar for grammar in grammars if self._is_held((grammar,))]
+        for grammar in held:
+            grammar.mask = Future()
+            self._waiting.append(grammar.fill_mask)
+        self._start_masks([grammar for grammar in grammars if grammar not in held])
 
     def release(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for future, function, arguments in waiting:
-            future.set_result(function(*arguments))
+        for complete in waiting:
+            complete()
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
