@@ -118,6 +118,28 @@ INLINE void transpose(const float *rows, int64_t row_stride, Ints flipped, float
         _mm512_storeu_ps(columns + (8 + i) * column_stride, _mm512_shuffle_f32x4(b[i], b[8 + i], 0xDD));
         _mm512_storeu_ps(columns + (12 + i) * column_stride, _mm512_shuffle_f32x4(b[4 + i], b[12 + i], 0xDD));
     }
+#elif defined(__AVX2__)
+    for (int part = 0; part < 4; part++) {
+        const int row = part / 2 * 8, column = part % 2 * 8;
+        __m256 a[8], b[8], flips;
+        memcpy(&flips, (const int32_t *)&flipped + column, sizeof flips);
+        for (int i = 0; i < 8; i++)
+            a[i] = _mm256_xor_ps(_mm256_loadu_ps(rows + (row + i) * row_stride + column), flips);
+        for (int i = 0; i < 4; i++) {
+            b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+            b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+        }
+        for (int i = 0; i < 2; i++)
+            for (int j = 0; j < 2; j++) {
+                a[4 * i + 2 * j] = _mm256_shuffle_ps(b[4 * i + j], b[4 * i + 2 + j], 0x44);
+                a[4 * i + 2 * j + 1] = _mm256_shuffle_ps(b[4 * i + j], b[4 * i + 2 + j], 0xEE);
+            }
+        for (int i = 0; i < 4; i++) {
+            float *first = columns + (column + i) * column_stride + row;
+            _mm256_storeu_ps(first, _mm256_permute2f128_ps(a[i], a[4 + i], 0x20));
+            _mm256_storeu_ps(first + 4 * column_stride, _mm256_permute2f128_ps(a[i], a[4 + i], 0x31));
+        }
+    }
 #else
     for (int i = 0; i < LANES; i++)
         for (int j = 0; j < LANES; j++)

@@ -100,19 +100,9 @@ INLINE PartCodes load_quad(int kind, const uint8_t *table, const uint8_t *unit, 
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 
-INLINE __m256i spread_quad(const int8_t *codes) {
-    int32_t quad;
-    memcpy(&quad, codes, sizeof quad);
-    return _mm256_set1_epi32(quad);
-}
-
 // A quad's sums of products in 16 bits, of bytes at even places and at odd ones: they cannot saturate.
 INLINE __m256i multiply_bytes(PartCodes panel, __m256i codes) {
-    const __m256i even = _mm256_and_si256((__m256i)panel, _mm256_set1_epi16(255));
-    const __m256i odd = _mm256_srli_epi16((__m256i)panel, 8);
-    const __m256i even_codes = _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8);
-    const __m256i odd_codes = _mm256_srai_epi16(codes, 8);
-    return _mm256_add_epi32(_mm256_madd_epi16(even, even_codes), _mm256_madd_epi16(odd, odd_codes));
+    return multiply_half(even_weights((__m256i)panel), odd_weights((__m256i)panel), even_bytes(codes), odd_bytes(codes));
 }
 
 #endif

@@ -43,6 +43,27 @@ INLINE void interleave(const int8_t *rows, int64_t stride, uint8_t *panels, int6
     _mm512_storeu_si512(panels + distance, _mm512_shuffle_i32x4(b[0], b[2], 0xDD));
     _mm512_storeu_si512(panels + 2 * distance, _mm512_shuffle_i32x4(b[1], b[3], 0x88));
     _mm512_storeu_si512(panels + 3 * distance, _mm512_shuffle_i32x4(b[1], b[3], 0xDD));
+#elif defined(__AVX2__)
+    for (int part = 0; part < 2; part++, rows += 32, panels += 2 * distance) {
+        __m256i a[4], b[4];
+        for (int i = 0; i < 4; i++)
+            a[i] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(rows + i * stride)),
+                                    _mm256_set1_epi8((char)0x80));
+        b[0] = _mm256_unpacklo_epi8(a[0], a[1]);
+        b[1] = _mm256_unpackhi_epi8(a[0], a[1]);
+        b[2] = _mm256_unpacklo_epi8(a[2], a[3]);
+        b[3] = _mm256_unpackhi_epi8(a[2], a[3]);
+        // Of each sixteen columns: 0 … 3, 4 … 7, 8 … 11, 12 … 15.
+        a[0] = _mm256_unpacklo_epi16(b[0], b[2]);
+        a[1] = _mm256_unpackhi_epi16(b[0], b[2]);
+        a[2] = _mm256_unpacklo_epi16(b[1], b[3]);
+        a[3] = _mm256_unpackhi_epi16(b[1], b[3]);
+        for (int i = 0; i < 2; i++) {
+            __m256i *first = (__m256i *)panels + i, *second = (__m256i *)(panels + distance) + i;
+            _mm256_storeu_si256(first, _mm256_permute2x128_si256(a[2 * i], a[2 * i + 1], 0x20));
+            _mm256_storeu_si256(second, _mm256_permute2x128_si256(a[2 * i], a[2 * i + 1], 0x31));
+        }
+    }
 #else
     for (int column = 0; column < 64; column++)
         for (int row = 0; row < 4; row++)

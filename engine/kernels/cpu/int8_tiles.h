@@ -65,27 +65,90 @@ INLINE Ints add_quad(Ints sums, const uint8_t *panel, const int8_t *codes) {
         }                                                                                                          \
     }
 
+#elif defined(__AVX2__)
+
+enum {
+    TOGETHER = 8,       // rows whose sums with half a panel fit into the registers
+    CHUNK_QUADS = 128,  // of codes that are split at a time
+};
+
+// Codes in sixteen bits, so that sums of two products cannot saturate: of each quad those at even places, and at odd.
+typedef struct {
+    int32_t even[CHUNK_QUADS], odd[CHUNK_QUADS];
+} Split;
+
+INLINE __m256i even_bytes(__m256i codes) { return _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8); }
+INLINE __m256i odd_bytes(__m256i codes) { return _mm256_srai_epi16(codes, 8); }
+
+INLINE void split_codes(const int8_t *codes, int64_t quads, Split *split) {
+    for (int64_t k = 0; k < quads; k += 8) {
+        __m256i bytes = _mm256_setzero_si256();
+        if (k + 8 <= quads) bytes = _mm256_loadu_si256((const __m256i *)(codes + k * QUAD));
+        else memcpy(&bytes, codes + k * QUAD, (size_t)(quads - k) * QUAD);
+        _mm256_storeu_si256((__m256i *)(split->even + k), even_bytes(bytes));
+        _mm256_storeu_si256((__m256i *)(split->odd + k), odd_bytes(bytes));
+    }
+}
+
+// Products of 32 bytes of a panel, eight outputs, with a quad.
+INLINE __m256i multiply_half(__m256i even, __m256i odd, __m256i even_codes, __m256i odd_codes) {
+    return _mm256_add_epi32(_mm256_madd_epi16(even, even_codes), _mm256_madd_epi16(odd, odd_codes));
+}
+
+INLINE __m256i even_weights(__m256i half) { return _mm256_and_si256(half, _mm256_set1_epi16(255)); }
+INLINE __m256i odd_weights(__m256i half) { return _mm256_srli_epi16(half, 8); }
+
+// Adds the products of half a panel with some rows to their sums, which lie `stride` apart.
+INLINE void add_halves(const uint8_t *half, const Split *x, int rows, int64_t quads, int32_t *sums, int64_t stride) {
+    __m256i total[TOGETHER];
+    _Pragma("GCC unroll 8") for (int m = 0; m < rows; m++)
+        total[m] = _mm256_loadu_si256((const __m256i *)(sums + m * stride));
+    for (int64_t k = 0; k < quads; k++) {
+        const __m256i bytes = _mm256_loadu_si256((const __m256i *)(half + k * QUAD_BYTES));
+        const __m256i even = even_weights(bytes), odd = odd_weights(bytes);
+        _Pragma("GCC unroll 8") for (int m = 0; m < rows; m++) {
+            const __m256i even_codes = _mm256_set1_epi32(x[m].even[k]), odd_codes = _mm256_set1_epi32(x[m].odd[k]);
+            total[m] = _mm256_add_epi32(total[m], multiply_half(even, odd, even_codes, odd_codes));
+        }
+    }
+    _Pragma("GCC unroll 8") for (int m = 0; m < rows; m++)
+        _mm256_storeu_si256((__m256i *)(sums + m * stride), total[m]);
+}
+
+INLINE __m256i spread_quad(const int8_t *codes) {
+    int32_t quad;
+    memcpy(&quad, codes, sizeof quad);
+    return _mm256_set1_epi32(quad);
+}
+
+// UNROLL is for registers of sixteen sums.
+#define TILE(ROWS, PANELS, UNROLL)                                                                                 \
+    static void tile_##ROWS##_##PANELS(const uint8_t *panels, int64_t distance, const int8_t *x, int64_t stride,   \
+                                       int64_t quads, int32_t *sums) {                                             \
+        enum { PASSES = (ROWS + TOGETHER - 1) / TOGETHER, MOST = (ROWS + PASSES - 1) / PASSES, HALF = PANEL / 2 }; \
+        Split split[ROWS];                                                                                         \
+        memset(sums, 0, ROWS * PANELS * PANEL * sizeof *sums);                                                     \
+        for (int64_t k = 0; k < quads; k += CHUNK_QUADS) {                                                         \
+            const int64_t some = smaller(CHUNK_QUADS, quads - k);                                                  \
+            for (int m = 0; m < ROWS; m++) split_codes(x + m * stride + k * QUAD, some, split + m);                \
+            for (int n = 0; n < PANELS; n++)                                                                       \
+                for (int half = 0; half < 2; half++) {                                                             \
+                    const uint8_t *bytes = panels + n * distance + k * QUAD_BYTES + half * (QUAD_BYTES / 2);       \
+                    int32_t *own = sums + n * PANEL + half * HALF;                                                 \
+                    add_halves(bytes, split, MOST, some, own, PANELS * PANEL);                                     \
+                    if (ROWS > MOST)                                                                               \
+                        add_halves(bytes, split + MOST, ROWS - MOST, some, own + MOST * PANELS * PANEL,            \
+                                   PANELS * PANEL);                                                                \
+                }                                                                                                  \
+        }                                                                                                          \
+    }
+
 #else
 
 // A quad of a panel times one of codes, added to sums.
 INLINE void multiply_quad(const uint8_t *panel, const int8_t *codes, int32_t *sums) {
-#if defined(__AVX2__)
-    int32_t quad;
-    memcpy(&quad, codes, sizeof quad);
-    const __m256i x = _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(quad)));
-    for (int part = 0; part < 2; part++) {
-        const __m128i *outputs = (const __m128i *)panel + 2 * part;
-        // Two sums of pairs an output, of 16-bit factors: they cannot saturate.
-        const __m256i first = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(outputs)), x);
-        const __m256i second = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(outputs + 1)), x);
-        const __m256i pairs = _mm256_permute4x64_epi64(_mm256_hadd_epi32(first, second), 0xD8);
-        __m256i *total = (__m256i *)(sums + 8 * part);
-        _mm256_storeu_si256(total, _mm256_add_epi32(_mm256_loadu_si256(total), pairs));
-    }
-#else
     for (int output = 0; output < PANEL; output++)
         for (int k = 0; k < QUAD; k++) sums[output] += (int32_t)panel[output * QUAD + k] * codes[k];
-#endif
 }
 
 INLINE Ints add_quad(Ints sums, const uint8_t *panel, const int8_t *codes) {

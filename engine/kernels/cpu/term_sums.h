@@ -26,6 +26,30 @@ INLINE const int8_t *dense_high_terms(Codes codes, int64_t from, int64_t to) {
 
 #endif
 
+// Products of a token's high quads with one panel or two, added to sums.
+INLINE void add_high_terms(const uint8_t *panels, int64_t distance, int64_t num_panels, const Quad *quad,
+                           const Quad *end, Ints *sums) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    __m256i total[WIDE][2];
+    memcpy(total, sums, sizeof total);
+    for (; quad < end; quad++) {
+        const __m256i codes = spread_quad(quad->codes), even = even_bytes(codes), odd = odd_bytes(codes);
+        _Pragma("GCC unroll 2") for (int n = 0; n < num_panels; n++)
+            _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
+                const __m256i *address = (const __m256i *)(panels + n * distance + quad->index * QUAD_BYTES) + half;
+                const __m256i bytes = _mm256_loadu_si256(address);
+                const __m256i products = multiply_half(even_weights(bytes), odd_weights(bytes), even, odd);
+                total[n][half] = _mm256_add_epi32(total[n][half], products);
+            }
+    }
+    memcpy(sums, total, sizeof total);
+#else
+    for (; quad < end; quad++)
+        for (int64_t n = 0; n < num_panels; n++)
+            sums[n] = add_quad(sums[n], panels + n * distance + quad->index * QUAD_BYTES, quad->codes);
+#endif
+}
+
 // The sums [token][panel] of the next tokens from m, before `to`, with one panel or two; how many tokens. dense: their
 // high terms with all zeros, or null.
 INLINE int64_t sum_terms(const uint8_t *panels, int64_t distance, int64_t num_panels, Codes codes, int64_t m, int64_t to,
@@ -41,9 +65,8 @@ INLINE int64_t sum_terms(const uint8_t *panels, int64_t distance, int64_t num_pa
         const Quad *quad = codes.quads + (m + i) * quads, *end = quad + (is_dense ? 0 : token.num_quads);
         Ints *lows = low + i * num_panels, *highs = high + i * num_panels, sums[WIDE] = {{0}};
         if (is_dense) memcpy(sums, highs, (size_t)num_panels * sizeof *sums);
-        for (; quad < end; quad++)
-            for (int64_t n = 0; n < num_panels; n++)
-                sums[n] = add_quad(sums[n], panels + n * distance + quad->index * QUAD_BYTES, quad->codes);
+        if (num_panels == WIDE) add_high_terms(panels, distance, WIDE, quad, end, sums);
+        else add_high_terms(panels, distance, 1, quad, end, sums);
         // Take back the 128 of the panels' codes.
         for (int64_t n = 0; n < num_panels; n++) {
             lows[n] -= 128 * token.low_sum;
