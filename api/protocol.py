@@ -54,6 +54,8 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     min_p: float | None = None
     repetition_penalty: float | None = None
     stop_token_ids: list[Integer] | None = None
+    allowed_token_ids: list[Integer] | None = None
+    bad_words: list[str] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None

@@ -16,17 +16,17 @@ class Draw:
 
     Attributes:
         seed, index, position: The draw is a function of these three and the token's logits alone.
-        stop_token_ids: Tokens that may not be drawn yet (min_tokens); empty otherwise.
+        banned_token_ids: Tokens that may not be drawn now (min_tokens, bad_words); empty otherwise.
         prompt_token_ids, output_token_ids: The sequence so far, where penalties need it; empty otherwise.
-        allowed_tokens: A bitmask of what the form of the output allows, words of 32 bits: token t may be drawn where
-            bit t % 32 of word t // 32 is set; None: every token may.
+        allowed_tokens: A bitmask of what allowed_token_ids and the form of the output allow, words of 32 bits: token
+            t may be drawn where bit t % 32 of word t // 32 is set; None: every token may.
     """
 
     params: SamplingParams
     seed: int
     index: int
     position: int
-    stop_token_ids: tuple[int, ...] = ()
+    banned_token_ids: tuple[int, ...] = ()
     prompt_token_ids: tuple[int, ...] = ()
     output_token_ids: tuple[int, ...] = ()
     allowed_tokens: bytes | None = None

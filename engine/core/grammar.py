@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.core.bans import Bitmask, bitmask_of
 from engine.core.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
@@ -30,9 +31,6 @@ MAX_COMPILED = 256
 
 _HEADER = '%llguidance {"no_forcing": true}\n'
 """Every way to cut a forced text into tokens is allowed: the model chooses, and no tokenizer is asked for one."""
-
-Bitmask = np.ndarray[tuple[int], np.dtype[np.int32]]
-"""[ceil(vocabulary / 32)]; bit t % 32 of word t // 32 is set where token t may come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +155,16 @@ class Grammar:
         """Has a thread fill the mask of the token after those that were taken in."""
         self.mask = self._grammars.submit(self._fill)
 
-    def allowed_tokens(self, may_end: bool) -> bytes:
+    def allowed_tokens(self, may_end: bool, among: Bitmask | None = None) -> bytes:
         """The mask that is there, as bytes.
 
         Args:
             may_end: Whether tokens that end the sequence are among them even where others are.
+            among: What the request allows besides; None for everything.
         """
         mask = self.mask.result()
+        if among is not None:
+            mask = mask & among
         if not may_end:
             others = mask & ~self._grammars.end_mask
             mask = others if others.any() else mask
@@ -206,13 +207,9 @@ class Grammars:
     def __init__(self, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         self.vocabulary: Vocabulary | None = None
         self.vocab_size, self._eos_token_ids = vocab_size, eos_token_ids
-        end_mask = np.zeros(-(-vocab_size // 32), np.uint32)
-        for token_id in eos_token_ids:
-            if token_id < vocab_size:
-                end_mask[token_id // 32] |= np.uint32(1 << token_id % 32)
-        self.end_mask: Bitmask = end_mask.view(np.int32)
+        self.end_mask: Bitmask = bitmask_of(eos_token_ids, vocab_size)
         # One more for the end token of a model that has none.
-        self.num_words = -(-(vocab_size + (not end_mask.any())) // 32)
+        self.num_words = -(-(vocab_size + (not self.end_mask.any())) // 32)
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[StructuredOutputs, _Compiled] = OrderedDict()
         self._lock = threading.Lock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
+from engine.core.bans import Bitmask, TokenSequence
 from engine.core.grammar import Grammar
 from engine.core.outputs import FinishReason
 from engine.core.sampling_params import SamplingParams
@@ -19,6 +20,7 @@ class Request:
         priority: Smaller is served earlier; equal priorities in order of arrival.
         resumed_token_ids: Of a request that another engine has begun: what it drew for each sample, None where the
             sample has ended. The tokens count as output; draws and penalties go on as if this engine had drawn them.
+        bad_words: The tokens of the parameters' bad_words, as `Tokenizer.encode_bad_words` has them.
     """
 
     request_id: str
@@ -27,6 +29,7 @@ class Request:
     seed: int
     priority: int = 0
     resumed_token_ids: list[list[int] | None] = field(default_factory=list)
+    bad_words: tuple[TokenSequence, ...] = ()
 
     def resumed(self, index: int) -> list[int] | None:
         """What sample `index` begins with; None if it has ended."""
@@ -94,7 +97,9 @@ class Sequence:
         arrival: Order of arrival in the engine, unique.
         leader: The request's first sample, whose blocks this one waits for; None for the first itself.
         token_ids: Prompt and output.
-        draw_params: The request's, without the form, which `grammar` keeps: steps go to every rank.
+        draw_params: The request's, without what `grammar`, `allowed` and the request's `bad_words` keep: steps go to
+            every rank.
+        allowed: What may ever come; None: every token.
         grammar: What keeps the form of the output, from the first admission on; None without one.
         num_computed_tokens: Tokens whose keys and values are in the cache, or will be once the steps in flight
             are through.
@@ -117,6 +122,7 @@ class Sequence:
     leader: Sequence | None = None
     token_ids: list[int] = field(default_factory=list)
     draw_params: SamplingParams = field(init=False)
+    allowed: Bitmask | None = None
     grammar: Grammar | None = None
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
@@ -133,7 +139,9 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = self.request.prompt_token_ids + (self.request.resumed(self.index) or [])
         params = self.request.params
-        self.draw_params = replace(params, structured_outputs=None) if params.structured_outputs else params
+        if params.structured_outputs or params.allowed_token_ids is not None or params.bad_words:
+            params = replace(params, structured_outputs=None, allowed_token_ids=None, bad_words=())
+        self.draw_params = params
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from engine.config import SchedulerConfig
+from engine.core.bans import bitmask_of, completing_tokens
 from engine.core.batch import PENDING, Batch, BatchRow, Draw
 from engine.core.grammar import Grammar, Grammars
 from engine.core.kv_cache import KVCacheManager
@@ -120,11 +121,13 @@ class Scheduler:
         if not self.enable_prefix_caching:
             salt += f"{request.request_id}/{next(self._arrivals)}".encode()
         leader = None
+        ids = request.params.allowed_token_ids
+        allowed = None if ids is None else bitmask_of(ids, self.grammars.vocab_size)
         sequences = []
         for index in range(request.params.n):
             if request.resumed(index) is None:
                 continue
-            sequence = Sequence(request, index, next(self._arrivals), salt, leader)
+            sequence = Sequence(request, index, next(self._arrivals), salt, leader, allowed=allowed)
             leader = leader or sequence
             sequences.append(sequence)
             self._waiting.push(sequence)
@@ -327,21 +330,27 @@ class Scheduler:
     def _complete(self, row: PlannedRow) -> Draw:
         """The row's draw with what depends on the tokens before it."""
         assert row.draw is not None
-        sequence, params, allowed = row.sequence, row.draw.params, None
+        sequence, params = row.sequence, row.draw.params
+        allowed = None if sequence.allowed is None else sequence.allowed.tobytes()
         banned: tuple[int, ...] = ()
         is_short = sequence.num_output_tokens < params.min_tokens
         if sequence.grammar is not None:
             # A form in whose place nothing else can be ends before min_tokens, and under ignore_eos.
-            allowed = sequence.grammar.allowed_tokens(may_end=not (is_short or params.ignore_eos))
+            allowed = sequence.grammar.allowed_tokens(
+                may_end=not (is_short or params.ignore_eos), among=sequence.allowed
+            )
             banned = params.stop_token_ids if is_short else ()
         elif is_short:
             banned = (*self.eos_token_ids, *params.stop_token_ids)
+        if sequence.request.bad_words:
+            words = sequence.request.bad_words
+            banned += completing_tokens(words, sequence.token_ids, sequence.num_output_tokens)
         if not banned and allowed is None and not params.has_penalties:
             return row.draw
         history = sequence.token_ids if params.has_penalties else []
         return replace(
             row.draw,
-            stop_token_ids=banned,
+            banned_token_ids=banned,
             prompt_token_ids=tuple(history[: sequence.num_prompt_tokens]),
             output_token_ids=tuple(history[sequence.num_prompt_tokens :]),
             allowed_tokens=allowed,

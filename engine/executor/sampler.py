@@ -92,12 +92,12 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw | None], inputs: SamplerIn
     index = _to_device(torch.tensor(asking, dtype=torch.int32), logits.device) if asking else None
     raw = None if index is None else select_rows(logits, index)
 
-    # Tokens that the form allows.
+    # What allowed_token_ids and the form allow.
     allowed_tokens = allowed_tokens_of(wanted)
     if allowed_tokens is not None:
         mask_logits(logits, _to_device(allowed_tokens, logits.device))
 
-    # logit_bias, then penalties; and tokens that are banned until min_tokens.
+    # logit_bias, then penalties; and tokens that are banned: until min_tokens, or since they complete bad_words.
     adjustments = inputs.changes.update(wanted, inputs.sequences)
     if adjustments is not None:
         entries = (_to_device(getattr(adjustments, name), logits.device) for name in Adjustments.__slots__)
@@ -165,8 +165,11 @@ def _result(draw: Draw, token_id: int, logprobs: Iterator[tuple[Any, ...]]) -> S
     chosen, rank, ids, values = (None,) * 4 if num is None else next(logprobs)
     if token_id < 0:
         cause = "the logits are not finite (NaN or infinity)"
-        if draw.allowed_tokens is not None and draw.stop_token_ids:
-            cause += ", or min_tokens bans with stop_token_ids all that structured_outputs allows"
+        if draw.allowed_tokens is not None or draw.banned_token_ids:
+            cause += (
+                ", or what allowed_token_ids and structured_outputs allow is all banned by bad_words and, before "
+                "min_tokens, as the end or in stop_token_ids"
+            )
         return RowFailure(f"no token can be drawn: {cause}")
     if num is None:
         return SampledToken(token_id)

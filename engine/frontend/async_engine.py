@@ -259,6 +259,7 @@ class AsyncEngine:
         """
         self._check_ready()
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        bad_words = self.tokenizer.encode_bad_words(params.bad_words)
         validate_request(
             token_ids,
             params,
@@ -266,6 +267,7 @@ class AsyncEngine:
             self.vocab_size,
             self.tokenizer.eos_token_ids,
             self.config.clip_max_tokens,
+            bad_words,
         )
         if params.structured_outputs is not None:
             await self._prepare(params.structured_outputs)
@@ -276,6 +278,7 @@ class AsyncEngine:
             seed=self._seed(params),
             priority=priority,
             resumed_token_ids=list(resumed_token_ids),
+            bad_words=bad_words,
         )
         processor = OutputProcessor(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
         assert request_id not in self._queues, f"request id {request_id!r} is in use"

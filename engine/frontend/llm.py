@@ -216,6 +216,7 @@ class LLM:
     def _make_request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         info = self.core.info
+        bad_words = self.tokenizer.encode_bad_words(params.bad_words)
         validate_request(
             token_ids,
             params,
@@ -223,6 +224,7 @@ class LLM:
             info.vocab_size,
             self.tokenizer.eos_token_ids,
             clips_max_tokens=True,
+            bad_words=bad_words,
         )
         if params.structured_outputs is not None:
             self._forms.check(params.structured_outputs)
@@ -232,7 +234,11 @@ class LLM:
         if seed is None:
             seed = secrets.randbits(63) if self.config.seed is None else derive_seed(self.config.seed, index)
         return Request(
-            request_id=next(self._request_ids), prompt_token_ids=token_ids, params=params, seed=seed
+            request_id=next(self._request_ids),
+            prompt_token_ids=token_ids,
+            params=params,
+            seed=seed,
+            bad_words=bad_words,
         )
 
     def _run(self, requests: list[Request], prompts: list[str | None], use_tqdm: bool) -> list[RequestOutput]:

@@ -158,6 +158,7 @@ class Replicas:
             self.vocab_size,
             self.tokenizer.eos_token_ids,
             self._clips_max_tokens,
+            self.tokenizer.encode_bad_words(params.bad_words),
         )
         request = OpenRequest(
             request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority
