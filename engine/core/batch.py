@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from engine.core.sampling_params import SamplingParams
 
@@ -32,6 +33,22 @@ class Draw:
     allowed_tokens: bytes | None = None
 
 
+Pooling = Literal["last", "mean"]
+"""What makes one vector of a prompt: the state of its last token, or the mean over all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """What becomes of a row's hidden states, where a prompt's vector is asked for.
+
+    Attributes:
+        is_complete: Whether the row ends the prompt, and the vector comes of it.
+    """
+
+    pooling: Pooling
+    is_complete: bool
+
+
 PENDING = -1
 """Stands for a token that the step before has drawn and nobody has read yet: the runner has it."""
 
@@ -45,7 +62,8 @@ class BatchRow:
         start: Position of the first of them.
         num_stored_tokens: Positions below this are in the cache already and are not written again.
         block_table: Ids of the sequence's blocks, enough for every position of the chunk.
-        draw: How to draw the next token; None while the prompt goes on in a later step.
+        draw: How to draw the next token; None while the prompt goes on in a later step, and where none is asked for.
+        pool: What its hidden states are for; None: nothing but the next token.
         slot: The sequence's place among the running ones, 0 … max_num_seqs - 1, its own while it runs.
         admission: Unique for each time that a sequence starts to run; its block table only grows meanwhile.
     """
@@ -57,6 +75,7 @@ class BatchRow:
     draw: Draw | None
     slot: int = 0
     admission: int = 0
+    pool: Pool | None = None
 
 
 @dataclass(frozen=True, slots=True)

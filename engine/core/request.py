@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from engine.core.bans import Bitmask, TokenSequence
+from engine.core.batch import Pooling
 from engine.core.grammar import Grammar
 from engine.core.outputs import FinishReason
 from engine.core.sampling_params import SamplingParams
@@ -20,6 +21,7 @@ class Request:
         priority: Smaller is served earlier; equal priorities in order of arrival.
         resumed_token_ids: Of a request that another engine has begun: what it drew for each sample, None where the
             sample has ended. The tokens count as output; draws and penalties go on as if this engine had drawn them.
+        pooling: What is asked for is a vector of the prompt, made in this way; None for tokens.
         bad_words: The tokens of the parameters' bad_words, as `Tokenizer.encode_bad_words` has them.
     """
 
@@ -30,6 +32,7 @@ class Request:
     priority: int = 0
     resumed_token_ids: list[list[int] | None] = field(default_factory=list)
     bad_words: tuple[TokenSequence, ...] = ()
+    pooling: Pooling | None = None
 
     def resumed(self, index: int) -> list[int] | None:
         """What sample `index` begins with; None if it has ended."""
@@ -52,10 +55,25 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledState:
+    """What a prompt's hidden states came to.
+
+    Attributes:
+        values: [hidden] float32, little-endian.
+    """
+
+    values: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class RowFailure:
     """What a row of a step ended in, where it could not be computed."""
 
     message: str
+
+
+RowResult = SampledToken | PooledState | RowFailure | None
+"""What came of a row of a step; None where its prompt is not through."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,6 +82,7 @@ class EngineOutput:
 
     Attributes:
         index: Which of the request's n samples.
+        state: The prompt's vector, as `PooledState` has it, where that was asked for; the sequence ends with it.
         num_cached_tokens: Prompt tokens that came from the prefix cache.
         stop_token_id: The stop token id that ended the sequence; None for end-of-sequence.
         is_form_complete: Whether it has ended because nothing can follow in its form: its last token is text.
@@ -77,6 +96,7 @@ class EngineOutput:
     stop_token_id: int | None = None
     is_form_complete: bool = False
     num_cached_tokens: int = 0
+    state: bytes | None = None
     error: str | None = None
 
 

@@ -10,6 +10,9 @@ their values. A sequence whose pending token turns out to end it has then one to
 `update` drops. Where steps pass through several stages, as many are in flight, each with its share of the sequences;
 one whose token is pending waits for it then.
 
+A request for a vector of its prompt ends once that is computed: the vector is what its last chunk brings instead of a
+token, and pending until then. A mean takes all states, and therefore finds none of its tokens in the prefix cache.
+
 A sequence whose output has a form is drawn under a mask, which a thread makes (`engine.core.grammar`). Where it is
 late, what the step draws of that sequence is dropped, and the sequence draws again in the next step.
 """
@@ -24,11 +27,20 @@ from itertools import count
 
 from engine.config import SchedulerConfig
 from engine.core.bans import bitmask_of, completing_tokens
-from engine.core.batch import PENDING, Batch, BatchRow, Draw
+from engine.core.batch import PENDING, Batch, BatchRow, Draw, Pool
 from engine.core.grammar import Grammar, Grammars
 from engine.core.kv_cache import KVCacheManager
 from engine.core.outputs import FinishReason
-from engine.core.request import EngineOutput, Request, RowFailure, SampledToken, Sequence, SequenceStatus
+from engine.core.request import (
+    EngineOutput,
+    PooledState,
+    Request,
+    RowFailure,
+    RowResult,
+    SampledToken,
+    Sequence,
+    SequenceStatus,
+)
 from engine.core.stats import EngineStats
 from engine.core.waiting import WaitingQueue
 
@@ -209,8 +221,8 @@ class Scheduler:
             rows.append(replace(row, token_ids=known) if len(known) == len(row.token_ids) else row)
         return Batch(rows)
 
-    def update(self, results: list[SampledToken | RowFailure | None]) -> list[EngineOutput]:
-        """Takes in what the oldest step in flight computed: one entry a row, None where nothing was drawn."""
+    def update(self, results: list[RowResult]) -> list[EngineOutput]:
+        """Takes in what the oldest step in flight computed, one entry a row."""
         outputs = []
         for row, result in zip(self._in_flight.popleft(), results, strict=True):
             sequence = row.sequence
@@ -223,7 +235,9 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING and sequence.admission == row.admission:
                 self.kv_cache.register(sequence, row.start, row.end)
             self.num_scheduled_tokens += row.end - row.start
-            if row.draw is not None and result is not None:
+            if isinstance(result, PooledState):
+                outputs.append(self._end_with(sequence, result))
+            elif row.draw is not None and result is not None:
                 self._end_draw(sequence)
                 outputs.append(self._append(sequence, result))
         self.num_steps += 1
@@ -275,16 +289,18 @@ class Scheduler:
                 self._waiting.park(sequence.leader)
                 continue
             num_hashed -= len(sequence.block_hashes) * self.kv_cache.block_size
-            prefix = self.kv_cache.find_prefix(sequence)
+            reads_cache = sequence.request.pooling != "mean"
+            prefix = self.kv_cache.find_prefix(sequence) if reads_cache else []
             num_hashed += len(sequence.block_hashes) * self.kv_cache.block_size
-            coming = self.kv_cache.last_coming(sequence, len(prefix))
+            coming = self.kv_cache.last_coming(sequence, len(prefix)) if reads_cache else None
             if coming is not None:
                 self._waiting.park(coming)
                 continue
             if not self._has_room(sequence, prefix):
                 break
             self._waiting.pop()
-            self.kv_cache.adopt_prefix(sequence, prefix)
+            if reads_cache:
+                self.kv_cache.adopt_prefix(sequence, prefix)
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             sequence.status = SequenceStatus.RUNNING
@@ -317,14 +333,20 @@ class Scheduler:
         sequence.num_computed_tokens = end
         sequence.num_pending_tokens += is_last
         request = sequence.request
+        draw, pool = None, None
+        if request.pooling is None:
+            draw = Draw(sequence.draw_params, request.seed, sequence.index, position=end) if is_last else None
+        elif is_last or request.pooling == "mean":
+            pool = Pool(request.pooling, is_last)
         return BatchRow(
             token_ids=token_ids,
             start=start,
             num_stored_tokens=sequence.num_stored_tokens,
             block_table=sequence.block_ids,
-            draw=Draw(sequence.draw_params, request.seed, sequence.index, position=end) if is_last else None,
+            draw=draw,
             slot=sequence.slot,
             admission=sequence.admission,
+            pool=pool,
         )
 
     def _complete(self, row: PlannedRow) -> Draw:
@@ -378,7 +400,9 @@ class Scheduler:
             self._waiting.release(sequence)
 
     def _is_through(self, sequence: Sequence) -> bool:
-        """Whether the pending token is the last that the sequence may have."""
+        """Whether what is pending is the last that the sequence may have."""
+        if sequence.request.pooling is not None:
+            return sequence.num_pending_tokens > 0
         return sequence.num_output_tokens + sequence.num_pending_tokens >= self._max_output_tokens(sequence)
 
     def _max_output_tokens(self, sequence: Sequence) -> int:
@@ -411,6 +435,16 @@ class Scheduler:
             stop_token_id=stop_token_id,
             is_form_complete=is_form_complete,
             num_cached_tokens=sequence.num_cached_tokens or 0,
+        )
+
+    def _end_with(self, sequence: Sequence, pooled: PooledState) -> EngineOutput:
+        self._finish(sequence)
+        return EngineOutput(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            finish_reason="stop",
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            state=pooled.values,
         )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
