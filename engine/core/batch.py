@@ -87,3 +87,8 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(len(row.token_ids) for row in self.rows)
+
+    @property
+    def pools(self) -> bool:
+        """Whether a row is for a vector."""
+        return any(row.pool is not None for row in self.rows)

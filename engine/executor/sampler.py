@@ -18,7 +18,7 @@ import torch
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Drawn, Sampled
 from engine.core.random import draw_key
-from engine.core.request import RowFailure, SampledToken
+from engine.core.request import RowFailure, RowResult, SampledToken
 from engine.core.sampling_params import SAMPLING_PARAMETERS
 from engine.executor.adjustments import AdjustmentTable
 from engine.kernels.sample import (
@@ -141,15 +141,15 @@ class SamplerOutput:
     def start(draws: Sequence[Draw | None], tokens: torch.Tensor, logprobs: Logprobs | None) -> SamplerOutput:
         """Starts the copies to the host."""
         if logprobs is not None:
-            logprobs = Logprobs(*(_to_host(getattr(logprobs, name)) for name in Logprobs.__slots__))
-        tokens_on_host = _to_host(tokens)
+            logprobs = Logprobs(*(to_host(getattr(logprobs, name)) for name in Logprobs.__slots__))
+        tokens_on_host = to_host(tokens)
         arrived = None
         if tokens.device.type == "cuda":
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
         return SamplerOutput(draws, tokens_on_host, logprobs, arrived)
 
-    def read(self) -> list[SampledToken | RowFailure | None]:
+    def read(self) -> list[RowResult]:
         """Waits for the tokens: the one synchronization of a step."""
         if self.arrived is not None:
             self.arrived.synchronize()
@@ -197,7 +197,7 @@ def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
-def _to_host(x: torch.Tensor) -> torch.Tensor:
+def to_host(x: torch.Tensor) -> torch.Tensor:
     """A copy in memory that the device writes to by itself."""
     if x.device.type != "cuda":
         return x

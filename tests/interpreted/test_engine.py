@@ -126,7 +126,8 @@ class UncapturedGraphs:
 
     def replay(self, size: int) -> torch.Tensor:
         self.replayed.append(size)
-        return self.executor._forward(self.executor.buffers.padded(size))
+        hidden = self.executor._hidden(self.executor.buffers.padded(size))
+        return self.executor.model.logits(hidden)
 
 
 def device_core(path: Path, **options: Any) -> EngineCore:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from engine.core.batch import Batch, Draw
-from engine.core.request import SampledToken
+from engine.core.request import PooledState, RowFailure, RowResult, SampledToken
 from engine.executor.ranks.agreement import Standing
 
 
@@ -92,13 +93,42 @@ class Done(msgspec.Struct, tag=True):
 
     Attributes:
         digest: Of the batch and, on the last stage, the tokens; the same on all ranks of a stage.
-        drawn: The tokens, or in words why there is none, of the rank that tells rank 0 what the last stage drew.
+        drawn: The tokens, vectors as bytes, or in words why there is neither, of the rank that tells rank 0 what the
+            last stage brought.
     """
 
     rank: int
     step: int
     digest: bytes
-    drawn: list[SampledToken | str | None] | None = None
+    drawn: list[SampledToken | bytes | str | None] | None = None
+
+
+def pack(results: Sequence[RowResult]) -> list[SampledToken | bytes | str | None]:
+    """What came of a step, as it travels."""
+    packed: list[SampledToken | bytes | str | None] = []
+    for result in results:
+        match result:
+            case PooledState():
+                packed.append(result.values)
+            case RowFailure():
+                packed.append(result.message)
+            case _:
+                packed.append(result)
+    return packed
+
+
+def unpack(packed: Sequence[SampledToken | bytes | str | None]) -> list[RowResult]:
+    """What `pack` was given."""
+    results: list[RowResult] = []
+    for row in packed:
+        match row:
+            case bytes():
+                results.append(PooledState(row))
+            case str():
+                results.append(RowFailure(row))
+            case _:
+                results.append(row)
+    return results
 
 
 FromRank = RankHere | RankSays | RankReady | RankFailed | Beat | Done
