@@ -61,6 +61,7 @@ class ModelFacts:
 
     max_model_len: int
     vocab_size: int
+    hidden_size: int
     num_blocks: int
     block_size: int
     num_bytes: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from engine.core.bans import TokenSequence
+from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
 from engine.errors import RequestError
 
@@ -58,6 +59,37 @@ def validate_request(
             "stop_token_ids",
         )
     _check_bans(params, vocab_size, eos_token_ids, bad_words)
+
+
+def validate_embedding(
+    prompt_token_ids: list[int],
+    params: PoolingParams,
+    max_model_len: int,
+    vocab_size: int,
+    hidden_size: int,
+    field: str,
+) -> None:
+    """Checks what depends on the model; `PoolingParams` has checked the rest.
+
+    Args:
+        field: What the prompt is called.
+
+    Raises:
+        RequestError: Names the field, the value and the limit.
+    """
+    if not prompt_token_ids:
+        raise RequestError(f"{field} must hold at least one token", field)
+    if len(prompt_token_ids) > max_model_len:
+        raise RequestError(
+            f"{field} has {len(prompt_token_ids)} tokens; the context holds {max_model_len}",
+            field,
+            CONTEXT_LENGTH_EXCEEDED,
+        )
+    _check_ids(field, prompt_token_ids, vocab_size)
+    if params.dimensions is not None and params.dimensions > hidden_size:
+        raise RequestError(
+            f"dimensions must be at most {hidden_size}, the model's, got {params.dimensions}", "dimensions"
+        )
 
 
 def _check_bans(
