@@ -93,42 +93,38 @@ class Done(msgspec.Struct, tag=True):
 
     Attributes:
         digest: Of the batch and, on the last stage, the tokens; the same on all ranks of a stage.
-        drawn: The tokens, vectors as bytes, or in words why there is neither, of the rank that tells rank 0 what the
-            last stage brought.
+        drawn, vectors: The tokens, or in words why there is none, and by row the vectors of prompts, of the rank that
+            tells rank 0 what the last stage brought.
     """
 
     rank: int
     step: int
     digest: bytes
-    drawn: list[SampledToken | bytes | str | None] | None = None
+    drawn: list[SampledToken | str | None] | None = None
+    vectors: dict[int, bytes] = {}
 
+    def tell(self, results: Sequence[RowResult]) -> None:
+        """Takes in what came of the step."""
+        self.drawn = []
+        for number, result in enumerate(results):
+            match result:
+                case PooledState():
+                    self.vectors[number] = result.values
+                    self.drawn.append(None)
+                case RowFailure():
+                    self.drawn.append(result.message)
+                case _:
+                    self.drawn.append(result)
 
-def pack(results: Sequence[RowResult]) -> list[SampledToken | bytes | str | None]:
-    """What came of a step, as it travels."""
-    packed: list[SampledToken | bytes | str | None] = []
-    for result in results:
-        match result:
-            case PooledState():
-                packed.append(result.values)
-            case RowFailure():
-                packed.append(result.message)
-            case _:
-                packed.append(result)
-    return packed
-
-
-def unpack(packed: Sequence[SampledToken | bytes | str | None]) -> list[RowResult]:
-    """What `pack` was given."""
-    results: list[RowResult] = []
-    for row in packed:
-        match row:
-            case bytes():
-                results.append(PooledState(row))
-            case str():
-                results.append(RowFailure(row))
-            case _:
-                results.append(row)
-    return results
+    @property
+    def results(self) -> list[RowResult] | None:
+        """What `tell` was given; None if it was not."""
+        if self.drawn is None:
+            return None
+        results: list[RowResult] = [RowFailure(row) if isinstance(row, str) else row for row in self.drawn]
+        for number, values in self.vectors.items():
+            results[number] = PooledState(values)
+        return results
 
 
 FromRank = RankHere | RankSays | RankReady | RankFailed | Beat | Done

@@ -36,7 +36,6 @@ from engine.executor.ranks.messages import (
     RankStart,
     Sample,
     encode,
-    pack,
     to_rank_decoder,
 )
 from engine.executor.runner import ModelRunner
@@ -123,7 +122,7 @@ class Follower:
                     drawn = sampled.read()
                 done = Done(self.rank, step, digest_of(executed, drawn))
                 if runner.place.tells_what_was_drawn:
-                    done.drawn = pack(drawn)
+                    done.tell(drawn)
                 return done
         return None
 

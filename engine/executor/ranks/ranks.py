@@ -46,7 +46,6 @@ from engine.executor.ranks.messages import (
     ToRank,
     encode,
     from_rank_decoder,
-    unpack,
 )
 from engine.executor.runner import ModelRunner
 from engine.installation import missing_package
@@ -372,10 +371,10 @@ class Ranks:
                 rank.is_ready = True
             case Beat(_, standing):
                 rank.beats, rank.standing = True, standing
-            case Done(number, step, digest, drawn):
+            case Done(number, step, digest):
                 rank.last_done = step
-                if drawn is not None:
-                    self._drawn[step] = unpack(drawn)
+                if message.results is not None:
+                    self._drawn[step] = message.results
                 self._note(number, step, digest)
             case RankFailed(number, step, kind, text):
                 self._report(number, step, kind, text)
