@@ -176,7 +176,7 @@ def test_vectors_of_prompts_are_those_of_transformers(checkpoints: dict[str, Pat
     core = make_core(path, kv_cache_dtype="float32", max_num_batched_tokens=24)
     executor = core.model.runner.executor
     executor.graphs = UncapturedGraphs(executor)
-    prompts = {str(length): [7 * length % 320] * length + [5] for length in (1, 15, 30)}
+    prompts = {str(length): [7 * length % 320] * length + [5] for length in (1, 28)}
     requests = [
         embedding_request(f"{pooling}-{name}", prompt, PoolingParams(pooling=pooling))
         for name, prompt in prompts.items()
@@ -190,11 +190,9 @@ def test_vectors_of_prompts_are_those_of_transformers(checkpoints: dict[str, Pat
 
 
 def test_the_bits_of_a_vector_depend_neither_on_chunks_nor_on_company(checkpoints: dict[str, Path]) -> None:
-    prompt = list(range(7, 47))
-    requests = [embedding_request(p, prompt, PoolingParams(pooling=p)) for p in ("last", "mean")]
+    requests = [embedding_request(p, list(range(7, 26)), PoolingParams(pooling=p)) for p in ("last", "mean")]
     whole, chunked = (
-        make_core(checkpoints["llama"], quant="int8", max_num_batched_tokens=size) for size in (64, 17)
+        make_core(checkpoints["llama"], quant="int8", max_num_batched_tokens=size) for size in (64, 13)
     )
-    expected = {name: vector for request in requests for name, vector in embed(whole, [request]).items()}
-    others = make_requests(max_tokens=2, n=1, min_tokens=0)[:2]
-    assert_same(embed(chunked, [*others, *requests]), expected)
+    expected = embed(whole, requests[:1]) | embed(whole, requests[1:])
+    assert_same(embed(chunked, requests), expected)
