@@ -296,14 +296,15 @@ class LLM:
             lambda request_id: _resumed(results[request_id]),
         )
         self._finish(call, "Generating", use_tqdm)
-        )
         return list(results.values())
 
     def _finish(self, call: Call, description: str, use_tqdm: bool) -> None:
         """Runs steps until all requests of a call have finished."""
         if not call.requests:
             return
-        with tqdm(total=len(call.requests), desc=description, unit="prompt", disable=not use_tqdm) as progress:
+        with tqdm(
+            total=len(call.requests), desc=description, unit="prompt", disable=not use_tqdm
+        ) as progress:
 
             def show(call: Call) -> None:
                 elapsed = progress.format_dict["elapsed"]
