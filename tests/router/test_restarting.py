@@ -148,7 +148,8 @@ def test_a_request_that_kills_the_engine_twice_fails_alone(small_model: Path, tm
     )
 
     async def check() -> None:
-        async with started(config(small_model), (sys.executable, str(script))) as engine:
+        command = (sys.executable, str(script))
+        async with started(config(small_model, max_restarts=4), command) as engine:
             undisturbed = await read(engine, CASES[0], "alone")
             stream = asyncio.create_task(read(engine, CASES[0], "beside"))
             base = engine.stats.num_steps
@@ -160,7 +161,7 @@ def test_a_request_that_kills_the_engine_twice_fails_alone(small_model: Path, tm
             assert guilty.reasons == ["error"] * 3
             [message] = guilty.errors
             assert "SIGKILL" in message
-            assert engine.num_restarts == 2
+            assert engine.num_restarts == 4
             assert engine.status == "ready"
 
     run(check())
