@@ -18,6 +18,7 @@ from api.bodies import Model, ModelList, Status
 from api.body import json_response
 from api.chat import create_chat_completion
 from api.completions import create_completion
+from api.embeddings import create_embeddings
 from api.errors import ApiError, add_error_handlers, error_response
 from api.http import HeadMiddleware, RequestIdMiddleware
 from api.metrics import Metrics
@@ -96,6 +97,10 @@ def create_app(
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return await create_chat_completion(service, request)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        return await create_embeddings(service, request)
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -177,6 +177,28 @@ class ChatChunk(Struct):
     usage: Usage | UnsetType | None = UNSET
 
 
+class Embedding(Struct):
+    """Attributes:
+    embedding: Numbers, or their float32 bytes, little-endian, in base64.
+    """
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingUsage(Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Struct):
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+    object: Literal["list"] = "list"
+
+
 class Model(Struct):
     id: str
     created: int

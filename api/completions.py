@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from api.body import json_response, read_body
 from api.errors import ApiError, not_supported
 from api.generation import Generation, PromptOutputs, TokenCounter, collect, generate, new_id
 from api.logprobs import CompletionLogprobsFormatter
+from api.prompts import Prompt, encode_prompts, split_prompts
 from api.protocol import CompletionRequest, decode_request
 from api.sampling import sampling_params
 from api.service import Service
@@ -26,8 +26,6 @@ from engine.core.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 MAX_CHOICES = 2048
-
-Prompt = str | list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +51,14 @@ async def create_completion(service: Service, http_request: Request) -> Response
     request = decode_request(await read_body(http_request), CompletionRequest)
     model = service.check_model(request.model)
     params = _params(service, request)
-    prompts = split_prompts(request.prompt)
+    prompts = split_prompts(request.prompt, "prompt")
     if len(prompts) * params.n > MAX_CHOICES:
         raise ApiError(
             400,
             f"prompt and n ask for {len(prompts)} x {params.n} choices; at most {MAX_CHOICES} are given",
             param="prompt",
         )
-    encode = service.engine.tokenizer.encode
-    # In a thread: a long prompt takes long enough to be felt by the streams of others.
-    token_ids = await asyncio.to_thread(
-        lambda: [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    )
+    token_ids = await encode_prompts(service, prompts)
     generation = Generation(
         new_id("cmpl-"), model, token_ids, _fitted(service, request, params, token_ids), request.priority or 0
     )
@@ -100,25 +94,6 @@ def _fitted(
         return [params] * len(prompts)
     rooms = (service.engine.max_model_len - len(token_ids) for token_ids in prompts)
     return [replace(params, max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room))) for room in rooms]
-
-
-def split_prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
-    """One string, one list of token ids, or a list of either → a list of prompts.
-
-    Raises:
-        ApiError: 400, an empty list, or token ids beside prompts.
-    """
-    if isinstance(prompt, str):
-        return [prompt]
-    token_ids = [item for item in prompt if isinstance(item, int)]
-    prompts = [item for item in prompt if not isinstance(item, int)]
-    if not prompt or (token_ids and prompts):
-        raise ApiError(
-            400,
-            "prompt must be a string, a list of token ids, or a list of one or more of these",
-            param="prompt",
-        )
-    return prompts or [token_ids]
 
 
 class ChoiceWriter:

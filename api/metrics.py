@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.core.outputs import CompletionOutput, RequestOutput
+from engine.core.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
 
 if TYPE_CHECKING:
     from engine.frontend.async_engine import ServedEngine
@@ -148,6 +148,23 @@ class Metrics:
             raise
         finally:
             self._success.labels(self._model_name, reason).inc(num_samples - times.num_finished)
+
+    async def observe_embedding(
+        self, embedding: Awaitable[EmbeddingRequestOutput], num_prompt_tokens: int
+    ) -> EmbeddingRequestOutput:
+        """Waits for one embedding, and measures it as a sample without tokens."""
+        arrival, reason = time.perf_counter(), "abort"
+        try:
+            output = await embedding
+            reason = "stop" if output.error is None else "error"
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            self._success.labels(self._model_name, reason).inc()
+        self._prompt_tokens.inc(num_prompt_tokens)
+        self._whole_request.observe(time.perf_counter() - arrival)
+        return output
 
     def _observe_sample(self, sample: CompletionOutput, times: RequestTimes, now: float) -> None:
         num_new = len(sample.token_ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -54,6 +54,8 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     min_p: float | None = None
     repetition_penalty: float | None = None
     stop_token_ids: list[Integer] | None = None
+    allowed_token_ids: list[Integer] | None = None
+    bad_words: list[str] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -160,6 +162,20 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     web_search_options: Any = None
 
 
+class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """OpenAI's, with vLLM's extensions; `PoolingParams` holds the ranges."""
+
+    input: str | list[str | Integer | list[Integer]]
+    model: str | None = None
+    dimensions: Integer | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    normalize: bool | None = None
+    pooling: str | None = None
+    priority: Integer | None = None
+    user: Any = None
+
+
+Body = TypeVar("Body", bound=Struct)
 RequestBody = TypeVar("RequestBody", bound=GenerationRequest)
 
 
@@ -167,15 +183,9 @@ def decode_request(body: bytes, kind: type[RequestBody]) -> RequestBody:
     """`body` as a request of type `kind`.
 
     Raises:
-        ApiError: 400, naming the field, for malformed JSON, unknown fields, wrong types, and fields that this
-            server does not support.
+        ApiError: As `decode_body`; and 400 for fields that this server does not support.
     """
-    try:
-        request = msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise _explain(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    request = decode_body(body, kind)
     for field, neutral in NEUTRAL_VALUES.items():
         value = getattr(request, field, None)
         if value is not None and value not in neutral:
@@ -186,6 +196,20 @@ def decode_request(body: bytes, kind: type[RequestBody]) -> RequestBody:
         if request.stream_options.include_obfuscation:
             raise not_supported("stream_options.include_obfuscation")
     return request
+
+
+def decode_body(body: bytes, kind: type[Body]) -> Body:
+    """`body` as a struct of type `kind`.
+
+    Raises:
+        ApiError: 400, naming the field, for malformed JSON, unknown fields and wrong types.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def _explain(problem: str) -> ApiError:

@@ -99,14 +99,14 @@ def test_the_api_knows_no_more_than_the_async_engine(path: Path) -> None:
             "engine.frontend.async_engine", "engine.errors", "engine.config", "engine.core.outputs",
             "engine.core.stats", "engine.core.sampling_params", "engine.core.structured_outputs", "engine.tokenizer",
             "engine.frontend.chat_format", "engine.frontend.tools", "engine.frontend.tool_formats",
-            "engine.router.restarting",
+            "engine.router.restarting", "engine.core.pooling_params",
         )  # fmt: skip
         for name in imports(path):
             if name.startswith("engine"):
                 assert name.startswith(known), name
 
 
-ENDPOINTS = ("api.completions", "api.chat")
+ENDPOINTS = ("api.completions", "api.chat", "api.embeddings")
 """Modules of endpoints, and what is theirs alone."""
 
 

@@ -16,7 +16,7 @@ import pytest
 import triton.knobs
 
 from api.metrics import Metrics
-from api.protocol import NEUTRAL_VALUES, ChatCompletionRequest, CompletionRequest
+from api.protocol import NEUTRAL_VALUES, ChatCompletionRequest, CompletionRequest, EmbeddingRequest
 from engine.core.stats import EngineStats
 from engine.frontend.async_engine import ServedEngine
 from tests.test_architecture import FILES, GROUND, ORDER, ROOT
@@ -164,6 +164,11 @@ def test_the_table_of_parameters_is_complete() -> None:
     _, ignored = parameters.split("Accepted without effect:")
     ignored, _ = ignored.split("OpenAI's other fields")
     assert set(re.findall(r"`(\w+)`", ignored)) == fields - acted_on - NEUTRAL_VALUES.keys()
+
+
+def test_the_table_of_embeddings_is_complete() -> None:
+    fields = {field.name for field in msgspec.structs.fields(EmbeddingRequest)}
+    assert {*first_column(section(DOCS / "api.md", "Embeddings")), "user"} == fields
 
 
 def test_the_table_of_metrics_is_complete() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from engine.core.sampling_params import SamplingParams
 
@@ -16,20 +17,36 @@ class Draw:
 
     Attributes:
         seed, index, position: The draw is a function of these three and the token's logits alone.
-        stop_token_ids: Tokens that may not be drawn yet (min_tokens); empty otherwise.
+        banned_token_ids: Tokens that may not be drawn now (min_tokens, bad_words); empty otherwise.
         prompt_token_ids, output_token_ids: The sequence so far, where penalties need it; empty otherwise.
-        allowed_tokens: A bitmask of what the form of the output allows, words of 32 bits: token t may be drawn where
-            bit t % 32 of word t // 32 is set; None: every token may.
+        allowed_tokens: A bitmask of what allowed_token_ids and the form of the output allow, words of 32 bits: token
+            t may be drawn where bit t % 32 of word t // 32 is set; None: every token may.
     """
 
     params: SamplingParams
     seed: int
     index: int
     position: int
-    stop_token_ids: tuple[int, ...] = ()
+    banned_token_ids: tuple[int, ...] = ()
     prompt_token_ids: tuple[int, ...] = ()
     output_token_ids: tuple[int, ...] = ()
     allowed_tokens: bytes | None = None
+
+
+Pooling = Literal["last", "mean"]
+"""What makes one vector of a prompt: the state of its last token, or the mean over all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """What becomes of a row's hidden states, where a prompt's vector is asked for.
+
+    Attributes:
+        is_complete: Whether the row ends the prompt, and the vector comes of it.
+    """
+
+    pooling: Pooling
+    is_complete: bool
 
 
 PENDING = -1
@@ -45,7 +62,8 @@ class BatchRow:
         start: Position of the first of them.
         num_stored_tokens: Positions below this are in the cache already and are not written again.
         block_table: Ids of the sequence's blocks, enough for every position of the chunk.
-        draw: How to draw the next token; None while the prompt goes on in a later step.
+        draw: How to draw the next token; None while the prompt goes on in a later step, and where none is asked for.
+        pool: What its hidden states are for; None: nothing but the next token.
         slot: The sequence's place among the running ones, 0 … max_num_seqs - 1, its own while it runs.
         admission: Unique for each time that a sequence starts to run; its block table only grows meanwhile.
     """
@@ -57,6 +75,7 @@ class BatchRow:
     draw: Draw | None
     slot: int = 0
     admission: int = 0
+    pool: Pool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +87,8 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(len(row.token_ids) for row in self.rows)
+
+    @property
+    def pools(self) -> bool:
+        """Whether a row is for a vector."""
+        return any(row.pool is not None for row in self.rows)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from engine.core.bans import Bitmask, bitmask_of
 from engine.core.matcher import Matcher, TokenTrie, Vocabulary
 from engine.core.structured_outputs import StructuredOutputs
 
@@ -116,17 +117,31 @@ class Grammar:
         except Exception as error:
             self.mask.set_exception(error)
 
+    def allowed_tokens(self, may_end: bool, among: Bitmask | None = None) -> bytes:
+        """The mask that is there, as bytes.
+
+        Args:
+            may_end: Whether tokens that end the sequence are among them even where others are.
+            among: What the request allows besides; None for everything.
+        """
+        mask = self.mask.result()
+        if among is not None:
+            mask = self._mask_of(np.frombuffer(mask.allowed, np.int32) & among)
+        return mask.allowed if may_end else mask.not_ends
+
     def _begin(self, structured: StructuredOutputs, token_ids: list[int]) -> Mask:
         self._matcher = self._grammars.match(structured)
         self._matcher.consume_all(token_ids)
         return self._fill()
 
     def _fill(self) -> Mask:
-        mask, end_mask = np.empty(self._grammars.num_words, np.int32), self._grammars.end_mask
+        mask = np.empty(self._grammars.num_words, np.int32)
         self._matcher.fill(mask)
-        mask = mask[: len(end_mask)]
-        others = mask & ~end_mask
-        allowed = mask.tobytes()
+        return self._mask_of(mask[: len(self._grammars.end_mask)])
+
+    def _mask_of(self, bits: Bitmask) -> Mask:
+        others = bits & ~self._grammars.end_mask
+        allowed = bits.tobytes()
         return Mask(allowed, others.tobytes() if others.any() else allowed)
 
 
@@ -153,13 +168,9 @@ class Grammars:
     def __init__(self, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         self.vocabulary: Vocabulary | None = None
         self.vocab_size, self._eos_token_ids = vocab_size, eos_token_ids
-        end_mask = np.zeros(-(-vocab_size // 32), np.uint32)
-        for token_id in eos_token_ids:
-            if token_id < vocab_size:
-                end_mask[token_id // 32] |= np.uint32(1 << token_id % 32)
-        self.end_mask = end_mask.view(np.int32)
+        self.end_mask: Bitmask = bitmask_of(eos_token_ids, vocab_size)
         # One more for the end token of a model that has none.
-        self.num_words = -(-(vocab_size + (not end_mask.any())) // 32)
+        self.num_words = -(-(vocab_size + (not self.end_mask.any())) // 32)
         self._trie: TokenTrie | None = None
         self._compiled: OrderedDict[StructuredOutputs, _Compiled] = OrderedDict()
         self._lock = threading.Lock()

@@ -76,6 +76,34 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class EmbeddingOutput:
+    """Attributes:
+    embedding: float32 numbers; none where the request failed.
+    """
+
+    embedding: list[float]
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """What came of a request for an embedding.
+
+    Attributes:
+        prompt: The prompt's text, or None if it came as token ids.
+        num_cached_tokens: Prompt tokens found in the prefix cache.
+        error: Why the request failed, if it did.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput
+    finished: bool = True
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(slots=True)
 class RequestOutput:
     """The state of one request.
 

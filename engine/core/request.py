@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
+from engine.core.bans import Bitmask, TokenSequence
+from engine.core.batch import Pooling
 from engine.core.grammar import Grammar
 from engine.core.outputs import FinishReason
 from engine.core.sampling_params import SamplingParams
@@ -19,6 +21,8 @@ class Request:
         priority: Smaller is served earlier; equal priorities in order of arrival.
         resumed_token_ids: Of a request that another engine has begun: what it drew for each sample, None where the
             sample has ended. The tokens count as output; draws and penalties go on as if this engine had drawn them.
+        pooling: What is asked for is a vector of the prompt, made in this way; None for tokens.
+        bad_words: The tokens of the parameters' bad_words, as `Tokenizer.encode_bad_words` has them.
     """
 
     request_id: str
@@ -27,6 +31,8 @@ class Request:
     seed: int
     priority: int = 0
     resumed_token_ids: list[list[int] | None] = field(default_factory=list)
+    bad_words: tuple[TokenSequence, ...] = ()
+    pooling: Pooling | None = None
 
     def resumed(self, index: int) -> list[int] | None:
         """What sample `index` begins with; None if it has ended."""
@@ -49,10 +55,25 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledState:
+    """What a prompt's hidden states came to.
+
+    Attributes:
+        values: [hidden] float32, little-endian.
+    """
+
+    values: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class RowFailure:
     """What a row of a step ended in, where it could not be computed."""
 
     message: str
+
+
+RowResult = SampledToken | PooledState | RowFailure | None
+"""What came of a row of a step; None where its prompt is not through."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,6 +82,7 @@ class EngineOutput:
 
     Attributes:
         index: Which of the request's n samples.
+        state: The prompt's vector, as `PooledState` has it, where that was asked for; the sequence ends with it.
         num_cached_tokens: Prompt tokens that came from the prefix cache.
         stop_token_id: The stop token id that ended the sequence; None for end-of-sequence.
         is_form_complete: Whether it has ended because nothing can follow in its form: its last token is text.
@@ -74,6 +96,7 @@ class EngineOutput:
     stop_token_id: int | None = None
     is_form_complete: bool = False
     num_cached_tokens: int = 0
+    state: bytes | None = None
     error: str | None = None
 
 
@@ -94,7 +117,9 @@ class Sequence:
         arrival: Order of arrival in the engine, unique.
         leader: The request's first sample, whose blocks this one waits for; None for the first itself.
         token_ids: Prompt and output.
-        draw_params: The request's, without the form, which `grammar` keeps: steps go to every rank.
+        draw_params: The request's, without what `grammar`, `allowed` and the request's `bad_words` keep: steps go to
+            every rank.
+        allowed: What may ever come; None: every token.
         grammar: What keeps the form of the output, from the first admission on; None without one.
         num_computed_tokens: Tokens whose keys and values are in the cache, or will be once the steps in flight
             are through.
@@ -117,6 +142,7 @@ class Sequence:
     leader: Sequence | None = None
     token_ids: list[int] = field(default_factory=list)
     draw_params: SamplingParams = field(init=False)
+    allowed: Bitmask | None = None
     grammar: Grammar | None = None
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
@@ -133,7 +159,9 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = self.request.prompt_token_ids + (self.request.resumed(self.index) or [])
         params = self.request.params
-        self.draw_params = replace(params, structured_outputs=None) if params.structured_outputs else params
+        if params.structured_outputs or params.allowed_token_ids is not None or params.bad_words:
+            params = replace(params, structured_outputs=None, allowed_token_ids=None, bad_words=())
+        self.draw_params = params
 
     @property
     def output_token_ids(self) -> list[int]:

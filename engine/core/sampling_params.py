@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -14,6 +14,8 @@ from engine.errors import RequestError
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
 MAX_STOP_STRINGS = 16
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARACTERS = 1024
 MAX_SEED = 2**63 - 1
 
 
@@ -109,6 +111,10 @@ def _ids(value: Any, name: str) -> tuple[int, ...]:
     return tuple(map(int, ids))
 
 
+def _optional_ids(value: Any, name: str) -> tuple[int, ...] | None:
+    return None if value is None else _ids(value, name)
+
+
 def _elements(value: Any, name: str, wanted: str) -> tuple[Any, ...]:
     """None, or what can be iterated over, but text."""
     if value is None:
@@ -127,6 +133,16 @@ def _biases(value: Any, name: str) -> dict[int, float]:
         if not isinstance(token_id, Integral) or not isinstance(bias, Real) or isinstance(bias, bool):
             raise RequestError(f"{name} must hold numbers by token id, got {bias!r} for {token_id!r}", name)
     return {int(token_id): float(bias) for token_id, bias in value.items()}
+
+
+_READERS: dict[str, Callable[[Any, str], Any]] = {
+    "stop": _strings,
+    "stop_token_ids": _ids,
+    "logit_bias": _biases,
+    "allowed_token_ids": _optional_ids,
+    "bad_words": _strings,
+}
+"""What makes the one form of fields that users write in several."""
 
 
 def _parameter(default: Any, limits: Range, *, is_recommended: bool = False, example: Any = None) -> Any:
@@ -159,6 +175,9 @@ class SamplingParams:
         skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the matched stop string at the end of the text.
         logit_bias: Added to the logits, by token id, -100..100.
+        allowed_token_ids: The only tokens that may be drawn, the end among them only if it is named; None for all.
+        bad_words: Strings whose tokens the output never has in a row: as the tokenizer writes each at the start of a
+            text and after a space, its last token is banned where the others stand before it.
         logprobs: Log-probabilities of the chosen token and of this many likeliest ones; None for none.
         structured_outputs: The form that the output must have, also as a dictionary with its fields; None for any.
     """
@@ -180,6 +199,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logit_bias: dict[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
     logprobs: int | None = _parameter(None, Range(low=0, high=MAX_LOGPROBS))
     structured_outputs: StructuredOutputs | None = None
 
@@ -190,11 +211,20 @@ class SamplingParams:
         for parameter in SAMPLING_PARAMETERS:
             if parameter.is_scalar:
                 object.__setattr__(self, parameter.name, parameter.read(getattr(self, parameter.name)))
-        for name, read in (("stop", _strings), ("stop_token_ids", _ids), ("logit_bias", _biases)):
+        for name, read in _READERS.items():
             object.__setattr__(self, name, read(getattr(self, name), name))
         object.__setattr__(self, "structured_outputs", StructuredOutputs.read(self.structured_outputs))
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", "stop")
+        if self.allowed_token_ids == ():
+            raise RequestError("allowed_token_ids must hold at least one token id", "allowed_token_ids")
+        longest = max(map(len, self.bad_words), default=0)
+        if len(self.bad_words) > MAX_BAD_WORDS or longest > MAX_BAD_WORD_CHARACTERS:
+            raise RequestError(
+                f"bad_words takes at most {MAX_BAD_WORDS} strings of {MAX_BAD_WORD_CHARACTERS} characters, got "
+                f"{len(self.bad_words)}, the longest of {longest}",
+                "bad_words",
+            )
         for token_id, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
                 raise RequestError(

@@ -10,6 +10,9 @@ their values. A sequence whose pending token turns out to end it has then one to
 `update` drops. Where steps pass through several stages, as many are in flight, each with its share of the sequences;
 one whose token is pending waits for it then.
 
+A request for a vector of its prompt ends once that is computed: the vector is what its last chunk brings instead of a
+token, and pending until then. A mean takes all states, and therefore finds none of its tokens in the prefix cache.
+
 A sequence whose output has a form is drawn under a mask, which a thread makes (`engine.core.grammar`). Where it is
 late, what the step draws of that sequence is dropped, and the sequence draws again in the next step.
 """
@@ -23,11 +26,21 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from engine.config import SchedulerConfig
-from engine.core.batch import PENDING, Batch, BatchRow, Draw
+from engine.core.bans import bitmask_of, completing_tokens
+from engine.core.batch import PENDING, Batch, BatchRow, Draw, Pool
 from engine.core.grammar import Grammar, Grammars, Mask
 from engine.core.kv_cache import KVCacheManager
 from engine.core.outputs import FinishReason
-from engine.core.request import EngineOutput, Request, RowFailure, SampledToken, Sequence, SequenceStatus
+from engine.core.request import (
+    EngineOutput,
+    PooledState,
+    Request,
+    RowFailure,
+    RowResult,
+    SampledToken,
+    Sequence,
+    SequenceStatus,
+)
 from engine.core.stats import EngineStats
 from engine.core.waiting import WaitingQueue
 
@@ -121,11 +134,13 @@ class Scheduler:
         if not self.enable_prefix_caching:
             salt += f"{request.request_id}/{next(self._arrivals)}".encode()
         leader = None
+        ids = request.params.allowed_token_ids
+        allowed = None if ids is None else bitmask_of(ids, self.grammars.vocab_size)
         sequences = []
         for index in range(request.params.n):
             if request.resumed(index) is None:
                 continue
-            sequence = Sequence(request, index, next(self._arrivals), salt, leader)
+            sequence = Sequence(request, index, next(self._arrivals), salt, leader, allowed=allowed)
             leader = leader or sequence
             sequences.append(sequence)
             self._waiting.push(sequence)
@@ -207,8 +222,8 @@ class Scheduler:
             rows.append(replace(row, token_ids=known) if len(known) == len(row.token_ids) else row)
         return Batch(rows)
 
-    def update(self, results: list[SampledToken | RowFailure | None]) -> list[EngineOutput]:
-        """Takes in what the oldest step in flight computed: one entry a row, None where nothing was drawn."""
+    def update(self, results: list[RowResult]) -> list[EngineOutput]:
+        """Takes in what the oldest step in flight computed, one entry a row."""
         outputs: list[EngineOutput] = []
         advanced: list[Grammar] = []
         for row, result in zip(self._in_flight.popleft(), results, strict=True):
@@ -222,7 +237,9 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING and sequence.admission == row.admission:
                 self.kv_cache.register(sequence, row.start, row.end)
             self.num_scheduled_tokens += row.end - row.start
-            if row.draw is not None and result is not None:
+            if isinstance(result, PooledState):
+                outputs.append(self._end_with(sequence, result))
+            elif row.draw is not None and result is not None:
                 self._end_draw(sequence)
                 outputs.append(self._append(sequence, result))
                 if sequence.grammar is not None and outputs[-1].finish_reason is None:
@@ -277,16 +294,18 @@ class Scheduler:
                 self._waiting.park(sequence.leader)
                 continue
             num_hashed -= len(sequence.block_hashes) * self.kv_cache.block_size
-            prefix = self.kv_cache.find_prefix(sequence)
+            reads_cache = sequence.request.pooling != "mean"
+            prefix = self.kv_cache.find_prefix(sequence) if reads_cache else []
             num_hashed += len(sequence.block_hashes) * self.kv_cache.block_size
-            coming = self.kv_cache.last_coming(sequence, len(prefix))
+            coming = self.kv_cache.last_coming(sequence, len(prefix)) if reads_cache else None
             if coming is not None:
                 self._waiting.park(coming)
                 continue
             if not self._has_room(sequence, prefix):
                 break
             self._waiting.pop()
-            self.kv_cache.adopt_prefix(sequence, prefix)
+            if reads_cache:
+                self.kv_cache.adopt_prefix(sequence, prefix)
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             sequence.status = SequenceStatus.RUNNING
@@ -319,35 +338,46 @@ class Scheduler:
         sequence.num_computed_tokens = end
         sequence.num_pending_tokens += is_last
         request = sequence.request
+        draw, pool = None, None
+        if request.pooling is None:
+            draw = Draw(sequence.draw_params, request.seed, sequence.index, position=end) if is_last else None
+        elif is_last or request.pooling == "mean":
+            pool = Pool(request.pooling, is_last)
         return BatchRow(
             token_ids=token_ids,
             start=start,
             num_stored_tokens=sequence.num_stored_tokens,
             block_table=sequence.block_ids,
-            draw=Draw(sequence.draw_params, request.seed, sequence.index, position=end) if is_last else None,
+            draw=draw,
             slot=sequence.slot,
             admission=sequence.admission,
+            pool=pool,
         )
 
     def _complete(self, row: PlannedRow) -> Draw:
         """The row's draw with what depends on the tokens before it."""
         assert row.draw is not None
-        sequence, params, allowed = row.sequence, row.draw.params, None
+        sequence, params = row.sequence, row.draw.params
+        allowed = None if sequence.allowed is None else sequence.allowed.tobytes()
         banned: tuple[int, ...] = ()
         is_short = sequence.num_output_tokens < params.min_tokens
         if sequence.grammar is not None:
             # A form in whose place nothing else can be ends before min_tokens, and under ignore_eos.
-            mask = sequence.grammar.mask.result()
-            allowed = mask.not_ends if is_short or params.ignore_eos else mask.allowed
+            allowed = sequence.grammar.allowed_tokens(
+                may_end=not (is_short or params.ignore_eos), among=sequence.allowed
+            )
             banned = params.stop_token_ids if is_short else ()
         elif is_short:
             banned = (*self.eos_token_ids, *params.stop_token_ids)
+        if sequence.request.bad_words:
+            words = sequence.request.bad_words
+            banned += completing_tokens(words, sequence.token_ids, sequence.num_output_tokens)
         if not banned and allowed is None and not params.has_penalties:
             return row.draw
         history = sequence.token_ids if params.has_penalties else []
         return replace(
             row.draw,
-            stop_token_ids=banned,
+            banned_token_ids=banned,
             prompt_token_ids=tuple(history[: sequence.num_prompt_tokens]),
             output_token_ids=tuple(history[sequence.num_prompt_tokens :]),
             allowed_tokens=allowed,
@@ -379,7 +409,9 @@ class Scheduler:
             self._waiting.release(sequence)
 
     def _is_through(self, sequence: Sequence) -> bool:
-        """Whether the pending token is the last that the sequence may have."""
+        """Whether what is pending is the last that the sequence may have."""
+        if sequence.request.pooling is not None:
+            return sequence.num_pending_tokens > 0
         return sequence.num_output_tokens + sequence.num_pending_tokens >= self._max_output_tokens(sequence)
 
     def _max_output_tokens(self, sequence: Sequence) -> int:
@@ -410,6 +442,16 @@ class Scheduler:
             stop_token_id=stop_token_id,
             is_form_complete=is_form_complete,
             num_cached_tokens=sequence.num_cached_tokens or 0,
+        )
+
+    def _end_with(self, sequence: Sequence, pooled: PooledState) -> EngineOutput:
+        self._finish(sequence)
+        return EngineOutput(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            finish_reason="stop",
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            state=pooled.values,
         )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:

@@ -21,6 +21,7 @@ class EngineInfo:
 
     max_model_len: int
     vocab_size: int
+    hidden_size: int
     default_params: dict[str, Any]
     memory_plan: str
     num_cache_bytes: int

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from engine.core.bans import TokenSequence
+from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
 from engine.errors import RequestError
 
@@ -18,11 +20,13 @@ def validate_request(
     vocab_size: int,
     eos_token_ids: Collection[int],
     clips_max_tokens: bool,
+    bad_words: Collection[TokenSequence] = (),
 ) -> None:
     """Checks what depends on the model; `SamplingParams` has checked the rest.
 
     Args:
         clips_max_tokens: A sequence that wants more than fits beside its prompt gets what fits.
+        bad_words: As in `Request`.
 
     Raises:
         RequestError: Names the field, the value and the limit.
@@ -47,11 +51,64 @@ def validate_request(
     _check_ids("prompt", prompt_token_ids, vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
     _check_ids("logit_bias", params.logit_bias, vocab_size)
+    _check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
     if params.min_tokens > 0 and len({*eos_token_ids, *params.stop_token_ids}) >= vocab_size:
         raise RequestError(
             f"stop_token_ids and the end tokens are all {vocab_size} tokens, and none may come before min_tokens "
             f"({params.min_tokens})",
             "stop_token_ids",
+        )
+    _check_bans(params, vocab_size, eos_token_ids, bad_words)
+
+
+def validate_embedding(
+    prompt_token_ids: list[int],
+    params: PoolingParams,
+    max_model_len: int,
+    vocab_size: int,
+    hidden_size: int,
+    field: str,
+) -> None:
+    """Checks what depends on the model; `PoolingParams` has checked the rest.
+
+    Args:
+        field: What the prompt is called.
+
+    Raises:
+        RequestError: Names the field, the value and the limit.
+    """
+    if not prompt_token_ids:
+        raise RequestError(f"{field} must hold at least one token", field)
+    if len(prompt_token_ids) > max_model_len:
+        raise RequestError(
+            f"{field} has {len(prompt_token_ids)} tokens; the context holds {max_model_len}",
+            field,
+            CONTEXT_LENGTH_EXCEEDED,
+        )
+    _check_ids(field, prompt_token_ids, vocab_size)
+    if params.dimensions is not None and params.dimensions > hidden_size:
+        raise RequestError(
+            f"dimensions must be at most {hidden_size}, the model's, got {params.dimensions}", "dimensions"
+        )
+
+
+def _check_bans(
+    params: SamplingParams,
+    vocab_size: int,
+    eos_token_ids: Collection[int],
+    bad_words: Collection[TokenSequence],
+) -> None:
+    """Refuses what is known to leave no token to the first draw."""
+    banned = {word[-1] for word in bad_words if len(word) == 1}
+    if params.min_tokens > 0:
+        # A form may end where nothing else can be.
+        banned |= {*params.stop_token_ids, *(() if params.structured_outputs else eos_token_ids)}
+    allowed = params.allowed_token_ids
+    if all(token_id in banned for token_id in (range(vocab_size) if allowed is None else allowed)):
+        what = "all tokens of the vocabulary" if allowed is None else "all of allowed_token_ids"
+        raise RequestError(
+            f"{what} are banned: by bad_words, or before min_tokens as the end or in stop_token_ids",
+            "bad_words" if allowed is None else "allowed_token_ids",
         )
 
 

@@ -32,7 +32,7 @@ class AdjustmentTable:
         old, self._rows = self._rows, {}
         found: list[tuple[int, Columns]] = []
         for number, (draw, sequence) in enumerate(zip(draws, sequences, strict=True)):
-            if not (draw.params.logit_bias or draw.params.has_penalties or draw.stop_token_ids):
+            if not (draw.params.logit_bias or draw.params.has_penalties or draw.banned_token_ids):
                 continue
             row = old.get(sequence)
             if row is None or not row.precedes(draw):
@@ -67,14 +67,14 @@ class _Row:
 
     def __init__(self, draw: Draw) -> None:
         self._params: SamplingParams = draw.params
-        self._banned, self._num_prompt_tokens = draw.stop_token_ids, len(draw.prompt_token_ids)
+        self._banned, self._num_prompt_tokens = draw.banned_token_ids, len(draw.prompt_token_ids)
         self._num_output_tokens, self._last_token = 0, -1
         self._repetition = np.float32(draw.params.repetition_penalty)
         self._frequency = np.float32(draw.params.frequency_penalty)
         self._presence = np.float32(draw.params.presence_penalty)
         prompt = draw.prompt_token_ids if draw.params.repetition_penalty != 1.0 else ()
         seen = dict.fromkeys(prompt)
-        token_ids = [*dict.fromkeys((*draw.params.logit_bias, *draw.stop_token_ids, *seen))]
+        token_ids = [*dict.fromkeys((*draw.params.logit_bias, *draw.banned_token_ids, *seen))]
         self._uses = {token_id: _Use(place) for place, token_id in enumerate(token_ids)}
         room = 2 * len(token_ids) + 64
         self._token_ids = np.zeros(room, np.int32)
@@ -83,7 +83,7 @@ class _Row:
         self._repetitions = np.ones(room, np.float32)
         for token_id, bias in draw.params.logit_bias.items():
             self._bias[self._uses[token_id].place] = bias
-        self._bias[[self._uses[token_id].place for token_id in draw.stop_token_ids]] = -np.inf
+        self._bias[[self._uses[token_id].place for token_id in draw.banned_token_ids]] = -np.inf
         self._repetitions[[self._uses[token_id].place for token_id in seen]] = self._repetition
 
     def precedes(self, draw: Draw) -> bool:
@@ -91,7 +91,7 @@ class _Row:
         params, count = draw.params, self._num_output_tokens
         return (
             (params is self._params or params == self._params)
-            and draw.stop_token_ids == self._banned
+            and draw.banned_token_ids == self._banned
             and len(draw.prompt_token_ids) == self._num_prompt_tokens
             and len(draw.output_token_ids) >= count
             and (count == 0 or draw.output_token_ids[count - 1] == self._last_token)

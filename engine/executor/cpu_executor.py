@@ -14,6 +14,7 @@ from engine.core.batch import Batch, Draw
 from engine.core.executor import Sampled
 from engine.executor.adjustments import AdjustmentTable
 from engine.executor.flat_batch import BlockTables, flatten
+from engine.executor.pooling import Pooler
 from engine.executor.sampler import SamplerInputs, sample
 from engine.kernels import cpu
 from engine.kernels.attention.in_c import SEGMENT, CpuPlan, gather, group_segments
@@ -49,6 +50,7 @@ class CpuExecutor:
         self._tables = BlockTables(num_rows, -(-limits.max_model_len // cache.block_size))
         self._last_tokens = np.zeros(num_rows, np.int32)
         self._changes = AdjustmentTable()
+        self._pooler = Pooler(model)
         # What a step writes, as numpy arrays; the program reads the same memory.
         self._counts = np.zeros(3, np.int64)
         self._token_ids, self._positions, self._slots = (np.zeros(num_tokens, np.int32) for _ in range(3))
@@ -81,7 +83,7 @@ class CpuExecutor:
         with torch.inference_mode():
             with self.program.recording(of_tokens):
                 group_segments(plan, cache.block_size)
-                hidden = model(torch.from_numpy(self._token_ids), cache, inputs)
+                self._hidden = hidden = model(torch.from_numpy(self._token_ids), cache, inputs)
             self._logits = torch.empty(0, 0)
             if model.pipeline.is_last:
                 with self.program.recording(of_draws):
@@ -92,6 +94,7 @@ class CpuExecutor:
         """Logits [rows that draw, vocabulary] float32, valid until the next step; none but on the last stage."""
         num_draws = self._write(batch)
         self.program.run(self.seconds)
+        self._pooler.take(batch, self._hidden)
         return self._logits[:num_draws]
 
     def _write(self, batch: Batch) -> int:
@@ -117,4 +120,5 @@ class CpuExecutor:
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
         """Draws a token for each row that has a draw."""
         last_tokens = torch.from_numpy(self._last_tokens)
-        return sample(logits, draws, SamplerInputs.on_cpu(batch, last_tokens, self._changes))
+        inputs = SamplerInputs.on_cpu(batch, last_tokens, self._changes)
+        return self._pooler.join(sample(logits, draws, inputs))

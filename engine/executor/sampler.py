@@ -18,7 +18,7 @@ import torch
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Drawn, Sampled
 from engine.core.random import draw_key
-from engine.core.request import RowFailure, SampledToken
+from engine.core.request import RowFailure, RowResult, SampledToken
 from engine.core.sampling_params import SAMPLING_PARAMETERS
 from engine.executor.adjustments import AdjustmentTable
 from engine.kernels.sample import (
@@ -92,12 +92,12 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw | None], inputs: SamplerIn
     index = _to_device(torch.tensor(asking, dtype=torch.int32), logits.device) if asking else None
     raw = None if index is None else select_rows(logits, index)
 
-    # Tokens that the form allows.
+    # What allowed_token_ids and the form allow.
     allowed_tokens = allowed_tokens_of(wanted)
     if allowed_tokens is not None:
         mask_logits(logits, _to_device(allowed_tokens, logits.device))
 
-    # logit_bias, then penalties; and tokens that are banned until min_tokens.
+    # logit_bias, then penalties; and tokens that are banned: until min_tokens, or since they complete bad_words.
     adjustments = inputs.changes.update(wanted, inputs.sequences)
     if adjustments is not None:
         entries = (_to_device(getattr(adjustments, name), logits.device) for name in Adjustments.__slots__)
@@ -141,15 +141,15 @@ class SamplerOutput:
     def start(draws: Sequence[Draw | None], tokens: torch.Tensor, logprobs: Logprobs | None) -> SamplerOutput:
         """Starts the copies to the host."""
         if logprobs is not None:
-            logprobs = Logprobs(*(_to_host(getattr(logprobs, name)) for name in Logprobs.__slots__))
-        tokens_on_host = _to_host(tokens)
+            logprobs = Logprobs(*(to_host(getattr(logprobs, name)) for name in Logprobs.__slots__))
+        tokens_on_host = to_host(tokens)
         arrived = None
         if tokens.device.type == "cuda":
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
         return SamplerOutput(draws, tokens_on_host, logprobs, arrived)
 
-    def read(self) -> list[SampledToken | RowFailure | None]:
+    def read(self) -> list[RowResult]:
         """Waits for the tokens: the one synchronization of a step."""
         if self.arrived is not None:
             self.arrived.synchronize()
@@ -165,8 +165,11 @@ def _result(draw: Draw, token_id: int, logprobs: Iterator[tuple[Any, ...]]) -> S
     chosen, rank, ids, values = (None,) * 4 if num is None else next(logprobs)
     if token_id < 0:
         cause = "the logits are not finite (NaN or infinity)"
-        if draw.allowed_tokens is not None and draw.stop_token_ids:
-            cause += ", or min_tokens bans with stop_token_ids all that structured_outputs allows"
+        if draw.allowed_tokens is not None or draw.banned_token_ids:
+            cause += (
+                ", or what allowed_token_ids and structured_outputs allow is all banned by bad_words and, before "
+                "min_tokens, as the end or in stop_token_ids"
+            )
         return RowFailure(f"no token can be drawn: {cause}")
     if num is None:
         return SampledToken(token_id)
@@ -194,7 +197,7 @@ def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
-def _to_host(x: torch.Tensor) -> torch.Tensor:
+def to_host(x: torch.Tensor) -> torch.Tensor:
     """A copy in memory that the device writes to by itself."""
     if x.device.type != "cuda":
         return x

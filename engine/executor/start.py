@@ -79,6 +79,7 @@ def start_model(config: EngineConfig, path: Path) -> StartedModel:
     facts = ModelFacts(
         max_model_len=runner.plan.max_model_len,
         vocab_size=runner.model_config.vocab_size,
+        hidden_size=runner.model_config.hidden_size,
         num_blocks=runner.plan.num_blocks,
         block_size=runner.plan.block_size,
         num_bytes=runner.model.num_bytes,

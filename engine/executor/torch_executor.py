@@ -10,6 +10,7 @@ from engine.core.batch import Batch, Draw
 from engine.core.executor import Sampled
 from engine.executor.adjustments import AdjustmentTable
 from engine.executor.flat_batch import BlockTables, flatten
+from engine.executor.pooling import Pooler
 from engine.executor.sampler import SamplerInputs, sample
 from engine.kernels.attention.kv_layer import KVCache
 from engine.kernels.attention.plan import AttentionPlan
@@ -37,6 +38,7 @@ class TorchExecutor:
         self._tables = BlockTables(limits.max_num_seqs, -(-limits.max_model_len // cache.block_size))
         self._last_tokens = np.zeros(limits.max_num_seqs, np.int32)
         self._changes = AdjustmentTable()
+        self._pooler = Pooler(model)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> torch.Tensor:
@@ -58,6 +60,7 @@ class TorchExecutor:
         )
         token_ids = torch.from_numpy(tokens.with_drawn(self._last_tokens))
         hidden = self.model(token_ids, self.cache, inputs)
+        self._pooler.take(batch, hidden)
         if not self.model.pipeline.is_last:
             return torch.empty(0, 0)
         return self.model.logits(hidden.index_select(0, torch.from_numpy(tokens.last_rows(batch.rows))))
@@ -66,4 +69,5 @@ class TorchExecutor:
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
         """Draws a token for each row that has a draw."""
         last_tokens = torch.from_numpy(self._last_tokens)
-        return sample(logits, draws, SamplerInputs.on_cpu(batch, last_tokens, self._changes))
+        inputs = SamplerInputs.on_cpu(batch, last_tokens, self._changes)
+        return self._pooler.join(sample(logits, draws, inputs))

@@ -16,6 +16,7 @@ from engine.core.executor import Sampled
 from engine.errors import ConfigError
 from engine.executor.adjustments import AdjustmentTable
 from engine.executor.cuda_graphs import CudaGraphs, graph_sizes
+from engine.executor.pooling import Pooler
 from engine.executor.sampler import SamplerInputs, sample, sequences_of
 from engine.executor.step_buffers import AttentionForms, StepBuffers, StepInputs
 from engine.kernels.attention.in_triton import form, make_scratch, scratch_capacity
@@ -66,6 +67,7 @@ class TritonExecutor:
         )
         self._inputs: StepInputs
         self._changes = AdjustmentTable()
+        self._pooler = Pooler(model)
 
     @torch.inference_mode()
     def capture_graphs(self, make_decodes: Callable[[int], Batch]) -> None:
@@ -92,18 +94,21 @@ class TritonExecutor:
     def execute(self, batch: Batch) -> torch.Tensor:
         """Launches the forward pass: logits [rows that draw, vocabulary] float32."""
         num_draws = sum(row.draw is not None for row in batch.rows)
-        is_decode = num_draws > 0 and all(len(row.token_ids) == 1 for row in batch.rows)
+        # A graph keeps no hidden states.
+        is_decode = num_draws > 0 and all(len(row.token_ids) == 1 and not row.pool for row in batch.rows)
         size = self.graphs.size_for(len(batch.rows)) if self.graphs is not None and is_decode else None
         inputs = self._inputs = self._write(batch, size)
-        if num_draws == 0:
-            self._hidden(inputs)
-            return torch.empty(0, self.model.config.vocab_size, device=self.device)
         if self.graphs is not None and inputs.padded_size is not None:
+            self._pooler.take(batch, None)
             logits = self.graphs.replay(inputs.padded_size)
             if num_draws == len(batch.rows):
                 return logits[:num_draws]
             return logits.index_select(0, inputs.last_rows[:num_draws])
-        return self._forward(inputs, inputs.last_rows[:num_draws])
+        hidden = self._hidden(inputs)
+        self._pooler.take(batch, hidden)
+        if num_draws == 0:
+            return torch.empty(0, self.model.config.vocab_size, device=self.device)
+        return self.model.logits(hidden.index_select(0, inputs.last_rows[:num_draws]))
 
     def _write(self, batch: Batch, size: int | None) -> StepInputs:
         """Brings a step's inputs to the device, and its block tables up to date."""
@@ -115,11 +120,6 @@ class TritonExecutor:
             self.buffers.forget(batch.rows)
             raise
         return inputs
-
-    def _forward(self, inputs: StepInputs, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of these rows of the flat batch, [n] int32; None for all."""
-        hidden = self._hidden(inputs)
-        return self.model.logits(hidden if rows is None else hidden.index_select(0, rows))
 
     def _hidden(self, inputs: StepInputs) -> torch.Tensor:
         attention = PagedInputs(
@@ -134,7 +134,7 @@ class TritonExecutor:
         inputs = SamplerInputs(
             self._inputs.draws, slots, self.last_tokens, self._changes, sequences_of(batch)
         )
-        return sample(logits, draws, inputs)
+        return self._pooler.join(sample(logits, draws, inputs))
 
 
 def _attention_forms(

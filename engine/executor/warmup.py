@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from tqdm import tqdm
 
 from engine.config import EngineConfig, SchedulerConfig
-from engine.core.batch import Batch, BatchRow, Draw
+from engine.core.batch import Batch, BatchRow, Draw, Pool, Pooling
 from engine.core.kv_cache import NULL_BLOCK
 from engine.core.sampling_params import EXAMPLES, MAX_LOGPROBS, SamplingParams
 from engine.executor.options import resolve_cache_dtype, resolve_dtype
@@ -47,6 +48,9 @@ def warm_up_batches(limits: SchedulerConfig, target: Target) -> Iterator[Batch]:
             yield dummy_batch([1] * num_rows, params)
     for num_tokens in token_classes(target, limits.max_num_batched_tokens):
         yield dummy_batch(_prompt_lengths(num_tokens, limits), GREEDY)
+    for pooling in get_args(Pooling):
+        (row,) = dummy_batch([1], GREEDY).rows
+        yield Batch([replace(row, draw=None, pool=Pool(pooling, is_complete=True))])
 
 
 def largest_batch(limits: SchedulerConfig) -> Batch:

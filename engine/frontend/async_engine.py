@@ -15,17 +15,19 @@ from typing import Any, Literal, Protocol, TypeVar
 import engine.errors
 from engine.cache_directory import caching_in
 from engine.config import EngineConfig
-from engine.core.outputs import RequestOutput
+from engine.core.outputs import EmbeddingRequestOutput, RequestOutput
+from engine.core.pooling_params import PoolingParams
 from engine.core.random import derive_seed
 from engine.core.request import EngineOutput, Request
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineInfo, EngineStats
 from engine.core.structured_outputs import StructuredOutputs
-from engine.core.validation import validate_request
+from engine.core.validation import validate_embedding, validate_request
 from engine.errors import EngineDeadError, EngineError, EngineStartError
 from engine.executor.ranks.limits import BEAT_SECONDS, Limits
 from engine.frontend.chat_format import ChatFormat
 from engine.frontend.child import EngineChild, end_process, launch
+from engine.frontend.embedding import EmbeddingProcessor, embedding_request
 from engine.frontend.grammar import FormChecker
 from engine.frontend.messages import (
     Abort,
@@ -79,6 +81,10 @@ class ServedEngine(Protocol):
         self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
     ) -> AsyncGenerator[RequestOutput]: ...
 
+    async def embed(
+        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+    ) -> EmbeddingRequestOutput: ...
+
 
 class AsyncEngine:
     """Sends requests to an engine process and hands out what comes back.
@@ -95,13 +101,14 @@ class AsyncEngine:
         error: Why it is dead.
         stats: As of the engine's last step.
         ended: Set once it is dead.
-        tokenizer, chat_format, max_model_len, vocab_size, default_params, info: Valid once ready.
+        tokenizer, chat_format, max_model_len, vocab_size, hidden_size, default_params, info: Valid once ready.
     """
 
     tokenizer: Tokenizer
     chat_format: ChatFormat
     max_model_len: int
     vocab_size: int
+    hidden_size: int
     default_params: dict[str, Any]
     info: EngineInfo
 
@@ -179,7 +186,7 @@ class AsyncEngine:
         assert isinstance(message, Ready)
         info = message.info
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
-        self.default_params, self.info = info.default_params, info
+        self.hidden_size, self.default_params, self.info = info.hidden_size, info.default_params, info
         self._forms = FormChecker(self.tokenizer, self.vocab_size)
         self.status = "ready"
         self._tasks.append(asyncio.create_task(self._receive_outputs()))
@@ -216,6 +223,7 @@ class AsyncEngine:
         """
         self._check_ready()
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        bad_words = self.tokenizer.encode_bad_words(params.bad_words)
         validate_request(
             token_ids,
             params,
@@ -223,6 +231,7 @@ class AsyncEngine:
             self.vocab_size,
             self.tokenizer.eos_token_ids,
             self.config.clip_max_tokens,
+            bad_words,
         )
         if params.structured_outputs is not None:
             await self._prepare(params.structured_outputs)
@@ -233,6 +242,7 @@ class AsyncEngine:
             seed=self._seed(params),
             priority=priority,
             resumed_token_ids=list(resumed_token_ids),
+            bad_words=bad_words,
         )
         processor = OutputProcessor(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
         assert request_id not in self._queues, f"request id {request_id!r} is in use"
@@ -254,6 +264,37 @@ class AsyncEngine:
         finally:
             del self._queues[request_id]
             if not finished and self.status == "ready":
+                await self._abort(request_id)
+
+    async def embed(
+        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+    ) -> EmbeddingRequestOutput:
+        """The embedding of a prompt; whoever stops waiting for it aborts the request.
+
+        Args:
+            prompt: Token ids; errors call them "input".
+            request_id, priority: As of `generate`.
+
+        Raises:
+            RequestError: The request cannot be served as asked.
+            EngineDeadError: The engine has ended; names the cause.
+        """
+        self._check_ready()
+        validate_embedding(prompt, params, self.max_model_len, self.vocab_size, self.hidden_size, "input")
+        request = embedding_request(request_id, prompt, params, priority)
+        assert request_id not in self._queues, f"request id {request_id!r} is in use"
+        queue = self._queues[request_id] = asyncio.Queue()
+        is_finished = False
+        try:
+            await self._send(Add(request))
+            output = await queue.get()
+            if output is None:
+                raise EngineDeadError(self.error)
+            is_finished = True
+            return EmbeddingProcessor(request, None, params).process(output)
+        finally:
+            del self._queues[request_id]
+            if not is_finished and self.status == "ready":
                 await self._abort(request_id)
 
     async def _prepare(self, structured: StructuredOutputs) -> None:

@@ -16,15 +16,18 @@ from tqdm import tqdm
 
 from engine.cache_directory import caching_in
 from engine.config import EngineConfig
+from engine.core.batch import Pooling
 from engine.core.engine_core import EngineCore
-from engine.core.outputs import CompletionOutput, RequestOutput
+from engine.core.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
+from engine.core.pooling_params import PoolingParams
 from engine.core.random import derive_seed
 from engine.core.request import Request
 from engine.core.sampling_params import SamplingParams
-from engine.core.validation import validate_request
+from engine.core.validation import validate_embedding, validate_request
 from engine.errors import ConfigError, RequestError
 from engine.executor.start import start_engine
 from engine.frontend.chat_format import ChatFormat
+from engine.frontend.embedding import EmbeddingProcessor, embedding_request
 from engine.frontend.grammar import FormChecker
 from engine.frontend.output_processor import OutputProcessor
 from engine.frontend.prompts import Prompt, read_prompts
@@ -191,6 +194,45 @@ class LLM:
                 output.answer = turn.read(output.text)
         return results
 
+    def embed(
+        self,
+        prompts: Any,
+        pooling: Pooling = "last",
+        *,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """The embeddings of one prompt or several, in their order; see `PoolingParams` for the arguments.
+
+        Args:
+            prompts: As `generate` takes them.
+
+        Raises:
+            RequestError: A prompt or argument that cannot be served; nothing is computed then.
+        """
+        self._check_process()
+        params = PoolingParams(pooling=pooling, dimensions=dimensions, normalize=normalize)
+        info = self.core.info
+        processors: dict[str, EmbeddingProcessor] = {}
+        for prompt in read_prompts(prompts):
+            token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            validate_embedding(
+                token_ids, params, info.max_model_len, info.vocab_size, info.hidden_size, "prompt"
+            )
+            request = embedding_request(next(self._request_ids), token_ids, params)
+            text = prompt if isinstance(prompt, str) else None
+            processors[request.request_id] = EmbeddingProcessor(request, text, params)
+        results: dict[str, EmbeddingRequestOutput] = {}
+        requests = [processor.request for processor in processors.values()]
+
+        def take(output: EmbeddingRequestOutput) -> None:
+            results[output.request_id] = output
+
+        # One that is started again computes them anew.
+        self._finish(Call(requests, processors, take, lambda _: []), "Embedding", use_tqdm)
+        return [results[request.request_id] for request in requests]
+
     @cached_property
     def _chat_format(self) -> ChatFormat:
         return ChatFormat(self.tokenizer, self.config.tool_format, self.config.reasoning_format)
@@ -216,6 +258,7 @@ class LLM:
     def _make_request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         info = self.core.info
+        bad_words = self.tokenizer.encode_bad_words(params.bad_words)
         validate_request(
             token_ids,
             params,
@@ -223,6 +266,7 @@ class LLM:
             info.vocab_size,
             self.tokenizer.eos_token_ids,
             clips_max_tokens=True,
+            bad_words=bad_words,
         )
         if params.structured_outputs is not None:
             self._forms.check(params.structured_outputs)
@@ -232,7 +276,11 @@ class LLM:
         if seed is None:
             seed = secrets.randbits(63) if self.config.seed is None else derive_seed(self.config.seed, index)
         return Request(
-            request_id=next(self._request_ids), prompt_token_ids=token_ids, params=params, seed=seed
+            request_id=next(self._request_ids),
+            prompt_token_ids=token_ids,
+            params=params,
+            seed=seed,
+            bad_words=bad_words,
         )
 
     def _run(self, requests: list[Request], prompts: list[str | None], use_tqdm: bool) -> list[RequestOutput]:
@@ -241,25 +289,32 @@ class LLM:
         for request, prompt in zip(requests, prompts, strict=True):
             processors[request.request_id] = OutputProcessor(request, prompt, self.tokenizer)
             results[request.request_id] = _empty_result(request, prompt)
-        if not requests:
-            return []
         call = Call(
             requests,
             processors,
             lambda addition: _extend_result(results[addition.request_id], addition),
             lambda request_id: _resumed(results[request_id]),
         )
-        with tqdm(total=len(requests), desc="Generating", unit="prompt", disable=not use_tqdm) as progress:
+        self._finish(call, "Generating", use_tqdm)
+        return list(results.values())
+
+    def _finish(self, call: Call, description: str, use_tqdm: bool) -> None:
+        """Runs steps until all requests of a call have finished."""
+        if not call.requests:
+            return
+        with tqdm(
+            total=len(call.requests), desc=description, unit="prompt", disable=not use_tqdm
+        ) as progress:
 
             def show(call: Call) -> None:
                 elapsed = progress.format_dict["elapsed"]
-                progress.set_postfix_str(
-                    f"{call.num_tokens / max(elapsed, 1e-9):.1f} tokens/s", refresh=False
-                )
+                if call.num_tokens:
+                    progress.set_postfix_str(
+                        f"{call.num_tokens / max(elapsed, 1e-9):.1f} tokens/s", refresh=False
+                    )
                 progress.update(call.num_finished - progress.n)
 
             self._steps.run(call, show)
-        return list(results.values())
 
 
 def _empty_result(request: Request, prompt: str | None) -> RequestOutput:

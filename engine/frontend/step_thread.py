@@ -10,15 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from engine.core.engine_core import EngineCore
-from engine.core.outputs import RequestOutput
-from engine.core.request import Request
+from engine.core.request import EngineOutput, Request
 from engine.errors import EngineDeadError
-from engine.frontend.output_processor import OutputProcessor
 from engine.process import RestartLimit
 
 logger = logging.getLogger(__name__)
@@ -27,12 +25,20 @@ POLL_SECONDS = 0.1
 """How often a progress bar is moved."""
 
 
+class Processor(Protocol):
+    """Makes what a caller gets of what the engine brings of one request: something with a `finished`, or None."""
+
+    stopped_samples: list[int]
+
+    def process(self, output: EngineOutput) -> Any: ...
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """The requests of one caller.
 
     Attributes:
-        processors, extend: By request id, what makes text of tokens; and takes what it has made.
+        processors, extend: By request id, what makes a caller's outputs; and takes what it has made.
         resumed: What a request, by its id, has got so far; see `Request.resumed_token_ids`.
         num_tokens, num_finished: So far.
         done: Set once all requests have finished, or none will.
@@ -40,8 +46,8 @@ class Call:
     """
 
     requests: list[Request]
-    processors: dict[str, OutputProcessor]
-    extend: Callable[[RequestOutput], None]
+    processors: Mapping[str, Processor]
+    extend: Callable[[Any], None]
     resumed: Callable[[str], list[list[int] | None]]
     num_tokens: int = 0
     num_finished: int = 0

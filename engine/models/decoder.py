@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine.kernels.attention.kv_layer import KVCache, KVLayer
-from engine.kernels.norm import add
+from engine.kernels.norm import add, rms_norm
 from engine.models.attention import Attention, PagedInputs
 from engine.models.config import ModelConfig
 from engine.models.linear import Embedding, Linear, ReadWeight, StoredLayer
@@ -228,6 +228,13 @@ class Decoder(nn.Module):
         if not self.pipeline.is_last:
             self.pipeline.send(hidden)
         return hidden
+
+    def final_states(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [rows, hidden] behind the final norm, as floats; on the last stage."""
+        assert self.norm is not None
+        states = rms_norm(hidden, self.norm.weight, self.norm.epsilon)
+        assert isinstance(states, torch.Tensor)
+        return states
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocabulary] float32 of hidden states [rows, hidden]."""

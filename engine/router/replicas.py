@@ -20,10 +20,11 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from engine.config import EngineConfig
-from engine.core.outputs import RequestOutput
+from engine.core.outputs import EmbeddingRequestOutput, RequestOutput
+from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
-from engine.core.validation import validate_request
+from engine.core.validation import validate_embedding, validate_request
 from engine.errors import EngineDeadError
 from engine.frontend.async_engine import AsyncEngine
 from engine.frontend.chat_format import ChatFormat
@@ -53,6 +54,7 @@ class ReplicaInfo:
 
     max_model_len: int
     vocab_size: int
+    hidden_size: int
     default_params: dict[str, Any]
     clips_max_tokens: bool
 
@@ -75,7 +77,11 @@ class Replica:
     async def info(self) -> ReplicaInfo:
         engine = self._engine
         return ReplicaInfo(
-            engine.max_model_len, engine.vocab_size, engine.default_params, engine.config.clip_max_tokens
+            engine.max_model_len,
+            engine.vocab_size,
+            engine.hidden_size,
+            engine.default_params,
+            engine.config.clip_max_tokens,
         )
 
     async def stats(self) -> EngineStats:
@@ -110,6 +116,19 @@ class Replica:
             await outputs.aclose()
             del self._waiting[key]
 
+    async def embed(
+        self, request: Resumable, params: PoolingParams
+    ) -> AsyncGenerator[str | EmbeddingRequestOutput]:
+        """The replica's name, then what `AsyncEngine.embed` returns, but for the prompt."""
+        yield self._name
+        key = f"{request.request_id}-{len(request.lost)}"
+        self._waiting[key] = len(request.prompt_token_ids)
+        try:
+            output = await self._engine.embed(request.prompt_token_ids, params, key, request.priority)
+            yield replace(output, prompt_token_ids=[])
+        finally:
+            del self._waiting[key]
+
     async def __del__(self) -> None:
         await self._engine.shutdown()
 
@@ -130,6 +149,7 @@ class Replicas:
     chat_format: ChatFormat
     max_model_len: int
     vocab_size: int
+    hidden_size: int
     default_params: dict[str, Any]
 
     def __init__(self, config: EngineConfig, handle: DeploymentHandle) -> None:
@@ -158,6 +178,7 @@ class Replicas:
             self.vocab_size,
             self.tokenizer.eos_token_ids,
             self._clips_max_tokens,
+            self.tokenizer.encode_bad_words(params.bad_words),
         )
         request = OpenRequest(
             request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority
@@ -178,17 +199,36 @@ class Replicas:
                     if request.is_finished:
                         return
             except LOST as error:
-                logger.warning("%s: replica %s is lost: %s", request_id, name, _first_line(error))
-                if num_losses == MAX_LOSSES:
-                    raise EngineDeadError(
-                        f"{MAX_LOSSES} replicas have died under the request: {_first_line(error)}"
-                    ) from None
-                if isinstance(error, ActorUnavailableError):
-                    await asyncio.sleep(UNAVAILABLE_SECONDS)
-                    name = ""
+                name = await _survive(error, request_id, name, num_losses)
             finally:
                 stream.cancel()
             lost = (*lost, name)
+
+    async def embed(
+        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+    ) -> EmbeddingRequestOutput:
+        """As `AsyncEngine.embed`; begins anew at another replica if one dies.
+
+        Raises:
+            RequestError: The request cannot be served as asked.
+            EngineDeadError: Several replicas have died under the request.
+        """
+        validate_embedding(prompt, params, self.max_model_len, self.vocab_size, self.hidden_size, "input")
+        request = Resumable(request_id, prompt, SamplingParams(max_tokens=1), priority)
+        for num_losses in count(1):
+            name = ""
+            stream = self._handle.options(stream=True).embed.remote(request, params)
+            try:
+                async for said in stream:
+                    if not isinstance(said, str):
+                        return replace(said, request_id=request_id, prompt_token_ids=prompt)
+                    name = said
+            except LOST as error:
+                name = await _survive(error, request_id, name, num_losses)
+            finally:
+                stream.cancel()
+            request = replace(request, lost=(*request.lost, name))
+        raise AssertionError("unreachable")
 
     async def _watch(self) -> None:
         try:
@@ -203,7 +243,7 @@ class Replicas:
             raise
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
         self._clips_max_tokens = info.clips_max_tokens
-        self.default_params = info.default_params
+        self.hidden_size, self.default_params = info.hidden_size, info.default_params
         while True:
             try:
                 answers = await self._handle.broadcast("stats").results_async(
@@ -215,6 +255,23 @@ class Replicas:
             self.status = "ready" if living else "starting"
             self.stats = _sum(living)
             await asyncio.sleep(STATS_SECONDS)
+
+
+async def _survive(error: Exception, request_id: str, name: str, num_losses: int) -> str:
+    """Waits where a replica cannot be reached; the name of one that must not be asked again, none if it may.
+
+    Raises:
+        EngineDeadError: It was the last loss that a request may have.
+    """
+    logger.warning("%s: replica %s is lost: %s", request_id, name, _first_line(error))
+    if num_losses == MAX_LOSSES:
+        raise EngineDeadError(
+            f"{MAX_LOSSES} replicas have died under the request: {_first_line(error)}"
+        ) from None
+    if isinstance(error, ActorUnavailableError):
+        await asyncio.sleep(UNAVAILABLE_SECONDS)
+        return ""
+    return name
 
 
 def _sum(stats: list[EngineStats]) -> EngineStats:

@@ -14,13 +14,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from itertools import count
 from typing import Any, Literal
 
 from engine.config import EngineConfig
-from engine.core.outputs import RequestOutput
+from engine.core.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
+from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
 from engine.errors import EngineDeadError, EngineError
@@ -131,9 +132,7 @@ class RestartingEngine:
         request = OpenRequest(
             request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority
         )
-        assert request_id not in self._open, f"request id {request_id!r} is in use"
-        self._open[request_id] = request
-        try:
+        with self._opened(request):
             while not request.is_finished:
                 engine = await self._living(request)
                 if request in self._guilty:
@@ -150,9 +149,35 @@ class RestartingEngine:
                             if any(sample.token_ids for sample in output.outputs):
                                 self._acquit(request)
                             yield output
+
+    async def embed(
+        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+    ) -> EmbeddingRequestOutput:
+        """As `AsyncEngine.embed`; begins anew where the engine has died and another is there.
+
+        Raises:
+            RequestError: The request cannot be served as asked.
+            EngineDeadError: Engines have died too often.
+        """
+        request = OpenRequest(request_id, prompt, SamplingParams(), priority)
+        with self._opened(request):
+            while True:
+                engine = await self._living(request)
+                if request in self._guilty:
+                    error = self._guilty[request]
+                    return EmbeddingRequestOutput(request_id, None, prompt, EmbeddingOutput([]), error=error)
+                with contextlib.suppress(EngineDeadError):
+                    return await engine.embed(prompt, params, request_id, priority)
+
+    @contextlib.contextmanager
+    def _opened(self, request: OpenRequest) -> Iterator[None]:
+        assert request.request_id not in self._open, f"request id {request.request_id!r} is in use"
+        self._open[request.request_id] = request
+        try:
+            yield
         finally:
             self._acquit(request)
-            del self._open[request_id]
+            del self._open[request.request_id]
             self._guilty.pop(request, None)
 
     async def _living(self, request: OpenRequest) -> AsyncEngine:

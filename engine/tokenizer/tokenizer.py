@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,21 @@ class Tokenizer:
             RequestError: The text is not valid Unicode.
         """
         return self._encode(text, add_special_tokens, "prompt")
+
+    def encode_bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of words that an output may not have, each as it begins a text and as it follows a space.
+
+        Raises:
+            RequestError: A word has no tokens, or is not valid Unicode.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            bare = word.lstrip(" ")
+            encoded = [tuple(self._encode(text, False, "bad_words")) for text in (bare, f" {bare}")]
+            if not any(encoded):
+                raise RequestError(f"bad_words: {word!r} has no tokens in this vocabulary", "bad_words")
+            found |= dict.fromkeys(filter(None, encoded))
+        return tuple(found)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""

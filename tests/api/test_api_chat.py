@@ -129,3 +129,13 @@ def test_neutral_and_harmless_fields_are_accepted(client: openai.OpenAI) -> None
         user="somebody",
     )
     assert completion.usage.completion_tokens == 1
+
+
+def test_bad_words(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "What is the capital of Japan?"}]
+    arguments = {"model": "llama", "messages": messages, "max_tokens": 20, "temperature": 0}
+    contents = [
+        client.chat.completions.create(**arguments, extra_body=extra).choices[0].message.content
+        for extra in ({}, {"bad_words": ["Tokyo"]})
+    ]
+    assert ["Tokyo" in content for content in contents] == [True, False]

@@ -169,3 +169,12 @@ async def test_concurrent_streams_do_not_mix(server: ServerProcess, client: open
         texts = await asyncio.gather(*map(stream, prompts))
     for prompt, text in zip(prompts, texts, strict=True):
         assert text == complete(client, prompt=prompt).choices[0].text
+
+
+def test_bad_words_and_allowed_tokens(client: openai.OpenAI) -> None:
+    free = complete(client, extra_body={"return_token_ids": True}).choices[0]
+    assert "Paris" in free.text
+    assert "Paris" not in complete(client, extra_body={"bad_words": ["Paris"]}).choices[0].text
+    allowed = free.token_ids[1:4]
+    extra = {"allowed_token_ids": allowed, "return_token_ids": True, "bad_words": None}
+    assert set(complete(client, extra_body=extra).choices[0].token_ids) <= set(allowed)

@@ -11,6 +11,7 @@ from tests.api.conftest import ServerProcess
 
 COMPLETION = {"model": "llama", "prompt": "hello", "max_tokens": 1}
 CHAT = {"model": "llama", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
+EMBEDDING = {"model": "llama", "input": "hello"}
 
 # (changed fields, param, words of the message)
 BAD_COMPLETIONS = [
@@ -50,6 +51,13 @@ BAD_COMPLETIONS = [
     ({"logit_bias": {"word": 1}}, "logit_bias", "expected int"),
     ({"logit_bias": {"1000000": 1}}, "logit_bias", "1000000"),
     ({"stop_token_ids": [10**6]}, "stop_token_ids", "1000000"),
+    ({"allowed_token_ids": []}, "allowed_token_ids", "at least one"),
+    ({"allowed_token_ids": [10**6]}, "allowed_token_ids", "1000000"),
+    ({"allowed_token_ids": [7042], "bad_words": ["Paris"]}, "allowed_token_ids", "all of allowed_token_ids"),
+    ({"bad_words": [""]}, "bad_words", "non-empty"),
+    ({"bad_words": ["a"] * 65}, "bad_words", "at most 64 strings"),
+    ({"bad_words": ["a" * 1025]}, "bad_words", "the longest of 1025"),
+    ({"bad_words": "a"}, "bad_words", "expected array"),
     ({"min_tokens": 2}, "min_tokens", "max_tokens"),
     ({"best_of": 2}, "best_of", "not supported"),
     ({"suffix": "end"}, "suffix", "not supported"),
@@ -111,8 +119,24 @@ BAD_CHATS = [
     ),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages", "must not hold"),
 ]
+BAD_EMBEDDINGS = [
+    ({"mystery": 1}, "mystery", "unknown field"),
+    ({"input": None}, "input", "expected"),
+    ({"input": []}, "input", "input must be"),
+    ({"input": [1, "a"]}, "input", "input must be"),
+    ({"input": [[]]}, "input", "at least one token"),
+    ({"input": ["a"] * 2049}, "input", "2048"),
+    ({"input": [10**6]}, "input", "1000000"),
+    ({"input": "word " * 20000}, "input", "the context holds"),
+    ({"encoding_format": "int8"}, "encoding_format", "Invalid enum value 'int8'"),
+    ({"dimensions": 0}, "dimensions", "at least 1, got 0"),
+    ({"dimensions": 577}, "dimensions", "at most 576"),
+    ({"pooling": "cls"}, "pooling", "'last' or 'mean', got 'cls'"),
+    ({"normalize": "yes"}, "normalize", "expected bool"),
+]
 CASES = [("/v1/completions", COMPLETION, *case) for case in BAD_COMPLETIONS]
 CASES += [("/v1/chat/completions", CHAT, *case) for case in BAD_CHATS]
+CASES += [("/v1/embeddings", EMBEDDING, *case) for case in BAD_EMBEDDINGS]
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, str | None]:
@@ -179,7 +203,7 @@ def test_other_paths_need_no_key(server: ServerProcess, path: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nowhere", 404), ("POST", "/v1/embeddings", 404), ("GET", "/v1/completions", 405)],
+    [("GET", "/nowhere", 404), ("POST", "/v1/nowhere", 404), ("GET", "/v1/completions", 405)],
 )
 def test_other_paths_and_methods_are_refused(http: httpx.Client, method: str, path: str, status: int) -> None:
     assert path in str(error_of(http.request(method, path), status)["message"])

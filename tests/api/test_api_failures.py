@@ -196,3 +196,31 @@ async def test_everything_but_metrics_is_503_without_an_engine(status, code: str
         assert answer.json()["error"]["code"] == code
         assert engine.error is None or answer.json()["error"]["message"] == engine.error
     assert metrics.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "words"),
+    [
+        (dies_at_once, 503, "killed by signal 9"),
+        (breaks_after_one, 500, "internal error (ZeroDivisionError)"),
+        (fails_alone, 500, "the state is not finite"),
+    ],
+)
+async def test_an_embedding_that_fails_takes_those_beside_it(script: Any, status: int, words: str) -> None:
+    engine = ScriptedEngine(script)
+    async with serving(engine) as client:
+        response = await client.post("/v1/embeddings", json={"input": [[2], [1], [1, 2]]})
+        assert response.status_code == status
+        assert words in response.json()["error"]["message"]
+        await engine.closed.wait()
+
+
+async def test_hanging_up_aborts_embeddings() -> None:
+    engine = ScriptedEngine(never_ends)
+    async with serving(engine) as client:
+        asking = asyncio.create_task(client.post("/v1/embeddings", json={"input": ["a", "b"]}))
+        while engine.num_opened < 2:
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        await engine.closed.wait()
+        assert engine.num_closed == 2

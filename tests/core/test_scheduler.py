@@ -218,7 +218,7 @@ def test_min_tokens_bans_what_would_end_the_sequence() -> None:
         scheduler.schedule()
         (draw,) = scheduler.draws()
         assert draw is not None
-        banned.append(draw.stop_token_ids)
+        banned.append(draw.banned_token_ids)
         scheduler.update([SampledToken(1)])
     assert banned == [(EOS, 5), (EOS, 5), ()]
 

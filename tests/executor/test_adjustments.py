@@ -41,7 +41,7 @@ def entries(
 def by_definition(row: int, draw: Draw) -> dict[tuple[int, int], tuple[float, ...]]:
     params, found = draw.params, {}
     for token in range(VOCABULARY):
-        bias = -np.inf if token in draw.stop_token_ids else np.float32(params.logit_bias.get(token, 0.0))
+        bias = -np.inf if token in draw.banned_token_ids else np.float32(params.logit_bias.get(token, 0.0))
         count = draw.output_token_ids.count(token)
         is_seen = count > 0 or (token in draw.prompt_token_ids and params.repetition_penalty != 1.0)
         repetition = np.float32(params.repetition_penalty if is_seen else 1.0)
@@ -50,7 +50,7 @@ def by_definition(row: int, draw: Draw) -> dict[tuple[int, int], tuple[float, ..
             subtract = np.float32(params.frequency_penalty) * np.float32(count) + np.float32(
                 params.presence_penalty
             )
-        is_named = token in params.logit_bias or token in draw.stop_token_ids
+        is_named = token in params.logit_bias or token in draw.banned_token_ids
         if is_seen or is_named:
             found[row, token] = (float(bias), float(repetition), float(subtract))
     return found
@@ -58,7 +58,7 @@ def by_definition(row: int, draw: Draw) -> dict[tuple[int, int], tuple[float, ..
 
 def draw_of(params: SamplingParams, prompt: tuple[int, ...], output: tuple[int, ...], seed: int) -> Draw:
     banned = (2, *params.stop_token_ids) if len(output) < params.min_tokens else ()
-    draw = Draw(params, seed, 0, len(prompt) + len(output), stop_token_ids=banned)
+    draw = Draw(params, seed, 0, len(prompt) + len(output), banned_token_ids=banned)
     return replace(draw, prompt_token_ids=prompt, output_token_ids=output) if params.has_penalties else draw
 
 

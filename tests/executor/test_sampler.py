@@ -161,7 +161,7 @@ KINDS: list[dict[str, object]] = [
     {"temperature": 2.0, "min_p": 0.05},
     {"temperature": 0.8, "top_k": 300, "top_p": 0.95, "min_p": 0.01, "logit_bias": {5: 8.0}, "logprobs": 3},
     {"repetition_penalty": 1.3, "prompt_token_ids": (1, 2, 3), "output_token_ids": (9, 9), "logprobs": 1},
-    {"presence_penalty": 1.5, "output_token_ids": (8,), "stop_token_ids": (2,), "top_p": 0.5},
+    {"presence_penalty": 1.5, "output_token_ids": (8,), "banned_token_ids": (2,), "top_p": 0.5},
 ]
 
 
@@ -262,8 +262,8 @@ def test_samples_positions_and_seeds_draw_differently(logits: torch.Tensor) -> N
 def test_logit_bias_and_banned_tokens(logits: torch.Tensor) -> None:
     best = int(logits.argmax())
     assert sample_one(logits, make_draw(temperature=0, logit_bias={7: 100.0})) == 7
-    assert sample_one(logits, make_draw(temperature=0, stop_token_ids=(best,))) != best
-    assert sample_one(logits, make_draw(temperature=1.0, logit_bias={7: 100.0}, stop_token_ids=(7,))) != 7
+    assert sample_one(logits, make_draw(temperature=0, banned_token_ids=(best,))) != best
+    assert sample_one(logits, make_draw(temperature=1.0, logit_bias={7: 100.0}, banned_token_ids=(7,))) != 7
 
 
 def test_penalties_are_the_published_formulas() -> None:
@@ -310,7 +310,7 @@ def test_a_row_that_is_not_finite_fails_alone(logits: torch.Tensor) -> None:
 
 
 def test_a_row_without_a_token_left_to_draw_fails() -> None:
-    (result,) = sample_rows(torch.zeros(1, 3), [make_draw(temperature=0, stop_token_ids=(0, 1, 2))])
+    (result,) = sample_rows(torch.zeros(1, 3), [make_draw(temperature=0, banned_token_ids=(0, 1, 2))])
     assert isinstance(result, RowFailure)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.config import EngineConfig
-from engine.core.batch import Batch, BatchRow, Draw
+from engine.core.batch import Batch, BatchRow, Draw, Pool
 from engine.core.sampling_params import SamplingParams
 from engine.errors import ConfigError
 from engine.executor.triton_executor import TritonExecutor
@@ -49,8 +49,11 @@ def random_batch(source: random.Random, executor: TritonExecutor) -> Batch:
         mask = source.choice([None, bytes(4 * -(-executor.model.config.vocab_size // 32))])
         draw = Draw(params, 0, 0, 0, output_token_ids=(1, 2), allowed_tokens=mask)
         draw = draw if source.random() < 0.9 else None
+        pool = Pool(source.choice(["last", "mean"]), source.random() < 0.5) if draw is None else None
+        start = 0 if pool else start
         table = [1] * -(-(start + length) // executor.cache.block_size)
-        rows.append(BatchRow([5] * length, start, 0, table, draw, slot, admission=source.randint(0, 10**9)))
+        admission = source.randint(0, 10**9)
+        rows.append(BatchRow([5] * length, start, 0, table, draw, slot, admission, pool))
     return Batch(rows)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from engine import LLM, SamplingParams
@@ -332,3 +333,75 @@ def test_a_forked_process_is_told_to_spawn(tmp_path: Path) -> None:
 def test_other_params_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="expected SamplingParams, found"):
         tiny_llm(tmp_path).generate("a", {"max_tokens": 4})  # type: ignore[arg-type]
+
+
+def test_embeddings(llm: LLM) -> None:
+    prompts = [
+        "The capital of France is",
+        [504, 3575, 282, 4649, 314],
+        "A dog",
+        "A puppy",
+        "Stock prices fell",
+    ]
+    results = llm.embed(prompts, use_tqdm=False)
+    assert [result.prompt for result in results] == [prompts[0], None, *prompts[2:]]
+    assert results[0].prompt_token_ids == prompts[1]
+    vectors = np.array([result.outputs.embedding for result in results])
+    assert vectors.shape == (5, 576)
+    assert np.allclose(np.square(vectors).sum(1), 1)
+    assert np.array_equal(vectors[0], vectors[1])
+    means = np.array([result.outputs.embedding for result in llm.embed(prompts, "mean", use_tqdm=False)])
+    assert np.array_equal(means[0], means[1])
+    assert not np.allclose(means, vectors)
+    # What is alike lies closer together.
+    assert means[2] @ means[3] > means[2] @ means[4]
+    # Interleaved with others, and with generation, they are the same.
+    assert llm.embed(prompts[2], "mean", use_tqdm=False)[0].outputs.embedding == means[2].tolist()
+    assert llm.embed([], use_tqdm=False) == []
+
+
+def test_embeddings_are_cut_before_they_get_their_length(llm: LLM) -> None:
+    whole, cut, raw = (
+        np.array(llm.embed("A dog", use_tqdm=False, **options)[0].outputs.embedding)
+        for options in ({"normalize": False}, {"dimensions": 64}, {"dimensions": 64, "normalize": False})
+    )
+    assert np.array_equal(raw, whole[:64])
+    np.testing.assert_allclose(cut, raw / np.linalg.norm(raw), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([[]], {}, "prompt must hold at least one token"),
+        ([50000], {}, "prompt holds token id 50000"),
+        ([1] * 9000, {}, "prompt has 9000 tokens; the context holds"),
+        ("A dog", {"pooling": "max"}, "pooling must be 'last' or 'mean', got 'max'"),
+        ("A dog", {"dimensions": 0}, "dimensions must be at least 1, got 0"),
+        ("A dog", {"dimensions": 577}, "dimensions must be at most 576, the model's, got 577"),
+    ],
+)
+def test_an_embedding_that_cannot_be_made_is_refused(
+    llm: LLM, prompt: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.embed(prompt, use_tqdm=False, **options)
+    assert not llm.core.has_work
+
+
+def test_bad_words_and_allowed_tokens(llm: LLM) -> None:
+    prompt = "The capital of France is"
+    free = llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0]
+    assert free.text.startswith(" Paris")
+    # As it follows a space, and in several tokens.
+    for word in ("Paris", " Paris", free.text[1:12]):
+        params = SamplingParams(max_tokens=8, temperature=0, bad_words=word)
+        assert word not in llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].text
+    allowed = free.token_ids[1:4]
+    params = SamplingParams(max_tokens=8, temperature=0, allowed_token_ids=allowed)
+    assert set(llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids) <= set(allowed)
+    params = SamplingParams(allowed_token_ids=llm.tokenizer.encode(" Paris"), bad_words=["Paris"])
+    with pytest.raises(RequestError, match="all of allowed_token_ids are banned: by bad_words"):
+        llm.generate(prompt, params)
+    params = SamplingParams(allowed_token_ids=llm.tokenizer.eos_token_ids, min_tokens=1)
+    with pytest.raises(RequestError, match="before min_tokens as the end"):
+        llm.generate(prompt, params)

@@ -12,7 +12,13 @@ import uvicorn
 
 from api.app import create_app
 from api.server import Server
-from engine.core.outputs import CompletionOutput, RequestOutput
+from engine.core.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    RequestOutput,
+)
+from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
 from engine.frontend.chat_format import ChatFormat
@@ -64,9 +70,27 @@ class ScriptedEngine:
                 error = "the sampler failed" if sample.finish_reason == "error" else None
                 yield RequestOutput(request_id, None, prompt, [sample], error=error)
         finally:
-            self.num_closed += 1
-            if self.num_closed == self.num_opened:
-                self.closed.set()
+            self._close()
+
+    async def embed(
+        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+    ) -> EmbeddingRequestOutput:
+        """The last of the script's token ids as a vector."""
+        self.num_opened += 1
+        try:
+            numbers: list[float] = []
+            error = None
+            async for sample in self.script(prompt, SamplingParams()):
+                numbers = [float(token_id) for token_id in sample.token_ids]
+                error = "the state is not finite" if sample.finish_reason == "error" else None
+            return EmbeddingRequestOutput(request_id, None, prompt, EmbeddingOutput(numbers), error=error)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self.num_closed += 1
+        if self.num_closed == self.num_opened:
+            self.closed.set()
 
 
 @asynccontextmanager

@@ -7,15 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from engine.core.engine_core import EngineCore
+from engine.core.pooling_params import PoolingParams
 from engine.core.request import Request
 from engine.errors import ConfigError
 from engine.executor.cuda_graphs import graph_sizes
 from engine.executor.runner import ModelRunner
 from engine.executor.triton_executor import TritonExecutor
+from engine.frontend.embedding import embedding_request
+from tests.executor.test_embeddings import assert_same, embed, reference_states
 from tests.executor.test_overlap import make_core, make_requests, run
 from tests.helpers.paged import make_runner, make_sequences, run_chunks
 from tests.helpers.tiny import TINY_CONFIGS, load_reference, reference_logits, write_checkpoint
@@ -126,7 +130,8 @@ class UncapturedGraphs:
 
     def replay(self, size: int) -> torch.Tensor:
         self.replayed.append(size)
-        return self.executor._forward(self.executor.buffers.padded(size))
+        hidden = self.executor._hidden(self.executor.buffers.padded(size))
+        return self.executor.model.logits(hidden)
 
 
 def device_core(path: Path, **options: Any) -> EngineCore:
@@ -163,3 +168,31 @@ def test_more_query_heads_than_a_tile_has_rows_are_refused(tmp_path: Path) -> No
     write_checkpoint(tmp_path, type(TINY_CONFIGS["llama"])(**config))
     with pytest.raises(ConfigError, match="64 heads share 1"):
         make_runner(tmp_path)
+
+
+def test_vectors_of_prompts_are_those_of_transformers(checkpoints: dict[str, Path]) -> None:
+    """In chunks, beside sequences that draw, whose decodes run in graphs where no vector is asked for."""
+    path = checkpoints["llama"]
+    core = make_core(path, kv_cache_dtype="float32", max_num_batched_tokens=24)
+    executor = core.model.runner.executor
+    executor.graphs = UncapturedGraphs(executor)
+    prompts = {str(length): [7 * length % 320] * length + [5] for length in (1, 28)}
+    requests = [
+        embedding_request(f"{pooling}-{name}", prompt, PoolingParams(pooling=pooling))
+        for name, prompt in prompts.items()
+        for pooling in ("last", "mean")
+    ]
+    vectors = embed(core, [*make_requests(max_tokens=4, n=1, min_tokens=0)[:2], *requests])
+    for name, prompt in prompts.items():
+        states = reference_states(path, prompt).double()
+        for pooling, expected in (("last", states[-1]), ("mean", states.mean(0))):
+            assert np.abs(vectors[f"{pooling}-{name}"] - expected.numpy()).max() < 1e-4
+
+
+def test_the_bits_of_a_vector_depend_neither_on_chunks_nor_on_company(checkpoints: dict[str, Path]) -> None:
+    requests = [embedding_request(p, list(range(7, 26)), PoolingParams(pooling=p)) for p in ("last", "mean")]
+    whole, chunked = (
+        make_core(checkpoints["llama"], quant="int8", max_num_batched_tokens=size) for size in (64, 13)
+    )
+    expected = embed(whole, requests[:1]) | embed(whole, requests[1:])
+    assert_same(embed(chunked, requests), expected)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from engine import LLM, EngineConfig, SamplingParams
+from engine.core.pooling_params import PoolingParams
 from engine.core.structured_outputs import StructuredOutputs
 from engine.errors import EngineDeadError, RankFailedError
 from engine.executor.ranks.launching import RankHandle
@@ -26,6 +27,7 @@ from tests.helpers.forked_ranks import ForkLauncher
 
 pytestmark = pytest.mark.process
 
+MEAN = PoolingParams(pooling="mean")
 PROMPT = "Once upon a time, in a village at the edge of a dark forest, there lived"
 JSON = {
     "type": "object",
@@ -39,6 +41,7 @@ CASES = [
     SamplingParams(max_tokens=150, temperature=0.8, seed=5, repetition_penalty=1.3, min_tokens=140),
     SamplingParams(max_tokens=150, temperature=0.9, seed=9, ignore_eos=True, stop=("zzz",), min_tokens=12),
     SamplingParams(max_tokens=150, temperature=0.9, seed=4, structured_outputs=StructuredOutputs(json=JSON)),
+    SamplingParams(max_tokens=150, seed=6, allowed_token_ids=range(40, 60), bad_words=("!", "()", "*+")),
 ]
 
 
@@ -103,6 +106,8 @@ def test_streams_go_on_the_same_where_the_engine_is_killed_twice(small_model: Pa
     async def check() -> None:
         async with started(config(small_model)) as engine:
             undisturbed = [await read(engine, params, f"{i}") for i, params in enumerate(CASES)]
+            embedding = await engine.embed(list(range(99)), MEAN, "embedding")
+            embeddings = []
             streams = [asyncio.create_task(read(engine, params, f"{i}")) for i, params in enumerate(CASES)]
             for num_steps in (40, 20):
                 base = engine.stats.num_steps if engine.num_restarts == 0 else 0
@@ -111,9 +116,11 @@ def test_streams_go_on_the_same_where_the_engine_is_killed_twice(small_model: Pa
                 await until(lambda: engine.status == "restarting")
                 # Who comes meanwhile waits.
                 streams.append(asyncio.create_task(read(engine, CASES[0], f"late {num_steps}")))
+                embeddings.append(asyncio.create_task(engine.embed(list(range(99)), MEAN, "embedding")))
                 await until(lambda: engine.status == "ready")
             received = await asyncio.gather(*streams)
             assert received == [*undisturbed, undisturbed[0], undisturbed[0]]
+            assert await asyncio.gather(*embeddings) == [embedding, embedding]
             assert engine.num_restarts == 2
 
     run(check())
@@ -141,17 +148,20 @@ def test_a_request_that_kills_the_engine_twice_fails_alone(small_model: Path, tm
     )
 
     async def check() -> None:
-        async with started(config(small_model), (sys.executable, str(script))) as engine:
+        command = (sys.executable, str(script))
+        async with started(config(small_model, max_restarts=4), command) as engine:
             undisturbed = await read(engine, CASES[0], "alone")
             stream = asyncio.create_task(read(engine, CASES[0], "beside"))
             base = engine.stats.num_steps
             await until(lambda: engine.stats.num_steps > base + 5)
             guilty = await read(engine, CASES[1], "guilty", [5, 77])
+            vector = await engine.embed([5, 77], MEAN, "guilty vector")
+            assert "the engine died twice in a step with this request" in str(vector.error)
             assert await stream == undisturbed
             assert guilty.reasons == ["error"] * 3
             [message] = guilty.errors
             assert "SIGKILL" in message
-            assert engine.num_restarts == 2
+            assert engine.num_restarts == 4
             assert engine.status == "ready"
 
     run(check())

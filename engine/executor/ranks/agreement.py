@@ -9,18 +9,27 @@ from dataclasses import dataclass
 
 import msgspec
 
-from engine.core.request import RowFailure, SampledToken
+from engine.core.request import PooledState, RowResult, SampledToken
 from engine.parallel.waiting import Kind, WaitRecord
 from engine.process import whereabouts
 
-Tokens = Sequence[SampledToken | RowFailure | None]
-"""What came of a step, by row; None where a prompt is not through."""
+Results = Sequence[RowResult]
+"""What came of a step, by row."""
 
 
-def digest_of(order: bytes, tokens: Tokens) -> bytes:
+def digest_of(order: bytes, results: Results) -> bytes:
     """A hash of a step, as it was ordered, and of what came of it: the same on all ranks that agree."""
-    token_ids = [row.token_id if isinstance(row, SampledToken) else None for row in tokens]
-    return hashlib.blake2b(msgspec.msgpack.encode((order, token_ids)), digest_size=16).digest()
+    said = [_said(row) for row in results]
+    return hashlib.blake2b(msgspec.msgpack.encode((order, said)), digest_size=16).digest()
+
+
+def _said(result: RowResult) -> int | bytes | None:
+    match result:
+        case SampledToken():
+            return result.token_id
+        case PooledState():
+            return result.values
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,6 @@ import zmq
 from engine.cache_directory import caching_in
 from engine.config import EngineConfig
 from engine.core.batch import Batch
-from engine.core.request import RowFailure
 from engine.errors import EngineError
 from engine.executor.ranks.agreement import Standing, digest_of
 from engine.executor.ranks.launching import Link
@@ -123,7 +122,7 @@ class Follower:
                     drawn = sampled.read()
                 done = Done(self.rank, step, digest_of(executed, drawn))
                 if runner.place.tells_what_was_drawn:
-                    done.drawn = [row.message if isinstance(row, RowFailure) else row for row in drawn]
+                    done.tell(drawn)
                 return done
         return None
 

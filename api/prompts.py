@@ -1,0 +1,42 @@
+"""Prompts as OpenAI's completions and embeddings take them: text, token ids, or lists of either."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from api.errors import ApiError
+from api.service import Service
+
+Prompt = str | list[int]
+
+
+def split_prompts(prompt: str | list[str | int | list[int]], field: str) -> list[Prompt]:
+    """One string, one list of token ids, or a list of either → a list of prompts.
+
+    Args:
+        field: What the request calls it.
+
+    Raises:
+        ApiError: 400, an empty list, or token ids beside prompts.
+    """
+    if isinstance(prompt, str):
+        return [prompt]
+    token_ids = [item for item in prompt if isinstance(item, int)]
+    prompts = [item for item in prompt if not isinstance(item, int)]
+    if not prompt or (token_ids and prompts):
+        raise ApiError(
+            400,
+            f"{field} must be a string, a list of token ids, or a list of one or more of these",
+            param=field,
+        )
+    return prompts or [token_ids]
+
+
+async def encode_prompts(service: Service, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The prompts as token ids."""
+    encode = service.engine.tokenizer.encode
+    # In a thread: a long prompt takes long enough to be felt by the streams of others.
+    return await asyncio.to_thread(
+        lambda: [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    )
