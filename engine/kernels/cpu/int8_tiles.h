@@ -98,21 +98,28 @@ INLINE __m256i multiply_half(__m256i even, __m256i odd, __m256i even_codes, __m2
 INLINE __m256i even_weights(__m256i half) { return _mm256_and_si256(half, _mm256_set1_epi16(255)); }
 INLINE __m256i odd_weights(__m256i half) { return _mm256_srli_epi16(half, 8); }
 
-// Adds the products of half a panel with some rows to their sums, which lie `stride` apart.
-INLINE void add_halves(const uint8_t *half, const Split *x, int rows, int64_t quads, int32_t *sums, int64_t stride) {
-    __m256i total[TOGETHER];
+// Adds the products of one half of a panel, or of both, with some rows to their sums, which lie `stride` apart.
+INLINE void add_halves(const uint8_t *panel, int halves, const Split *x, int rows, int64_t quads, int32_t *sums,
+                       int64_t stride) {
+    enum { HALF = PANEL / 2, AHEAD = 2048 };  // bytes
+    __m256i total[TOGETHER][2];
     _Pragma("GCC unroll 8") for (int m = 0; m < rows; m++)
-        total[m] = _mm256_loadu_si256((const __m256i *)(sums + m * stride));
+        _Pragma("GCC unroll 2") for (int h = 0; h < halves; h++)
+            total[m][h] = _mm256_loadu_si256((const __m256i *)(sums + m * stride + h * HALF));
     for (int64_t k = 0; k < quads; k++) {
-        const __m256i bytes = _mm256_loadu_si256((const __m256i *)(half + k * QUAD_BYTES));
-        const __m256i even = even_weights(bytes), odd = odd_weights(bytes);
-        _Pragma("GCC unroll 8") for (int m = 0; m < rows; m++) {
-            const __m256i even_codes = _mm256_set1_epi32(x[m].even[k]), odd_codes = _mm256_set1_epi32(x[m].odd[k]);
-            total[m] = _mm256_add_epi32(total[m], multiply_half(even, odd, even_codes, odd_codes));
+        if (halves == 2) __builtin_prefetch(panel + k * QUAD_BYTES + AHEAD);
+        _Pragma("GCC unroll 2") for (int h = 0; h < halves; h++) {
+            const __m256i bytes = _mm256_loadu_si256((const __m256i *)(panel + k * QUAD_BYTES) + h);
+            const __m256i even = even_weights(bytes), odd = odd_weights(bytes);
+            _Pragma("GCC unroll 8") for (int m = 0; m < rows; m++) {
+                const __m256i even_codes = _mm256_set1_epi32(x[m].even[k]), odd_codes = _mm256_set1_epi32(x[m].odd[k]);
+                total[m][h] = _mm256_add_epi32(total[m][h], multiply_half(even, odd, even_codes, odd_codes));
+            }
         }
     }
     _Pragma("GCC unroll 8") for (int m = 0; m < rows; m++)
-        _mm256_storeu_si256((__m256i *)(sums + m * stride), total[m]);
+        _Pragma("GCC unroll 2") for (int h = 0; h < halves; h++)
+            _mm256_storeu_si256((__m256i *)(sums + m * stride + h * HALF), total[m][h]);
 }
 
 INLINE __m256i spread_quad(const int8_t *codes) {
@@ -125,20 +132,20 @@ INLINE __m256i spread_quad(const int8_t *codes) {
 #define TILE(ROWS, PANELS, UNROLL)                                                                                 \
     static void tile_##ROWS##_##PANELS(const uint8_t *panels, int64_t distance, const int8_t *x, int64_t stride,   \
                                        int64_t quads, int32_t *sums) {                                             \
-        enum { PASSES = (ROWS + TOGETHER - 1) / TOGETHER, MOST = (ROWS + PASSES - 1) / PASSES, HALF = PANEL / 2 }; \
+        enum { PASSES = (ROWS + TOGETHER - 1) / TOGETHER, MOST = (ROWS + PASSES - 1) / PASSES };                   \
+        enum { HALVES = ROWS > FEW_ROWS ? 1 : 2, ROW = PANELS * PANEL };                                           \
         Split split[ROWS];                                                                                         \
-        memset(sums, 0, ROWS * PANELS * PANEL * sizeof *sums);                                                     \
+        memset(sums, 0, ROWS * ROW * sizeof *sums);                                                                \
         for (int64_t k = 0; k < quads; k += CHUNK_QUADS) {                                                         \
             const int64_t some = smaller(CHUNK_QUADS, quads - k);                                                  \
             for (int m = 0; m < ROWS; m++) split_codes(x + m * stride + k * QUAD, some, split + m);                \
             for (int n = 0; n < PANELS; n++)                                                                       \
-                for (int half = 0; half < 2; half++) {                                                             \
-                    const uint8_t *bytes = panels + n * distance + k * QUAD_BYTES + half * (QUAD_BYTES / 2);       \
-                    int32_t *own = sums + n * PANEL + half * HALF;                                                 \
-                    add_halves(bytes, split, MOST, some, own, PANELS * PANEL);                                     \
+                for (int h = 0; h < 2; h += HALVES) {                                                              \
+                    const uint8_t *part = panels + n * distance + k * QUAD_BYTES + h * (QUAD_BYTES / 2);           \
+                    int32_t *own = sums + n * PANEL + h * (PANEL / 2);                                             \
+                    add_halves(part, HALVES, split, MOST, some, own, ROW);                                         \
                     if (ROWS > MOST)                                                                               \
-                        add_halves(bytes, split + MOST, ROWS - MOST, some, own + MOST * PANELS * PANEL,            \
-                                   PANELS * PANEL);                                                                \
+                        add_halves(part, HALVES, split + MOST, ROWS - MOST, some, own + MOST * ROW, ROW);          \
                 }                                                                                                  \
         }                                                                                                          \
     }
