@@ -14,6 +14,8 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.anthropic.endpoint import count_tokens, create_message
+from api.anthropic.models import anthropic_model, anthropic_models, is_anthropics
 from api.bodies import Model, ModelList, Status
 from api.body import json_response
 from api.chat import create_chat_completion
@@ -97,16 +99,26 @@ def create_app(
     async def chat_completions(request: Request) -> Response:
         return await create_chat_completion(service, request)
 
+    @app.post("/v1/messages")
+    async def messages(request: Request) -> Response:
+        return await create_message(service, request)
+
+    @app.post("/v1/messages/count_tokens")
+    async def message_tokens(request: Request) -> Response:
+        return await count_tokens(service, request)
+
     @app.get("/v1/models")
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
         service.check_ready()
-        return json_response(ModelList([_model(service, name) for name in served_model_names]))
+        models = [_model(service, name) for name in served_model_names]
+        return json_response(anthropic_models(models) if is_anthropics(request) else ModelList(models))
 
     # Names of models may hold slashes.
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
+    async def model(name: str, request: Request) -> Response:
         service.check_ready()
-        return json_response(_model(service, service.check_model(name)))
+        model = _model(service, service.check_model(name))
+        return json_response(anthropic_model(model) if is_anthropics(request) else model)
 
     @app.get("/health")
     async def health() -> Response:

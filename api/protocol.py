@@ -160,7 +160,22 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     web_search_options: Any = None
 
 
+Body = TypeVar("Body")
 RequestBody = TypeVar("RequestBody", bound=GenerationRequest)
+
+
+def decode_body(body: bytes, kind: type[Body]) -> Body:
+    """`body` as a value of type `kind`.
+
+    Raises:
+        ApiError: 400, naming the field, for malformed JSON and wrong types.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def decode_request(body: bytes, kind: type[RequestBody]) -> RequestBody:
@@ -170,12 +185,7 @@ def decode_request(body: bytes, kind: type[RequestBody]) -> RequestBody:
         ApiError: 400, naming the field, for malformed JSON, unknown fields, wrong types, and fields that this
             server does not support.
     """
-    try:
-        request = msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise _explain(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    request = decode_body(body, kind)
     for field, neutral in NEUTRAL_VALUES.items():
         value = getattr(request, field, None)
         if value is not None and value not in neutral:

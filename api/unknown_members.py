@@ -6,7 +6,7 @@ For endpoints whose clients add members monthly, and would break if these were r
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -30,9 +30,9 @@ class UnknownMembers:
         self._metrics = metrics
         self._logged: set[tuple[str, str]] = set()
 
-    def note(self, endpoint: str, body: Any, kind: type) -> None:
-        """Counts and logs what `body`, as JSON has it, holds beside the fields of `kind`, which it was read as."""
-        for name in find_unknown(body, kind):
+    def note(self, endpoint: str, names: Iterable[str]) -> None:
+        """Counts and logs what a request to an endpoint holds; `names` are paths, as `find_unknown` has them."""
+        for name in names:
             self._metrics.count_unknown_member(endpoint)
             key = (endpoint, name[:MAX_NAME])
             if key not in self._logged and len(self._logged) < MAX_LOGGED:

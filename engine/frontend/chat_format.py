@@ -6,6 +6,7 @@ A template that knows no tools gets them in a system message of ours (`describe_
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +33,14 @@ from engine.frontend.tool_formats.stream import Parsing, Source, StreamParser, s
 from engine.frontend.tools import NO_CALLS, ToolChoice
 from engine.tokenizer.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 Message = dict[str, Any]
+
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+MAX_LOGGED = 256
+"""Names of tools that are logged at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,7 @@ class ChatFormat:
         self._tokenizer = tokenizer
         self._probes = TemplateProbes(tokenizer)
         self._forms = FormChecker(tokenizer, tokenizer.vocab_size)
+        self._loose: set[str] = set()
         self._problem = ""
         self.tool_format: ToolFormat | None = TOOL_FORMATS.get(tool_format)
         self.is_prompted = tool_format == "prompt" or not self._probes.knows_tools
@@ -208,16 +217,29 @@ class ChatFormat:
                     "--tool-format prompt has another",
                     tool.where,
                 )
-            try:
-                by_schema = StructuredOutputs(json=tool.parameters)
-                self._forms.check(
-                    by_schema if tool.grammar is None else StructuredOutputs(grammar=tool.grammar)
-                )
-            except RequestError as error:
-                raise RequestError(str(error).replace(FIELD, tool.where, 1), tool.where, error.code) from None
+        answer = replace(answer, tools=[self._kept(tool) for tool in answer.tools])
         if not answer.tools and (form is None or not reading.marks):
             return form
         return StructuredOutputs(grammar=reading.grammar(answer))
+
+    def _kept(self, tool: Tool) -> Tool:
+        """The tool with arguments that can be kept.
+
+        Raises:
+            RequestError: Its own cannot, and it is strict; names the tool.
+        """
+        by_schema = StructuredOutputs(json=tool.parameters)
+        try:
+            self._forms.check(by_schema if tool.grammar is None else StructuredOutputs(grammar=tool.grammar))
+        except RequestError as error:
+            problem = str(error).replace(FIELD, tool.where, 1)
+            if tool.is_strict:
+                raise RequestError(problem, tool.where, error.code) from None
+            if tool.name not in self._loose and len(self._loose) < MAX_LOGGED:
+                self._loose.add(tool.name)
+                logger.warning("the tool %s is not strict, and takes any JSON object: %s", tool.name, problem)
+            return replace(tool, parameters=ANY_OBJECT)
+        return tool
 
     def _rendered(self, messages: Sequence[Message], tools: list[Tool]) -> Iterator[Message]:
         """The messages as the template takes them."""

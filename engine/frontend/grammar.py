@@ -25,8 +25,8 @@ MAX_DEPTH = 64
 MAX_TRIALS = 2000
 """Most parts of a JSON Schema that are looked at to find the one at fault."""
 
-MAX_PASSED = 1024
-"""Forms that are remembered to have passed."""
+MAX_CHECKED = 1024
+"""Forms that are remembered, with what was found."""
 
 _OF_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 """Keywords that hold schemas in a list."""
@@ -47,7 +47,7 @@ class FormChecker:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._passed: dict[StructuredOutputs, None] = {}
+        self._problems: dict[StructuredOutputs, str | None] = {}
         self._lock = threading.Lock()
 
     def check(self, structured: StructuredOutputs) -> None:
@@ -56,15 +56,19 @@ class FormChecker:
         Raises:
             RequestError: The form cannot be kept; names keyword and path of a JSON Schema.
         """
-        if structured in self._passed:
-            return
-        problem = self._problem(structured)
+        try:
+            problem = self._problems[structured]
+        except KeyError:
+            problem = self._problem(structured)
+            self._remember(structured, problem)
         if problem is not None:
             raise RequestError(f"{FIELD}: {problem}", FIELD)
+
+    def _remember(self, structured: StructuredOutputs, problem: str | None) -> None:
         with self._lock:
-            self._passed[structured] = None
-            if len(self._passed) > MAX_PASSED:
-                del self._passed[next(iter(self._passed))]
+            self._problems[structured] = problem
+            if len(self._problems) > MAX_CHECKED:
+                del self._problems[next(iter(self._problems))]
 
     def _problem(self, structured: StructuredOutputs) -> str | None:
         texts = (structured.json, structured.regex, structured.grammar, structured.whitespace_pattern)

@@ -15,6 +15,7 @@ from api.server import Server
 from engine.core.outputs import CompletionOutput, RequestOutput
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
+from engine.core.validation import validate_request
 from engine.frontend.chat_format import ChatFormat
 
 Script = Callable[[list[int], SamplingParams], AsyncGenerator[CompletionOutput, None]]
@@ -54,9 +55,14 @@ class ScriptedEngine:
         self.num_closed = 0
         self.closed = asyncio.Event()
 
+    async def check(self, prompt: list[int], params: SamplingParams) -> None:
+        """As the real one refuses what does not fit."""
+        validate_request(prompt, params, self.max_model_len, 256, (), False)
+
     async def generate(
         self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0
     ) -> AsyncGenerator[RequestOutput, None]:
+        await self.check(prompt, params)
         self.num_opened += 1
         try:
             yield RequestOutput(request_id, None, prompt, [])
