@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
 from api.anthropic.protocol import Block, CountRequest, Message
 from api.anthropic.thoughts import recall_thought
 from api.anthropic.tools import read_choice, read_tools
@@ -15,7 +17,7 @@ from engine.core.structured_outputs import StructuredOutputs
 
 ROLES = ("user", "assistant", "system")
 
-BILLING_HEADER = re.compile(r"\s*x-anthropic-billing-header:[^\n]*\n*")
+BILLING_HEADER = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*\n*")
 """What Claude Code puts before its system prompt: other words for each request, for accounting alone. In the prompt
 it would leave nothing of the prefix cache."""
 
@@ -174,8 +176,8 @@ def _system_text(system: str | list[Block] | None) -> str:
     places = list(_places(system or "", "system"))
     if places:
         where, first = places[0]
-        text = BILLING_HEADER.sub("", _text(where, first), count=1) if first.text else ""
-        places[0] = (where, Block(type="text", text=text))
+        text = first.text and BILLING_HEADER.sub("", first.text)
+        places[0] = (where, msgspec.structs.replace(first, text=text))
     return _joined(places)
 
 
