@@ -1,7 +1,7 @@
 """A real engine whose answers a script says: for agents, which need a model that knows what it does.
 
-Scheduler, caches, tokenizer, chat template, grammars and the forward pass of a model of one layer are the engine's own;
-only the tokens that are drawn are the script's (`tests.agents.scripted_process`).
+Scheduler, caches, tokenizer, chat template, grammars and the forward pass of a model of one layer are the engine's
+own; only the tokens that are drawn are the script's (`tests.agents.scripted_process`).
 """
 
 from __future__ import annotations
@@ -102,9 +102,8 @@ def write_model(directory: Path) -> Path:
     """A model of one layer with SmolLM2's tokenizer and chat template, and no weights."""
     backend, settings = read_tokenizer(resolve_model("llama"))
     backend.save(str(directory / "tokenizer.json"))
-    special = {role: text for role, text in settings.special_tokens.items()}
     template = {"chat_template": settings.chat_templates["default"]}
-    (directory / "tokenizer_config.json").write_text(json.dumps({**special, **template}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({**settings.special_tokens, **template}))
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

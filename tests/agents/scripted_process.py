@@ -1,4 +1,4 @@
-"""The engine process of `tests.agents.scripted_engine`: all of it is real, but for the tokens that come out of a draw.
+"""The engine process of `tests.agents.scripted_engine`: all of it is real but for what a draw brings.
 
     python -m tests.agents.scripted_process DIRECTORY ADDRESS BEATS
 
