@@ -12,7 +12,7 @@ from api.anthropic.protocol import Block, CountRequest, Message
 from api.anthropic.thoughts import recall_thought
 from api.anthropic.tools import read_choice, read_tools
 from api.conversation import Conversation
-from api.errors import ApiError, not_supported
+from api.errors import NO_THREADS, ApiError, not_supported
 from engine.core.structured_outputs import StructuredOutputs
 
 ROLES = ("user", "assistant", "system")
@@ -21,7 +21,7 @@ BILLING_HEADER = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*\n*")
 """What Claude Code puts before its system prompt: other words for each request, for accounting alone. In the prompt
 it would leave nothing of the prefix cache."""
 
-REFUSED = ("compaction", "container", "mcp_servers", "thread")
+REFUSED = ("compaction", "container", "mcp_servers")
 """Fields that ask for what Anthropic's own servers hold or run."""
 
 THINKING = {"enabled": True, "adaptive": True, "disabled": False}
@@ -66,6 +66,13 @@ def _refuse(request: CountRequest) -> None:
     for field in REFUSED:
         if getattr(request, field):
             raise not_supported(field)
+    if request.thread:
+        raise ApiError(
+            400,
+            "thread is not supported by this server, which holds no conversations: send all of the messages",
+            param="thread",
+            code=NO_THREADS,
+        )
     if request.output_config is not None and request.output_config.task_budget is not None:
         raise not_supported("output_config.task_budget")
     edits = request.context_management.edits if request.context_management is not None else None

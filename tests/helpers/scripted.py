@@ -46,8 +46,8 @@ class ScriptedEngine:
         self.script = script
         self.status = status
         self.error: str | None = None
-        self.tokenizer = BytesTokenizer()
-        self.chat_format = ChatFormat(cast(Any, self.tokenizer))
+        self.tokenizer: Any = BytesTokenizer()
+        self.chat_format = ChatFormat(self.tokenizer)
         self.max_model_len = 100
         self.default_params: dict[str, Any] = {}
         self.stats = EngineStats()
@@ -57,7 +57,9 @@ class ScriptedEngine:
 
     async def check(self, prompt: list[int], params: SamplingParams) -> None:
         """As the real one refuses what does not fit."""
-        validate_request(prompt, params, self.max_model_len, 256, (), False)
+        validate_request(
+            prompt, params, self.max_model_len, self.tokenizer.vocab_size, self.tokenizer.eos_token_ids, False
+        )
 
     async def generate(
         self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0
