@@ -8,13 +8,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import huggingface_hub.constants
 import msgspec
 import pytest
 import triton.knobs
 
+from api.anthropic.conversation import REFUSED
+from api.anthropic.protocol import MessageRequest
 from api.metrics import Metrics
 from api.protocol import NEUTRAL_VALUES, ChatCompletionRequest, CompletionRequest
 from engine.core.stats import EngineStats
@@ -164,6 +166,19 @@ def test_the_table_of_parameters_is_complete() -> None:
     _, ignored = parameters.split("Accepted without effect:")
     ignored, _ = ignored.split("OpenAI's other fields")
     assert set(re.findall(r"`(\w+)`", ignored)) == fields - acted_on - NEUTRAL_VALUES.keys()
+
+
+def test_what_is_said_of_messages_is_complete() -> None:
+    fields = get_type_hints(MessageRequest)
+    messages = section(DOCS / "api.md", "Messages")
+    acted_on = {field for field, kind in fields.items() if kind is not Any}
+    assert set(first_column(messages)) == acted_on
+    _, rest = messages.split("Accepted without effect:")
+    ignored, rest = rest.split("; `redacted_thinking`")
+    _, rest = rest.split("Refused, by name:")
+    refused = set(re.findall(r"`(\w+)`", rest.split(", blocks")[0]))
+    assert refused == {*REFUSED, "thread"}
+    assert set(re.findall(r"`(\w+)`", ignored)) | refused == fields.keys() - acted_on
 
 
 def test_the_table_of_metrics_is_complete() -> None:

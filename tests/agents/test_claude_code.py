@@ -17,7 +17,7 @@ from tests.api.anthropic.test_messages import check_order, read_events
 
 pytestmark = [pytest.mark.process, pytest.mark.anyio]
 
-RECORDED = Path(__file__).parent / "recorded" / "claude_code.json"
+RECORDED = Path(__file__).parent / "requests" / "claude_code.json"
 
 SETTINGS = {
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",

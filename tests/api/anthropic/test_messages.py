@@ -12,7 +12,7 @@ import anthropic
 import httpx
 import pytest
 from anthropic.types import Message, RawMessageStreamEvent
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
 from api.anthropic import endpoint
 from engine.core.outputs import CompletionOutput
@@ -21,6 +21,7 @@ from engine.errors import EngineDeadError
 from engine.frontend.chat_format import ChatFormat
 from tests.helpers.chat_templates import THINKING, tokenizer_of
 from tests.helpers.scripted import Script, ScriptedEngine, serving
+from tests.helpers.strict import parse_strictly
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +31,6 @@ TOOL: Any = {
     "input_schema": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
 }
 CALL = '<tool_call>\n{"name": "look_up", "arguments": {"word": "tide ☾"}}\n</tool_call>'
-EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 
 
 def says(text: str, step: int = 3, **end: Any) -> Script:
@@ -68,7 +68,7 @@ def read_events(text: str) -> list[dict[str, Any]]:
         body = json.loads(data.removeprefix("data: "))
         assert head == f"event: {body['type']}"
         if body["type"] not in ("ping", "error"):
-            EVENT.validate_json(data.removeprefix("data: "), strict=True)
+            parse_strictly(body, RawMessageStreamEvent)
         read.append(body)
     return read
 
@@ -95,7 +95,7 @@ async def test_streams_add_up_to_the_whole_message(
 ) -> None:
     async with server_of(says(text, step), THINKING) as (client, http):
         response = await http.post("/v1/messages", json=body_of(**fields))
-        whole = Message.model_validate_json(response.text, strict=True)
+        whole = parse_strictly(response.json(), Message)
         async with client.messages.stream(**body_of(**fields)) as stream:
             seen = [event.type async for event in stream]
             streamed = await stream.get_final_message()
