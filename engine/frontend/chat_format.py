@@ -168,7 +168,7 @@ class ChatFormat:
         if offered and self.tool_format is None:
             raise RequestError(f"tools: {self._problem}", "tools")
         try:
-            rendered = list(self._rendered(messages, offered))
+            rendered = list(self._rendered(self._in_place(messages), offered))
         except (AttributeError, KeyError, TypeError):
             raise RequestError(
                 "messages must be objects with a role; calls in them have an id and a function with a name",
@@ -240,6 +240,25 @@ class ChatFormat:
                 logger.warning("the tool %s is not strict, and takes any JSON object: %s", tool.name, problem)
             return replace(tool, parameters=ANY_OBJECT)
         return tool
+
+    def _in_place(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages; what a system says amid them is the user's words where the template has no place for it."""
+        if self._probes.takes_later_system:
+            return messages
+        placed: list[Message] = []
+        has_system = False
+        for message in messages:
+            is_later = message["role"] == "system" and bool(placed) and placed[-1]["role"] != "system"
+            if is_later:
+                message = {**message, "role": "user"}
+            if (is_later or has_system) and placed[-1]["role"] == message["role"] == "user":
+                # One message: such templates want users and assistants to take turns.
+                placed[-1] = {**message, "content": f"{_text(placed[-1])}\n{_text(message)}"}
+                has_system = True
+            else:
+                placed.append(message)
+                has_system = is_later
+        return placed
 
     def _rendered(self, messages: Sequence[Message], tools: list[Tool]) -> Iterator[Message]:
         """The messages as the template takes them."""
@@ -373,7 +392,11 @@ def _without_tools(messages: Sequence[Message], tools: list[Tool], takes_system:
         if role == "tool":
             results.append(f"<tool_response>\n{_text(message)}\n</tool_response>")
             continue
-        if results:
+        if results and role == "user":
+            # One message: there are templates that want users and assistants to take turns.
+            message = {**message, "content": "\n".join([*results, _text(message)])}
+            results = []
+        elif results:
             yield {"role": "user", "content": "\n".join(results)}
             results = []
         if told and (role == "system" or (role == "user" and not takes_system)):

@@ -353,6 +353,7 @@ async def test_models_have_the_members_that_each_client_reads() -> None:
 
 async def test_unknown_members_and_headers_are_accepted_and_counted() -> None:
     async with server_of(says("W")) as (client, http):
+        assert (await client.messages.create(**body_of()))._request_id.startswith("msg_")
         headers = {"anthropic-beta": "made-up-2030-01-01,other", "anthropic-version": "2030-01-01"}
         extra = {"made_up": {"a": 1}, "messages": [{**ASKED, "made_up": 1}]}
         await client.messages.create(**body_of(), extra_body=extra, extra_headers=headers)
