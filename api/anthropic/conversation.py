@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from api.anthropic.tools import read_choice, read_tools
 from api.conversation import Conversation
 from api.errors import NO_THREADS, ApiError, not_supported
 from engine.core.structured_outputs import StructuredOutputs
+from engine.frontend.tool_formats.format import Tool
 
 ROLES = ("user", "assistant", "system")
 
@@ -40,8 +42,8 @@ def read_conversation(request: CountRequest) -> Conversation:
     """
     _refuse(request)
     turns = _turns(request.messages)
-    messages = list(_rendered(request.system, turns))
     tools = read_tools(request.tools or (), _loaded(turns))
+    messages = list(_rendered(request.system, turns, {tool.name: tool for tool in tools}))
     choice = read_choice(request.tool_choice, tools)
     arguments = _template_arguments(request)
     if turns[-1][0] == "assistant":
@@ -156,7 +158,7 @@ def _loaded(turns: list[tuple[str, list[Place]]]) -> set[str]:
 
 
 def _rendered(
-    system: str | list[Block] | None, turns: list[tuple[str, list[Place]]]
+    system: str | list[Block] | None, turns: list[tuple[str, list[Place]]], tools: Mapping[str, Tool]
 ) -> Iterator[dict[str, Any]]:
     """The messages as templates take them.
 
@@ -176,7 +178,7 @@ def _rendered(
             called |= {call["id"] for call in message.get("tool_calls", ())}
             yield message
         else:
-            yield from _user(places, called)
+            yield from _user(places, called, tools)
 
 
 def _system_text(system: str | list[Block] | None) -> str:
@@ -228,7 +230,7 @@ def _assistant(places: list[Place]) -> dict[str, Any]:
     return message
 
 
-def _user(places: list[Place], called: set[str]) -> Iterator[dict[str, Any]]:
+def _user(places: list[Place], called: set[str], tools: Mapping[str, Tool]) -> Iterator[dict[str, Any]]:
     """Results and texts in their order.
 
     Args:
@@ -243,13 +245,13 @@ def _user(places: list[Place], called: set[str]) -> Iterator[dict[str, Any]]:
         if text := _joined(texts):
             yield {"role": "user", "content": text}
         texts = []
-        yield _result(where, block, called)
+        yield _result(where, block, called, tools)
         results += 1
     if (text := _joined(texts)) or not results:
         yield {"role": "user", "content": text}
 
 
-def _result(where: str, block: Block, called: set[str]) -> dict[str, Any]:
+def _result(where: str, block: Block, called: set[str], tools: Mapping[str, Tool]) -> dict[str, Any]:
     if not block.tool_use_id:
         raise _missing(f"{where}.tool_use_id")
     if block.tool_use_id not in called:
@@ -261,17 +263,24 @@ def _result(where: str, block: Block, called: set[str]) -> dict[str, Any]:
     content = block.content or ""
     if isinstance(content, dict):
         raise ApiError(400, f"{where}.content must be text or a list of blocks", param=f"{where}.content")
-    lines = [_result_line(*place) for place in _places(content, f"{where}.content")]
+    lines = [_result_line(*place, tools) for place in _places(content, f"{where}.content")]
     text = "\n".join(filter(None, lines))
     # Chat templates have no other mark for it.
     told = f"Error: {text}" if block.is_error else text
     return {"role": "tool", "tool_call_id": block.tool_use_id, "content": told}
 
 
-def _result_line(where: str, block: Block) -> str:
-    if block.type == "tool_reference":
-        return f"The tool {block.tool_name} can be called from now on."
-    return _text(where, block)
+def _result_line(where: str, block: Block, tools: Mapping[str, Tool]) -> str:
+    if block.type != "tool_reference":
+        return _text(where, block)
+    tool = tools.get(block.tool_name or "")
+    if tool is None:
+        field = f"{where}.tool_name"
+        raise ApiError(400, f"{field}: there is no tool {block.tool_name!r} in tools", param=field)
+    if tool.is_listed:
+        return f"The tool {tool.name} can be called."
+    declaration = json.dumps(tool.declaration, ensure_ascii=False)
+    return f"From now on this tool can be called, too:\n{declaration}"
 
 
 def _unserved(where: str, block: Block) -> ApiError:

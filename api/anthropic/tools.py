@@ -100,6 +100,8 @@ def _read_tool(tool: GivenTool, where: str) -> Tool:
         {"type": "object", **schema},
         description,
         is_strict=bool(tool.strict),
+        # What is found in mid-conversation is told there: at the prompt's head it would leave nothing of the cache.
+        is_listed=not tool.defer_loading,
         where=f"{where}.input_schema",
     )
 

@@ -168,14 +168,15 @@ class ChatFormat:
         if offered and self.tool_format is None:
             raise RequestError(f"tools: {self._problem}", "tools")
         try:
-            rendered = list(self._rendered(self._in_place(messages), offered))
+            listed = [tool for tool in offered if tool.is_listed]
+            rendered = list(self._rendered(self._in_place(messages), listed))
         except (AttributeError, KeyError, TypeError):
             raise RequestError(
                 "messages must be objects with a role; calls in them have an id and a function with a name",
                 "messages",
             ) from None
-        if offered and not self.is_prompted:
-            template_arguments["tools"] = [tool.declaration for tool in offered]
+        if listed and not self.is_prompted:
+            template_arguments["tools"] = [tool.declaration for tool in listed]
         text = self._tokenizer.apply_chat_template(rendered, **template_arguments)
         token_ids = self._tokenizer.encode(text, add_special_tokens=False)
         is_continued = bool(template_arguments.get("continue_final_message"))

@@ -190,7 +190,15 @@ def test_tools_of_servers_and_tools_to_be_found_are_not_offered() -> None:
     found = result(content=[{"type": "tool_reference", "tool_name": "later"}])
     read = conversation_of(ASKED, CALLED, found, tools=tools)
     assert [tool.name for tool in read.tools] == ["later", "look_up"]
-    assert "later" in read.messages[-1]["content"]
+    # It is told of where it was found: the prompt up to there is as it was.
+    for template in (PLAIN, TEMPLATES["hermes"]):
+        before = prompt_of(template, ASKED, tools=tools)
+        after = prompt_of(template, ASKED, CALLED, found, tools=tools)
+        assert after.startswith(before)
+        assert after.count('"name": "later"') == 1
+    assert "no tool 'f'" in refusal(
+        ASKED, CALLED, result(content=[{"type": "tool_reference", "tool_name": "f"}]), tools=tools
+    )
 
 
 def test_examples_of_inputs_are_described() -> None:
