@@ -23,6 +23,9 @@ from api.completions import create_completion
 from api.errors import ApiError, add_error_handlers, error_response
 from api.http import HeadMiddleware, RequestIdMiddleware
 from api.metrics import Metrics
+from api.responses.codex_models import codex_model
+from api.responses.endpoint import ResponsesApi
+from api.responses.store import STORE_BYTES, STORE_SECONDS, ResponseStore
 from api.service import Service
 
 if TYPE_CHECKING:
@@ -66,6 +69,8 @@ def create_app(
     served_model_names: list[str],
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
+    response_store_bytes: int = STORE_BYTES,
+    response_store_seconds: float = STORE_SECONDS,
 ) -> FastAPI:
     """The application in front of `engine`, which may still be starting.
 
@@ -73,6 +78,7 @@ def create_app(
         served_model_names: Names that requests may give as `model`; the first stands in metrics.
         api_key: If set, what /v1 asks for.
         cors_origins: Whose pages may ask from a browser, "*" for all; none by default.
+        response_store_bytes, response_store_seconds: How many responses are kept, and how long after their last use.
     """
     app = FastAPI(openapi_url=None)
     add_error_handlers(app)
@@ -99,6 +105,24 @@ def create_app(
     async def chat_completions(request: Request) -> Response:
         return await create_chat_completion(service, request)
 
+    responses = ResponsesApi(service, ResponseStore(response_store_bytes, response_store_seconds))
+
+    @app.post("/v1/responses")
+    async def create_response(request: Request) -> Response:
+        return await responses.create(request)
+
+    @app.get("/v1/responses/{response_id}")
+    async def get_response(request: Request, response_id: str) -> Response:
+        return await responses.get(request, response_id)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete_response(request: Request, response_id: str) -> Response:
+        return await responses.delete(request, response_id)
+
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def response_input_items(request: Request, response_id: str) -> Response:
+        return await responses.list_input_items(request, response_id)
+
     @app.post("/v1/messages")
     async def messages(request: Request) -> Response:
         return await create_message(service, request)
@@ -111,7 +135,9 @@ def create_app(
     async def models(request: Request) -> Response:
         service.check_ready()
         models = [_model(service, name) for name in served_model_names]
-        return json_response(anthropic_models(models) if is_anthropics(request) else ModelList(models))
+        if is_anthropics(request):
+            return json_response(anthropic_models(models))
+        return json_response(ModelList(models, [codex_model(one.id, one.max_model_len) for one in models]))
 
     # Names of models may hold slashes.
     @app.get("/v1/models/{name:path}")

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 _encoder = msgspec.json.Encoder()
 
 
-def event(chunk: msgspec.Struct, name: str | None = None) -> bytes:
+def event(chunk: msgspec.Struct | dict[str, Any], name: str | None = None) -> bytes:
     """`chunk` as one server-sent event, of a type that is named or not."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + _encoder.encode(chunk) + b"\n\n"

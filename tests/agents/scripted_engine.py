@@ -6,10 +6,12 @@ own; only the tokens that are drawn are the script's (`tests.agents.scripted_pro
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -57,6 +59,7 @@ class ScriptedEngine(AsyncEngine):
         directory: Of a model, see `write_model`; the answers lie there, too.
 
     Attributes:
+        script: May be replaced between requests.
         turns: The requests so far.
     """
 
@@ -72,7 +75,8 @@ class ScriptedEngine(AsyncEngine):
         super().__init__(
             config, command=(sys.executable, "-m", "tests.agents.scripted_process", str(directory))
         )
-        self._answers, self._script, self._numbers = directory, script, count()
+        self._answers, self._numbers = directory, count()
+        self.script = script
         self.turns: list[Turn] = []
 
     async def generate(
@@ -85,7 +89,7 @@ class ScriptedEngine(AsyncEngine):
     ) -> AsyncGenerator[RequestOutput]:
         assert isinstance(prompt, list)
         text = self.tokenizer.decode(prompt, skip_special_tokens=False)
-        turn = Turn(text, self._script(text), len(prompt))
+        turn = Turn(text, self.script(text), len(prompt))
         self.turns.append(turn)
         answer = [
             *self.tokenizer.encode(turn.answer, add_special_tokens=False),
@@ -125,16 +129,37 @@ def write_model(directory: Path) -> Path:
 
 @asynccontextmanager
 async def agent_server(
-    directory: Path, script: Script
+    directory: Path, script: Script, **options: Any
 ) -> AsyncIterator[tuple[ScriptedEngine, httpx.AsyncClient]]:
     """The engine, and a client of the API in front of it, which other processes reach at the client's base_url."""
-    engine = ScriptedEngine(write_model(directory), script)
+    engine = ScriptedEngine(write_model(directory), script, **options)
     try:
         await engine.start()
         async with serving(cast(Any, engine)) as client:
             yield engine, client
     finally:
         await engine.shutdown()
+
+
+@contextmanager
+def agent_server_in_thread(
+    directory: Path, script: Script, **options: Any
+) -> Iterator[tuple[ScriptedEngine, str]]:
+    """The engine, and the API's URL, for clients that are not asynchronous."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = agent_server(directory, script, **options)
+    try:
+        engine, client = asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result()
+        try:
+            yield engine, str(client.base_url)
+        finally:
+            asyncio.run_coroutine_threadsafe(server.__aexit__(None, None, None), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 def by_results(answers: Sequence[str]) -> Script:
