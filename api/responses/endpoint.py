@@ -28,7 +28,7 @@ from api.responses.protocol import (
     decode_response_request,
 )
 from api.responses.store import ResponseStore, StoredResponse
-from api.responses.tools import Toolbox, read_choice, read_toolbox
+from api.responses.tools import Toolbox, read_choice
 from api.service import Service
 from api.streaming import StreamEnds, event, event_stream, until_disconnect
 from engine.core.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -127,14 +127,16 @@ class Reading:
             ApiError, RequestError: 400, an item, a tool or the form of the answer is not what it must be; or the
                 prompt does not fit.
         """
-        transcript = Transcript(self.request.instructions)
+        tool_format = chat_format.tool_format
+        toolbox = Toolbox(keeps_grammars=tool_format is None or tool_format.has_texts)
+        for index, tool in enumerate(self.request.tools or ()):
+            toolbox.add(tool, f"tools[{index}]")
+        transcript = Transcript(self.request.instructions, toolbox)
         for item in (item for stored in self.history for item in stored.read_items()):
             transcript.add(item, "previous_response_id")
         for index, item in enumerate(self.input_items):
             transcript.add(item, f"input[{index}]")
-        given = [(f"tools[{index}]", tool) for index, tool in enumerate(self.request.tools or ())]
-        tool_format = chat_format.tool_format
-        toolbox = read_toolbox([*given, *transcript.tools], tool_format is None or tool_format.has_texts)
+        toolbox.check()
         self.unknown += transcript.unknown + toolbox.unknown
         conversation = Conversation(
             transcript.finish(),

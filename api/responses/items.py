@@ -25,7 +25,7 @@ from api.responses.protocol import (
     unknown_members,
 )
 from api.responses.thoughts import recall_reasoning
-from api.responses.tools import ToolName
+from api.responses.tools import Toolbox, ToolName
 
 ROLES = {"user": "user", "system": "system", "developer": "system", "assistant": "assistant"}
 """Roles as chat templates know them."""
@@ -46,15 +46,17 @@ ID_PREFIXES = {
 class Transcript:
     """The messages that items make.
 
+    Args:
+        toolbox: Gets the tools that items bring.
+
     Attributes:
         messages: As `ChatFormat.turn` takes them.
-        tools: Those that items bring, each with where it stands.
         unknown: Members and types of items that nothing here reads.
     """
 
-    def __init__(self, instructions: str | None) -> None:
+    def __init__(self, instructions: str | None, toolbox: Toolbox) -> None:
         self.messages: list[dict[str, Any]] = []
-        self.tools: list[tuple[str, Any]] = []
+        self._toolbox = toolbox
         self.unknown: list[str] = []
         self._calls: set[str] = set()
         if instructions:
@@ -85,11 +87,9 @@ class Transcript:
                 content = _text(item.content or "", f"{where}.content")
                 self.messages.append({"role": "user", "content": content})
             case AdditionalTools():
-                self._add_tools(item.tools, where)
+                self.messages.append({"role": "system", "content": self._told(item.tools, where)})
             case ToolSearchOutput():
-                self._add_tools(item.tools, where)
-                names = [str(tool.get("name")) for tool in item.tools]
-                self._add_result(item.call_id, f"Found the tools {', '.join(names)}.", where)
+                self._add_result(item.call_id, self._told(item.tools, where), where)
             case BuiltInCall():
                 self._add_built_in(item, given)
             case BuiltInOutput():
@@ -152,8 +152,16 @@ class Transcript:
             )
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
 
-    def _add_tools(self, tools: Sequence[Any], where: str) -> None:
-        self.tools += [(f"{where}.tools[{index}]", tool) for index, tool in enumerate(tools)]
+    def _told(self, tools: Sequence[Any], where: str) -> str:
+        """What the model is told of tools that are there from now on."""
+        lines = [
+            _json(tool.declaration)
+            for index, given in enumerate(tools)
+            for tool in self._toolbox.add_later(given, f"{where}.tools[{index}]")
+        ]
+        return (
+            "\n".join(["From now on these tools can be called, too:", *lines]) if lines else "No new tools."
+        )
 
     def finish(self) -> list[dict[str, Any]]:
         """The messages; an input of nothing is a user's who says nothing."""

@@ -6,8 +6,8 @@ A namespace's tools are offered one by one, as namespace__name; a call of one sa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from api.errors import ApiError, not_supported
@@ -51,40 +51,57 @@ class Toolbox:
     """The tools of a request.
 
     Attributes:
-        tools: What the model is told of.
+        keeps_grammars: Whether a call can keep a Lark grammar in the model's format of calls; else the model is shown
+            it, and may write another text.
+        tools: What the model may call.
         names: What the client calls them, by what the model does.
         unknown: Members and types of tools that nothing here reads.
     """
 
-    tools: list[Tool]
-    names: dict[str, ToolName]
-    unknown: list[str]
+    keeps_grammars: bool
+    tools: list[Tool] = field(default_factory=list)
+    names: dict[str, ToolName] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
 
+    def add(self, given: Any, where: str) -> None:
+        """Adds a tool, or those of a namespace, that the prompt lists.
 
-def read_toolbox(given: Sequence[tuple[str, Any]], keeps_grammars: bool) -> Toolbox:
-    """The tools that a model is offered.
-
-    Args:
-        given: Each with where it stands.
-        keeps_grammars: Whether a call can keep a Lark grammar in the model's format of calls; else the model is shown
-            it, and may write another text.
-
-    Raises:
-        RequestError: One is none, or they are too many; names it.
-    """
-    box = Toolbox([], {}, [])
-    for where, tool in given:
-        for name, one in _read(tool, where, None, box.unknown):
-            if name.offered in box.names:
+        Raises:
+            RequestError: It is none, or its name is taken; `where` names it.
+        """
+        for name, tool in _read(given, where, None, self.unknown):
+            if name.offered in self.names:
                 raise RequestError(f"{where}: the name {name.offered!r} is taken by a tool before it", where)
-            box.names[name.offered] = name
-            box.tools.append(one if keeps_grammars else _without_grammar(one))
-    if len(box.tools) > MAX_TOOLS:
-        raise RequestError(f"tools holds {len(box.tools)} tools; at most {MAX_TOOLS} are taken", "tools")
-    size = len(json.dumps([tool.declaration for tool in box.tools], ensure_ascii=False).encode())
-    if size > MAX_BYTES:
-        raise RequestError(f"tools has {size} bytes; at most {MAX_BYTES} are taken", "tools")
-    return box
+            self._put(name, tool)
+
+    def add_later(self, given: Any, where: str) -> Iterator[Tool]:
+        """Adds what an item brings, and yields what is new: the model is told of it where the item stands.
+
+        Listed at the prompt's head it would leave nothing of the cache.
+
+        Raises:
+            RequestError: It is none; `where` names it.
+        """
+        for name, tool in _read(given, where, None, self.unknown):
+            if name.offered not in self.names:
+                yield self._put(name, replace(tool, is_listed=False))
+
+    def _put(self, name: ToolName, tool: Tool) -> Tool:
+        tool = tool if self.keeps_grammars else _without_grammar(tool)
+        self.names[name.offered] = name
+        self.tools.append(tool)
+        return tool
+
+    def check(self) -> None:
+        """
+        Raises:
+            RequestError: They are too many.
+        """
+        if len(self.tools) > MAX_TOOLS:
+            raise RequestError(f"tools holds {len(self.tools)} tools; at most {MAX_TOOLS} are taken", "tools")
+        size = len(json.dumps([tool.declaration for tool in self.tools], ensure_ascii=False).encode())
+        if size > MAX_BYTES:
+            raise RequestError(f"tools has {size} bytes; at most {MAX_BYTES} are taken", "tools")
 
 
 def _read(

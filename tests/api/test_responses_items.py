@@ -11,7 +11,7 @@ from api.responses.endpoint import Reading
 from api.responses.items import Transcript, listed_item
 from api.responses.protocol import ResponseRequest
 from api.responses.thoughts import keep_reasoning, recall_reasoning
-from api.responses.tools import read_choice, read_toolbox
+from api.responses.tools import Toolbox, read_choice
 from engine.errors import RequestError
 from engine.frontend.chat_format import ChatFormat
 from engine.frontend.tools import ToolChoice
@@ -19,7 +19,7 @@ from tests.helpers.scripted import BytesTokenizer
 
 
 def messages_of(*items: dict[str, Any], instructions: str | None = None) -> list[dict[str, Any]]:
-    transcript = Transcript(instructions)
+    transcript = Transcript(instructions, Toolbox(True))
     for index, item in enumerate(items):
         transcript.add(item, f"input[{index}]")
     assert transcript.unknown == []
@@ -126,21 +126,19 @@ def test_items_bring_tools() -> None:
     tool = {"type": "function", "name": "g", "parameters": {"type": "object"}}
     search = {"type": "tool_search_call", "call_id": "s", "execution": "client", "arguments": {"query": "g"}}
     found = {"type": "tool_search_output", "call_id": "s", "tools": [tool], "execution": "client"}
-    transcript = Transcript(None)
-    for index, item in enumerate(
-        [
-            USER,
-            search,
-            found,
-            {"type": "additional_tools", "role": "developer", "tools": [{**tool, "name": "h"}]},
-        ]
-    ):
+    more = {"type": "additional_tools", "role": "developer", "tools": [tool, {**tool, "name": "h"}]}
+    box = Toolbox(True)
+    transcript = Transcript(None, box)
+    for index, item in enumerate([USER, search, found, more]):
         transcript.add(item, f"input[{index}]")
-    assert [where for where, _ in transcript.tools] == ["input[2].tools[0]", "input[3].tools[0]"]
-    assert list(read_toolbox(transcript.tools, True).names) == ["g", "h"]
-    _, calls, result = transcript.finish()
+    assert [(one.name, one.is_listed) for one in box.tools] == [("g", False), ("h", False)]
+    _, calls, result, told = transcript.finish()
     assert calls["tool_calls"] == [called("s", "tool_search", {"query": "g"})]
-    assert result["content"] == "Found the tools g."
+    # Where they are found: the prompt before stays as it was.
+    assert '"name": "g"' in result["content"]
+    assert told["role"] == "system"
+    assert '"name": "h"' in told["content"]
+    assert '"name": "g"' not in told["content"]
 
 
 @pytest.mark.parametrize(
@@ -173,12 +171,23 @@ def test_items_as_they_are_listed() -> None:
     assert listed_item({**RESULT, "id": "fco_1"})["id"] == "fco_1"
 
 
+def toolbox_of(*tools: dict[str, Any], keeps: bool = True) -> Toolbox:
+    box = Toolbox(keeps)
+    for index, tool in enumerate(tools):
+        box.add(tool, f"tools[{index}]")
+    return box
+
+
 LARK = {"type": "grammar", "syntax": "lark", "definition": 'start: "a"'}
 
 
 def test_a_grammar_that_cannot_be_kept_is_shown() -> None:
-    given = [("tools[0]", {"type": "custom", "name": "patch", "description": "Edits.", "format": LARK})]
-    (kept,), (shown,) = (read_toolbox(given, keeps).tools for keeps in (True, False))
+    kept, shown = (
+        toolbox_of(
+            {"type": "custom", "name": "patch", "description": "Edits.", "format": LARK}, keeps=keeps
+        ).tools[0]
+        for keeps in (True, False)
+    )
     assert (kept.grammar, shown.grammar) == ('start: "a"', None)
     assert shown.is_custom
     assert kept.declaration == shown.declaration
@@ -186,7 +195,7 @@ def test_a_grammar_that_cannot_be_kept_is_shown() -> None:
 
 def test_tools_of_a_namespace() -> None:
     tools = [{"type": "function", "name": "f"}, {"type": "custom", "name": "c"}, {"type": "web_search"}]
-    box = read_toolbox([("tools[0]", {"type": "namespace", "name": "n", "tools": tools})], True)
+    box = toolbox_of({"type": "namespace", "name": "n", "tools": tools})
     assert [(name.name, name.namespace) for name in box.names.values()] == [("f", "n"), ("c", "n")]
     assert list(box.names) == [tool.name for tool in box.tools] == ["n__f", "n__c"]
     assert box.unknown == ["tools[].type web_search"]
@@ -195,12 +204,10 @@ def test_tools_of_a_namespace() -> None:
 
 
 def test_too_many_tools() -> None:
-    given = [(f"tools[{index}]", {"type": "function", "name": f"f{index}"}) for index in range(129)]
     with pytest.raises(RequestError, match="at most 128"):
-        read_toolbox(given, True)
-    long = {"type": "function", "name": "f", "description": "a" * 2**18}
+        toolbox_of(*({"type": "function", "name": f"f{index}"} for index in range(129))).check()
     with pytest.raises(RequestError, match="bytes"):
-        read_toolbox([("tools[0]", long)], True)
+        toolbox_of({"type": "function", "name": "f", "description": "a" * 2**18}).check()
 
 
 @pytest.mark.parametrize(
