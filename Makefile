@@ -7,7 +7,7 @@ MODEL ?= llama
 QUANT ?= int4
 OUT ?= gpu-check
 
-.PHONY: install models serve test test-beside test-light test-interpreted test-process test-fast fuzz test-all test-oldest-triton lint bench gpu-check clean
+.PHONY: install models serve test test-beside test-light test-interpreted test-process test-fast fuzz test-all test-oldest-triton agents lint bench gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -84,6 +84,16 @@ test-oldest-triton: .triton-3.6
 	if command -v npm >/dev/null; then npm install --prefix $@ --no-audit --no-fund; fi
 	touch $@
 
+# Agents that people use, headless, against an engine whose answers a script says.
+agents: .agents
+	$(PYTEST) tests/agents
+
+.agents: tests/agents/package.json | install
+	mkdir -p $@
+	cp tests/agents/package.json $@/
+	npm install --prefix $@ --no-audit --no-fund
+	touch $@
+
 bench: install
 	$(PYTHON) -m benchmarks.throughput --model $(MODEL) --quant none --quant int8 --quant int4
 
@@ -93,4 +103,4 @@ gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
 
 clean:
-	rm -rf $(VENV) .triton-3.6 .clients .test-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .triton-3.6 .clients .agents .test-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -14,6 +14,8 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.anthropic.endpoint import count_tokens, create_message
+from api.anthropic.models import anthropic_model, anthropic_models, is_anthropics
 from api.bodies import Model, ModelList, Status
 from api.body import json_response
 from api.chat import create_chat_completion
@@ -22,6 +24,9 @@ from api.embeddings import create_embeddings
 from api.errors import ApiError, add_error_handlers, error_response
 from api.http import HeadMiddleware, RequestIdMiddleware
 from api.metrics import Metrics
+from api.responses.codex_models import codex_model
+from api.responses.endpoint import ResponsesApi
+from api.responses.store import STORE_BYTES, STORE_SECONDS, ResponseStore
 from api.service import Service
 
 if TYPE_CHECKING:
@@ -65,6 +70,8 @@ def create_app(
     served_model_names: list[str],
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
+    response_store_bytes: int = STORE_BYTES,
+    response_store_seconds: float = STORE_SECONDS,
 ) -> FastAPI:
     """The application in front of `engine`, which may still be starting.
 
@@ -72,6 +79,7 @@ def create_app(
         served_model_names: Names that requests may give as `model`; the first stands in metrics.
         api_key: If set, what /v1 asks for.
         cors_origins: Whose pages may ask from a browser, "*" for all; none by default.
+        response_store_bytes, response_store_seconds: How many responses are kept, and how long after their last use.
     """
     app = FastAPI(openapi_url=None)
     add_error_handlers(app)
@@ -102,16 +110,46 @@ def create_app(
     async def embeddings(request: Request) -> Response:
         return await create_embeddings(service, request)
 
+    responses = ResponsesApi(service, ResponseStore(response_store_bytes, response_store_seconds))
+
+    @app.post("/v1/responses")
+    async def create_response(request: Request) -> Response:
+        return await responses.create(request)
+
+    @app.get("/v1/responses/{response_id}")
+    async def get_response(request: Request, response_id: str) -> Response:
+        return await responses.get(request, response_id)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete_response(request: Request, response_id: str) -> Response:
+        return await responses.delete(request, response_id)
+
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def response_input_items(request: Request, response_id: str) -> Response:
+        return await responses.list_input_items(request, response_id)
+
+    @app.post("/v1/messages")
+    async def messages(request: Request) -> Response:
+        return await create_message(service, request)
+
+    @app.post("/v1/messages/count_tokens")
+    async def message_tokens(request: Request) -> Response:
+        return await count_tokens(service, request)
+
     @app.get("/v1/models")
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
         service.check_ready()
-        return json_response(ModelList([_model(service, name) for name in served_model_names]))
+        models = [_model(service, name) for name in served_model_names]
+        if is_anthropics(request):
+            return json_response(anthropic_models(models))
+        return json_response(ModelList(models, [codex_model(one.id, one.max_model_len) for one in models]))
 
     # Names of models may hold slashes.
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
+    async def model(name: str, request: Request) -> Response:
         service.check_ready()
-        return json_response(_model(service, service.check_model(name)))
+        model = _model(service, service.check_model(name))
+        return json_response(anthropic_model(model) if is_anthropics(request) else model)
 
     @app.get("/health")
     async def health() -> Response:

@@ -212,5 +212,10 @@ class Status(Struct):
 
 
 class ModelList(Struct):
+    """Attributes:
+    models: The same, as Codex CLI reads them.
+    """
+
     data: list[Model]
+    models: list[Struct] | UnsetType = UNSET
     object: Literal["list"] = "list"

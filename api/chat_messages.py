@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from api.conversation import Conversation
+from api.conversation import Conversation, effort_arguments
 from api.errors import ApiError, not_supported
 from api.protocol import ChatCompletionRequest, Message, ToolCall
 from api.structured_outputs import named_as_asked
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from engine.frontend.tool_formats.format import Tool
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
-"""Values of `reasoning_effort`."""
 
 # What the server itself hands to the template.
 CONTINUE = "continue_final_message"
@@ -80,15 +78,7 @@ def _template_arguments(request: ChatCompletionRequest) -> dict[str, Any]:
                 400, f"chat_template_kwargs must not hold {name}", param=f"chat_template_kwargs.{name}"
             )
     if request.reasoning_effort is not None:
-        if request.reasoning_effort not in EFFORTS:
-            raise ApiError(
-                400,
-                f"reasoning_effort must be one of {', '.join(EFFORTS)}, got {request.reasoning_effort!r}",
-                param="reasoning_effort",
-            )
-        arguments["reasoning_effort"] = request.reasoning_effort
-        if request.reasoning_effort == "none":
-            arguments["enable_thinking"] = False
+        arguments |= effort_arguments(request.reasoning_effort, "reasoning_effort")
     if request.enable_thinking is not None:
         arguments["enable_thinking"] = request.enable_thinking
     arguments["add_generation_prompt"] = request.add_generation_prompt is not False

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from api.errors import ApiError
 from engine.frontend.tools import NO_CALLS, ToolChoice
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from engine.core.structured_outputs import StructuredOutputs
     from engine.frontend.chat_format import ChatFormat, ChatTurn
     from engine.frontend.tool_formats.format import Tool
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+"""How much a model may think, in OpenAI's words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +53,15 @@ class Conversation:
 async def begin_turn(service: Service, conversation: Conversation) -> ChatTurn:
     """As `Conversation.turn`, in a thread: a long chat takes long enough to be felt by the streams of others."""
     return await asyncio.to_thread(conversation.turn, service.engine.chat_format)
+
+
+def effort_arguments(effort: str, field: str) -> dict[str, Any]:
+    """What the chat template is told of how much the model may think.
+
+    Raises:
+        ApiError: 400, it is none of EFFORTS; `field` names it.
+    """
+    if effort not in EFFORTS:
+        raise ApiError(400, f"{field} must be one of {', '.join(EFFORTS)}, got {effort!r}", param=field)
+    off = {"enable_thinking": False} if effort == "none" else {}
+    return {"reasoning_effort": effort, **off}

@@ -74,9 +74,14 @@ class ErrorBody(msgspec.Struct):
     error: ErrorDetail
 
 
+class AnthropicErrorCode(msgspec.Struct):
+    error_code: str
+
+
 class AnthropicErrorDetail(msgspec.Struct):
     type: str
     message: str
+    details: AnthropicErrorCode | msgspec.UnsetType = msgspec.UNSET
 
 
 class AnthropicErrorBody(msgspec.Struct):
@@ -101,10 +106,16 @@ ANTHROPIC_KINDS = {
 }
 """Anthropic's types of errors, by status."""
 
+NO_THREADS = "thread_unsupported_request"
+"""The code, one of Anthropic's own, on which clients send the whole conversation in place of a part."""
+
 
 def anthropic_error(error: ApiError) -> AnthropicErrorBody:
     kind = "invalid_request_error" if error.status < 500 else "api_error"
-    return AnthropicErrorBody(AnthropicErrorDetail(ANTHROPIC_KINDS.get(error.status, kind), error.message))
+    detail = AnthropicErrorDetail(ANTHROPIC_KINDS.get(error.status, kind), error.message)
+    if error.code == NO_THREADS:
+        detail.details = AnthropicErrorCode(NO_THREADS)
+    return AnthropicErrorBody(detail)
 
 
 ErrorShape = Callable[[ApiError], msgspec.Struct]

@@ -31,7 +31,10 @@ class HeadMiddleware:
 
 
 class RequestIdMiddleware:
-    """Gives every answer an X-Request-Id: the client's own, where it sent one of up to 128 visible characters."""
+    """Gives every answer an X-Request-Id: the client's own, where it sent one of up to 128 visible characters.
+
+    Request-Id says the same.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -49,6 +52,8 @@ class RequestIdMiddleware:
                     headers["x-request-id"] = given
                 elif "x-request-id" not in headers:
                     headers["x-request-id"] = uuid.uuid4().hex
+                # As Anthropic's clients call it.
+                headers["request-id"] = headers["x-request-id"]
             await send(message)
 
         await self._app(scope, receive, send_with_id)

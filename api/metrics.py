@@ -116,6 +116,12 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
+        self._unknown_members = Counter(
+            "engine_unknown_request_members",
+            "Members of requests that were accepted and read by nothing",
+            ["model_name", "endpoint"],
+            registry=self.registry,
+        )
 
     def _counter(self, name: str, help_text: str) -> Counter:
         counter = Counter(f"engine_{name}", help_text, ["model_name"], registry=self.registry)
@@ -126,6 +132,9 @@ class Metrics:
             f"engine_{name}", help_text, ["model_name"], buckets=buckets, registry=self.registry
         )
         return histogram.labels(self._model_name)
+
+    def count_unknown_member(self, endpoint: str) -> None:
+        self._unknown_members.labels(self._model_name, endpoint).inc()
 
     async def observe(
         self, outputs: AsyncGenerator[RequestOutput, None], num_prompt_tokens: int, num_samples: int

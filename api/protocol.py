@@ -175,8 +175,22 @@ class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     user: Any = None
 
 
-Body = TypeVar("Body", bound=Struct)
+Body = TypeVar("Body")
 RequestBody = TypeVar("RequestBody", bound=GenerationRequest)
+
+
+def decode_body(body: bytes, kind: type[Body]) -> Body:
+    """`body` as a value of type `kind`.
+
+    Raises:
+        ApiError: 400, naming the field, for malformed JSON and wrong types.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def decode_request(body: bytes, kind: type[RequestBody]) -> RequestBody:
@@ -196,20 +210,6 @@ def decode_request(body: bytes, kind: type[RequestBody]) -> RequestBody:
         if request.stream_options.include_obfuscation:
             raise not_supported("stream_options.include_obfuscation")
     return request
-
-
-def decode_body(body: bytes, kind: type[Body]) -> Body:
-    """`body` as a struct of type `kind`.
-
-    Raises:
-        ApiError: 400, naming the field, for malformed JSON, unknown fields and wrong types.
-    """
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise _explain(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def _explain(problem: str) -> ApiError:

@@ -9,9 +9,9 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -67,14 +67,16 @@ async def serve(
     port: int,
     *,
     served_model_names: list[str],
-    api_key: str | None = None,
-    cors_origins: Sequence[str] = (),
+    **application: Any,
 ) -> None:
     """Serves `engine` on `host`:`port` until SIGINT or SIGTERM; starts the engine and shuts it down.
 
     The server answers from the first moment; until the engine is ready, with 503. Garbage is collected from then on,
     among what comes after the start. Port 0 takes a free port, which the log names. A second signal skips the grace
     that open requests have.
+
+    Args:
+        application: The other arguments of `create_app`.
 
     Raises:
         ConfigError: The address cannot be listened on; nothing was started.
@@ -83,9 +85,7 @@ async def serve(
             stopped.
     """
     listener = _listen(host, port)
-    app = create_app(
-        engine, served_model_names=served_model_names, api_key=api_key, cors_origins=cors_origins
-    )
+    app = create_app(engine, served_model_names=served_model_names, **application)
     server = Server(
         uvicorn.Config(
             app,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from api.errors import ApiError
 from api.metrics import Metrics
+from api.unknown_members import UnknownMembers
 
 if TYPE_CHECKING:
     from engine.frontend.async_engine import ServedEngine
@@ -20,12 +21,17 @@ class Service:
     Attributes:
         served_model_names: Names a request may give as `model`; answers carry the one it gave.
         created: When the server started, in seconds since 1970.
+        unknown_members: What requests hold that nothing reads.
     """
 
     engine: ServedEngine
     metrics: Metrics
     served_model_names: list[str]
     created: int = field(default_factory=lambda: int(time.time()))
+    unknown_members: UnknownMembers = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unknown_members", UnknownMembers(self.metrics))
 
     def check_ready(self) -> None:
         """Raises ApiError 503 with the cause unless the engine takes requests.

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 _encoder = msgspec.json.Encoder()
 
 
-def event(chunk: msgspec.Struct, name: str | None = None) -> bytes:
+def event(chunk: msgspec.Struct | dict[str, Any], name: str | None = None) -> bytes:
     """`chunk` as one server-sent event, of a type that is named or not."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + _encoder.encode(chunk) + b"\n\n"
@@ -95,6 +95,42 @@ async def event_stream(
 
 async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(events)
+
+
+async def with_beats(
+    items: AsyncGenerator[Result, None], seconds: float
+) -> AsyncGenerator[Result | None, None]:
+    """The items as they come, and None every so many seconds: a stream that waits for one says that it lives."""
+    queue: asyncio.Queue[tuple[Result | None, Exception | None, bool]] = asyncio.Queue()
+
+    async def pump() -> None:
+        error = None
+        try:
+            async with aclosing(items):
+                async for item in items:
+                    queue.put_nowait((item, None, False))
+        except Exception as raised:
+            error = raised
+        queue.put_nowait((None, error, True))
+
+    async def beat() -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            queue.put_nowait((None, None, False))
+
+    tasks = [asyncio.create_task(pump()), asyncio.create_task(beat())]
+    try:
+        while True:
+            item, error, is_last = await queue.get()
+            if error is not None:
+                raise error
+            if is_last:
+                return
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _with_error_event(

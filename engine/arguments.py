@@ -36,6 +36,17 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ORIGIN",
         help="origins whose pages may ask from a browser, e.g. http://localhost:3000, or '*' for all; default: none",
     )
+    parser.add_argument(
+        "--response-store-memory",
+        default="64MiB",
+        help="size of the memory for responses that /v1/responses stores; 0 stores none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--response-store-hours",
+        type=float,
+        default=24.0,
+        help="hours for which a response is stored after it was made or gone on from (default: %(default)s)",
+    )
     add_engine_options(parser)
     return parser
 

@@ -27,11 +27,15 @@ ReasoningFormatName = Literal["auto", "none", "think", "mistral", "gemma4", "har
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def parse_bytes(text: str | int) -> int:
-    """``"512MiB"`` → 536870912; a plain number counts bytes."""
+def parse_bytes(text: str | int, option: str = "kv_cache_memory") -> int:
+    """``"512MiB"`` → 536870912; a plain number counts bytes.
+
+    Raises:
+        ConfigError: It is no size; names the option.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
     if match is None or match[2] not in _UNITS:
-        raise ConfigError(f"kv_cache_memory: {text!r} is not a size; write it like 512MiB or 4GiB")
+        raise ConfigError(f"{option}: {text!r} is not a size; write it like 512MiB or 4GiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

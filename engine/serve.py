@@ -7,9 +7,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from engine.arguments import build_parser
-from engine.config import EngineConfig
+from engine.config import EngineConfig, parse_bytes
 from engine.errors import EngineError
 from engine.installation import check_api, missing_package
 
@@ -21,9 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     host, port = options.pop("host"), options.pop("port")
     api_key = options.pop("api_key") or os.environ.get("ENGINE_API_KEY")
     names = options.pop("served_model_name") or [options["model"]]
-    origins = options.pop("cors_origins")
+    application = {"cors_origins": options.pop("cors_origins"), "api_key": api_key}
+    store, hours = options.pop("response_store_memory"), options.pop("response_store_hours")
     try:
-        _serve(EngineConfig(**options), host, port, names, api_key, origins)
+        application |= {
+            "response_store_bytes": parse_bytes(store, "response_store_memory"),
+            "response_store_seconds": 3600 * hours,
+        }
+        _serve(EngineConfig(**options), host, port, names, application)
     except KeyboardInterrupt:
         return 130
     except EngineError as error:
@@ -37,8 +43,7 @@ def _serve(
     host: str,
     port: int,
     names: list[str],
-    api_key: str | None,
-    cors_origins: list[str],
+    application: dict[str, Any],
 ) -> None:
     check_api()
     try:
@@ -61,9 +66,7 @@ def _serve(
             except ModuleNotFoundError as error:
                 raise missing_package(error, "serve") from error
             engine = RestartingEngine(config, child=child)
-            await serve(
-                engine, host, port, served_model_names=names, api_key=api_key, cors_origins=cors_origins
-            )
+            await serve(engine, host, port, served_model_names=names, **application)
         finally:
             await child.end()
 

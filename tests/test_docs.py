@@ -8,15 +8,19 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import huggingface_hub.constants
 import msgspec
 import pytest
 import triton.knobs
 
+from api.anthropic.conversation import REFUSED
+from api.anthropic.protocol import MessageRequest
 from api.metrics import Metrics
 from api.protocol import NEUTRAL_VALUES, ChatCompletionRequest, CompletionRequest, EmbeddingRequest
+from api.responses.protocol import NEUTRAL_VALUES as NEUTRAL_RESPONSE_VALUES
+from api.responses.protocol import ResponseRequest
 from engine.core.stats import EngineStats
 from engine.frontend.async_engine import ServedEngine
 from tests.test_architecture import FILES, GROUND, ORDER, ROOT
@@ -169,6 +173,29 @@ def test_the_table_of_parameters_is_complete() -> None:
 def test_the_table_of_embeddings_is_complete() -> None:
     fields = {field.name for field in msgspec.structs.fields(EmbeddingRequest)}
     assert {*first_column(section(DOCS / "api.md", "Embeddings")), "user"} == fields
+
+
+def test_what_is_said_of_messages_is_complete() -> None:
+    fields = get_type_hints(MessageRequest)
+    messages = section(DOCS / "api.md", "Messages")
+    acted_on = {field for field, kind in fields.items() if kind is not Any}
+    assert set(first_column(messages)) == acted_on
+    _, rest = messages.split("Accepted without effect:")
+    ignored, rest = rest.split("; `redacted_thinking`")
+    _, rest = rest.split("Refused, by name:")
+    refused = set(re.findall(r"`(\w+)`", rest.split(", blocks")[0]))
+    assert refused == {*REFUSED, "thread"}
+    assert set(re.findall(r"`(\w+)`", ignored)) | refused == fields.keys() - acted_on
+
+
+def test_the_table_of_the_responses_api_is_complete() -> None:
+    hints = get_type_hints(ResponseRequest)
+    acted_on = {field for field in hints if hints[field] is not Any}
+    page = (DOCS / "responses.md").read_text()
+    assert set(first_column(page)) == acted_on
+    ignored, refused = page.split("Accepted without effect:")[1].split("\n\n")[0].split("Refused")
+    assert set(re.findall(r"`(\w+)`", refused)) == NEUTRAL_RESPONSE_VALUES.keys()
+    assert set(re.findall(r"`(\w+)`", ignored)) == hints.keys() - acted_on - NEUTRAL_RESPONSE_VALUES.keys()
 
 
 def test_the_table_of_metrics_is_complete() -> None:

@@ -77,6 +77,8 @@ class ServedEngine(Protocol):
     @property
     def chat_format(self) -> ChatFormat: ...
 
+    async def check(self, prompt: list[int], params: SamplingParams) -> None: ...
+
     def generate(
         self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
     ) -> AsyncGenerator[RequestOutput]: ...
@@ -201,6 +203,21 @@ class AsyncEngine:
         if self._child is not None:
             await self._child.end()
 
+    async def check(self, prompt: list[int], params: SamplingParams) -> None:
+        """Raises what `generate` would before it computes anything, for who must answer before the first token."""
+        self._check_ready()
+        validate_request(
+            prompt,
+            params,
+            self.max_model_len,
+            self.vocab_size,
+            self.tokenizer.eos_token_ids,
+            self.config.clip_max_tokens,
+            self.tokenizer.encode_bad_words(params.bad_words),
+        )
+        if params.structured_outputs is not None:
+            await self._prepare(params.structured_outputs)
+
     async def generate(
         self,
         prompt: str | list[int],
@@ -224,17 +241,7 @@ class AsyncEngine:
         self._check_ready()
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         bad_words = self.tokenizer.encode_bad_words(params.bad_words)
-        validate_request(
-            token_ids,
-            params,
-            self.max_model_len,
-            self.vocab_size,
-            self.tokenizer.eos_token_ids,
-            self.config.clip_max_tokens,
-            bad_words,
-        )
-        if params.structured_outputs is not None:
-            await self._prepare(params.structured_outputs)
+        await self.check(token_ids, params)
         request = Request(
             request_id=request_id,
             prompt_token_ids=token_ids,

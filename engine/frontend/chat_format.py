@@ -6,6 +6,7 @@ A template that knows no tools gets them in a system message of ours (`describe_
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +33,14 @@ from engine.frontend.tool_formats.stream import Parsing, Source, StreamParser, s
 from engine.frontend.tools import NO_CALLS, ToolChoice
 from engine.tokenizer.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 Message = dict[str, Any]
+
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+MAX_LOGGED = 256
+"""Names of tools that are logged at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,7 @@ class ChatFormat:
         self._tokenizer = tokenizer
         self._probes = TemplateProbes(tokenizer)
         self._forms = FormChecker(tokenizer, tokenizer.vocab_size)
+        self._loose: set[str] = set()
         self._problem = ""
         self.tool_format: ToolFormat | None = TOOL_FORMATS.get(tool_format)
         self.is_prompted = tool_format == "prompt" or not self._probes.knows_tools
@@ -159,14 +168,15 @@ class ChatFormat:
         if offered and self.tool_format is None:
             raise RequestError(f"tools: {self._problem}", "tools")
         try:
-            rendered = list(self._rendered(messages, offered))
+            listed = [tool for tool in offered if tool.is_listed]
+            rendered = list(self._rendered(self._in_place(messages), listed))
         except (AttributeError, KeyError, TypeError):
             raise RequestError(
                 "messages must be objects with a role; calls in them have an id and a function with a name",
                 "messages",
             ) from None
-        if offered and not self.is_prompted:
-            template_arguments["tools"] = [tool.declaration for tool in offered]
+        if listed and not self.is_prompted:
+            template_arguments["tools"] = [tool.declaration for tool in listed]
         text = self._tokenizer.apply_chat_template(rendered, **template_arguments)
         token_ids = self._tokenizer.encode(text, add_special_tokens=False)
         is_continued = bool(template_arguments.get("continue_final_message"))
@@ -208,16 +218,48 @@ class ChatFormat:
                     "--tool-format prompt has another",
                     tool.where,
                 )
-            try:
-                by_schema = StructuredOutputs(json=tool.parameters)
-                self._forms.check(
-                    by_schema if tool.grammar is None else StructuredOutputs(grammar=tool.grammar)
-                )
-            except RequestError as error:
-                raise RequestError(str(error).replace(FIELD, tool.where, 1), tool.where, error.code) from None
+        answer = replace(answer, tools=[self._kept(tool) for tool in answer.tools])
         if not answer.tools and (form is None or not reading.marks):
             return form
         return StructuredOutputs(grammar=reading.grammar(answer))
+
+    def _kept(self, tool: Tool) -> Tool:
+        """The tool with arguments that can be kept.
+
+        Raises:
+            RequestError: Its own cannot, and it is strict; names the tool.
+        """
+        by_schema = StructuredOutputs(json=tool.parameters)
+        try:
+            self._forms.check(by_schema if tool.grammar is None else StructuredOutputs(grammar=tool.grammar))
+        except RequestError as error:
+            problem = str(error).replace(FIELD, tool.where, 1)
+            if tool.is_strict:
+                raise RequestError(problem, tool.where, error.code) from None
+            if tool.name not in self._loose and len(self._loose) < MAX_LOGGED:
+                self._loose.add(tool.name)
+                logger.warning("the tool %s is not strict, and takes any JSON object: %s", tool.name, problem)
+            return replace(tool, parameters=ANY_OBJECT)
+        return tool
+
+    def _in_place(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages; what a system says amid them is the user's words where the template has no place for it."""
+        if self._probes.takes_later_system:
+            return messages
+        placed: list[Message] = []
+        has_system = False
+        for message in messages:
+            is_later = message["role"] == "system" and bool(placed) and placed[-1]["role"] != "system"
+            if is_later:
+                message = {**message, "role": "user"}
+            if (is_later or has_system) and placed[-1]["role"] == message["role"] == "user":
+                # One message: such templates want users and assistants to take turns.
+                placed[-1] = {**message, "content": f"{_text(placed[-1])}\n{_text(message)}"}
+                has_system = True
+            else:
+                placed.append(message)
+                has_system = is_later
+        return placed
 
     def _rendered(self, messages: Sequence[Message], tools: list[Tool]) -> Iterator[Message]:
         """The messages as the template takes them."""
@@ -351,7 +393,11 @@ def _without_tools(messages: Sequence[Message], tools: list[Tool], takes_system:
         if role == "tool":
             results.append(f"<tool_response>\n{_text(message)}\n</tool_response>")
             continue
-        if results:
+        if results and role == "user":
+            # One message: there are templates that want users and assistants to take turns.
+            message = {**message, "content": "\n".join([*results, _text(message)])}
+            results = []
+        elif results:
             yield {"role": "user", "content": "\n".join(results)}
             results = []
         if told and (role == "system" or (role == "user" and not takes_system)):

@@ -27,8 +27,8 @@ MAX_TRIALS = 2000
 MAX_SECONDS = 10.0
 """How long that part is looked for. A compilation itself is limited in what it makes, and takes a second at most."""
 
-MAX_PASSED = 1024
-"""Forms that are remembered to have passed."""
+MAX_CHECKED = 1024
+"""Forms that are remembered, with what was found."""
 
 _OF_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 """Keywords that hold schemas in a list."""
@@ -50,7 +50,7 @@ class FormChecker:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_seconds: float = MAX_SECONDS) -> None:
         self._tokenizer, self._vocab_size, self._max_seconds = tokenizer, vocab_size, max_seconds
-        self._passed: dict[StructuredOutputs, None] = {}
+        self._problems: dict[StructuredOutputs, str | None] = {}
         self._lock = threading.Lock()
 
     def check(self, structured: StructuredOutputs) -> None:
@@ -61,15 +61,19 @@ class FormChecker:
         Raises:
             RequestError: The form cannot be kept; names keyword and path of a JSON Schema.
         """
-        if structured in self._passed:
-            return
-        problem = self._problem(structured)
+        try:
+            problem = self._problems[structured]
+        except KeyError:
+            problem = self._problem(structured)
+            self._remember(structured, problem)
         if problem is not None:
             raise RequestError(f"{FIELD}: {problem}", FIELD)
+
+    def _remember(self, structured: StructuredOutputs, problem: str | None) -> None:
         with self._lock:
-            self._passed[structured] = None
-            if len(self._passed) > MAX_PASSED:
-                del self._passed[next(iter(self._passed))]
+            self._problems[structured] = problem
+            if len(self._problems) > MAX_CHECKED:
+                del self._problems[next(iter(self._problems))]
 
     def _problem(self, structured: StructuredOutputs) -> str | None:
         texts = (structured.json, structured.regex, structured.grammar, structured.whitespace_pattern)

@@ -97,6 +97,12 @@ class TemplateProbes:
         return _SAID in self._render([{"role": "system", "content": _SAID}, _ASKED])
 
     @cached_property
+    def takes_later_system(self) -> bool:
+        """Whether a system message may stand after others, and stays there."""
+        _, _, later = self._render([_ASKED, {"role": "system", "content": _SAID}]).partition(_QUESTION)
+        return _SAID in later
+
+    @cached_property
     def _rendered(self) -> list[str]:
         """Prompts with and without thinking, and one that has a thought in it."""
         thought = {"role": "assistant", "content": _SAID, "reasoning_content": _THOUGHT}

@@ -83,7 +83,7 @@ def _read_tool(tool: Any, where: str) -> Tool:
     body = tool.get(kind)
     if not isinstance(body, Mapping):
         raise RequestError(f"missing field: {where}", where)
-    return read_function(body, where) if kind == "function" else _read_custom(body, where)
+    return read_function(body, where) if kind == "function" else read_custom(body, where)
 
 
 def read_function(function: Any, where: str) -> Tool:
@@ -104,7 +104,12 @@ def read_function(function: Any, where: str) -> Tool:
     return Tool(name, {"type": "object", **parameters}, description, where=f"{where}.parameters")
 
 
-def _read_custom(custom: Mapping[str, Any], where: str) -> Tool:
+def read_custom(custom: Mapping[str, Any], where: str) -> Tool:
+    """A tool from {"name", "description", "format"}: a function with one argument, "input".
+
+    Raises:
+        RequestError: It is none; `where` names it.
+    """
     name, description = _head(custom, "custom", where)
     form = custom.get("format") or {"type": "text"}
     place = f"{where}.format"

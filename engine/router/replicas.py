@@ -161,6 +161,18 @@ class Replicas:
         self._arrivals = count()
         self._watching = asyncio.create_task(self._watch())
 
+    async def check(self, prompt: list[int], params: SamplingParams) -> None:
+        """As `AsyncEngine.check`, but for the form, which a replica checks."""
+        validate_request(
+            prompt,
+            params,
+            self.max_model_len,
+            self.vocab_size,
+            self.tokenizer.eos_token_ids,
+            self._clips_max_tokens,
+            self.tokenizer.encode_bad_words(params.bad_words),
+        )
+
     async def generate(
         self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
     ) -> AsyncGenerator[RequestOutput]:
@@ -171,15 +183,7 @@ class Replicas:
             EngineDeadError: Several replicas have died under the request.
         """
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        validate_request(
-            token_ids,
-            params,
-            self.max_model_len,
-            self.vocab_size,
-            self.tokenizer.eos_token_ids,
-            self._clips_max_tokens,
-            self.tokenizer.encode_bad_words(params.bad_words),
-        )
+        await self.check(token_ids, params)
         request = OpenRequest(
             request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority
         )

@@ -119,6 +119,11 @@ class RestartingEngine:
         self._end("the engine was shut down")
         await self._engine.shutdown()
 
+    async def check(self, prompt: list[int], params: SamplingParams) -> None:
+        """As `AsyncEngine.check`; what cannot be checked while an engine is started again, `generate` refuses."""
+        with contextlib.suppress(EngineDeadError):
+            await self._engine.check(prompt, params)
+
     async def generate(
         self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
     ) -> AsyncGenerator[RequestOutput]:

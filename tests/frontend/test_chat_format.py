@@ -371,3 +371,33 @@ def test_formats_of_published_templates_are_found() -> None:
     # No other is taken for one of them.
     others = {name: tool_format for name, (tool_format, _) in found.items() if name not in PUBLISHED}
     assert set(others.values()) <= {"unknown", "prompt"}, others
+
+
+def test_what_a_system_says_later_stays_in_its_place() -> None:
+    told = {"role": "system", "content": "The tide is out."}
+    taking_turns = (
+        "{% for m in messages %}{% if m.role != ['user', 'assistant'][loop.index0 % 2] %}"
+        "{{ raise_exception('turns') }}{% endif %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    )
+
+    def prompt(template: str, *messages: Any, **arguments: Any) -> str:
+        tokenizer = tokenizer_of(template)
+        turn = ChatFormat(tokenizer).turn(messages, **arguments)
+        return tokenizer.decode(turn.prompt_token_ids, skip_special_tokens=False)
+
+    said = {"role": "assistant", "content": "Yes."}
+    assert prompt(PLAIN, ASKED, told).endswith("<|sys|>The tide is out.<|eot|><|bot|>")
+    words = ASKED["content"]
+    assert prompt(taking_turns, ASKED, told) == f"<|user|>{words}\nThe tide is out."
+    assert prompt(taking_turns, ASKED, said, told, ASKED) == (
+        f"<|user|>{words}<|assistant|>Yes.<|user|>The tide is out.\n{words}"
+    )
+    # Two neighbours of the user's own are refused as ever.
+    with pytest.raises(RequestError, match="turns"):
+        prompt(taking_turns, ASKED, ASKED)
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "c", "content": "low"}
+    assert prompt(taking_turns, ASKED, called, result, told).endswith(
+        "<|user|><tool_response>\nlow\n</tool_response>\nThe tide is out."
+    )

@@ -21,6 +21,7 @@ from engine.core.outputs import (
 from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
+from engine.core.validation import validate_request
 from engine.frontend.chat_format import ChatFormat
 
 Script = Callable[[list[int], SamplingParams], AsyncGenerator[CompletionOutput, None]]
@@ -51,8 +52,8 @@ class ScriptedEngine:
         self.script = script
         self.status = status
         self.error: str | None = None
-        self.tokenizer = BytesTokenizer()
-        self.chat_format = ChatFormat(cast(Any, self.tokenizer))
+        self.tokenizer: Any = BytesTokenizer()
+        self.chat_format = ChatFormat(self.tokenizer)
         self.max_model_len = 100
         self.default_params: dict[str, Any] = {}
         self.stats = EngineStats()
@@ -60,9 +61,16 @@ class ScriptedEngine:
         self.num_closed = 0
         self.closed = asyncio.Event()
 
+    async def check(self, prompt: list[int], params: SamplingParams) -> None:
+        """As the real one refuses what does not fit."""
+        validate_request(
+            prompt, params, self.max_model_len, self.tokenizer.vocab_size, self.tokenizer.eos_token_ids, False
+        )
+
     async def generate(
         self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0
     ) -> AsyncGenerator[RequestOutput, None]:
+        await self.check(prompt, params)
         self.num_opened += 1
         try:
             yield RequestOutput(request_id, None, prompt, [])

@@ -19,6 +19,8 @@ class Tool:
         parameters: The JSON schema of its arguments, an object's.
         is_custom: Whether it takes a text, and not JSON: its one argument, "input".
         grammar: The Lark grammar that the text of a custom tool keeps, which no JSON schema says.
+        is_strict: Whether the tool is refused if its schema cannot be kept; else its arguments are then any object.
+        is_listed: Whether the prompt lists it with the other tools; else a message tells of it.
         where: How errors call the part of a request that says what it takes.
     """
 
@@ -27,6 +29,8 @@ class Tool:
     description: str | None = None
     is_custom: bool = False
     grammar: str | None = None
+    is_strict: bool = True
+    is_listed: bool = True
     where: str = "tools"
 
     @property

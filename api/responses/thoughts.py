@@ -1,0 +1,25 @@
+"""Reasoning that clients keep for the server, as `include: ["reasoning.encrypted_content"]` asks for.
+
+The text is no secret, since the client is shown it, and is not encrypted: it rides along in one word.
+"""
+
+from __future__ import annotations
+
+import base64
+
+_MARK = "reasoning:"
+
+
+def keep_reasoning(text: str) -> str:
+    """The word that a client sends back."""
+    return _MARK + base64.b64encode(text.encode()).decode()
+
+
+def recall_reasoning(word: str) -> str:
+    """The text in it; none where another server made it."""
+    if not word.startswith(_MARK):
+        return ""
+    try:
+        return base64.b64decode(word.removeprefix(_MARK), validate=True).decode()
+    except ValueError:
+        return ""
