@@ -32,6 +32,23 @@ class Draw:
     allowed_tokens: bytes | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Tokens of a prompt whose log-probabilities the logits of a chunk give.
+
+    Attributes:
+        start: Index of the first of them in the prompt.
+        first: Index, in the chunk, of the token before it.
+        token_ids: They, one after the other.
+        num_top: How many of the likeliest tokens are wanted beside each.
+    """
+
+    start: int
+    first: int
+    token_ids: list[int]
+    num_top: int
+
+
 PENDING = -1
 """Stands for a token that the step before has drawn and nobody has read yet: the runner has it."""
 
@@ -48,6 +65,7 @@ class BatchRow:
         draw: How to draw the next token; None while the prompt goes on in a later step.
         slot: The sequence's place among the running ones, 0 … max_num_seqs - 1, its own while it runs.
         admission: Unique for each time that a sequence starts to run; its block table only grows meanwhile.
+        scoring: Of what the prompt's log-probabilities are asked for; None: of nothing.
     """
 
     token_ids: list[int]
@@ -57,6 +75,7 @@ class BatchRow:
     draw: Draw | None
     slot: int = 0
     admission: int = 0
+    scoring: Scoring | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +87,8 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(len(row.token_ids) for row in self.rows)
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """Tokens of prompts whose log-probabilities are asked for."""
+        return sum(len(row.scoring.token_ids) for row in self.rows if row.scoring is not None)

@@ -23,7 +23,7 @@ from engine.core.batch import Batch, Draw
 from engine.core.executor import Drawn, LoadedModel, Logits, Sampled
 from engine.core.grammar import Grammars
 from engine.core.kv_cache import BlockPool, KVCacheManager
-from engine.core.request import EngineOutput, Request, RowFailure, SampledToken
+from engine.core.request import EngineOutput, Request, RowFailure, RowResult
 from engine.core.sampling_params import SAMPLING_PARAMETERS, Parameter, SamplingParams
 from engine.core.scheduler import Scheduler
 from engine.core.stats import EngineInfo, EngineStats
@@ -155,13 +155,13 @@ class EngineCore(Generic[Model]):
             _log_failure(batch, error)
         return Drawn(self._isolate(batch, draws))
 
-    def _isolate(self, batch: Batch, draws: list[Draw | None]) -> list[SampledToken | RowFailure | None]:
+    def _isolate(self, batch: Batch, draws: list[Draw | None]) -> list[RowResult]:
         """Runs each row by itself, to find the one that spoils the step.
 
         Rows do not read each other's blocks before `update`, and writing a key twice writes the same. The tokens that
         were pending are known by now, and the runner may have drawn others since.
         """
-        results: list[SampledToken | RowFailure | None] = []
+        results: list[RowResult] = []
         for row, draw in zip(self.scheduler.resolve(batch).rows, draws, strict=True):
             alone = Batch([row])
             try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from engine.core.batch import Batch, Draw
-from engine.core.request import RowFailure, SampledToken
+from engine.core.request import RowResult
 
 Logits = Any
 """[rows that draw, vocabulary] float32, of whatever library computes: the step loop only hands them on."""
@@ -27,7 +27,7 @@ class Executor(Protocol):
 class Sampled(Protocol):
     """The tokens of a step, perhaps still being drawn."""
 
-    def read(self) -> list[SampledToken | RowFailure | None]:
+    def read(self) -> list[RowResult]:
         """Waits for them: one entry a row of the batch, None where its prompt is not through."""
         ...
 
@@ -36,9 +36,9 @@ class Sampled(Protocol):
 class Drawn:
     """Tokens that are there already."""
 
-    results: list[SampledToken | RowFailure | None]
+    results: list[RowResult]
 
-    def read(self) -> list[SampledToken | RowFailure | None]:
+    def read(self) -> list[RowResult]:
         return self.results
 
 

@@ -21,13 +21,24 @@ from collections.abc import Collection
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 from engine.config import SchedulerConfig
-from engine.core.batch import PENDING, Batch, BatchRow, Draw
+from engine.core.batch import PENDING, Batch, BatchRow, Draw, Scoring
 from engine.core.grammar import Grammar, Grammars
 from engine.core.kv_cache import KVCacheManager
 from engine.core.outputs import FinishReason
-from engine.core.request import EngineOutput, Request, RowFailure, SampledToken, Sequence, SequenceStatus
+from engine.core.request import (
+    EngineOutput,
+    PromptLogprobs,
+    Request,
+    RowFailure,
+    RowResult,
+    SampledToken,
+    ScoredPrompt,
+    Sequence,
+    SequenceStatus,
+)
 from engine.core.stats import EngineStats
 from engine.core.waiting import WaitingQueue
 
@@ -206,7 +217,7 @@ class Scheduler:
             rows.append(replace(row, token_ids=known) if len(known) == len(row.token_ids) else row)
         return Batch(rows)
 
-    def update(self, results: list[SampledToken | RowFailure | None]) -> list[EngineOutput]:
+    def update(self, results: list[RowResult]) -> list[EngineOutput]:
         """Takes in what the oldest step in flight computed: one entry a row, None where nothing was drawn."""
         outputs = []
         for row, result in zip(self._in_flight.popleft(), results, strict=True):
@@ -220,9 +231,17 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING and sequence.admission == row.admission:
                 self.kv_cache.register(sequence, row.start, row.end)
             self.num_scheduled_tokens += row.end - row.start
+            scores = None
+            if isinstance(result, ScoredPrompt):
+                scores, result = result.logprobs, result.token
             if row.draw is not None and result is not None:
                 self._end_draw(sequence)
-                outputs.append(self._append(sequence, result))
+                outputs.append(self._append(sequence, result, scores))
+            elif self._max_output_tokens(sequence) == 0 and row.end == sequence.num_prompt_tokens:
+                self._finish(sequence)
+                outputs.append(self._output(sequence, scores, finish_reason="length"))
+            elif scores is not None:
+                outputs.append(self._output(sequence, scores))
         self.num_steps += 1
         return outputs
 
@@ -274,7 +293,11 @@ class Scheduler:
             num_hashed -= len(sequence.block_hashes) * self.kv_cache.block_size
             prefix = self.kv_cache.find_prefix(sequence)
             num_hashed += len(sequence.block_hashes) * self.kv_cache.block_size
-            coming = self.kv_cache.last_coming(sequence, len(prefix))
+            is_scoring = sequence.num_scored_tokens < sequence.num_prompt_tokens
+            if is_scoring:
+                # Log-probabilities need the logits before each token, and no cache has those.
+                prefix = prefix[: (sequence.num_scored_tokens - 1) // self.kv_cache.block_size]
+            coming = None if is_scoring else self.kv_cache.last_coming(sequence, len(prefix))
             if coming is not None:
                 self._waiting.park(coming)
                 continue
@@ -308,21 +331,31 @@ class Scheduler:
 
     def _row(self, sequence: Sequence, num_tokens: int) -> BatchRow:
         start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
-        is_last = num_tokens == sequence.num_remaining_tokens
+        draws = num_tokens == sequence.num_remaining_tokens and self._max_output_tokens(sequence) > 0
         token_ids = sequence.token_ids[start:end]
         token_ids += [PENDING] * (num_tokens - len(token_ids))
         sequence.num_computed_tokens = end
-        sequence.num_pending_tokens += is_last
+        sequence.num_pending_tokens += draws
         request = sequence.request
         return BatchRow(
             token_ids=token_ids,
             start=start,
             num_stored_tokens=sequence.num_stored_tokens,
             block_table=sequence.block_ids,
-            draw=Draw(sequence.draw_params, request.seed, sequence.index, position=end) if is_last else None,
+            draw=Draw(sequence.draw_params, request.seed, sequence.index, position=end) if draws else None,
             slot=sequence.slot,
             admission=sequence.admission,
+            scoring=self._scoring(sequence, start, end),
         )
+
+    def _scoring(self, sequence: Sequence, start: int, end: int) -> Scoring | None:
+        """What a chunk brings of its prompt's log-probabilities that no chunk has brought yet."""
+        first, last = sequence.num_scored_tokens, min(end + 1, sequence.num_prompt_tokens)
+        num_top = sequence.draw_params.prompt_logprobs
+        if first >= last or num_top is None:
+            return None
+        sequence.num_scored_tokens = last
+        return Scoring(first, first - 1 - start, sequence.token_ids[first:last], num_top)
 
     def _complete(self, row: PlannedRow) -> Draw:
         """The row's draw with what depends on the tokens before it."""
@@ -369,15 +402,19 @@ class Scheduler:
             self._waiting.release(sequence)
 
     def _is_through(self, sequence: Sequence) -> bool:
-        """Whether the pending token is the last that the sequence may have."""
-        return sequence.num_output_tokens + sequence.num_pending_tokens >= self._max_output_tokens(sequence)
+        """Whether the pending token is the last that the sequence may have, or its prompt all that is wanted."""
+        is_prompt_through = sequence.num_computed_tokens >= sequence.num_prompt_tokens
+        num_tokens = sequence.num_output_tokens + sequence.num_pending_tokens
+        return is_prompt_through and num_tokens >= self._max_output_tokens(sequence)
 
     def _max_output_tokens(self, sequence: Sequence) -> int:
         limit = self.config.max_model_len - sequence.num_prompt_tokens
         max_tokens = sequence.request.params.max_tokens
         return limit if max_tokens is None else min(limit, max_tokens)
 
-    def _append(self, sequence: Sequence, sample: SampledToken) -> EngineOutput:
+    def _append(
+        self, sequence: Sequence, sample: SampledToken, scores: PromptLogprobs | None
+    ) -> EngineOutput:
         sequence.token_ids.append(sample.token_id)
         # Its prompt's blocks can be found now.
         self._waiting.release(sequence)
@@ -394,14 +431,22 @@ class Scheduler:
             self._finish(sequence)
         elif sequence.grammar is not None:
             sequence.grammar.start_mask()
-        return EngineOutput(
-            request_id=sequence.request.request_id,
-            index=sequence.index,
+        return self._output(
+            sequence,
+            scores,
             tokens=[sample],
             finish_reason=finish_reason,
             stop_token_id=stop_token_id,
             is_form_complete=is_form_complete,
+        )
+
+    def _output(self, sequence: Sequence, scores: PromptLogprobs | None, **brought: Any) -> EngineOutput:
+        return EngineOutput(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            prompt_logprobs=scores,
             num_cached_tokens=sequence.num_cached_tokens or 0,
+            **brought,
         )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:

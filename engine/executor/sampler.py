@@ -18,7 +18,7 @@ import torch
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Drawn, Sampled
 from engine.core.random import draw_key
-from engine.core.request import RowFailure, SampledToken
+from engine.core.request import RowFailure, RowResult, SampledToken
 from engine.core.sampling_params import SAMPLING_PARAMETERS
 from engine.executor.adjustments import AdjustmentTable
 from engine.kernels.sample import (
@@ -89,18 +89,18 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw | None], inputs: SamplerIn
 
     # The model's own logits, where log-probabilities are asked for.
     asking = [row for row, draw in enumerate(wanted) if draw.params.logprobs is not None]
-    index = _to_device(torch.tensor(asking, dtype=torch.int32), logits.device) if asking else None
+    index = to_device(torch.tensor(asking, dtype=torch.int32), logits.device) if asking else None
     raw = None if index is None else select_rows(logits, index)
 
     # Tokens that the form allows.
     allowed_tokens = allowed_tokens_of(wanted)
     if allowed_tokens is not None:
-        mask_logits(logits, _to_device(allowed_tokens, logits.device))
+        mask_logits(logits, to_device(allowed_tokens, logits.device))
 
     # logit_bias, then penalties; and tokens that are banned until min_tokens.
     adjustments = inputs.changes.update(wanted, inputs.sequences)
     if adjustments is not None:
-        entries = (_to_device(getattr(adjustments, name), logits.device) for name in Adjustments.__slots__)
+        entries = (to_device(getattr(adjustments, name), logits.device) for name in Adjustments.__slots__)
         adjust_logits(logits, Adjustments(*entries))
 
     # Temperature; top_k, min_p, then top_p over what these two left; the draw. One kernel.
@@ -141,15 +141,15 @@ class SamplerOutput:
     def start(draws: Sequence[Draw | None], tokens: torch.Tensor, logprobs: Logprobs | None) -> SamplerOutput:
         """Starts the copies to the host."""
         if logprobs is not None:
-            logprobs = Logprobs(*(_to_host(getattr(logprobs, name)) for name in Logprobs.__slots__))
-        tokens_on_host = _to_host(tokens)
+            logprobs = Logprobs(*(to_host(getattr(logprobs, name)) for name in Logprobs.__slots__))
+        tokens_on_host = to_host(tokens)
         arrived = None
         if tokens.device.type == "cuda":
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
         return SamplerOutput(draws, tokens_on_host, logprobs, arrived)
 
-    def read(self) -> list[SampledToken | RowFailure | None]:
+    def read(self) -> list[RowResult]:
         """Waits for the tokens: the one synchronization of a step."""
         if self.arrived is not None:
             self.arrived.synchronize()
@@ -190,11 +190,12 @@ def sequences_of(batch: Batch) -> list[Hashable]:
     return [(row.slot, row.admission) for row in batch.rows if row.draw is not None]
 
 
-def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, for which nobody waits."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
-def _to_host(x: torch.Tensor) -> torch.Tensor:
+def to_host(x: torch.Tensor) -> torch.Tensor:
     """A copy in memory that the device writes to by itself."""
     if x.device.type != "cuda":
         return x

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.config import EngineConfig
-from engine.core.batch import Batch, BatchRow, Draw
+from engine.core.batch import Batch, BatchRow, Draw, Scoring
 from engine.core.sampling_params import SamplingParams
 from engine.errors import ConfigError
 from engine.executor.triton_executor import TritonExecutor
@@ -50,7 +50,12 @@ def random_batch(source: random.Random, executor: TritonExecutor) -> Batch:
         draw = Draw(params, 0, 0, 0, output_token_ids=(1, 2), allowed_tokens=mask)
         draw = draw if source.random() < 0.9 else None
         table = [1] * -(-(start + length) // executor.cache.block_size)
-        rows.append(BatchRow([5] * length, start, 0, table, draw, slot, admission=source.randint(0, 10**9)))
+        first = source.randrange(length)
+        scoring = (
+            Scoring(1, first, [7] * (length - first), source.randint(0, 5)) if source.random() < 0.3 else None
+        )
+        admission = source.randint(0, 10**9)
+        rows.append(BatchRow([5] * length, start, 0, table, draw, slot, admission, scoring))
     return Batch(rows)
 
 

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 
 import msgspec
 
-from engine.core.request import RowFailure, SampledToken
+from engine.core.request import RowResult, SampledToken, ScoredPrompt
 from engine.parallel.waiting import Kind, WaitRecord
 from engine.process import whereabouts
 
-Tokens = Sequence[SampledToken | RowFailure | None]
+Tokens = Sequence[RowResult]
 """What came of a step, by row; None where a prompt is not through."""
 
 
 def digest_of(order: bytes, tokens: Tokens) -> bytes:
     """A hash of a step, as it was ordered, and of what came of it: the same on all ranks that agree."""
-    token_ids = [row.token_id if isinstance(row, SampledToken) else None for row in tokens]
+    drawn = (row.token if isinstance(row, ScoredPrompt) else row for row in tokens)
+    token_ids = [row.token_id if isinstance(row, SampledToken) else None for row in drawn]
     return hashlib.blake2b(msgspec.msgpack.encode((order, token_ids)), digest_size=16).digest()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from engine.core.batch import Batch, Draw
-from engine.core.request import SampledToken
+from engine.core.request import PromptLogprobs, RowFailure, RowResult, SampledToken, ScoredPrompt
 from engine.executor.ranks.agreement import Standing
 
 
@@ -87,18 +87,50 @@ class Beat(msgspec.Struct, tag=True):
     standing: Standing
 
 
+class Drawn(msgspec.Struct):
+    """What a step brought to its rows.
+
+    Attributes:
+        tokens: The tokens, or in words why there is none.
+        prompts: By row, the log-probabilities of prompts.
+    """
+
+    tokens: list[SampledToken | str | None]
+    prompts: dict[int, PromptLogprobs]
+
+    @staticmethod
+    def of(results: list[RowResult]) -> Drawn:
+        """The results as they travel."""
+        drawn = Drawn([], {})
+        for row, result in enumerate(results):
+            if isinstance(result, ScoredPrompt):
+                drawn.prompts[row], result = result.logprobs, result.token
+            drawn.tokens.append(result.message if isinstance(result, RowFailure) else result)
+        return drawn
+
+    def results(self) -> list[RowResult]:
+        """The results as they were."""
+        results: list[RowResult] = []
+        for row, token in enumerate(self.tokens):
+            if isinstance(token, str):
+                results.append(RowFailure(token))
+            else:
+                results.append(ScoredPrompt(self.prompts[row], token) if row in self.prompts else token)
+        return results
+
+
 class Done(msgspec.Struct, tag=True):
     """A rank is through with a step.
 
     Attributes:
         digest: Of the batch and, on the last stage, the tokens; the same on all ranks of a stage.
-        drawn: The tokens, or in words why there is none, of the rank that tells rank 0 what the last stage drew.
+        drawn: From the rank that tells rank 0 what the last stage drew.
     """
 
     rank: int
     step: int
     digest: bytes
-    drawn: list[SampledToken | str | None] | None = None
+    drawn: Drawn | None = None
 
 
 FromRank = RankHere | RankSays | RankReady | RankFailed | Beat | Done

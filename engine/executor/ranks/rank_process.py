@@ -21,7 +21,6 @@ import zmq
 from engine.cache_directory import caching_in
 from engine.config import EngineConfig
 from engine.core.batch import Batch
-from engine.core.request import RowFailure
 from engine.errors import EngineError
 from engine.executor.ranks.agreement import Standing, digest_of
 from engine.executor.ranks.launching import Link
@@ -29,6 +28,7 @@ from engine.executor.ranks.limits import BEAT_SECONDS
 from engine.executor.ranks.messages import (
     Beat,
     Done,
+    Drawn,
     Execute,
     RankFailed,
     RankHere,
@@ -123,7 +123,7 @@ class Follower:
                     drawn = sampled.read()
                 done = Done(self.rank, step, digest_of(executed, drawn))
                 if runner.place.tells_what_was_drawn:
-                    done.drawn = [row.message if isinstance(row, RowFailure) else row for row in drawn]
+                    done.drawn = Drawn.of(drawn)
                 return done
         return None
 

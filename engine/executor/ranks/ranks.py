@@ -26,7 +26,7 @@ import engine.errors
 from engine.config import EngineConfig
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Executor, Sampled
-from engine.core.request import RowFailure, SampledToken
+from engine.core.request import RowResult
 from engine.errors import EngineDeadError, EngineError, RankFailedError
 from engine.executor.options import resolve_device
 from engine.executor.ranks.agreement import Standing, awaited, digest_of
@@ -133,7 +133,7 @@ class Ranks:
         self._steps: dict[int, _Step] = {}
         self._stage_size = config.tensor_parallel_size
         # What the last of several stages drew, by step, until rank 0 asks for it.
-        self._drawn: dict[int, list[SampledToken | RowFailure | None]] = {}
+        self._drawn: dict[int, list[RowResult]] = {}
         # The first report of a failure, and when it is believed.
         self._reported: tuple[EngineError, float] | None = None
         self._launcher, self.store = launcher, launcher.store
@@ -221,7 +221,7 @@ class Ranks:
         """Notes what came of a step on rank 0."""
         self._note(0, step, digest)
 
-    def drawn(self, step: int) -> list[SampledToken | RowFailure | None]:
+    def drawn(self, step: int) -> list[RowResult]:
         """Waits for what the last stage drew in a step.
 
         Raises:
@@ -374,7 +374,7 @@ class Ranks:
             case Done(number, step, digest, drawn):
                 rank.last_done = step
                 if drawn is not None:
-                    self._drawn[step] = [RowFailure(row) if isinstance(row, str) else row for row in drawn]
+                    self._drawn[step] = drawn.results()
                 self._note(number, step, digest)
             case RankFailed(number, step, kind, text):
                 self._report(number, step, kind, text)
@@ -476,7 +476,7 @@ class _Compared:
     ranks: Ranks
     place: RankPlace
 
-    def read(self) -> list[SampledToken | RowFailure | None]:
+    def read(self) -> list[RowResult]:
         with _together(self.ranks):
             with waiting_for_device(self.place.group, self.place.pipeline):
                 drawn = self.sampled.read()
@@ -492,7 +492,7 @@ class _Awaited:
     step: int
     ranks: Ranks
 
-    def read(self) -> list[SampledToken | RowFailure | None]:
+    def read(self) -> list[RowResult]:
         with _together(self.ranks):
             self.ranks.finish(self.step, digest_of(self.order, []))
             return self.ranks.drawn(self.step)
