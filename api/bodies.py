@@ -23,12 +23,25 @@ class Usage(Struct):
 
 
 class CompletionLogprobs(Struct):
-    """One entry a token; `text_offset` counts characters from the start of the choice's text."""
+    """One entry a token; `text_offset` counts characters from the start of the choice's text.
+
+    The first token of an echoed prompt has no log-probabilities.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(Struct):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""A token of the prompt each, by token id: the prompt's own and the likeliest in its place; None for the first."""
 
 
 class CompletionChoice(Struct):
@@ -38,6 +51,7 @@ class CompletionChoice(Struct):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | UnsetType | None = UNSET
     token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(Struct):
@@ -125,6 +139,7 @@ class ChatCompletion(Struct):
     choices: list[ChatChoice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class FunctionDelta(Struct):
@@ -175,6 +190,7 @@ class ChatChunk(Struct):
     choices: list[ChatChunkChoice]
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     usage: Usage | UnsetType | None = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Embedding(Struct):

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
 
+from api import bodies
 from api.bodies import ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, Usage
 from api.body import json_response, read_body
 from api.chat_answer import ChatAnswerWriter
 from api.chat_messages import named_as_in_chat, read_conversation
 from api.conversation import begin_turn
 from api.errors import ApiError
-from api.generation import Generation, PromptOutputs, TokenCounter, collect, generate, new_id
-from api.logprobs import chat_logprobs
+from api.generation import (
+    Generation,
+    PromptLogprobs,
+    PromptOutputs,
+    TokenCounter,
+    collect,
+    generate,
+    new_id,
+    note_prompt_logprobs,
+)
+from api.logprobs import chat_logprobs, prompt_logprobs_of
 from api.protocol import ChatCompletionRequest, decode_request
 from api.sampling import sampling_params
 from api.service import Service
@@ -29,15 +39,25 @@ from engine.frontend.chat_format import ChatTurn
 
 @dataclass(frozen=True, slots=True)
 class ChatJob:
-    """A checked request."""
+    """A checked request.
+
+    Attributes:
+        prompt_logprobs: By the index of the one prompt, once they are there.
+    """
 
     request: ChatCompletionRequest
     generation: Generation
     turn: ChatTurn
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
 
     @property
     def params(self) -> SamplingParams:
         return self.generation.params[0]
+
+    def shown_prompt_logprobs(self) -> bodies.PromptLogprobs | UnsetType:
+        """The prompt's log-probabilities, if they are asked for."""
+        num_top = self.request.prompt_logprobs
+        return UNSET if num_top is None else prompt_logprobs_of(self.prompt_logprobs[0], num_top)
 
     def writer(self) -> ChatAnswerWriter:
         """For one sample."""
@@ -59,6 +79,8 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
         )
         job = ChatJob(request, generation, turn)
         outputs = generate(service, generation)
+        if params.prompt_logprobs is not None:
+            outputs = note_prompt_logprobs(outputs, job.prompt_logprobs)
         headers = {"x-request-id": generation.request_id}
         if request.stream:
             return await event_stream(http_request.receive, _events(job, outputs), headers)
@@ -69,10 +91,11 @@ def _params(service: Service, request: ChatCompletionRequest) -> SamplingParams:
     max_tokens = request.max_tokens
     if request.max_completion_tokens is not None:
         max_tokens = request.max_completion_tokens
-        if max_tokens < 1:
+        least = 1 if request.prompt_logprobs is None else 0
+        if max_tokens < least:
             raise ApiError(
                 400,
-                f"max_completion_tokens must be at least 1, got {max_tokens}",
+                f"max_completion_tokens must be at least {least}, got {max_tokens}",
                 param="max_completion_tokens",
             )
     num_logprobs = request.top_logprobs
@@ -111,7 +134,12 @@ async def _whole(job: ChatJob, outputs: PromptOutputs) -> ChatCompletion:
         )
     generation = job.generation
     return ChatCompletion(
-        generation.request_id, generation.created, generation.model, choices, usage_of(counter)
+        generation.request_id,
+        generation.created,
+        generation.model,
+        choices,
+        usage_of(counter),
+        prompt_logprobs=job.shown_prompt_logprobs(),
     )
 
 
@@ -122,9 +150,20 @@ async def _events(job: ChatJob, outputs: PromptOutputs) -> AsyncGenerator[bytes,
     writers = [job.writer() for _ in range(job.params.n)]
     everything = job.params.logprobs is not None or job.request.return_token_ids
 
-    def chunk(choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> bytes:
+    def chunk(
+        choices: list[ChatChunkChoice],
+        usage: Usage | UnsetType | None,
+        prompt_logprobs: bodies.PromptLogprobs | UnsetType = UNSET,
+    ) -> bytes:
         return event(
-            ChatChunk(generation.request_id, generation.created, generation.model, choices, usage=usage)
+            ChatChunk(
+                generation.request_id,
+                generation.created,
+                generation.model,
+                choices,
+                usage=usage,
+                prompt_logprobs=prompt_logprobs,
+            )
         )
 
     has_begun = False
@@ -135,7 +174,8 @@ async def _events(job: ChatJob, outputs: PromptOutputs) -> AsyncGenerator[bytes,
                 has_begun = True
                 for index in range(job.params.n):
                     delta = ChatDelta(role="assistant", content="")
-                    yield chunk([ChatChunkChoice(index, delta)], chunk_usage(counter, options))
+                    shown = job.shown_prompt_logprobs() if index == 0 else UNSET
+                    yield chunk([ChatChunkChoice(index, delta)], chunk_usage(counter, options), shown)
             for sample in output.outputs:
                 writer = writers[sample.index]
                 delta = writer.write(sample.text, is_last=sample.finish_reason is not None)

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fastapi import Request, Response
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, UnsetType, structs
 
 from api.bodies import Completion, CompletionChoice, Usage
 from api.body import json_response, read_body
-from api.errors import ApiError, not_supported
-from api.generation import Generation, PromptOutputs, TokenCounter, collect, generate, new_id
-from api.logprobs import CompletionLogprobsFormatter
+from api.errors import ApiError
+from api.generation import (
+    Generation,
+    PromptLogprobs,
+    PromptOutputs,
+    TokenCounter,
+    collect,
+    generate,
+    new_id,
+    note_prompt_logprobs,
+)
+from api.logprobs import CompletionLogprobsFormatter, EchoedPrompt, prompt_logprobs_of
 from api.prompts import Prompt, encode_prompts, split_prompts
 from api.protocol import CompletionRequest, decode_request
 from api.sampling import sampling_params
@@ -22,7 +31,7 @@ from api.streaming import event, event_stream, until_disconnect
 from api.structured_outputs import named_as_asked
 from api.usage import chunk_usage, has_usage_chunk, usage_of
 from engine.core.outputs import CompletionOutput
-from engine.core.sampling_params import SamplingParams
+from engine.core.sampling_params import MAX_SAMPLES, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 MAX_CHOICES = 2048
@@ -34,15 +43,22 @@ class CompletionJob:
 
     Attributes:
         prompts: As given, for echo.
+        prompt_logprobs: By the prompt's index, once they are there.
     """
 
     request: CompletionRequest
     generation: Generation
     prompts: Sequence[Prompt]
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
 
     @property
     def params(self) -> SamplingParams:
         return self.generation.params[0]
+
+    @property
+    def num_choices(self) -> int:
+        """How many choices there are for each prompt."""
+        return self.request.n or 1
 
 
 async def create_completion(service: Service, http_request: Request) -> Response:
@@ -64,6 +80,8 @@ async def create_completion(service: Service, http_request: Request) -> Response
     )
     job = CompletionJob(request, generation, prompts)
     outputs = generate(service, generation)
+    if params.prompt_logprobs is not None:
+        outputs = note_prompt_logprobs(outputs, job.prompt_logprobs)
     headers = {"x-request-id": generation.request_id}
     with named_as_asked(request):
         if request.stream:
@@ -74,16 +92,34 @@ async def create_completion(service: Service, http_request: Request) -> Response
 
 def _params(service: Service, request: CompletionRequest) -> SamplingParams:
     params = sampling_params(
-        request,
+        structs.replace(request, prompt_logprobs=_num_prompt_logprobs(request)),
         service.engine.default_params,
         max_tokens=DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
         logprobs=request.logprobs,
     )
-    if request.best_of is not None and request.best_of != params.n:
-        raise not_supported(f"best_of other than n ({params.n})", "best_of")
-    if request.echo and request.logprobs is not None:
-        raise not_supported("logprobs with echo", "logprobs")
-    return params
+    if request.best_of is None or request.best_of == params.n:
+        return params
+    if not params.n < request.best_of <= MAX_SAMPLES:
+        raise ApiError(
+            400,
+            f"best_of must be between n ({params.n}) and {MAX_SAMPLES}, got {request.best_of}",
+            param="best_of",
+        )
+    if request.stream:
+        raise ApiError(
+            400, "best_of beyond n cannot be streamed: which are the best shows at the end", param="best_of"
+        )
+    return replace(params, n=request.best_of, logprobs=params.logprobs or 0)
+
+
+def _num_prompt_logprobs(request: CompletionRequest) -> int | None:
+    """How many likeliest tokens the engine is to find in the place of each of the prompt's; None: it is not asked."""
+    asked = [request.prompt_logprobs]
+    if request.echo:
+        asked.append(0 if request.logprobs is None and request.max_tokens == 0 else request.logprobs)
+    nums = [num for num in asked if num is not None]
+    # A negative number is refused, whatever the other one is.
+    return min(nums) if any(num < 0 for num in nums) else max(nums, default=None)
 
 
 def _fitted(
@@ -101,34 +137,67 @@ class ChoiceWriter:
 
     def __init__(self, service: Service, job: CompletionJob, index: int) -> None:
         self._tokenizer = service.engine.tokenizer
-        self._index = index
-        self._return_token_ids = bool(job.request.return_token_ids)
-        # What is still to be put in front of the generated text.
-        self._echo: Prompt = job.prompts[index // job.params.n] if job.request.echo else ""
+        self._index, self._prompt_index = index, index // job.num_choices
+        self._job = job
+        self._is_first = True
         silent = self._tokenizer.special_token_ids if job.params.skip_special_tokens else frozenset()
         self._logprobs = CompletionLogprobsFormatter(silent)
 
     def write(self, sample: CompletionOutput) -> CompletionChoice:
-        echo, self._echo = self._echo, ""
-        if not isinstance(echo, str):
-            echo = self._tokenizer.decode(echo, skip_special_tokens=False)
-        return CompletionChoice(
+        request = self._job.request
+        is_first, self._is_first = self._is_first, False
+        echoed = self._echoed() if is_first and request.echo else None
+        choice = CompletionChoice(
             index=self._index,
-            text=echo + sample.text,
-            logprobs=self._logprobs.format(sample),
+            text=sample.text if echoed is None else echoed.text + sample.text,
+            logprobs=self._logprobs.format(sample, echoed),
             finish_reason=sample.finish_reason,
             stop_reason=UNSET if sample.finish_reason is None else sample.stop_reason,
-            token_ids=sample.token_ids if self._return_token_ids else UNSET,
+            token_ids=sample.token_ids if request.return_token_ids else UNSET,
+        )
+        if is_first and request.prompt_logprobs is not None:
+            logprobs = self._job.prompt_logprobs[self._prompt_index]
+            choice.prompt_logprobs = prompt_logprobs_of(logprobs, request.prompt_logprobs)
+        return choice
+
+    def _echoed(self) -> EchoedPrompt:
+        text = self._job.prompts[self._prompt_index]
+        token_ids = self._job.generation.prompts[self._prompt_index]
+        return EchoedPrompt(
+            text if isinstance(text, str) else self._tokenizer.decode(text, skip_special_tokens=False),
+            token_ids,
+            self._tokenizer.token_bytes(token_ids[0]),
+            self._job.prompt_logprobs.get(self._prompt_index, []),
+            self._job.request.logprobs or 0,
         )
 
 
 async def _whole(service: Service, job: CompletionJob, outputs: PromptOutputs) -> Completion:
     generation, counter = job.generation, TokenCounter(job.generation)
-    samples = await collect(generation, outputs, counter)
+    samples = _best(job, await collect(generation, outputs, counter))
     choices = [ChoiceWriter(service, job, sample.index).write(sample) for sample in samples]
     return Completion(
         generation.request_id, generation.created, generation.model, choices, usage=usage_of(counter)
     )
+
+
+def _best(job: CompletionJob, samples: list[CompletionOutput]) -> list[CompletionOutput]:
+    """The choices: where more were drawn, for each prompt those of the largest mean log-probability, best first."""
+    num_drawn, num_choices = job.params.n, job.num_choices
+    if num_drawn == num_choices:
+        return samples
+    best = []
+    for start in range(0, len(samples), num_drawn):
+        best += sorted(samples[start : start + num_drawn], key=_mean_logprob, reverse=True)[:num_choices]
+    shows_logprobs = job.request.logprobs is not None
+    return [
+        replace(sample, index=index, logprobs=sample.logprobs if shows_logprobs else None)
+        for index, sample in enumerate(best)
+    ]
+
+
+def _mean_logprob(sample: CompletionOutput) -> float:
+    return (sample.cumulative_logprob or 0.0) / max(1, len(sample.token_ids))
 
 
 async def _events(

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 
 from api.errors import ApiError
 from api.service import Service
-from engine.core.outputs import CompletionOutput, RequestOutput
+from engine.core.outputs import CompletionOutput, Logprob, RequestOutput
 from engine.core.sampling_params import SamplingParams
 
 PromptOutputs = AsyncGenerator[tuple[int, RequestOutput], None]
+PromptLogprobs = list[dict[int, Logprob] | None]
+"""As in `RequestOutput.prompt_logprobs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,15 @@ async def generate(service: Service, generation: Generation) -> PromptOutputs:
             yield index, output
 
 
+async def note_prompt_logprobs(outputs: PromptOutputs, noted: dict[int, PromptLogprobs]) -> PromptOutputs:
+    """Passes outputs on, and notes by the index of their prompt the log-probabilities that come with them."""
+    async with aclosing(outputs):
+        async for index, output in outputs:
+            if output.prompt_logprobs is not None:
+                noted[index] = output.prompt_logprobs
+            yield index, output
+
+
 async def _numbered(stream: AsyncGenerator[RequestOutput, None]) -> PromptOutputs:
     async with aclosing(stream):
         async for output in stream:
@@ -146,6 +157,8 @@ async def collect(
                 sample.token_ids += new.token_ids
                 if new.logprobs is not None:
                     sample.logprobs = (sample.logprobs or []) + new.logprobs
+                if new.cumulative_logprob is not None:
+                    sample.cumulative_logprob = (sample.cumulative_logprob or 0.0) + new.cumulative_logprob
                 sample.finish_reason = new.finish_reason
                 sample.stop_reason = new.stop_reason
     for sample, pieces in zip(samples, texts, strict=True):

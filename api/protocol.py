@@ -59,6 +59,7 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    prompt_logprobs: Integer | None = None
     priority: Integer | None = None
     return_token_ids: bool | None = None
 

@@ -159,7 +159,8 @@ class SamplingParams:
 
     Attributes:
         n: Samples drawn from the prompt; they share its cache blocks.
-        max_tokens: Most tokens to generate; None means up to the model's context.
+        max_tokens: Most tokens to generate; None means up to the model's context, 0 that only the prompt's
+            log-probabilities are wanted.
         min_tokens: No end-of-sequence or stop token before this many.
         temperature: 0 is greedy.
         top_k: Keep the k likeliest tokens; 0 keeps all.
@@ -179,11 +180,13 @@ class SamplingParams:
         bad_words: Strings whose tokens the output never has in a row: as the tokenizer writes each at the start of a
             text and after a space, its last token is banned where the others stand before it.
         logprobs: Log-probabilities of the chosen token and of this many likeliest ones; None for none.
+        prompt_logprobs: Log-probabilities of the prompt's own tokens and of this many likeliest ones in the place of
+            each; None for none.
         structured_outputs: The form that the output must have, also as a dictionary with its fields; None for any.
     """
 
     n: int = _parameter(1, Range(low=1, high=MAX_SAMPLES))
-    max_tokens: int | None = _parameter(16, Range(low=1))
+    max_tokens: int | None = _parameter(16, Range(low=0))
     min_tokens: int = _parameter(0, Range(low=0))
     temperature: float = _parameter(1.0, Range(low=0.0, high=2.0), is_recommended=True)
     top_k: int = _parameter(0, Range(low=0), is_recommended=True, example=40)
@@ -202,6 +205,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
     logprobs: int | None = _parameter(None, Range(low=0, high=MAX_LOGPROBS))
+    prompt_logprobs: int | None = _parameter(None, Range(low=0, high=MAX_LOGPROBS))
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
@@ -230,6 +234,10 @@ class SamplingParams:
                 raise RequestError(
                     f"logit_bias must lie between -100 and 100, got {bias} for token {token_id}", "logit_bias"
                 )
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise RequestError(
+                "max_tokens must be at least 1, got 0, which only prompt_logprobs allow", "max_tokens"
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", "min_tokens"
