@@ -22,6 +22,28 @@ class Usage(Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
+class Timings(Struct):
+    """Times of an answer, with llama.cpp's names; as the server's front sees them, waiting included.
+
+    Attributes:
+        cache_n: Prompt tokens that came from the prefix cache.
+        prompt_n: Prompt tokens that were computed.
+        prompt_ms: From the request's arrival to the first token.
+        predicted_n: Tokens of the answer.
+        predicted_ms: From the first token to the last.
+    """
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_token_ms: float | None
+    prompt_per_second: float | None
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_token_ms: float | None
+    predicted_per_second: float | None
+
+
 class CompletionLogprobs(Struct):
     """One entry a token; `text_offset` counts characters from the start of the choice's text."""
 
@@ -37,6 +59,8 @@ class CompletionChoice(Struct):
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | UnsetType | None = UNSET
+    matched_stop: int | str | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -47,8 +71,10 @@ class Completion(Struct):
     created: int
     model: str
     choices: list[CompletionChoice]
+    system_fingerprint: str
     object: Literal["text_completion"] = "text_completion"
     usage: Usage | UnsetType | None = UNSET
+    timings: Timings | UnsetType = UNSET
 
 
 class TokenLogprob(Struct):
@@ -115,6 +141,7 @@ class ChatChoice(Struct):
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
     stop_reason: int | str | None
+    matched_stop: int | str | None
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -124,7 +151,10 @@ class ChatCompletion(Struct):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    timings: Timings
+    system_fingerprint: str
     object: Literal["chat.completion"] = "chat.completion"
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class FunctionDelta(Struct):
@@ -165,6 +195,7 @@ class ChatChunkChoice(Struct):
     logprobs: ChatLogprobs | None = None
     finish_reason: ChatFinishReason | None = None
     stop_reason: int | str | UnsetType | None = UNSET
+    matched_stop: int | str | UnsetType | None = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -173,16 +204,50 @@ class ChatChunk(Struct):
     created: int
     model: str
     choices: list[ChatChunkChoice]
+    system_fingerprint: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    timings: Timings | UnsetType = UNSET
+
+
+class Tokens(Struct):
+    """A prompt's tokens, as vLLM's /tokenize gives them.
+
+    Attributes:
+        token_strs: As the vocabulary writes them; None for ids without a token.
+    """
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str | None] | UnsetType = UNSET
+
+
+class Prompt(Struct):
+    prompt: str
+
+
+class Health(Struct):
+    status: Literal["ready"] = "ready"
+
+
+class Version(Struct):
+    version: str
 
 
 class Model(Struct):
+    """Attributes:
+    root: What is served under the name `id`: the server's --model.
+    """
+
     id: str
     created: int
+    root: str
     max_model_len: int
     object: Literal["model"] = "model"
     owned_by: str = "engine"
+    parent: None = None
 
 
 class ModelList(Struct):

@@ -12,6 +12,7 @@ With pipeline stages as many steps are in flight, of different sequences; see `e
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import deque
 from collections.abc import Collection
@@ -68,6 +69,7 @@ class EngineCore(Generic[Model]):
             vocab_size=facts.vocab_size,
             default_params=_default_params(facts.recommended_params),
             memory_plan=facts.memory_plan,
+            identity=hashlib.blake2b(facts.cache_salt, digest_size=16).hexdigest(),
         )
 
     @property

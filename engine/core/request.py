@@ -19,6 +19,7 @@ class Request:
         priority: Smaller is served earlier; equal priorities in order of arrival.
         resumed_token_ids: Of a request that another engine has begun: what it drew for each sample, None where the
             sample has ended. The tokens count as output; draws and penalties go on as if this engine had drawn them.
+        cache_salt: Requests with another one share no cached blocks with this.
     """
 
     request_id: str
@@ -27,6 +28,7 @@ class Request:
     seed: int
     priority: int = 0
     resumed_token_ids: list[list[int] | None] = field(default_factory=list)
+    cache_salt: str = ""
 
     def resumed(self, index: int) -> list[int] | None:
         """What sample `index` begins with; None if it has ended."""

@@ -13,12 +13,14 @@ class EngineInfo:
     Attributes:
         default_params: Sampling parameters that the model's generation_config.json recommends.
         memory_plan: For people.
+        identity: Stands for the model, its quantization and the type of its cache.
     """
 
     max_model_len: int
     vocab_size: int
     default_params: dict[str, Any]
     memory_plan: str
+    identity: str
 
 
 @dataclass(slots=True, kw_only=True)

@@ -89,8 +89,20 @@ class ServedEngine(Protocol):
     @property
     def chat_format(self) -> ChatFormat: ...
 
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def config(self) -> EngineConfig: ...
+
     def generate(
-        self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput]: ...
 
 
@@ -107,7 +119,7 @@ class AsyncEngine:
         status: "starting" until the model is loaded, "dead" once the process has ended.
         error: Why it is dead.
         stats: As of the engine's last step.
-        tokenizer, chat_format, max_model_len, vocab_size, default_params: Valid once ready.
+        tokenizer, chat_format, max_model_len, vocab_size, default_params, identity: Valid once ready.
     """
 
     tokenizer: Tokenizer
@@ -115,6 +127,7 @@ class AsyncEngine:
     max_model_len: int
     vocab_size: int
     default_params: dict[str, Any]
+    identity: str
 
     def __init__(
         self, config: EngineConfig, limits: Limits | None = None, command: Sequence[str] | None = None
@@ -199,7 +212,7 @@ class AsyncEngine:
         assert isinstance(message, Ready)
         info = message.info
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
-        self.default_params = info.default_params
+        self.default_params, self.identity = info.default_params, info.identity
         self._forms = FormChecker(self.tokenizer, self.vocab_size)
         self.status = "ready"
         self._tasks.append(asyncio.create_task(self._receive_outputs()))
@@ -226,6 +239,7 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         resumed_token_ids: Sequence[list[int] | None] = (),
+        cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput]:
         """Streams what a request adds, step by step; closing the generator aborts the request.
 
@@ -234,6 +248,7 @@ class AsyncEngine:
             request_id: Unique among the open requests.
             priority: Smaller is served earlier.
             resumed_token_ids: As in `Request`, for a request that another engine has begun; `params` hold its seed.
+            cache_salt: As in `Request`.
 
         Raises:
             RequestError: The request cannot be served as asked.
@@ -258,6 +273,7 @@ class AsyncEngine:
             seed=self._seed(params),
             priority=priority,
             resumed_token_ids=list(resumed_token_ids),
+            cache_salt=cache_salt,
         )
         processor = OutputProcessor(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
         assert request_id not in self._queues, f"request id {request_id!r} is in use"

@@ -58,6 +58,7 @@ class ReplicaInfo:
     vocab_size: int
     default_params: dict[str, Any]
     clips_max_tokens: bool
+    identity: str
 
 
 class Replica:
@@ -78,7 +79,11 @@ class Replica:
     async def info(self) -> ReplicaInfo:
         engine = self._engine
         return ReplicaInfo(
-            engine.max_model_len, engine.vocab_size, engine.default_params, engine.config.clip_max_tokens
+            engine.max_model_len,
+            engine.vocab_size,
+            engine.default_params,
+            engine.config.clip_max_tokens,
+            engine.identity,
         )
 
     async def stats(self) -> EngineStats:
@@ -99,7 +104,12 @@ class Replica:
         self._waiting[key] = len(request.prompt_token_ids) + request.num_output_tokens
         is_first = True
         outputs = self._engine.generate(
-            request.prompt_token_ids, request.params, key, request.priority, request.resumed_token_ids
+            request.prompt_token_ids,
+            request.params,
+            key,
+            request.priority,
+            request.resumed_token_ids,
+            request.cache_salt,
         )
         try:
             async for output in outputs:
@@ -134,6 +144,7 @@ class Replicas:
     max_model_len: int
     vocab_size: int
     default_params: dict[str, Any]
+    identity: str
 
     def __init__(self, config: EngineConfig, handle: DeploymentHandle) -> None:
         self.config = config
@@ -145,7 +156,13 @@ class Replicas:
         self._watching = asyncio.create_task(self._watch())
 
     async def generate(
-        self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput]:
         """As `AsyncEngine.generate`; goes on at another replica if one dies.
 
@@ -162,7 +179,8 @@ class Replicas:
             self.tokenizer.eos_token_ids,
             self._clips_max_tokens,
         )
-        request = Resumable(request_id, token_ids, replace(params, seed=self._seed(params)), priority)
+        seeded = replace(params, seed=self._seed(params))
+        request = Resumable(request_id, token_ids, seeded, priority, cache_salt=cache_salt)
         sent: list[list[int] | None] = [[] for _ in range(params.n)]
         num_cached_tokens: int | None = None
         for num_losses in count(1):
@@ -224,7 +242,7 @@ class Replicas:
             raise
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
         self._clips_max_tokens = info.clips_max_tokens
-        self.default_params = info.default_params
+        self.default_params, self.identity = info.default_params, info.identity
         while True:
             try:
                 answers = await self._handle.broadcast("stats").results_async(
