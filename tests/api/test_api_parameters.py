@@ -9,8 +9,12 @@ from typing import Any
 import httpx
 import pytest
 
-PROMPT = "The quick brown fox jumps over the lazy dog, and then it sleeps. " * 8
+from api.protocol import CompletionRequest
+from api.request_fields import truncated
+
+PROMPT = "The quick brown fox jumps over the lazy dog, and then it sleeps. " * 3
 CHAT = [{"role": "user", "content": "Say hello."}]
+ENDPOINTS = [("completions", {"prompt": "One,"}), ("chat/completions", {"messages": CHAT})]
 GREEDY = {"temperature": 0, "max_tokens": 4}
 
 
@@ -110,10 +114,12 @@ def test_a_prompt_is_cut_to_its_last_tokens_or_its_first(http: httpx.Client) -> 
     assert chat(http, truncate_prompt_tokens=3, return_token_ids=True)["usage"]["prompt_tokens"] == 3
 
 
-def test_minus_one_cuts_to_what_fits_beside_the_answer(http: httpx.Client) -> None:
-    room = ok(http.get("/v1/models/llama"))["max_model_len"]
-    answer = complete(http, prompt=[5] * (room + 100), truncate_prompt_tokens=-1, max_tokens=3)
-    assert answer["usage"]["prompt_tokens"] == room - 3
+def test_minus_one_cuts_to_what_fits_beside_the_answer() -> None:
+    request = CompletionRequest(prompt="", truncate_prompt_tokens=-1)
+    tokens = list(range(200))
+    assert truncated(request, tokens, 100, 3) == tokens[-97:]
+    assert truncated(request, tokens, 100, None) == tokens[-99:]
+    assert truncated(request, tokens[:9], 100, 3) == tokens[:9]
 
 
 def test_special_tokens_are_the_tokenizers_where_asked_for(http: httpx.Client) -> None:
