@@ -64,6 +64,7 @@ TOKENIZE = Operation(
     "The tokens of a prompt or a chat", (TokenizeRequest, TokenizeChatRequest), Tokens, errors=BODY_ERRORS
 )
 DETOKENIZE = Operation("The text of tokens", (DetokenizeRequest,), Prompt, errors=BODY_ERRORS)
+PING = Operation("As /health", (), Health, errors=(503,))
 APPLY_TEMPLATE = Operation("The prompt of a chat", (ChatCompletionRequest,), Prompt, errors=BODY_ERRORS)
 
 
@@ -182,12 +183,11 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     """What those ask who run the server."""
 
     @app.get("/health", **described(Operation("Whether it takes requests", (), Health, errors=(503,))))
-    @app.api_route(
-        "/ping", methods=["GET", "POST"], **described(Operation("As /health", (), Health, errors=(503,)))
-    )
     async def health() -> Response:
         service.check_ready()
         return json_response(Health())
+
+    app.add_api_route("/ping", health, name="ping", methods=["GET", "POST"], **described(PING))
 
     @app.get("/version", **described(Operation("The server's version", (), Version)))
     async def engine_version() -> Response:

@@ -104,10 +104,9 @@ class FunctionCall(Struct):
     arguments: str
 
 
-class FunctionToolCall(Struct):
+class FunctionToolCall(Struct, tag_field="type", tag="function"):
     id: str
     function: FunctionCall
-    type: Literal["function"] = "function"
 
 
 class CustomCall(Struct):
@@ -115,10 +114,9 @@ class CustomCall(Struct):
     input: str
 
 
-class CustomToolCall(Struct):
+class CustomToolCall(Struct, tag_field="type", tag="custom"):
     id: str
     custom: CustomCall
-    type: Literal["custom"] = "custom"
 
 
 class ChatMessage(Struct):

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from api.errors import ApiError
+from api.errors import ApiError, engine_dead
 from api.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Service:
                     headers={"retry-after": "2"},
                 )
             case "dead":
-                raise ApiError(503, self.engine.error or "the engine has ended", code="engine_dead")
+                raise engine_dead()
 
     def check_model(self, name: str | None) -> str:
         """The name to answer under.

@@ -168,7 +168,8 @@ class EngineCore(Generic[Model]):
             except self.model.fatal:
                 raise
             except Exception as error:
-                results.append(RowFailure(f"{type(error).__name__}: {error}"))
+                logger.warning("a row fails by itself, too: %s: %s", type(error).__name__, error)
+                results.append(RowFailure(f"{type(error).__name__} in a step; the log has the details"))
         return results
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import dataclasses
+import logging
 import os
 import secrets
 import sys
@@ -52,6 +53,8 @@ from engine.frontend.output_processor import OutputProcessor
 from engine.loading.resolve import resolve_model
 from engine.process import RunningClock, exit_cause
 from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -219,7 +222,7 @@ class AsyncEngine:
 
     async def shutdown(self) -> None:
         """Ends the engine process and everything that waits for it. May be called at any time, and twice."""
-        self._die("the engine was shut down")
+        self._die("the engine was shut down", is_failure=False)
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -419,9 +422,12 @@ class AsyncEngine:
             self._directory.cleanup()
             self._directory = None
 
-    def _die(self, reason: str) -> None:
+    def _die(self, reason: str, is_failure: bool = True) -> None:
         if self.status == "dead":
             return
+        # Who starts an engine is told by an exception.
+        if self.status == "ready" and is_failure:
+            logger.error("the engine has ended: %s", reason)
         self.status, self.error = "dead", reason
         for queue in self._queues.values():
             queue.put_nowait(None)
