@@ -184,7 +184,14 @@ class ChatDelta(Struct):
 
     @property
     def is_empty(self) -> bool:
-        return all(getattr(self, name) is UNSET for name in self.__struct_fields__)
+        # Written out, since every token of a stream asks.
+        return (
+            self.content is UNSET
+            and self.reasoning_content is UNSET
+            and self.tool_calls is UNSET
+            and self.function_call is UNSET
+            and self.role is UNSET
+        )
 
 
 class ChatChunkChoice(Struct):

@@ -61,6 +61,8 @@ class ChatTurn:
     def params(self, params: SamplingParams) -> SamplingParams:
         """The parameters under which the model answers."""
         skips = params.skip_special_tokens and not self.shows_special_tokens
+        if params.structured_outputs is self.form and params.skip_special_tokens == skips:
+            return params
         return replace(params, structured_outputs=self.form, skip_special_tokens=skips)
 
     def read(self, text: str) -> ChatAnswer:
