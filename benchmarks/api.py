@@ -10,9 +10,12 @@ import argparse
 import asyncio
 import cProfile
 import json
+import logging
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -75,8 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(model: str, profile: Path | None) -> None:
     """The server, in a process of its own."""
-    import logging
-
     from api import serve
     from engine.config import EngineConfig
     from engine.frontend.async_engine import AsyncEngine
@@ -89,7 +90,7 @@ def _serve(model: str, profile: Path | None) -> None:
         )
         await serve(engine, "127.0.0.1", 0, served_model_names=[model])
 
-    profiler = cProfile.Profile() if profile is not None else None
+    profiler = cProfile.Profile(time.thread_time) if profile is not None else None
     if profiler is not None:
         profiler.enable()
     uvloop.run(run())
@@ -99,9 +100,6 @@ def _serve(model: str, profile: Path | None) -> None:
 
 def _url(server: subprocess.Popen[bytes], log: Any) -> str:
     """Where the server listens, once its log says so."""
-    import re
-    import time
-
     while server.poll() is None:
         log.seek(0)
         found = re.search(r"http://\S+(?=/v1)", log.read())
