@@ -12,6 +12,7 @@ import msgspec
 from fastapi.routing import APIRoute
 
 from api.errors import error_shape
+from api.protocol import NEUTRAL_VALUES
 from engine.core.sampling_params import SAMPLING_PARAMETERS, Range
 
 _KEY = "operation"
@@ -140,7 +141,9 @@ def _answers(operation: Operation, schema_of: dict[type, Any]) -> dict[str, Any]
 
 
 def _limit(component: dict[str, Any]) -> None:
-    """Adds the ranges of sampling parameters to the fields that have their names, and are numbers."""
+    """Adds the ranges of sampling parameters to the fields that have their names, and what some fields may hold."""
+    for name in NEUTRAL_VALUES.keys() & component.get("properties", {}).keys():
+        component["properties"][name] = {"enum": [*NEUTRAL_VALUES[name], None], "default": None}
     for parameter in SAMPLING_PARAMETERS:
         field = component.get("properties", {}).get(parameter.name, {})
         for one in field.get("anyOf", ()):

@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
 from api.app import OPEN_PATHS, create_app
-from api.protocol import ChatCompletionRequest, CompletionRequest
+from api.protocol import NEUTRAL_VALUES, ChatCompletionRequest, CompletionRequest
 from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import SAMPLING_PARAMETERS
 from tests.helpers.scripted import ScriptedEngine
@@ -84,6 +84,8 @@ def test_every_reference_leads_to_a_schema(document: dict[str, Any]) -> None:
 def test_every_field_has_its_type_and_range(document: dict[str, Any], kind: type) -> None:
     properties = document["components"]["schemas"][kind.__name__]["properties"]
     assert set(properties) == set(kind.__struct_fields__)
+    for name, values in NEUTRAL_VALUES.items():
+        assert name not in properties or properties[name]["enum"] == [*values, None]
     for name, hint in get_type_hints(kind).items():
         assert hint is Any or properties[name].keys() & {"anyOf", "type", "enum"}, name
     limits = {one.name: one.limits for one in SAMPLING_PARAMETERS if one.limits is not None}
