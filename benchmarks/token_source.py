@@ -12,6 +12,7 @@ import time
 
 import zmq
 
+from engine.core.outputs import FinishReason
 from engine.core.request import EngineOutput, Request, SampledToken
 from engine.core.stats import EngineInfo, EngineStats
 from engine.executor.ranks.limits import BEAT_SECONDS
@@ -47,7 +48,7 @@ def main(address: str, beats: str) -> None:
             for request_id, (request, num_tokens) in list(requests.items()):
                 token = SampledToken(request.prompt_token_ids[num_tokens % len(request.prompt_token_ids)])
                 is_last = num_tokens + 1 == request.params.max_tokens
-                reason = "length" if is_last else None
+                reason: FinishReason | None = "length" if is_last else None
                 outputs.append(
                     EngineOutput(request_id=request_id, index=0, tokens=[token], finish_reason=reason)
                 )
