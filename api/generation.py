@@ -29,6 +29,9 @@ class Generation:
         prompts: Token ids.
         params: One for each prompt; all have the same n.
         priority: Lower goes first.
+        cache_salt: As in `engine.core.request.Request`.
+        key: Its name inside the engine: clients may choose the request's id, and the same one twice.
+        arrival: When, in seconds of `time.perf_counter`.
     """
 
     request_id: str
@@ -36,7 +39,10 @@ class Generation:
     prompts: Sequence[list[int]]
     params: Sequence[SamplingParams]
     priority: int = 0
+    cache_salt: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
+    key: str = field(default_factory=lambda: new_id("request-"))
+    arrival: float = field(default_factory=time.perf_counter)
 
     @property
     def num_samples(self) -> int:
@@ -50,18 +56,36 @@ def new_id(kind: str) -> str:
 
 
 class TokenCounter:
-    """Counts the tokens of one generation; a prompt counts once, whatever its n."""
+    """Counts and times the tokens of one generation; a prompt counts once, whatever its n.
+
+    Attributes:
+        first, last: When the first output and the last so far came, in seconds since the request did; None: none has.
+    """
 
     def __init__(self, generation: Generation) -> None:
+        self._arrival = generation.arrival
+        self.first: float | None = None
+        self.last: float | None = None
         self.num_prompt_tokens = sum(map(len, generation.prompts))
         self.num_completion_tokens = 0
         self._num_cached_tokens = [0] * len(generation.prompts)
 
-    def add(self, prompt_index: int, output: RequestOutput) -> None:
+    def add_prompt(self, prompt_index: int, output: RequestOutput) -> None:
+        """Counts what the output says of its prompt."""
         # The first sample's: the others find the blocks that it has just computed.
-        if any(sample.index == 0 for sample in output.outputs):
-            self._num_cached_tokens[prompt_index] = output.num_cached_tokens
-        self.num_completion_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+        for sample in output.outputs:
+            if sample.index == 0:
+                self._num_cached_tokens[prompt_index] = output.num_cached_tokens
+
+    def add(self, prompt_index: int, output: RequestOutput) -> None:
+        """Counts all of the output."""
+        self.add_prompt(prompt_index, output)
+        for sample in output.outputs:
+            self.num_completion_tokens += len(sample.token_ids)
+        if output.outputs:
+            self.last = time.perf_counter() - self._arrival
+            if self.first is None:
+                self.first = self.last
 
     @property
     def num_cached_tokens(self) -> int:
@@ -81,7 +105,13 @@ async def generate(service: Service, generation: Generation) -> PromptOutputs:
     """
     streams = [
         service.metrics.observe(
-            service.engine.generate(prompt, params, f"{generation.request_id}-{index}", generation.priority),
+            service.engine.generate(
+                prompt,
+                params,
+                f"{generation.key}-{index}",
+                generation.priority,
+                cache_salt=generation.cache_salt,
+            ),
             len(prompt),
             params.n,
         )

@@ -42,9 +42,11 @@ class CompletionLogprobsFormatter:
 
     Args:
         silent_token_ids: Tokens that add nothing to the text.
+        as_ids: Tokens are named by their ids.
     """
 
-    def __init__(self, silent_token_ids: frozenset[int]) -> None:
+    def __init__(self, silent_token_ids: frozenset[int], as_ids: bool = False) -> None:
+        self._as_ids = as_ids
         self._text_offset = 0
         self._silent_token_ids = silent_token_ids
         # A character may be spread over several tokens; it counts once, at its last byte.
@@ -61,11 +63,9 @@ class CompletionLogprobsFormatter:
             self._add_prompt(result, echoed)
         for token_id, entries in zip(sample.token_ids, sample.logprobs, strict=True):
             chosen = entries[token_id]
-            result.tokens.append(_legacy_text(chosen.token_bytes))
+            result.tokens.append(self._name(token_id, chosen.token_bytes))
             result.token_logprobs.append(_finite(chosen.logprob))
-            result.top_logprobs.append(
-                {_legacy_text(each.token_bytes): _finite(each.logprob) for each in entries.values()}
-            )
+            result.top_logprobs.append(self._named(entries))
             result.text_offset.append(self._text_offset)
             if token_id not in self._silent_token_ids:
                 self._text_offset += len(self._decoder.decode(chosen.token_bytes))
@@ -75,15 +75,10 @@ class CompletionLogprobsFormatter:
         offset = 0
         for token_id, entries in zip(echoed.token_ids, echoed.logprobs, strict=True):
             data = echoed.first if entries is None else entries[token_id].token_bytes
-            result.tokens.append(_legacy_text(data))
+            result.tokens.append(self._name(token_id, data))
             result.token_logprobs.append(None if entries is None else _finite(entries[token_id].logprob))
             result.top_logprobs.append(
-                None
-                if entries is None
-                else {
-                    _legacy_text(each.token_bytes): _finite(each.logprob)
-                    for each in _likeliest(entries, echoed.num_top).values()
-                }
+                None if entries is None else self._named(_likeliest(entries, echoed.num_top))
             )
             result.text_offset.append(offset)
             offset += len(self._decoder.decode(data))
@@ -91,6 +86,15 @@ class CompletionLogprobsFormatter:
         num_added = max(0, offset - len(echoed.text))
         result.text_offset = [max(0, offset - num_added) for offset in result.text_offset]
         self._text_offset = len(echoed.text)
+
+    def _named(self, entries: dict[int, Logprob]) -> dict[str, float]:
+        return {
+            self._name(token_id, entry.token_bytes): _finite(entry.logprob)
+            for token_id, entry in entries.items()
+        }
+
+    def _name(self, token_id: int, data: bytes) -> str:
+        return _id_text(token_id) if self._as_ids else _legacy_text(data)
 
 
 def prompt_logprobs_of(logprobs: Sequence[dict[int, Logprob] | None], num_top: int) -> PromptLogprobs:
@@ -114,22 +118,32 @@ def _likeliest(entries: dict[int, Logprob], num_top: int) -> dict[int, Logprob]:
     }
 
 
-def chat_logprobs(sample: CompletionOutput, num_top_logprobs: int) -> ChatLogprobs | None:
-    """The chat form of the tokens in `sample`; None if it was not asked for."""
+def chat_logprobs(
+    sample: CompletionOutput, num_top_logprobs: int, as_ids: bool = False
+) -> ChatLogprobs | None:
+    """The chat form of the tokens in `sample`; None if it was not asked for.
+
+    Args:
+        as_ids: Tokens are named by their ids; `bytes` are theirs all the same.
+    """
     if sample.logprobs is None:
         return None
     content = []
     for token_id, entries in zip(sample.token_ids, sample.logprobs, strict=True):
         chosen = entries[token_id]
-        likeliest = sorted(entries.values(), key=lambda entry: entry.rank)[:num_top_logprobs]
+        likeliest = sorted(entries.items(), key=lambda item: item[1].rank)[:num_top_logprobs]
         content.append(
             ChatTokenLogprob(
-                token=chosen.decoded_token,
+                token=_id_text(token_id) if as_ids else chosen.decoded_token,
                 logprob=_finite(chosen.logprob),
                 bytes=list(chosen.token_bytes),
                 top_logprobs=[
-                    TokenLogprob(entry.decoded_token, _finite(entry.logprob), list(entry.token_bytes))
-                    for entry in likeliest
+                    TokenLogprob(
+                        _id_text(each) if as_ids else entry.decoded_token,
+                        _finite(entry.logprob),
+                        list(entry.token_bytes),
+                    )
+                    for each, entry in likeliest
                 ],
             )
         )
@@ -138,6 +152,10 @@ def chat_logprobs(sample: CompletionOutput, num_top_logprobs: int) -> ChatLogpro
 
 def _finite(logprob: float) -> float:
     return max(logprob, MIN_LOGPROB)
+
+
+def _id_text(token_id: int) -> str:
+    return f"token_id:{token_id}"
 
 
 def _legacy_text(data: bytes) -> str:

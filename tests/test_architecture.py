@@ -106,7 +106,7 @@ def test_the_api_knows_no_more_than_the_async_engine(path: Path) -> None:
                 assert name.startswith(known), name
 
 
-ENDPOINTS = ("api.completions", "api.chat", "api.embeddings")
+ENDPOINTS = ("api.completions", "api.chat", "api.embeddings", "api.tokenization")
 """Modules of endpoints, and what is theirs alone."""
 
 

@@ -26,6 +26,7 @@ class Request:
             sample has ended. The tokens count as output; draws and penalties go on as if this engine had drawn them.
         pooling: What is asked for is a vector of the prompt, made in this way; None for tokens.
         bad_words: The tokens of the parameters' bad_words, as `Tokenizer.encode_bad_words` has them.
+        cache_salt: Requests with another one share no cached blocks with this.
     """
 
     request_id: str
@@ -34,6 +35,7 @@ class Request:
     seed: int
     priority: int = 0
     resumed_token_ids: list[list[int] | None] = field(default_factory=list)
+    cache_salt: str = ""
     bad_words: tuple[TokenSequence, ...] = ()
     pooling: Pooling | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
@@ -71,14 +72,12 @@ class Parameter:
         Raises:
             RequestError: It is of another type, or out of range.
         """
-        kinds = self._kinds
-        if value is None and NoneType in kinds:
+        kind, is_optional = _scalar(self.kind)
+        if value is None and is_optional:
             return None
-        kind, wanted = next((one, _WORDS[one]) for one in kinds if one in _WORDS)
-        abstract = {bool: bool, int: Integral, float: Real}[kind]
         # True is an int to Python, and nobody's number of tokens.
-        if not isinstance(value, abstract) or (isinstance(value, bool) and kind is not bool):
-            raise RequestError(f"{self.name} must be {wanted}, got {value!r}", self.name)
+        if type(value) is not kind and (not isinstance(value, _ABSTRACT[kind]) or isinstance(value, bool)):
+            raise RequestError(f"{self.name} must be {_WORDS[kind]}, got {value!r}", self.name)
         if self.limits is not None and kind(value) not in self.limits:
             raise RequestError(f"{self.name} must be {self.limits}, got {value}", self.name)
         return kind(value)
@@ -86,15 +85,21 @@ class Parameter:
     @property
     def is_scalar(self) -> bool:
         """Whether it is one number or flag."""
-        return any(kind in _WORDS for kind in self._kinds)
-
-    @property
-    def _kinds(self) -> tuple[Any, ...]:
-        return get_args(self.kind) if isinstance(self.kind, UnionType) else (self.kind,)
+        return _scalar(self.kind)[0] in _WORDS
 
 
 _WORDS: dict[type, str] = {bool: "True or False", int: "an integer", float: "a number"}
 """How the types of scalar parameters are called."""
+
+_ABSTRACT: dict[type, type] = {bool: bool, int: Integral, float: Real}
+"""What of other libraries is taken for them."""
+
+
+@cache
+def _scalar(annotation: Any) -> tuple[Any, bool]:
+    """The type of a parameter, the first that is no None, and whether it may be None."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return next(kind for kind in kinds if kind is not NoneType), NoneType in kinds
 
 
 def _strings(value: Any, name: str) -> tuple[str, ...]:
@@ -212,9 +217,8 @@ class SamplingParams:
         # A user may write stop="\n", stop=["\n"] or top_k=-1; the fields hold one form, and no list of the user's.
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
-        for parameter in SAMPLING_PARAMETERS:
-            if parameter.is_scalar:
-                object.__setattr__(self, parameter.name, parameter.read(getattr(self, parameter.name)))
+        for parameter in _SCALARS:
+            object.__setattr__(self, parameter.name, parameter.read(getattr(self, parameter.name)))
         for name, read in _READERS.items():
             object.__setattr__(self, name, read(getattr(self, name), name))
         object.__setattr__(self, "structured_outputs", StructuredOutputs.read(self.structured_outputs))
@@ -259,6 +263,8 @@ SAMPLING_PARAMETERS = tuple(
     Parameter(option.name, _KINDS[option.name], **option.metadata) for option in fields(SamplingParams)
 )
 """The fields of `SamplingParams`, in order: the one list of them."""
+
+_SCALARS = tuple(parameter for parameter in SAMPLING_PARAMETERS if parameter.is_scalar)
 
 EXAMPLES = {
     parameter.name: parameter.example for parameter in SAMPLING_PARAMETERS if parameter.example is not None

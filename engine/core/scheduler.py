@@ -19,6 +19,7 @@ late, what the step draws of that sequence is dropped, and the sequence draws ag
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future, wait
@@ -134,6 +135,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queues the samples of a request; all but the first wait for the first one's blocks."""
         salt = self.cache_salt
+        if request.cache_salt:
+            salt += hashlib.blake2b(request.cache_salt.encode(), digest_size=16).digest()
         if not self.enable_prefix_caching:
             salt += f"{request.request_id}/{next(self._arrivals)}".encode()
         leader = None

@@ -82,7 +82,8 @@ class OutputProcessor:
             prompt=self.prompt,
             prompt_token_ids=self.request.prompt_token_ids,
             outputs=[addition],
-            finished=output.error is not None or all(sample.is_finished for sample in self._samples),
+            finished=sample.is_finished
+            and (output.error is not None or all(each.is_finished for each in self._samples)),
             num_cached_tokens=output.num_cached_tokens,
             prompt_logprobs=self._take_prompt_logprobs() if output.error is None else None,
             error=output.error,
