@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import Headers
@@ -16,7 +16,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.anthropic.endpoint import count_tokens, create_message
 from api.anthropic.models import anthropic_model, anthropic_models, is_anthropics
-from api.bodies import Model, ModelList, Status
+from api.anthropic.protocol import CountRequest, MessageRequest
+from api.bodies import (
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    EmbeddingList,
+    Model,
+    ModelList,
+    Prompt,
+    Status,
+    Tokens,
+    Version,
+)
 from api.body import json_response
 from api.chat import create_chat_completion
 from api.completions import create_completion
@@ -24,17 +36,57 @@ from api.embeddings import create_embeddings
 from api.errors import ApiError, add_error_handlers, error_response
 from api.http import HeadMiddleware, RequestIdMiddleware
 from api.metrics import Metrics
+from api.openapi import BODY_ERRORS, Operation, described, openapi
+from api.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    Message,
+    TokenizeChatRequest,
+    TokenizeRequest,
+)
 from api.responses.codex_models import codex_model
 from api.responses.endpoint import ResponsesApi
+from api.responses.protocol import ResponseRequest
 from api.responses.store import STORE_BYTES, STORE_SECONDS, ResponseStore
 from api.service import Service
+from api.tokenization import apply_template, detokenize, tokenize
 
 if TYPE_CHECKING:
     from engine.frontend.async_engine import ServedEngine
 
+OPEN_PATHS = ("/health", "/ready", "/ping", "/version", "/metrics", "/openapi.json", "/docs")
+"""What needs no key."""
+
+ANY_NAME = "*"
+"""Among the served names: requests may give any."""
+
+DOCS_PAGE = Path(__file__).with_name("docs.html")
+
+COMPLETIONS = Operation(
+    "Goes on with prompts", (CompletionRequest,), Completion, chunk=Completion, errors=BODY_ERRORS
+)
+CHAT_COMPLETIONS = Operation(
+    "Answers a chat", (ChatCompletionRequest,), ChatCompletion, chunk=ChatChunk, errors=BODY_ERRORS
+)
+EMBEDDINGS = Operation("The vectors of prompts", (EmbeddingRequest,), EmbeddingList, errors=BODY_ERRORS)
+TOKENIZE = Operation(
+    "The tokens of a prompt or a chat", (TokenizeRequest, TokenizeChatRequest), Tokens, errors=BODY_ERRORS
+)
+DETOKENIZE = Operation("The text of tokens", (DetokenizeRequest,), Prompt, errors=BODY_ERRORS)
+HEALTH = Operation("Whether it lives", (), Status, errors=(503,))
+READY = Operation("Whether it takes requests now", (), Status, errors=(503,))
+PING = Operation("As /health", (), Status, errors=(503,))
+APPLY_TEMPLATE = Operation("The prompt of a chat", (ChatCompletionRequest,), Prompt, errors=BODY_ERRORS)
+RESPONSES = Operation("Answers, as OpenAI's Responses API does", (ResponseRequest,), dict, errors=BODY_ERRORS)
+STORED_RESPONSE = Operation("Of a response that is kept", (), dict, errors=(400, 404, 503))
+MESSAGES = Operation("Answers, as Anthropic's Messages API does", (MessageRequest,), dict, errors=BODY_ERRORS)
+COUNT_TOKENS = Operation("How many tokens a conversation has", (CountRequest,), dict, errors=BODY_ERRORS)
+
 
 class ApiKeyMiddleware:
-    """Lets requests to /v1 pass that carry the key.
+    """Lets requests pass that carry the key, or go to OPEN_PATHS.
 
     As their bearer token, "bearer" in any case (RFC 9110, 11.1), as OpenAI's clients send it, or in the header
     X-Api-Key, as Anthropic's do.
@@ -45,7 +97,7 @@ class ApiKeyMiddleware:
         self._key = api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1") and not self._has_key(scope):
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
             error = ApiError(
                 401,
                 "a valid API key is needed in the header Authorization: Bearer <key>",
@@ -76,8 +128,8 @@ def create_app(
     """The application in front of `engine`, which may still be starting.
 
     Args:
-        served_model_names: Names that requests may give as `model`; the first stands in metrics.
-        api_key: If set, what /v1 asks for.
+        served_model_names: Names that requests may give as `model`, "*" for any; the first stands in metrics.
+        api_key: If set, what all paths but OPEN_PATHS ask for.
         cors_origins: Whose pages may ask from a browser, "*" for all; none by default.
         response_store_bytes, response_store_seconds: How many responses are kept, and how long after their last use.
     """
@@ -96,85 +148,129 @@ def create_app(
         )
     app.add_middleware(HeadMiddleware)
     app.add_middleware(RequestIdMiddleware)
-    service = Service(engine, Metrics(engine, served_model_names[0]), served_model_names)
+    names = [name for name in served_model_names if name != ANY_NAME] or [engine.config.model]
+    service = Service(engine, Metrics(engine, names[0]), names, ANY_NAME in served_model_names)
+    _add_generation(app, service)
+    _add_responses(app, service, ResponseStore(response_store_bytes, response_store_seconds))
+    _add_messages(app, service)
+    _add_tokenization(app, service)
+    _add_models(app, service)
+    _add_operations(app, service)
+    _add_documentation(app, has_key=api_key is not None)
+    return app
 
-    @app.post("/v1/completions")
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", **described(COMPLETIONS))
     async def completions(request: Request) -> Response:
         return await create_completion(service, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", **described(CHAT_COMPLETIONS))
     async def chat_completions(request: Request) -> Response:
         return await create_chat_completion(service, request)
 
-    @app.post("/v1/embeddings")
+    @app.post("/v1/embeddings", **described(EMBEDDINGS))
     async def embeddings(request: Request) -> Response:
         return await create_embeddings(service, request)
 
-    responses = ResponsesApi(service, ResponseStore(response_store_bytes, response_store_seconds))
 
-    @app.post("/v1/responses")
+def _add_responses(app: FastAPI, service: Service, store: ResponseStore) -> None:
+    responses = ResponsesApi(service, store)
+
+    @app.post("/v1/responses", **described(RESPONSES))
     async def create_response(request: Request) -> Response:
         return await responses.create(request)
 
-    @app.get("/v1/responses/{response_id}")
+    @app.get("/v1/responses/{response_id}", **described(STORED_RESPONSE))
     async def get_response(request: Request, response_id: str) -> Response:
         return await responses.get(request, response_id)
 
-    @app.delete("/v1/responses/{response_id}")
+    @app.delete("/v1/responses/{response_id}", **described(STORED_RESPONSE))
     async def delete_response(request: Request, response_id: str) -> Response:
         return await responses.delete(request, response_id)
 
-    @app.get("/v1/responses/{response_id}/input_items")
+    @app.get("/v1/responses/{response_id}/input_items", **described(STORED_RESPONSE))
     async def response_input_items(request: Request, response_id: str) -> Response:
         return await responses.list_input_items(request, response_id)
 
-    @app.post("/v1/messages")
+
+def _add_messages(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/messages", **described(MESSAGES))
     async def messages(request: Request) -> Response:
         return await create_message(service, request)
 
-    @app.post("/v1/messages/count_tokens")
+    @app.post("/v1/messages/count_tokens", **described(COUNT_TOKENS))
     async def message_tokens(request: Request) -> Response:
         return await count_tokens(service, request)
 
-    @app.get("/v1/models")
+
+def _add_tokenization(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", **described(TOKENIZE))
+    async def tokens(request: Request) -> Response:
+        return await tokenize(service, request)
+
+    @app.post("/detokenize", **described(DETOKENIZE))
+    async def text(request: Request) -> Response:
+        return await detokenize(service, request)
+
+    @app.post("/apply-template", **described(APPLY_TEMPLATE))
+    async def prompt(request: Request) -> Response:
+        return await apply_template(service, request)
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    def model_of(name: str) -> Model:
+        engine = service.engine
+        return Model(name, service.created, engine.config.model, engine.max_model_len)
+
+    @app.get("/v1/models", **described(Operation("The models", (), ModelList, errors=(503,))))
     async def models(request: Request) -> Response:
         service.check_ready()
-        models = [_model(service, name) for name in served_model_names]
+        models = [model_of(name) for name in service.served_model_names]
         if is_anthropics(request):
             return json_response(anthropic_models(models))
         return json_response(ModelList(models, [codex_model(one.id, one.max_model_len) for one in models]))
 
     # Names of models may hold slashes.
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", **described(Operation("A model", (), Model, errors=(404, 503))))
     async def model(name: str, request: Request) -> Response:
         service.check_ready()
-        model = _model(service, service.check_model(name))
+        model = model_of(service.check_model(name))
         return json_response(anthropic_model(model) if is_anthropics(request) else model)
 
-    @app.get("/health")
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    """What those ask who run the server."""
+
+    @app.get("/health", **described(HEALTH))
     async def health() -> Response:
         service.check_ready()
         return json_response(Status("healthy"))
 
-    @app.get("/ready")
+    @app.get("/ready", **described(READY))
     async def ready() -> Response:
         service.check_ready()
-        if engine.status == "restarting":
-            raise ApiError(503, f"the engine is started again: {engine.error}", code="restarting")
+        if service.engine.status == "restarting":
+            raise ApiError(503, "the engine has ended and is started again", code="restarting")
         return json_response(Status("ready"))
 
-    @app.get("/version")
-    async def engine_version() -> Response:
-        return Response(
-            msgspec.json.encode({"version": version("llm-engine")}), media_type="application/json"
-        )
+    app.add_api_route("/ping", health, name="ping", methods=["GET", "POST"], **described(PING))
 
-    @app.get("/metrics")
+    @app.get("/version", **described(Operation("The server's version", (), Version)))
+    async def engine_version() -> Response:
+        return json_response(Version(version("llm-engine")))
+
+    @app.get("/metrics", **described(Operation("Metrics for Prometheus", media_type="text/plain")))
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    return app
 
+def _add_documentation(app: FastAPI, has_key: bool) -> None:
+    @app.get("/openapi.json", **described(Operation("This document", (), dict)))
+    async def document() -> Response:
+        text = openapi(app.routes, OPEN_PATHS, has_key, extra=(Message,))
+        return Response(text, media_type="application/json")
 
-def _model(service: Service, name: str) -> Model:
-    return Model(name, service.created, service.engine.max_model_len)
+    @app.get("/docs", **described(Operation("This document, for people", media_type="text/html")))
+    async def page() -> Response:
+        return Response(DOCS_PAGE.read_bytes(), media_type="text/html; charset=utf-8")

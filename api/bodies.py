@@ -22,13 +22,48 @@ class Usage(Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
+class Timings(Struct):
+    """Times of an answer, with llama.cpp's names; as the server's front sees them, waiting included.
+
+    Attributes:
+        cache_n: Prompt tokens that came from the prefix cache.
+        prompt_n: Prompt tokens that were computed.
+        prompt_ms: From the request's arrival to the first token.
+        predicted_n: Tokens of the answer.
+        predicted_ms: From the first token to the last.
+    """
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_token_ms: float | None
+    prompt_per_second: float | None
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_token_ms: float | None
+    predicted_per_second: float | None
+
+
 class CompletionLogprobs(Struct):
-    """One entry a token; `text_offset` counts characters from the start of the choice's text."""
+    """One entry a token; `text_offset` counts characters from the start of the choice's text.
+
+    The first token of an echoed prompt has no log-probabilities.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(Struct):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""A token of the prompt each, by token id: the prompt's own and the likeliest in its place; None for the first."""
 
 
 class CompletionChoice(Struct):
@@ -37,7 +72,10 @@ class CompletionChoice(Struct):
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | UnsetType | None = UNSET
+    matched_stop: int | str | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(Struct):
@@ -47,8 +85,10 @@ class Completion(Struct):
     created: int
     model: str
     choices: list[CompletionChoice]
+    system_fingerprint: str
     object: Literal["text_completion"] = "text_completion"
     usage: Usage | UnsetType | None = UNSET
+    timings: Timings | UnsetType = UNSET
 
 
 class TokenLogprob(Struct):
@@ -78,10 +118,9 @@ class FunctionCall(Struct):
     arguments: str
 
 
-class FunctionToolCall(Struct):
+class FunctionToolCall(Struct, tag_field="type", tag="function"):
     id: str
     function: FunctionCall
-    type: Literal["function"] = "function"
 
 
 class CustomCall(Struct):
@@ -89,10 +128,9 @@ class CustomCall(Struct):
     input: str
 
 
-class CustomToolCall(Struct):
+class CustomToolCall(Struct, tag_field="type", tag="custom"):
     id: str
     custom: CustomCall
-    type: Literal["custom"] = "custom"
 
 
 class ChatMessage(Struct):
@@ -115,6 +153,7 @@ class ChatChoice(Struct):
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
     stop_reason: int | str | None
+    matched_stop: int | str | None
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -124,7 +163,11 @@ class ChatCompletion(Struct):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    timings: Timings
+    system_fingerprint: str
     object: Literal["chat.completion"] = "chat.completion"
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class FunctionDelta(Struct):
@@ -156,7 +199,14 @@ class ChatDelta(Struct):
 
     @property
     def is_empty(self) -> bool:
-        return all(getattr(self, name) is UNSET for name in self.__struct_fields__)
+        # Written out, since every token of a stream asks.
+        return (
+            self.content is UNSET
+            and self.reasoning_content is UNSET
+            and self.tool_calls is UNSET
+            and self.function_call is UNSET
+            and self.role is UNSET
+        )
 
 
 class ChatChunkChoice(Struct):
@@ -165,6 +215,7 @@ class ChatChunkChoice(Struct):
     logprobs: ChatLogprobs | None = None
     finish_reason: ChatFinishReason | None = None
     stop_reason: int | str | UnsetType | None = UNSET
+    matched_stop: int | str | UnsetType | None = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -173,8 +224,12 @@ class ChatChunk(Struct):
     created: int
     model: str
     choices: list[ChatChunkChoice]
+    system_fingerprint: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    timings: Timings | UnsetType = UNSET
 
 
 class Embedding(Struct):
@@ -199,12 +254,39 @@ class EmbeddingList(Struct):
     object: Literal["list"] = "list"
 
 
+class Tokens(Struct):
+    """A prompt's tokens, as vLLM's /tokenize gives them.
+
+    Attributes:
+        token_strs: As the vocabulary writes them; None for ids without a token.
+    """
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str | None] | UnsetType = UNSET
+
+
+class Prompt(Struct):
+    prompt: str
+
+
+class Version(Struct):
+    version: str
+
+
 class Model(Struct):
+    """Attributes:
+    root: What is served under the name `id`: the server's --model.
+    """
+
     id: str
     created: int
+    root: str
     max_model_len: int
     object: Literal["model"] = "model"
     owned_by: str = "engine"
+    parent: None = None
 
 
 class Status(Struct):

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
 
-from api.bodies import ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, Usage
+from api.bodies import ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs, Usage
 from api.body import json_response, read_body
 from api.chat_answer import ChatAnswerWriter
-from api.chat_messages import named_as_in_chat, read_conversation
 from api.conversation import begin_turn
 from api.errors import ApiError
-from api.generation import Generation, PromptOutputs, TokenCounter, collect, generate, new_id
-from api.logprobs import chat_logprobs
+from api.generation import (
+    Generation,
+    PromptLogprobs,
+    PromptOutputs,
+    TokenCounter,
+    collect,
+    generate,
+    note_prompt_logprobs,
+)
+from api.logprobs import chat_logprobs, prompt_logprobs_of
+from api.openai_messages import named_as_in_chat, read_conversation
 from api.protocol import ChatCompletionRequest, decode_request
-from api.sampling import sampling_params
+from api.request_fields import answer_id, cache_salt, truncated
+from api.sampling import requested_max_tokens, sampling_params
 from api.service import Service
 from api.streaming import event, event_stream, until_disconnect
-from api.usage import chunk_usage, has_usage_chunk, usage_of
+from api.usage import chunk_usage, has_usage_chunk, timings_of, usage_of
 from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.frontend.chat_format import ChatTurn
@@ -29,15 +39,31 @@ from engine.frontend.chat_format import ChatTurn
 
 @dataclass(frozen=True, slots=True)
 class ChatJob:
-    """A checked request."""
+    """A checked request.
+
+    Attributes:
+        prompt_logprobs: By the index of the one prompt, once they are there.
+    """
 
     request: ChatCompletionRequest
     generation: Generation
     turn: ChatTurn
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
 
     @property
     def params(self) -> SamplingParams:
         return self.generation.params[0]
+
+    def of_prompt(self) -> dict[str, Any]:
+        """The fields of the answer that tell of the prompt, those that are asked for."""
+        fields: dict[str, Any] = {}
+        if self.request.return_token_ids:
+            fields["prompt_token_ids"] = self.generation.prompts[0]
+        if self.request.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = prompt_logprobs_of(
+                self.prompt_logprobs[0], self.request.prompt_logprobs
+            )
+        return fields
 
     def writer(self) -> ChatAnswerWriter:
         """For one sample."""
@@ -55,26 +81,26 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
     with named_as_in_chat(request):
         turn = await begin_turn(service, read_conversation(request, params.structured_outputs))
         generation = Generation(
-            new_id("chatcmpl-"), model, [turn.prompt_token_ids], [turn.params(params)], request.priority or 0
+            answer_id(request, "chatcmpl-"),
+            model,
+            [truncated(request, turn.prompt_token_ids, service.engine.max_model_len, params.max_tokens)],
+            [turn.params(params)],
+            request.priority or 0,
+            cache_salt(request),
         )
         job = ChatJob(request, generation, turn)
         outputs = generate(service, generation)
+        if params.prompt_logprobs is not None:
+            outputs = note_prompt_logprobs(outputs, job.prompt_logprobs)
         headers = {"x-request-id": generation.request_id}
         if request.stream:
-            return await event_stream(http_request.receive, _events(job, outputs), headers)
-        return json_response(await until_disconnect(http_request.receive, _whole(job, outputs)), headers)
+            return await event_stream(http_request.receive, _events(service, job, outputs), headers)
+        completion = await until_disconnect(http_request.receive, _whole(service, job, outputs))
+        return json_response(completion, headers)
 
 
 def _params(service: Service, request: ChatCompletionRequest) -> SamplingParams:
-    max_tokens = request.max_tokens
-    if request.max_completion_tokens is not None:
-        max_tokens = request.max_completion_tokens
-        if max_tokens < 1:
-            raise ApiError(
-                400,
-                f"max_completion_tokens must be at least 1, got {max_tokens}",
-                param="max_completion_tokens",
-            )
+    max_tokens = requested_max_tokens(request, least=1 if request.prompt_logprobs is None else 0)
     num_logprobs = request.top_logprobs
     if num_logprobs is not None:
         if not request.logprobs:
@@ -93,7 +119,7 @@ def _params(service: Service, request: ChatCompletionRequest) -> SamplingParams:
     )
 
 
-async def _whole(job: ChatJob, outputs: PromptOutputs) -> ChatCompletion:
+async def _whole(service: Service, job: ChatJob, outputs: PromptOutputs) -> ChatCompletion:
     counter = TokenCounter(job.generation)
     samples = await collect(job.generation, outputs, counter)
     choices = []
@@ -103,39 +129,56 @@ async def _whole(job: ChatJob, outputs: PromptOutputs) -> ChatCompletion:
             ChatChoice(
                 index=sample.index,
                 message=writer.message(sample.text),
-                logprobs=chat_logprobs(sample, job.params.logprobs or 0),
+                logprobs=_logprobs(job, sample),
                 finish_reason=writer.finish_reason(sample.finish_reason),
                 stop_reason=sample.stop_reason,
+                matched_stop=sample.stop_reason,
                 token_ids=sample.token_ids if job.request.return_token_ids else UNSET,
             )
         )
     generation = job.generation
     return ChatCompletion(
-        generation.request_id, generation.created, generation.model, choices, usage_of(counter)
+        generation.request_id,
+        generation.created,
+        generation.model,
+        choices,
+        usage_of(counter),
+        timings_of(counter),
+        service.fingerprint,
+        **job.of_prompt(),
     )
 
 
-async def _events(job: ChatJob, outputs: PromptOutputs) -> AsyncGenerator[bytes, None]:
+def _logprobs(job: ChatJob, sample: CompletionOutput) -> ChatLogprobs | None:
+    return chat_logprobs(sample, job.params.logprobs or 0, job.request.return_tokens_as_token_ids is True)
+
+
+async def _events(service: Service, job: ChatJob, outputs: PromptOutputs) -> AsyncGenerator[bytes, None]:
     """A role chunk for every sample, contents, finish chunks, and the usage if asked for."""
     generation, options = job.generation, job.request.stream_options
     counter = TokenCounter(generation)
     writers = [job.writer() for _ in range(job.params.n)]
     everything = job.params.logprobs is not None or job.request.return_token_ids
 
-    def chunk(choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> bytes:
-        return event(
-            ChatChunk(generation.request_id, generation.created, generation.model, choices, usage=usage)
-        )
+    head = (generation.request_id, generation.created, generation.model)
 
-    has_begun = False
+    def chunk(
+        choices: list[ChatChunkChoice], usage: Usage | UnsetType | None, is_last: bool = False, **others: Any
+    ) -> bytes:
+        timings = timings_of(counter) if is_last else UNSET
+        return event(ChatChunk(*head, choices, service.fingerprint, usage=usage, timings=timings, **others))
+
+    has_begun, num_open = False, job.params.n
     async with aclosing(outputs):
         async for _, output in outputs:
-            counter.add(0, output)
             if output.outputs and not has_begun:
                 has_begun = True
+                counter.add_prompt(0, output)
                 for index in range(job.params.n):
                     delta = ChatDelta(role="assistant", content="")
-                    yield chunk([ChatChunkChoice(index, delta)], chunk_usage(counter, options))
+                    others = job.of_prompt() if index == 0 else {}
+                    yield chunk([ChatChunkChoice(index, delta)], chunk_usage(counter, options), **others)
+            counter.add(0, output)
             for sample in output.outputs:
                 writer = writers[sample.index]
                 delta = writer.write(sample.text, is_last=sample.finish_reason is not None)
@@ -143,9 +186,11 @@ async def _events(job: ChatJob, outputs: PromptOutputs) -> AsyncGenerator[bytes,
                 if not delta.is_empty or (everything and sample.token_ids):
                     yield chunk([_delta_choice(job, sample, delta)], chunk_usage(counter, options))
                 if sample.finish_reason is not None:
-                    yield chunk([_finish_choice(sample, writer)], chunk_usage(counter, options))
+                    num_open -= 1
+                    is_last = num_open == 0 and not has_usage_chunk(options)
+                    yield chunk([_finish_choice(sample, writer)], chunk_usage(counter, options), is_last)
     if has_usage_chunk(options):
-        yield chunk([], usage_of(counter))
+        yield chunk([], usage_of(counter), is_last=True)
 
 
 def _delta_choice(job: ChatJob, sample: CompletionOutput, delta: ChatDelta) -> ChatChunkChoice:
@@ -154,7 +199,7 @@ def _delta_choice(job: ChatJob, sample: CompletionOutput, delta: ChatDelta) -> C
     return ChatChunkChoice(
         index=sample.index,
         delta=delta,
-        logprobs=chat_logprobs(sample, job.params.logprobs or 0),
+        logprobs=_logprobs(job, sample),
         token_ids=sample.token_ids if job.request.return_token_ids else UNSET,
     )
 
@@ -165,4 +210,5 @@ def _finish_choice(sample: CompletionOutput, writer: ChatAnswerWriter) -> ChatCh
         delta=ChatDelta(),
         finish_reason=writer.finish_reason(sample.finish_reason),
         stop_reason=sample.stop_reason,
+        matched_stop=sample.stop_reason,
     )

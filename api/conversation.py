@@ -30,6 +30,7 @@ class Conversation:
         is_parallel: Whether there may be several calls in the answer.
         form: What an answer must be that calls nothing; None: free text.
         template_arguments: Further arguments of the model's chat template.
+        adds_special_tokens: Whether the tokenizer adds its own to what the template writes.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -38,6 +39,7 @@ class Conversation:
     is_parallel: bool = True
     form: StructuredOutputs | None = None
     template_arguments: dict[str, Any] = field(default_factory=dict)
+    adds_special_tokens: bool = False
 
     def turn(self, chat_format: ChatFormat) -> ChatTurn:
         """The prompt, and how its answer is to be read.
@@ -46,7 +48,13 @@ class Conversation:
             RequestError: The template does not take it, or a tool or the form cannot be kept; names the field.
         """
         return chat_format.turn(
-            self.messages, self.tools, self.choice, self.is_parallel, self.form, **self.template_arguments
+            self.messages,
+            self.tools,
+            self.choice,
+            self.is_parallel,
+            self.form,
+            self.adds_special_tokens,
+            **self.template_arguments,
         )
 
 

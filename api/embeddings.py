@@ -13,7 +13,7 @@ from api.body import json_response, read_body
 from api.errors import ApiError
 from api.generation import new_id
 from api.prompts import encode_prompts, split_prompts
-from api.protocol import EmbeddingRequest, decode_body
+from api.protocol import EmbeddingRequest, decode_request
 from api.service import Service
 from api.streaming import until_disconnect
 from engine.core.pooling_params import PoolingParams
@@ -25,7 +25,7 @@ MAX_INPUTS = 2048
 async def create_embeddings(service: Service, http_request: Request) -> Response:
     """Answers one request."""
     service.check_ready()
-    request = decode_body(await read_body(http_request), EmbeddingRequest)
+    request = decode_request(await read_body(http_request), EmbeddingRequest)
     model = service.check_model(request.model)
     params = PoolingParams(
         pooling=request.pooling or "last",  # type: ignore[arg-type]  # it checks the word

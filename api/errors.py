@@ -49,6 +49,11 @@ def not_supported(what: str, field: str | None = None) -> ApiError:
     )
 
 
+def engine_dead() -> ApiError:
+    """The error once the engine has ended: the cause may be an exception's text, which is not a client's to read."""
+    return ApiError(503, "the engine has ended; the server's log has the cause", code="engine_dead")
+
+
 def to_api_error(error: Exception) -> ApiError:
     """The HTTP error that tells a client of `error`; of one that nobody planned for, its type alone."""
     match error:
@@ -57,7 +62,7 @@ def to_api_error(error: Exception) -> ApiError:
         case RequestError():
             return ApiError(400, str(error), param=error.field, code=error.code)
         case EngineDeadError():
-            return ApiError(503, str(error), code="engine_dead")
+            return engine_dead()
     return ApiError(500, f"internal error ({type(error).__name__}); the server's log has the details")
 
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 
 from api.errors import ApiError
 from api.service import Service
-from engine.core.outputs import CompletionOutput, RequestOutput
+from engine.core.outputs import CompletionOutput, Logprob, RequestOutput
 from engine.core.sampling_params import SamplingParams
 
 PromptOutputs = AsyncGenerator[tuple[int, RequestOutput], None]
+PromptLogprobs = list[dict[int, Logprob] | None]
+"""As in `RequestOutput.prompt_logprobs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,9 @@ class Generation:
         prompts: Token ids.
         params: One for each prompt; all have the same n.
         priority: Lower goes first.
+        cache_salt: As in `engine.core.request.Request`.
+        key: Its name inside the engine: clients may choose the request's id, and the same one twice.
+        arrival: When, in seconds of `time.perf_counter`.
     """
 
     request_id: str
@@ -34,7 +39,10 @@ class Generation:
     prompts: Sequence[list[int]]
     params: Sequence[SamplingParams]
     priority: int = 0
+    cache_salt: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
+    key: str = field(default_factory=lambda: new_id("request-"))
+    arrival: float = field(default_factory=time.perf_counter)
 
     @property
     def num_samples(self) -> int:
@@ -48,18 +56,36 @@ def new_id(kind: str) -> str:
 
 
 class TokenCounter:
-    """Counts the tokens of one generation; a prompt counts once, whatever its n."""
+    """Counts and times the tokens of one generation; a prompt counts once, whatever its n.
+
+    Attributes:
+        first, last: When the first output and the last so far came, in seconds since the request did; None: none has.
+    """
 
     def __init__(self, generation: Generation) -> None:
+        self._arrival = generation.arrival
+        self.first: float | None = None
+        self.last: float | None = None
         self.num_prompt_tokens = sum(map(len, generation.prompts))
         self.num_completion_tokens = 0
         self._num_cached_tokens = [0] * len(generation.prompts)
 
-    def add(self, prompt_index: int, output: RequestOutput) -> None:
+    def add_prompt(self, prompt_index: int, output: RequestOutput) -> None:
+        """Counts what the output says of its prompt."""
         # The first sample's: the others find the blocks that it has just computed.
-        if any(sample.index == 0 for sample in output.outputs):
-            self._num_cached_tokens[prompt_index] = output.num_cached_tokens
-        self.num_completion_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+        for sample in output.outputs:
+            if sample.index == 0:
+                self._num_cached_tokens[prompt_index] = output.num_cached_tokens
+
+    def add(self, prompt_index: int, output: RequestOutput) -> None:
+        """Counts all of the output."""
+        self.add_prompt(prompt_index, output)
+        for sample in output.outputs:
+            self.num_completion_tokens += len(sample.token_ids)
+        if output.outputs:
+            self.last = time.perf_counter() - self._arrival
+            if self.first is None:
+                self.first = self.last
 
     @property
     def num_cached_tokens(self) -> int:
@@ -79,7 +105,13 @@ async def generate(service: Service, generation: Generation) -> PromptOutputs:
     """
     streams = [
         service.metrics.observe(
-            service.engine.generate(prompt, params, f"{generation.request_id}-{index}", generation.priority),
+            service.engine.generate(
+                prompt,
+                params,
+                f"{generation.key}-{index}",
+                generation.priority,
+                cache_salt=generation.cache_salt,
+            ),
             len(prompt),
             params.n,
         )
@@ -90,6 +122,15 @@ async def generate(service: Service, generation: Generation) -> PromptOutputs:
         async for index, output in merged:
             if output.error is not None:
                 raise ApiError(500, output.error, code="generation_failed")
+            yield index, output
+
+
+async def note_prompt_logprobs(outputs: PromptOutputs, noted: dict[int, PromptLogprobs]) -> PromptOutputs:
+    """Passes outputs on, and notes by the index of their prompt the log-probabilities that come with them."""
+    async with aclosing(outputs):
+        async for index, output in outputs:
+            if output.prompt_logprobs is not None:
+                noted[index] = output.prompt_logprobs
             yield index, output
 
 
@@ -146,6 +187,8 @@ async def collect(
                 sample.token_ids += new.token_ids
                 if new.logprobs is not None:
                     sample.logprobs = (sample.logprobs or []) + new.logprobs
+                if new.cumulative_logprob is not None:
+                    sample.cumulative_logprob = (sample.cumulative_logprob or 0.0) + new.cumulative_logprob
                 sample.finish_reason = new.finish_reason
                 sample.stop_reason = new.stop_reason
     for sample, pieces in zip(samples, texts, strict=True):

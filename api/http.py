@@ -8,7 +8,8 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""What may stand in X-Request-Id."""
 
 
 class HeadMiddleware:
@@ -48,7 +49,7 @@ class RequestIdMiddleware:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(raw=message.setdefault("headers", []))
-                if _REQUEST_ID.fullmatch(given):
+                if REQUEST_ID.fullmatch(given):
                     headers["x-request-id"] = given
                 elif "x-request-id" not in headers:
                     headers["x-request-id"] = uuid.uuid4().hex

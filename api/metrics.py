@@ -84,6 +84,7 @@ class SampleTimes:
 class RequestTimes:
     arrival: float
     samples: dict[int, SampleTimes] = field(default_factory=dict)
+    is_answered: bool = False
     num_finished: int = 0
 
 
@@ -146,9 +147,8 @@ class Metrics:
             async with aclosing(outputs):
                 async for output in outputs:
                     now = time.perf_counter()
-                    if not times.samples and any(sample.token_ids for sample in output.outputs):
-                        self._first_token.observe(now - times.arrival)
-                        self._prompt_tokens.inc(num_prompt_tokens)
+                    if not times.is_answered:
+                        self._observe_prompt(output, times, now, num_prompt_tokens)
                     for sample in output.outputs:
                         self._observe_sample(sample, times, now)
                     yield output
@@ -174,6 +174,17 @@ class Metrics:
         self._prompt_tokens.inc(num_prompt_tokens)
         self._whole_request.observe(time.perf_counter() - arrival)
         return output
+
+    def _observe_prompt(
+        self, output: RequestOutput, times: RequestTimes, now: float, num_prompt_tokens: int
+    ) -> None:
+        has_tokens = any(sample.token_ids for sample in output.outputs)
+        # A request that wants nothing but its prompt computed ends without a token.
+        times.is_answered = has_tokens or any(sample.finish_reason == "length" for sample in output.outputs)
+        if times.is_answered:
+            self._prompt_tokens.inc(num_prompt_tokens)
+        if has_tokens:
+            self._first_token.observe(now - times.arrival)
 
     def _observe_sample(self, sample: CompletionOutput, times: RequestTimes, now: float) -> None:
         num_new = len(sample.token_ids)

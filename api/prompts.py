@@ -33,10 +33,14 @@ def split_prompts(prompt: str | list[str | int | list[int]], field: str) -> list
     return prompts or [token_ids]
 
 
-async def encode_prompts(service: Service, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """The prompts as token ids."""
+async def encode_prompts(
+    service: Service, prompts: Sequence[Prompt], adds_special_tokens: bool = True
+) -> list[list[int]]:
+    """The prompts as token ids; a text's with those that the tokenizer adds, such as BOS, if so asked."""
     encode = service.engine.tokenizer.encode
     # In a thread: a long prompt takes long enough to be felt by the streams of others.
     return await asyncio.to_thread(
-        lambda: [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        lambda: [
+            encode(prompt, adds_special_tokens) if isinstance(prompt, str) else prompt for prompt in prompts
+        ]
     )

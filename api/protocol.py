@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,14 +14,19 @@ from api.errors import ApiError, not_supported
 # What fits the wire between server and engine; a wider number is refused here, by its field's name.
 Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
-# Fields that OpenAI knows and this server does not act on, with the values that ask for nothing.
+# Fields that OpenAI or vLLM know and this server does not act on, with the values that ask for nothing.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "audio": (),
+    "chat_template": (),
+    "length_penalty": (1,),
+    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
+    "prompt_embeds": (),
+    "spaces_between_special_tokens": (True,),
     "suffix": ("",),
-    "verbosity": ("medium",),
+    "use_beam_search": (False,),
     "web_search_options": (),
 }
 
@@ -32,21 +38,30 @@ class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Fields of both endpoints. None means not given; SamplingParams holds the ranges."""
+    """Fields of both endpoints. None means not given; SamplingParams holds the ranges.
+
+    Attributes:
+        request_id: The answer's id.
+        cache_salt: Requests with another one, or none, share no cached blocks with this.
+        truncate_prompt_tokens: Most tokens of the prompt that are kept; -1: what fits beside the answer.
+        add_special_tokens: Whether the tokenizer adds its BOS and the like.
+    """
 
     model: str | None = None
+    request_id: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     n: Integer | None = None
     max_tokens: Integer | None = None
+    max_completion_tokens: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: Integer | None = None
     stop: str | list[str] | None = None
-    logit_bias: dict[Integer, float] | None = None
+    logit_bias: dict[Integer, float | None] | None = None
 
     # Beyond OpenAI, with vLLM's names.
     min_tokens: Integer | None = None
@@ -59,8 +74,14 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    prompt_logprobs: Integer | None = None
     priority: Integer | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: Integer | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    add_special_tokens: bool | None = None
+    cache_salt: str | None = None
 
     # The form of the answer; `api.structured_outputs` makes one of them.
     response_format: dict[str, Any] | None = None
@@ -81,12 +102,18 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     store: Any = None
     user: Any = None
 
+    # Accepted where they ask for nothing.
+    length_penalty: Any = None
+    spaces_between_special_tokens: Any = None
+    use_beam_search: Any = None
+
 
 class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[str | Integer | list[Integer]]
     echo: bool | None = None
     logprobs: Integer | None = None
     best_of: Integer | None = None
+    prompt_embeds: Any = None
     suffix: Any = None
 
 
@@ -103,46 +130,48 @@ class CalledFunction(Struct, kw_only=True):
     """
 
     name: str
-    arguments: str = ""
+    arguments: str | None = None
 
 
 class CalledCustomTool(Struct, kw_only=True):
     name: str
-    input: str = ""
+    input: str | None = None
 
 
 class ToolCall(Struct, kw_only=True):
-    """A call in a conversation; further fields of an answer that is sent back are of no account."""
+    """A call in a conversation."""
 
     id: str | None = None
-    type: str = "function"
+    type: str | None = None
     function: CalledFunction | None = None
     custom: CalledCustomTool | None = None
 
 
-class Message(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A message of a chat, or an answer of this server sent back as one."""
+class Message(Struct, kw_only=True):
+    """What is known of a message of a chat, or of an answer of this server sent back as one.
+
+    Messages, their parts and their calls may have other members, which are the chat template's.
+    """
 
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    annotations: Any = None
     audio: Any = None
     function_call: CalledFunction | None = None
     reasoning_content: str | None = None
-    refusal: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[ToolCall] | None = None
 
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
-    messages: list[Message]
-    max_completion_tokens: Integer | None = None
-    logprobs: bool | None = None
-    top_logprobs: Integer | None = None
+    # As they come, since the template may know more of them; `api.openai_messages` reads them as `Message`.
+    messages: Annotated[
+        list[dict[str, Any]], Meta(extra_json_schema={"items": {"$ref": "#/components/schemas/Message"}})
+    ]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
 
     # Tools and reasoning; `engine.frontend.tools` reads what has no type here.
     tools: list[dict[str, Any]] | None = None
@@ -152,13 +181,19 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     function_call: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None
     enable_thinking: bool | None = None
+    verbosity: str | None = None
+
+    logprobs: bool | None = None
+    top_logprobs: Integer | None = None
     include_reasoning: bool | None = None
 
+    # Accepted where they ask for nothing.
     audio: Any = None
+    chat_template: Any = None
+    mm_processor_kwargs: Any = None
     modalities: Any = None
     moderation: Any = None
     prediction: Any = None
-    verbosity: Any = None
     web_search_options: Any = None
 
 
@@ -175,8 +210,29 @@ class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     user: Any = None
 
 
+class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Text whose tokens are asked for."""
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeChatRequest(ChatCompletionRequest, kw_only=True, forbid_unknown_fields=True):
+    """A chat whose tokens are asked for; what they do not depend on makes no difference."""
+
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    tokens: list[Integer]
+    model: str | None = None
+
+
 Body = TypeVar("Body")
-RequestBody = TypeVar("RequestBody", bound=GenerationRequest)
+Key = TypeVar("Key")
+RequestBody = TypeVar("RequestBody", bound=Struct)
 
 
 def decode_body(body: bytes, kind: type[Body]) -> Body:
@@ -188,23 +244,29 @@ def decode_body(body: bytes, kind: type[Body]) -> Body:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _explain(str(error)) from None
+        raise _explain(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+        raise _not_json(error) from None
 
 
 def decode_request(body: bytes, kind: type[RequestBody]) -> RequestBody:
-    """`body` as a request of type `kind`.
+    """`body` as a request of type `kind`; members that are null are taken for not given.
 
     Raises:
-        ApiError: As `decode_body`; and 400 for fields that this server does not support.
+        ApiError: 400, naming the field, for malformed JSON, unknown fields, wrong types, and fields that this
+            server does not support.
     """
-    request = decode_body(body, kind)
+    try:
+        request = msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError:
+        request = _decode_given(body, kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _not_json(error) from None
     for field, neutral in NEUTRAL_VALUES.items():
         value = getattr(request, field, None)
         if value is not None and value not in neutral:
             raise not_supported(field)
-    if request.stream_options is not None:
+    if isinstance(request, GenerationRequest) and request.stream_options is not None:
         if not request.stream:
             raise ApiError(400, "stream_options needs stream: true", param="stream_options")
         if request.stream_options.include_obfuscation:
@@ -212,16 +274,59 @@ def decode_request(body: bytes, kind: type[RequestBody]) -> RequestBody:
     return request
 
 
-def _explain(problem: str) -> ApiError:
+def convert_member(value: Any, kind: type[RequestBody], where: str) -> RequestBody:
+    """A member of a body, read already, as `kind`; `where` names it in errors.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), kind, where) from None
+
+
+def without_nulls(value: dict[Key, Any]) -> dict[Key, Any]:
+    """The object without the members that are null."""
+    return {name: one for name, one in value.items() if one is not None}
+
+
+def _decode_given(body: bytes, kind: type[RequestBody]) -> RequestBody:
+    """A body that is not of type `kind`, read once more without its nulls: a field may be unknown, and null."""
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _not_json(error) from None
+    if isinstance(value, dict):
+        value = without_nulls(value)
+        if isinstance(value.get("stream_options"), dict):
+            value["stream_options"] = without_nulls(value["stream_options"])
+    try:
+        return msgspec.convert(value, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), kind) from None
+
+
+def _not_json(error: Exception) -> ApiError:
+    return ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json")
+
+
+def _explain(problem: str, kind: type, where: str = "") -> ApiError:
     """msgspec's words, such as "Expected `int`, got `str` - at `$.max_tokens`", as an error of that field."""
-    what, _, where = problem.partition(" - at ")
-    path = re.search(r"\$\.?([^`]*)", where)
-    parent = path[1] if path else ""
+    what, _, place = problem.partition(" - at ")
+    path = re.search(r"\$\.?([^`]*)", place)
+    parent = ".".join(filter(None, (where, path[1] if path else "")))
     member = re.search(r"(unknown|missing required) field `(.*?)`", what)
     if member is not None:
         name = f"{parent}.{member[2]}" if parent else member[2]
         if member[1] == "unknown":
-            return ApiError(400, f"unknown field: {name}", param=name, code="unknown_parameter")
+            return _unknown(name, member[2], StreamOptions if parent == "stream_options" else kind)
         return ApiError(400, f"missing field: {name}", param=name, code="missing_required_parameter")
     text = what.replace("`", "").replace(" | ", " or ").replace("Expected", "expected", 1)
     return ApiError(400, f"{parent or 'the body'}: {text}", param=parent or None, code="invalid_type")
+
+
+def _unknown(path: str, name: str, kind: type[Struct]) -> ApiError:
+    nearest = difflib.get_close_matches(name[:100], kind.__struct_fields__, 1)
+    hint = f"; the nearest that is known is {nearest[0]}" if nearest else ""
+    return ApiError(400, f"unknown field: {path}{hint}", param=path, code="unknown_parameter")

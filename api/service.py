@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cache
+from hashlib import blake2b
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from api.errors import ApiError
+from api.errors import ApiError, engine_dead
 from api.metrics import Metrics
 from api.unknown_members import UnknownMembers
 
@@ -20,6 +23,7 @@ class Service:
 
     Attributes:
         served_model_names: Names a request may give as `model`; answers carry the one it gave.
+        takes_any_name: Whether it may give any other, too.
         created: When the server started, in seconds since 1970.
         unknown_members: What requests hold that nothing reads.
     """
@@ -27,11 +31,17 @@ class Service:
     engine: ServedEngine
     metrics: Metrics
     served_model_names: list[str]
+    takes_any_name: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     unknown_members: UnknownMembers = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unknown_members", UnknownMembers(self.metrics))
+
+    @property
+    def fingerprint(self) -> str:
+        """What stands in answers for all that they depend on besides the request."""
+        return _fingerprint(self.engine.identity)
 
     def check_ready(self) -> None:
         """Raises ApiError 503 with the cause unless the engine takes requests.
@@ -47,7 +57,7 @@ class Service:
                     headers={"retry-after": "2"},
                 )
             case "dead":
-                raise ApiError(503, self.engine.error or "the engine has ended", code="engine_dead")
+                raise engine_dead()
 
     def check_model(self, name: str | None) -> str:
         """The name to answer under.
@@ -57,9 +67,14 @@ class Service:
         """
         if name is None:
             return self.served_model_names[0]
-        if name not in self.served_model_names:
+        if name not in self.served_model_names and not self.takes_any_name:
             served = ", ".join(self.served_model_names)
             raise ApiError(
                 404, f"model {name!r} does not exist; served: {served}", param="model", code="model_not_found"
             )
         return name
+
+
+@cache
+def _fingerprint(identity: str) -> str:
+    return "fp_" + blake2b(f"{identity}/{version('llm-engine')}".encode(), digest_size=5).hexdigest()

@@ -133,18 +133,6 @@ async def with_beats(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _with_error_event(
-    events: AsyncGenerator[bytes, None], error_event: Callable[[ApiError], bytes]
-) -> AsyncGenerator[bytes, None]:
-    try:
-        async for data in events:
-            yield data
-    except Exception as error:
-        if not isinstance(error, (ApiError, EngineError)):
-            logger.exception("a stream failed")
-        yield error_event(to_api_error(error))
-
-
 class EventStream(Response):
     """A response of server-sent events; closes `events` at the end or as soon as the client hangs up."""
 
@@ -173,7 +161,16 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.first, "more_body": True})
-        async with aclosing(_with_error_event(self.events, self.ends.error)) as rest:
-            async for data in rest:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": self.ends.done, "more_body": False})
+        last = self.ends.done
+        while True:
+            try:
+                data = await anext(self.events)
+            except StopAsyncIteration:
+                break
+            except Exception as error:
+                if not isinstance(error, (ApiError, EngineError)):
+                    logger.exception("a stream failed")
+                last = self.ends.error(to_api_error(error)) + last
+                break
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": last, "more_body": False})

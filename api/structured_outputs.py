@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from api.protocol import GenerationRequest
+from api.protocol import GenerationRequest, without_nulls
 from engine.core.structured_outputs import FIELD, StructuredOutputs
 from engine.errors import RequestError
 
@@ -37,12 +37,12 @@ def structured_outputs_of(request: GenerationRequest) -> StructuredOutputs | Non
     if not asked:
         return None
     (form,) = asked.values()
-    with named_as_asked(request):
+    with named_by_form(request):
         return StructuredOutputs.read(form)
 
 
 @contextmanager
-def named_as_asked(request: GenerationRequest) -> Iterator[None]:
+def named_by_form(request: GenerationRequest) -> Iterator[None]:
     """Within it errors of the form name the field that asked for it."""
     try:
         yield
@@ -74,6 +74,7 @@ def _read_response_format(given: dict[str, Any]) -> dict[str, Any] | None:
         RequestError: It is not as OpenAI has it.
     """
     field = "response_format"
+    given = without_nulls(given)
     kind = given.get("type")
     known = {"text": ("type",), "json_object": ("type",), "json_schema": ("type", "json_schema")}
     if not isinstance(kind, str) or kind not in known:
@@ -87,6 +88,7 @@ def _read_response_format(given: dict[str, Any]) -> dict[str, Any] | None:
     inner = given.get("json_schema")
     if not isinstance(inner, dict):
         raise RequestError(f"{field} must be an object with a schema, got {inner!r}", field)
+    inner = without_nulls(inner)
     _check_keys(inner, _OF_JSON_SCHEMA, field)
     if not isinstance(inner.get("schema"), dict):
         raise RequestError(f"{field}.schema must be a JSON Schema, got {inner.get('schema')!r}", field)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig
-from engine.core.outputs import CompletionOutput, Logprob, RequestOutput
+from engine.core.outputs import CompletionOutput, Logprob, RequestOutput, Score
 from engine.core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from engine.frontend.llm import LLM
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams", "Score"]
 
 
 def __getattr__(name: str) -> Any:

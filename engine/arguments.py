@@ -26,7 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)"
     )
     parser.add_argument(
-        "--served-model-name", nargs="+", help="names of the model in the API; default: --model"
+        "--served-model-name",
+        nargs="+",
+        help="names of the model in the API, '*' for any name that a request gives; default: --model",
     )
     parser.add_argument("--api-key", help="key that requests must carry; default: $ENGINE_API_KEY, if set")
     parser.add_argument(

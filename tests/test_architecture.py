@@ -107,7 +107,9 @@ def test_the_api_knows_no_more_than_the_async_engine(path: Path) -> None:
                 assert name.startswith(known), name
 
 
-ENDPOINTS = ("api.completions", "api.chat", "api.embeddings", "api.anthropic", "api.responses")
+ENDPOINTS = (
+    "api.completions", "api.chat", "api.embeddings", "api.tokenization", "api.anthropic", "api.responses",
+)  # fmt: skip
 """Modules of endpoints, and what is theirs alone."""
 
 

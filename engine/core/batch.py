@@ -49,6 +49,23 @@ class Pool:
     is_complete: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Tokens of a prompt whose log-probabilities the logits of a chunk give.
+
+    Attributes:
+        start: Index of the first of them in the prompt.
+        first: Index, in the chunk, of the token before it.
+        token_ids: They, one after the other.
+        num_top: How many of the likeliest tokens are wanted beside each.
+    """
+
+    start: int
+    first: int
+    token_ids: list[int]
+    num_top: int
+
+
 PENDING = -1
 """Stands for a token that the step before has drawn and nobody has read yet: the runner has it."""
 
@@ -66,6 +83,7 @@ class BatchRow:
         pool: What its hidden states are for; None: nothing but the next token.
         slot: The sequence's place among the running ones, 0 … max_num_seqs - 1, its own while it runs.
         admission: Unique for each time that a sequence starts to run; its block table only grows meanwhile.
+        scoring: Of what the prompt's log-probabilities are asked for; None: of nothing.
     """
 
     token_ids: list[int]
@@ -76,6 +94,7 @@ class BatchRow:
     slot: int = 0
     admission: int = 0
     pool: Pool | None = None
+    scoring: Scoring | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +111,8 @@ class Batch:
     def pools(self) -> bool:
         """Whether a row is for a vector."""
         return any(row.pool is not None for row in self.rows)
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """Tokens of prompts whose log-probabilities are asked for."""
+        return sum(len(row.scoring.token_ids) for row in self.rows if row.scoring is not None)

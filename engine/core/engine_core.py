@@ -12,6 +12,7 @@ With pipeline stages as many steps are in flight, of different sequences; see `e
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import deque
 from collections.abc import Callable, Collection
@@ -72,6 +73,7 @@ class EngineCore(Generic[Model]):
             default_params=_default_params(facts.recommended_params),
             memory_plan=facts.memory_plan,
             num_cache_bytes=facts.num_cache_bytes,
+            identity=hashlib.blake2b(facts.cache_salt, digest_size=16).hexdigest(),
         )
 
     @property
@@ -172,7 +174,8 @@ class EngineCore(Generic[Model]):
             except self.model.fatal:
                 raise
             except Exception as error:
-                results.append(RowFailure(f"{type(error).__name__}: {error}"))
+                logger.warning("a row fails by itself, too: %s: %s", type(error).__name__, error)
+                results.append(RowFailure(f"{type(error).__name__} in a step; the log has the details"))
         return results
 
 

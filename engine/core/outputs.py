@@ -61,6 +61,7 @@ class CompletionOutput:
         token_ids: Generated token ids, the stop token included.
         logprobs: Per token of `token_ids`: {token id: Logprob} of the chosen and the likeliest tokens,
             the chosen one first; None if not asked for.
+        cumulative_logprob: The sum of the log-probabilities of `token_ids`; None if they were not asked for.
         finish_reason: None while the sample runs.
         stop_reason: The stop string or stop token id that ended it; None for end-of-sequence.
         answer: From `LLM.chat` alone: the text read as an answer.
@@ -70,9 +71,27 @@ class CompletionOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     answer: ChatAnswer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a model holds a continuation of a prompt.
+
+    Attributes:
+        token_ids: The continuation's tokens.
+        token_logprobs: The log-probability of each, given all tokens before it.
+        logprob: Their sum.
+        is_greedy: Whether each is the likeliest token in its place, or as likely.
+    """
+
+    token_ids: list[int]
+    token_logprobs: list[float]
+    logprob: float
+    is_greedy: bool
 
 
 @dataclass(slots=True)
@@ -110,6 +129,9 @@ class RequestOutput:
     Attributes:
         prompt: The prompt's text, or None if it came as token ids.
         num_cached_tokens: Prompt tokens found in the prefix cache.
+        prompt_logprobs: Per token of the prompt: {token id: Logprob} of itself and the likeliest tokens in its place,
+            itself first, and None for the first token; None if not asked for. In a stream they come once, with the
+            first token, or with the end where there is none.
         outputs: The samples, by index; in a stream only those with something new.
         finished: True once every sample has a finish_reason.
         error: Why the request failed, if it did (finish_reason "error").
@@ -121,4 +143,5 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = False
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     error: str | None = None

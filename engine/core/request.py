@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
@@ -23,6 +24,7 @@ class Request:
             sample has ended. The tokens count as output; draws and penalties go on as if this engine had drawn them.
         pooling: What is asked for is a vector of the prompt, made in this way; None for tokens.
         bad_words: The tokens of the parameters' bad_words, as `Tokenizer.encode_bad_words` has them.
+        cache_salt: Requests with another one share no cached blocks with this.
     """
 
     request_id: str
@@ -31,8 +33,14 @@ class Request:
     seed: int
     priority: int = 0
     resumed_token_ids: list[list[int] | None] = field(default_factory=list)
+    cache_salt: str = ""
     bad_words: tuple[TokenSequence, ...] = ()
     pooling: Pooling | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether another engine has brought anything of it."""
+        return any(token_ids is None or token_ids for token_ids in self.resumed_token_ids)
 
     def resumed(self, index: int) -> list[int] | None:
         """What sample `index` begins with; None if it has ended."""
@@ -55,6 +63,49 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of N tokens of a prompt, one after the other, as numbers of 32 bits in their machine's order.
+
+    Attributes:
+        start: Index of the first of them in the prompt.
+        token_ids: The prompt's own tokens.
+        logprobs, ranks: [N] float32 and int32, of these.
+        top_ids, top_logprobs: [N, k] int32 and float32, of the k likeliest tokens, in order.
+    """
+
+    start: int
+    token_ids: list[int]
+    logprobs: bytes
+    ranks: bytes
+    top_ids: bytes
+    top_logprobs: bytes
+
+    def unpack(self) -> list[SampledToken]:
+        """The tokens, as if they had been drawn."""
+        count = len(self.token_ids)
+        num_top = len(self.top_ids) // (4 * count)
+        logprobs, top_logprobs = (array("f", data) for data in (self.logprobs, self.top_logprobs))
+        ranks, top_ids = (array("i", data) for data in (self.ranks, self.top_ids))
+        tops = list(zip(top_ids, top_logprobs, strict=True))
+        return [
+            SampledToken(token_id, logprobs[i], ranks[i], tops[i * num_top : (i + 1) * num_top])
+            for i, token_id in enumerate(self.token_ids)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPrompt:
+    """What came of a row that has a `engine.core.batch.Scoring`.
+
+    Attributes:
+        token: What it drew; None while its prompt goes on.
+    """
+
+    logprobs: PromptLogprobs
+    token: SampledToken | None
+
+
+@dataclass(frozen=True, slots=True)
 class PooledState:
     """What a prompt's hidden states came to.
 
@@ -72,7 +123,7 @@ class RowFailure:
     message: str
 
 
-RowResult = SampledToken | PooledState | RowFailure | None
+RowResult = SampledToken | ScoredPrompt | PooledState | RowFailure | None
 """What came of a row of a step; None where its prompt is not through."""
 
 
@@ -82,6 +133,7 @@ class EngineOutput:
 
     Attributes:
         index: Which of the request's n samples.
+        prompt_logprobs: What is new of the prompt's log-probabilities.
         state: The prompt's vector, as `PooledState` has it, where that was asked for; the sequence ends with it.
         num_cached_tokens: Prompt tokens that came from the prefix cache.
         stop_token_id: The stop token id that ended the sequence; None for end-of-sequence.
@@ -92,6 +144,7 @@ class EngineOutput:
     request_id: str
     index: int
     tokens: list[SampledToken] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     is_form_complete: bool = False
@@ -127,6 +180,8 @@ class Sequence:
         num_stored_tokens: Leading tokens that were found in the prefix cache: their keys and values must not
             be written again, even where the last one is recomputed for its logits.
         num_cached_tokens: Prompt tokens found in the cache when the sequence was first admitted.
+        num_scored_tokens: Leading tokens of the prompt whose log-probabilities are known, or will be once the steps
+            in flight are through; all where nobody asks for them. The first has none.
         block_ids: Block table.
         block_hashes: Hash chain of the full blocks of `token_ids`, as far as it was needed.
         cache_salt: Start of the hash chain.
@@ -148,6 +203,7 @@ class Sequence:
     num_pending_tokens: int = 0
     num_stored_tokens: int = 0
     num_cached_tokens: int | None = None
+    num_scored_tokens: int = field(init=False)
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_entered_blocks: int = 0
@@ -162,6 +218,9 @@ class Sequence:
         if params.structured_outputs or params.allowed_token_ids is not None or params.bad_words:
             params = replace(params, structured_outputs=None, allowed_token_ids=None, bad_words=())
         self.draw_params = params
+        # They are the prompt's: its first sample brings them. One that goes on elsewhere has brought them there.
+        has_all = params.prompt_logprobs is None or self.leader is not None or self.request.has_begun
+        self.num_scored_tokens = self.num_prompt_tokens if has_all else 1
 
     @property
     def output_token_ids(self) -> list[int]:

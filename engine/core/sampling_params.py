@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
@@ -71,14 +72,12 @@ class Parameter:
         Raises:
             RequestError: It is of another type, or out of range.
         """
-        kinds = self._kinds
-        if value is None and NoneType in kinds:
+        kind, is_optional = _scalar(self.kind)
+        if value is None and is_optional:
             return None
-        kind, wanted = next((one, _WORDS[one]) for one in kinds if one in _WORDS)
-        abstract = {bool: bool, int: Integral, float: Real}[kind]
         # True is an int to Python, and nobody's number of tokens.
-        if not isinstance(value, abstract) or (isinstance(value, bool) and kind is not bool):
-            raise RequestError(f"{self.name} must be {wanted}, got {value!r}", self.name)
+        if type(value) is not kind and (not isinstance(value, _ABSTRACT[kind]) or isinstance(value, bool)):
+            raise RequestError(f"{self.name} must be {_WORDS[kind]}, got {value!r}", self.name)
         if self.limits is not None and kind(value) not in self.limits:
             raise RequestError(f"{self.name} must be {self.limits}, got {value}", self.name)
         return kind(value)
@@ -86,15 +85,21 @@ class Parameter:
     @property
     def is_scalar(self) -> bool:
         """Whether it is one number or flag."""
-        return any(kind in _WORDS for kind in self._kinds)
-
-    @property
-    def _kinds(self) -> tuple[Any, ...]:
-        return get_args(self.kind) if isinstance(self.kind, UnionType) else (self.kind,)
+        return _scalar(self.kind)[0] in _WORDS
 
 
 _WORDS: dict[type, str] = {bool: "True or False", int: "an integer", float: "a number"}
 """How the types of scalar parameters are called."""
+
+_ABSTRACT: dict[type, type] = {bool: bool, int: Integral, float: Real}
+"""What of other libraries is taken for them."""
+
+
+@cache
+def _scalar(annotation: Any) -> tuple[Any, bool]:
+    """The type of a parameter, the first that is no None, and whether it may be None."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return next(kind for kind in kinds if kind is not NoneType), NoneType in kinds
 
 
 def _strings(value: Any, name: str) -> tuple[str, ...]:
@@ -159,7 +164,8 @@ class SamplingParams:
 
     Attributes:
         n: Samples drawn from the prompt; they share its cache blocks.
-        max_tokens: Most tokens to generate; None means up to the model's context.
+        max_tokens: Most tokens to generate; None means up to the model's context, 0 that only the prompt's
+            log-probabilities are wanted.
         min_tokens: No end-of-sequence or stop token before this many.
         temperature: 0 is greedy.
         top_k: Keep the k likeliest tokens; 0 keeps all.
@@ -179,11 +185,13 @@ class SamplingParams:
         bad_words: Strings whose tokens the output never has in a row: as the tokenizer writes each at the start of a
             text and after a space, its last token is banned where the others stand before it.
         logprobs: Log-probabilities of the chosen token and of this many likeliest ones; None for none.
+        prompt_logprobs: Log-probabilities of the prompt's own tokens and of this many likeliest ones in the place of
+            each; None for none.
         structured_outputs: The form that the output must have, also as a dictionary with its fields; None for any.
     """
 
     n: int = _parameter(1, Range(low=1, high=MAX_SAMPLES))
-    max_tokens: int | None = _parameter(16, Range(low=1))
+    max_tokens: int | None = _parameter(16, Range(low=0))
     min_tokens: int = _parameter(0, Range(low=0))
     temperature: float = _parameter(1.0, Range(low=0.0, high=2.0), is_recommended=True)
     top_k: int = _parameter(0, Range(low=0), is_recommended=True, example=40)
@@ -202,15 +210,15 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
     logprobs: int | None = _parameter(None, Range(low=0, high=MAX_LOGPROBS))
+    prompt_logprobs: int | None = _parameter(None, Range(low=0, high=MAX_LOGPROBS))
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         # A user may write stop="\n", stop=["\n"] or top_k=-1; the fields hold one form, and no list of the user's.
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
-        for parameter in SAMPLING_PARAMETERS:
-            if parameter.is_scalar:
-                object.__setattr__(self, parameter.name, parameter.read(getattr(self, parameter.name)))
+        for parameter in _SCALARS:
+            object.__setattr__(self, parameter.name, parameter.read(getattr(self, parameter.name)))
         for name, read in _READERS.items():
             object.__setattr__(self, name, read(getattr(self, name), name))
         object.__setattr__(self, "structured_outputs", StructuredOutputs.read(self.structured_outputs))
@@ -230,6 +238,10 @@ class SamplingParams:
                 raise RequestError(
                     f"logit_bias must lie between -100 and 100, got {bias} for token {token_id}", "logit_bias"
                 )
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise RequestError(
+                "max_tokens must be at least 1, got 0, which only prompt_logprobs allow", "max_tokens"
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", "min_tokens"
@@ -251,6 +263,8 @@ SAMPLING_PARAMETERS = tuple(
     Parameter(option.name, _KINDS[option.name], **option.metadata) for option in fields(SamplingParams)
 )
 """The fields of `SamplingParams`, in order: the one list of them."""
+
+_SCALARS = tuple(parameter for parameter in SAMPLING_PARAMETERS if parameter.is_scalar)
 
 EXAMPLES = {
     parameter.name: parameter.example for parameter in SAMPLING_PARAMETERS if parameter.example is not None

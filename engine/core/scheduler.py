@@ -19,25 +19,29 @@ late, what the step draws of that sequence is dropped, and the sequence draws ag
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 from engine.config import SchedulerConfig
 from engine.core.bans import bitmask_of, completing_tokens
-from engine.core.batch import PENDING, Batch, BatchRow, Draw, Pool
+from engine.core.batch import PENDING, Batch, BatchRow, Draw, Pool, Scoring
 from engine.core.grammar import Grammar, Grammars, Mask
 from engine.core.kv_cache import KVCacheManager
 from engine.core.outputs import FinishReason
 from engine.core.request import (
     EngineOutput,
     PooledState,
+    PromptLogprobs,
     Request,
     RowFailure,
     RowResult,
     SampledToken,
+    ScoredPrompt,
     Sequence,
     SequenceStatus,
 )
@@ -131,6 +135,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queues the samples of a request; all but the first wait for the first one's blocks."""
         salt = self.cache_salt
+        if request.cache_salt:
+            salt += hashlib.blake2b(request.cache_salt.encode(), digest_size=16).digest()
         if not self.enable_prefix_caching:
             salt += f"{request.request_id}/{next(self._arrivals)}".encode()
         leader = None
@@ -237,13 +243,22 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING and sequence.admission == row.admission:
                 self.kv_cache.register(sequence, row.start, row.end)
             self.num_scheduled_tokens += row.end - row.start
+            scores = None
+            if isinstance(result, ScoredPrompt):
+                scores, result = result.logprobs, result.token
             if isinstance(result, PooledState):
-                outputs.append(self._end_with(sequence, result))
+                self._finish(sequence)
+                outputs.append(self._output(sequence, finish_reason="stop", state=result.values))
             elif row.draw is not None and result is not None:
                 self._end_draw(sequence)
-                outputs.append(self._append(sequence, result))
+                outputs.append(self._append(sequence, result, scores))
                 if sequence.grammar is not None and outputs[-1].finish_reason is None:
                     advanced.append(sequence.grammar)
+            elif self._max_output_tokens(sequence) == 0 and row.end == sequence.num_prompt_tokens:
+                self._finish(sequence)
+                outputs.append(self._output(sequence, finish_reason="length", prompt_logprobs=scores))
+            elif scores is not None:
+                outputs.append(self._output(sequence, prompt_logprobs=scores))
         self.grammars.start_masks(advanced)
         self.num_steps += 1
         return outputs
@@ -297,7 +312,12 @@ class Scheduler:
             reads_cache = sequence.request.pooling != "mean"
             prefix = self.kv_cache.find_prefix(sequence) if reads_cache else []
             num_hashed += len(sequence.block_hashes) * self.kv_cache.block_size
-            coming = self.kv_cache.last_coming(sequence, len(prefix)) if reads_cache else None
+            is_scoring = sequence.num_scored_tokens < sequence.num_prompt_tokens
+            if is_scoring:
+                # Log-probabilities need the logits before each token, and no cache has those.
+                prefix = prefix[: (sequence.num_scored_tokens - 1) // self.kv_cache.block_size]
+            may_wait = reads_cache and not is_scoring
+            coming = self.kv_cache.last_coming(sequence, len(prefix)) if may_wait else None
             if coming is not None:
                 self._waiting.park(coming)
                 continue
@@ -333,16 +353,16 @@ class Scheduler:
     def _row(self, sequence: Sequence, num_tokens: int) -> BatchRow:
         start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
         is_last = num_tokens == sequence.num_remaining_tokens
+        pooling = sequence.request.pooling
         token_ids = sequence.token_ids[start:end]
         token_ids += [PENDING] * (num_tokens - len(token_ids))
         sequence.num_computed_tokens = end
-        sequence.num_pending_tokens += is_last
-        request = sequence.request
         draw, pool = None, None
-        if request.pooling is None:
-            draw = Draw(sequence.draw_params, request.seed, sequence.index, position=end) if is_last else None
-        elif is_last or request.pooling == "mean":
-            pool = Pool(request.pooling, is_last)
+        if pooling is not None and (is_last or pooling == "mean"):
+            pool = Pool(pooling, is_last)
+        elif pooling is None and is_last and self._max_output_tokens(sequence) > 0:
+            draw = Draw(sequence.draw_params, sequence.request.seed, sequence.index, position=end)
+        sequence.num_pending_tokens += draw is not None or (pool is not None and pool.is_complete)
         return BatchRow(
             token_ids=token_ids,
             start=start,
@@ -352,7 +372,17 @@ class Scheduler:
             slot=sequence.slot,
             admission=sequence.admission,
             pool=pool,
+            scoring=self._scoring(sequence, start, end),
         )
+
+    def _scoring(self, sequence: Sequence, start: int, end: int) -> Scoring | None:
+        """What a chunk brings of its prompt's log-probabilities that no chunk has brought yet."""
+        first, last = sequence.num_scored_tokens, min(end + 1, sequence.num_prompt_tokens)
+        num_top = sequence.draw_params.prompt_logprobs
+        if first >= last or num_top is None:
+            return None
+        sequence.num_scored_tokens = last
+        return Scoring(first, first - 1 - start, sequence.token_ids[first:last], num_top)
 
     def _complete(self, row: PlannedRow) -> Draw:
         """The row's draw with what depends on the tokens before it."""
@@ -409,17 +439,21 @@ class Scheduler:
             self._waiting.release(sequence)
 
     def _is_through(self, sequence: Sequence) -> bool:
-        """Whether what is pending is the last that the sequence may have."""
+        """Whether what is pending is the last that the sequence may have, or its prompt all that is wanted."""
         if sequence.request.pooling is not None:
             return sequence.num_pending_tokens > 0
-        return sequence.num_output_tokens + sequence.num_pending_tokens >= self._max_output_tokens(sequence)
+        is_prompt_through = sequence.num_computed_tokens >= sequence.num_prompt_tokens
+        num_tokens = sequence.num_output_tokens + sequence.num_pending_tokens
+        return is_prompt_through and num_tokens >= self._max_output_tokens(sequence)
 
     def _max_output_tokens(self, sequence: Sequence) -> int:
         limit = self.config.max_model_len - sequence.num_prompt_tokens
         max_tokens = sequence.request.params.max_tokens
         return limit if max_tokens is None else min(limit, max_tokens)
 
-    def _append(self, sequence: Sequence, sample: SampledToken) -> EngineOutput:
+    def _append(
+        self, sequence: Sequence, sample: SampledToken, scores: PromptLogprobs | None
+    ) -> EngineOutput:
         sequence.token_ids.append(sample.token_id)
         # Its prompt's blocks can be found now.
         self._waiting.release(sequence)
@@ -434,24 +468,21 @@ class Scheduler:
                 finish_reason, is_form_complete = "stop", sample.token_id not in self.eos_token_ids
         if finish_reason is not None:
             self._finish(sequence)
-        return EngineOutput(
-            request_id=sequence.request.request_id,
-            index=sequence.index,
+        return self._output(
+            sequence,
+            prompt_logprobs=scores,
             tokens=[sample],
             finish_reason=finish_reason,
             stop_token_id=stop_token_id,
             is_form_complete=is_form_complete,
-            num_cached_tokens=sequence.num_cached_tokens or 0,
         )
 
-    def _end_with(self, sequence: Sequence, pooled: PooledState) -> EngineOutput:
-        self._finish(sequence)
+    def _output(self, sequence: Sequence, **brought: Any) -> EngineOutput:
         return EngineOutput(
             request_id=sequence.request.request_id,
             index=sequence.index,
-            finish_reason="stop",
             num_cached_tokens=sequence.num_cached_tokens or 0,
-            state=pooled.values,
+            **brought,
         )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:

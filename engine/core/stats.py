@@ -17,6 +17,7 @@ class EngineInfo:
         default_params: Sampling parameters that the model's generation_config.json recommends.
         memory_plan: For people.
         num_cache_bytes: Size of the KV cache of a rank.
+        identity: Stands for the model, its quantization and the type of its cache.
     """
 
     max_model_len: int
@@ -25,6 +26,7 @@ class EngineInfo:
     default_params: dict[str, Any]
     memory_plan: str
     num_cache_bytes: int
+    identity: str
 
     def pinned(self, config: EngineConfig) -> EngineConfig:
         """The options for an engine in the place of this one.

@@ -33,10 +33,10 @@ def validate_request(
     """
     if not prompt_token_ids:
         raise RequestError("prompt must hold at least one token", "prompt")
-    if len(prompt_token_ids) >= max_model_len:
+    if len(prompt_token_ids) + (params.max_tokens != 0) > max_model_len:
+        output = ", at least one of them for the output" if params.max_tokens != 0 else ""
         raise RequestError(
-            f"prompt has {len(prompt_token_ids)} tokens; the context holds {max_model_len}, "
-            "at least one of them for the output",
+            f"prompt has {len(prompt_token_ids)} tokens; the context holds {max_model_len}{output}",
             "prompt",
             CONTEXT_LENGTH_EXCEEDED,
         )

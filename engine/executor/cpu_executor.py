@@ -13,8 +13,9 @@ from engine.config import SchedulerConfig
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Sampled
 from engine.executor.adjustments import AdjustmentTable
-from engine.executor.flat_batch import BlockTables, flatten
+from engine.executor.flat_batch import BlockTables, Int32Array, flatten
 from engine.executor.pooling import Pooler
+from engine.executor.prompt_logprobs import score_prompts
 from engine.executor.sampler import SamplerInputs, sample
 from engine.kernels import cpu
 from engine.kernels.attention.in_c import SEGMENT, CpuPlan, gather, group_segments
@@ -121,4 +122,12 @@ class CpuExecutor:
         """Draws a token for each row that has a draw."""
         last_tokens = torch.from_numpy(self._last_tokens)
         inputs = SamplerInputs.on_cpu(batch, last_tokens, self._changes)
-        return self._pooler.join(sample(logits, draws, inputs))
+        sampled = self._pooler.join(sample(logits, draws, inputs))
+        return score_prompts(sampled, batch, len(self._logits), self._logits_of, logits.device)
+
+    def _logits_of(self, rows: Int32Array) -> torch.Tensor:
+        """The logits of rows of the last step, where those of its draws were."""
+        self._last_rows[: len(rows)] = rows
+        self._counts[2] = len(rows)
+        self.program.run(part=1)
+        return self._logits[: len(rows)]

@@ -153,7 +153,7 @@ class ModelRunner:
         """Runs the model over the batch and fills its slots of the cache: logits [rows that draw, vocabulary]."""
         logits = self.executor.execute(batch)
         if self._meter is not None:
-            self._meter.note(batch.num_tokens, len(logits))
+            self._meter.note(batch.num_tokens, len(logits) + batch.num_scored_tokens)
         return logits
 
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:

@@ -89,18 +89,18 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw | None], inputs: SamplerIn
 
     # The model's own logits, where log-probabilities are asked for.
     asking = [row for row, draw in enumerate(wanted) if draw.params.logprobs is not None]
-    index = _to_device(torch.tensor(asking, dtype=torch.int32), logits.device) if asking else None
+    index = to_device(torch.tensor(asking, dtype=torch.int32), logits.device) if asking else None
     raw = None if index is None else select_rows(logits, index)
 
     # What allowed_token_ids and the form allow.
     allowed_tokens = allowed_tokens_of(wanted)
     if allowed_tokens is not None:
-        mask_logits(logits, _to_device(allowed_tokens, logits.device))
+        mask_logits(logits, to_device(allowed_tokens, logits.device))
 
     # logit_bias, then penalties; and tokens that are banned: until min_tokens, or since they complete bad_words.
     adjustments = inputs.changes.update(wanted, inputs.sequences)
     if adjustments is not None:
-        entries = (_to_device(getattr(adjustments, name), logits.device) for name in Adjustments.__slots__)
+        entries = (to_device(getattr(adjustments, name), logits.device) for name in Adjustments.__slots__)
         adjust_logits(logits, Adjustments(*entries))
 
     # Temperature; top_k, min_p, then top_p over what these two left; the draw. One kernel.
@@ -193,7 +193,8 @@ def sequences_of(batch: Batch) -> list[Hashable]:
     return [(row.slot, row.admission) for row in batch.rows if row.draw is not None]
 
 
-def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, for which nobody waits."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 

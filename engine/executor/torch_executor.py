@@ -9,8 +9,9 @@ from engine.config import SchedulerConfig
 from engine.core.batch import Batch, Draw
 from engine.core.executor import Sampled
 from engine.executor.adjustments import AdjustmentTable
-from engine.executor.flat_batch import BlockTables, flatten
+from engine.executor.flat_batch import BlockTables, Int32Array, flatten
 from engine.executor.pooling import Pooler
+from engine.executor.prompt_logprobs import score_prompts
 from engine.executor.sampler import SamplerInputs, sample
 from engine.kernels.attention.kv_layer import KVCache
 from engine.kernels.attention.plan import AttentionPlan
@@ -39,6 +40,8 @@ class TorchExecutor:
         self._last_tokens = np.zeros(limits.max_num_seqs, np.int32)
         self._changes = AdjustmentTable()
         self._pooler = Pooler(model)
+        self._max_rows = limits.max_num_seqs
+        self._hidden = torch.empty(0, 0)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> torch.Tensor:
@@ -59,15 +62,19 @@ class TorchExecutor:
             batch_invariant=False,
         )
         token_ids = torch.from_numpy(tokens.with_drawn(self._last_tokens))
-        hidden = self.model(token_ids, self.cache, inputs)
-        self._pooler.take(batch, hidden)
+        self._hidden = self.model(token_ids, self.cache, inputs)
+        self._pooler.take(batch, self._hidden)
         if not self.model.pipeline.is_last:
             return torch.empty(0, 0)
-        return self.model.logits(hidden.index_select(0, torch.from_numpy(tokens.last_rows(batch.rows))))
+        return self._logits_of(tokens.last_rows(batch.rows))
+
+    def _logits_of(self, rows: Int32Array) -> torch.Tensor:
+        return self.model.logits(self._hidden.index_select(0, torch.from_numpy(rows)))
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, batch: Batch, draws: list[Draw | None]) -> Sampled:
         """Draws a token for each row that has a draw."""
         last_tokens = torch.from_numpy(self._last_tokens)
         inputs = SamplerInputs.on_cpu(batch, last_tokens, self._changes)
-        return self._pooler.join(sample(logits, draws, inputs))
+        sampled = self._pooler.join(sample(logits, draws, inputs))
+        return score_prompts(sampled, batch, self._max_rows, self._logits_of, logits.device)

@@ -16,8 +16,10 @@ from engine.core.executor import Sampled
 from engine.errors import ConfigError
 from engine.executor.adjustments import AdjustmentTable
 from engine.executor.cuda_graphs import CudaGraphs, graph_sizes
+from engine.executor.flat_batch import Int32Array
 from engine.executor.pooling import Pooler
-from engine.executor.sampler import SamplerInputs, sample, sequences_of
+from engine.executor.prompt_logprobs import score_prompts
+from engine.executor.sampler import SamplerInputs, sample, sequences_of, to_device
 from engine.executor.step_buffers import AttentionForms, StepBuffers, StepInputs
 from engine.kernels.attention.in_triton import form, make_scratch, scratch_capacity
 from engine.kernels.attention.kv_layer import KVCache
@@ -66,6 +68,8 @@ class TritonExecutor:
             lambda: waiting_for_device(model.group, model.pipeline),
         )
         self._inputs: StepInputs
+        # Of a step that has log-probabilities of prompts to bring, until the next one.
+        self._kept: torch.Tensor | None = None
         self._changes = AdjustmentTable()
         self._pooler = Pooler(model)
 
@@ -95,9 +99,11 @@ class TritonExecutor:
         """Launches the forward pass: logits [rows that draw, vocabulary] float32."""
         num_draws = sum(row.draw is not None for row in batch.rows)
         # A graph keeps no hidden states.
-        is_decode = num_draws > 0 and all(len(row.token_ids) == 1 and not row.pool for row in batch.rows)
+        keeps_states = batch.pools or batch.num_scored_tokens > 0
+        is_decode = num_draws > 0 and not keeps_states and all(len(row.token_ids) == 1 for row in batch.rows)
         size = self.graphs.size_for(len(batch.rows)) if self.graphs is not None and is_decode else None
         inputs = self._inputs = self._write(batch, size)
+        self._kept = None
         if self.graphs is not None and inputs.padded_size is not None:
             self._pooler.take(batch, None)
             logits = self.graphs.replay(inputs.padded_size)
@@ -106,9 +112,11 @@ class TritonExecutor:
             return logits.index_select(0, inputs.last_rows[:num_draws])
         hidden = self._hidden(inputs)
         self._pooler.take(batch, hidden)
+        if batch.num_scored_tokens > 0:
+            self._kept = hidden
         if num_draws == 0:
             return torch.empty(0, self.model.config.vocab_size, device=self.device)
-        return self.model.logits(hidden.index_select(0, inputs.last_rows[:num_draws]))
+        return self._logits_of(hidden, inputs.last_rows[:num_draws])
 
     def _write(self, batch: Batch, size: int | None) -> StepInputs:
         """Brings a step's inputs to the device, and its block tables up to date."""
@@ -120,6 +128,10 @@ class TritonExecutor:
             self.buffers.forget(batch.rows)
             raise
         return inputs
+
+    def _logits_of(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Logits of these rows of the flat batch, [n] int32."""
+        return self.model.logits(hidden.index_select(0, rows))
 
     def _hidden(self, inputs: StepInputs) -> torch.Tensor:
         attention = PagedInputs(
@@ -134,7 +146,13 @@ class TritonExecutor:
         inputs = SamplerInputs(
             self._inputs.draws, slots, self.last_tokens, self._changes, sequences_of(batch)
         )
-        return self._pooler.join(sample(logits, draws, inputs))
+        sampled = self._pooler.join(sample(logits, draws, inputs))
+
+        def logits_of(rows: Int32Array) -> torch.Tensor:
+            assert self._kept is not None
+            return self._logits_of(self._kept, to_device(torch.from_numpy(rows), self.device))
+
+        return score_prompts(sampled, batch, self.limits.max_num_seqs, logits_of, self.device)
 
 
 def _attention_forms(

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from engine.config import EngineConfig, SchedulerConfig
-from engine.core.batch import Batch, BatchRow, Draw, Pool, Pooling
+from engine.core.batch import Batch, BatchRow, Draw, Pool, Pooling, Scoring
 from engine.core.kv_cache import NULL_BLOCK
 from engine.core.sampling_params import EXAMPLES, MAX_LOGPROBS, SamplingParams
 from engine.executor.options import resolve_cache_dtype, resolve_dtype
@@ -31,7 +31,7 @@ from engine.parallel.pipeline import Pipeline
 from engine.quant.plan import QuantizationPlan
 
 GREEDY = SamplingParams(temperature=0)
-FULL = SamplingParams(temperature=0.7, logprobs=MAX_LOGPROBS, **EXAMPLES)
+FULL = SamplingParams(temperature=0.7, logprobs=MAX_LOGPROBS, prompt_logprobs=MAX_LOGPROBS, **EXAMPLES)
 """Everything that a draw may need."""
 
 NUM_META_SLOTS = 2**20
@@ -64,9 +64,19 @@ def largest_batch(limits: SchedulerConfig) -> Batch:
 def dummy_batch(lengths: list[int], params: SamplingParams) -> Batch:
     """Rows of so many tokens that read and write nothing but the null block."""
     draw = Draw(params, seed=0, index=0, position=0, prompt_token_ids=(0,), output_token_ids=(1,))
+    num_top = params.prompt_logprobs
     return Batch(
         [
-            BatchRow([0] * length, 0, 0, block_table=[NULL_BLOCK], draw=draw, slot=slot, admission=DUMMY)
+            BatchRow(
+                [0] * length,
+                0,
+                0,
+                block_table=[NULL_BLOCK],
+                draw=draw,
+                slot=slot,
+                admission=DUMMY,
+                scoring=None if num_top is None else Scoring(1, 0, [0] * length, num_top),
+            )
             for slot, length in enumerate(lengths)
         ]
     )

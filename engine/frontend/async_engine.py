@@ -77,10 +77,22 @@ class ServedEngine(Protocol):
     @property
     def chat_format(self) -> ChatFormat: ...
 
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def config(self) -> EngineConfig: ...
+
     async def check(self, prompt: list[int], params: SamplingParams) -> None: ...
 
     def generate(
-        self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput]: ...
 
     async def embed(
@@ -103,7 +115,8 @@ class AsyncEngine:
         error: Why it is dead.
         stats: As of the engine's last step.
         ended: Set once it is dead.
-        tokenizer, chat_format, max_model_len, vocab_size, hidden_size, default_params, info: Valid once ready.
+        tokenizer, chat_format, max_model_len, vocab_size, hidden_size, default_params, identity, info: Valid once
+            ready.
     """
 
     tokenizer: Tokenizer
@@ -112,6 +125,7 @@ class AsyncEngine:
     vocab_size: int
     hidden_size: int
     default_params: dict[str, Any]
+    identity: str
     info: EngineInfo
 
     def __init__(
@@ -188,7 +202,8 @@ class AsyncEngine:
         assert isinstance(message, Ready)
         info = message.info
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
-        self.hidden_size, self.default_params, self.info = info.hidden_size, info.default_params, info
+        self.hidden_size, self.default_params = info.hidden_size, info.default_params
+        self.identity, self.info = info.identity, info
         self._forms = FormChecker(self.tokenizer, self.vocab_size)
         self.status = "ready"
         self._tasks.append(asyncio.create_task(self._receive_outputs()))
@@ -225,6 +240,7 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         resumed_token_ids: Sequence[list[int] | None] = (),
+        cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput]:
         """Streams what a request adds, step by step; closing the generator aborts the request.
 
@@ -233,6 +249,7 @@ class AsyncEngine:
             request_id: Unique among the open requests.
             priority: Smaller is served earlier.
             resumed_token_ids: As in `Request`, for a request that another engine has begun; `params` hold its seed.
+            cache_salt: As in `Request`.
 
         Raises:
             RequestError: The request cannot be served as asked.
@@ -250,6 +267,7 @@ class AsyncEngine:
             priority=priority,
             resumed_token_ids=list(resumed_token_ids),
             bad_words=bad_words,
+            cache_salt=cache_salt,
         )
         processor = OutputProcessor(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
         assert request_id not in self._queues, f"request id {request_id!r} is in use"

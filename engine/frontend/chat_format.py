@@ -52,6 +52,7 @@ class ChatTurn:
         shows_special_tokens: Whether the parser needs the text of special tokens.
         parse: The answer's parser.
         custom_tools: Names of the tools that take a text.
+        prompt: As the template writes it.
     """
 
     prompt_token_ids: list[int]
@@ -59,6 +60,7 @@ class ChatTurn:
     shows_special_tokens: bool
     parse: Callable[[Source], Parsing[None]]
     custom_tools: frozenset[str] = frozenset()
+    prompt: str = ""
 
     def parser(self) -> StreamParser:
         """For one sample."""
@@ -67,6 +69,8 @@ class ChatTurn:
     def params(self, params: SamplingParams) -> SamplingParams:
         """The parameters under which the model answers."""
         skips = params.skip_special_tokens and not self.shows_special_tokens
+        if params.structured_outputs is self.form and params.skip_special_tokens == skips:
+            return params
         return replace(params, structured_outputs=self.form, skip_special_tokens=skips)
 
     def read(self, text: str) -> ChatAnswer:
@@ -151,6 +155,7 @@ class ChatFormat:
         choice: ToolChoice = NO_CALLS,
         is_parallel: bool = True,
         form: StructuredOutputs | None = None,
+        adds_special_tokens: bool = False,
         **template_arguments: Any,
     ) -> ChatTurn:
         """The prompt for messages and tools, and how its answer is to be read.
@@ -159,6 +164,7 @@ class ChatFormat:
             messages: As OpenAI's: a call's arguments are JSON as text.
             is_parallel: Whether there may be several calls, where the format has such.
             form: What an answer must be that calls nothing; None: free text.
+            adds_special_tokens: Whether the tokenizer adds its own, although templates write BOS themselves.
             template_arguments: As in `Tokenizer.apply_chat_template`.
 
         Raises:
@@ -178,7 +184,7 @@ class ChatFormat:
         if listed and not self.is_prompted:
             template_arguments["tools"] = [tool.declaration for tool in listed]
         text = self._tokenizer.apply_chat_template(rendered, **template_arguments)
-        token_ids = self._tokenizer.encode(text, add_special_tokens=False)
+        token_ids = self._tokenizer.encode(text, adds_special_tokens)
         is_continued = bool(template_arguments.get("continue_final_message"))
         callable_tools = [tool for tool in offered if choice.names is None or tool.name in choice.names]
         reading = _Reading(
@@ -201,6 +207,7 @@ class ChatFormat:
             any(self._tokenizer.special_token_id(mark) is not None for mark in reading.marks),
             reading.parse,
             frozenset(tool.name for tool in offered if tool.is_custom),
+            text,
         )
 
     def _form(

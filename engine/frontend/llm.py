@@ -18,13 +18,13 @@ from engine.cache_directory import caching_in
 from engine.config import EngineConfig
 from engine.core.batch import Pooling
 from engine.core.engine_core import EngineCore
-from engine.core.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
+from engine.core.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput, Score
 from engine.core.pooling_params import PoolingParams
 from engine.core.random import derive_seed
 from engine.core.request import Request
 from engine.core.sampling_params import SamplingParams
 from engine.core.validation import validate_embedding, validate_request
-from engine.errors import ConfigError, RequestError
+from engine.errors import ConfigError, EngineError, RequestError
 from engine.executor.start import start_engine
 from engine.frontend.chat_format import ChatFormat
 from engine.frontend.embedding import EmbeddingProcessor, embedding_request
@@ -35,11 +35,13 @@ from engine.frontend.step_thread import Call, StepThread
 from engine.frontend.tools import read_tool_choice, read_tools
 from engine.loading.resolve import resolve_model
 from engine.process import RestartLimit
-from engine.tokenizer.tokenizer import load_tokenizer
+from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
+ParamsOfPrompts = SamplingParams | Iterable[SamplingParams] | None
+"""One for all prompts, or one for each; None: the model's own defaults."""
 
 
 class LLM:
@@ -114,8 +116,9 @@ class LLM:
     def generate(
         self,
         prompts: Any,
-        params: SamplingParams | Iterable[SamplingParams] | None = None,
+        params: ParamsOfPrompts = None,
         *,
+        sampling_params: ParamsOfPrompts = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Generates for one prompt or several, text or token ids, and returns results in their order.
@@ -127,6 +130,7 @@ class LLM:
             prompts: As `engine.frontend.prompts.read_prompts` takes them: text, token ids, or many of either. A
                 max_tokens that does not fit beside a prompt is lowered, with one warning.
             params: One for all, or one a prompt; None for the model's own defaults.
+            sampling_params: Another name of `params`, which vLLM has for them.
             use_tqdm: Show a progress bar with tokens/s.
 
         Raises:
@@ -134,7 +138,7 @@ class LLM:
         """
         self._check_process()
         prompt_list = read_prompts(prompts)
-        params_list = self._params_list(params, len(prompt_list))
+        params_list = self._params_list(_one_of(params, sampling_params), len(prompt_list))
         requests = [
             self._make_request(index, prompt, prompt_params)
             for index, (prompt, prompt_params) in enumerate(zip(prompt_list, params_list, strict=True))
@@ -153,8 +157,9 @@ class LLM:
     def chat(
         self,
         messages: list[Message] | list[list[Message]],
-        params: SamplingParams | Iterable[SamplingParams] | None = None,
+        params: ParamsOfPrompts = None,
         *,
+        sampling_params: ParamsOfPrompts = None,
         tools: Sequence[dict[str, Any]] = (),
         tool_choice: str | dict[str, Any] | None = None,
         parallel_tool_calls: bool = True,
@@ -165,6 +170,7 @@ class LLM:
 
         Args:
             messages: [{"role": …, "content": …}, …], or a list of such lists; as OpenAI's, calls and results, too.
+            params, sampling_params: As `generate` takes them.
             tools: What the model may call, as OpenAI's chats have them.
             tool_choice: "auto", which is the default, "none", "required", or a tool by name.
             parallel_tool_calls: Whether there may be several calls in an answer.
@@ -180,7 +186,7 @@ class LLM:
         conversations: list[Any] = [messages] if is_one else list(messages)
         read = read_tools(tools)
         choice = read_tool_choice(tool_choice, read)
-        params_list = self._params_list(params, len(conversations))
+        params_list = self._params_list(_one_of(params, sampling_params), len(conversations))
         turns = [
             self._chat_format.turn(
                 conversation, read, choice, parallel_tool_calls, one.structured_outputs, **template_arguments
@@ -233,13 +239,68 @@ class LLM:
         self._finish(Call(requests, processors, take, lambda _: []), "Embedding", use_tqdm)
         return [results[request.request_id] for request in requests]
 
+    def score(self, prompts: Any, continuations: Any, *, use_tqdm: bool = True) -> list[Score]:
+        """How likely the model holds each continuation of its prompt: ln P(continuation | prompt).
+
+        This is not vLLM's `score`, which compares texts with a model made for that. A continuation's tokens are those
+        of prompt and continuation as one text, from the first that is not the prompt's own; if either is given as
+        token ids, those of the continuation, made without special tokens, follow the prompt's.
+
+        Args:
+            prompts: As `generate` takes them: one for each continuation, or one for all.
+            continuations: Likewise: one for each prompt, or one for all.
+
+        Raises:
+            RequestError: A continuation adds no token, or the numbers of both differ.
+            EngineError: The model's numbers are not finite.
+        """
+        prompt_list, continuation_list = read_prompts(prompts), read_prompts(continuations)
+        count = max(len(prompt_list), len(continuation_list))
+        if count == 0:
+            return []
+        if {len(prompt_list), len(continuation_list)} - {1, count}:
+            raise RequestError(
+                f"{len(prompt_list)} prompts and {len(continuation_list)} continuations: "
+                "give as many of both, or one of either"
+            )
+        pairs = zip(
+            prompt_list * (count // len(prompt_list)),
+            continuation_list * (count // len(continuation_list)),
+            strict=True,
+        )
+        texts = [self._continued(*pair) for pair in pairs]
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        results = self.generate([token_ids for token_ids, _ in texts], params, use_tqdm=use_tqdm)
+        return [_score_of(result, start) for result, (_, start) in zip(results, texts, strict=True)]
+
+    def _continued(self, prompt: Prompt, continuation: Prompt) -> tuple[list[int], int]:
+        """The tokens of both, and how many of them are the prompt's."""
+        encode = self.tokenizer.encode
+        before = encode(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str) and isinstance(continuation, str):
+            whole = encode(prompt + continuation)
+            differing = (i for i, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1])
+            start = next(differing, min(len(before), len(whole)))
+        else:
+            added = encode(continuation, False) if isinstance(continuation, str) else continuation
+            whole, start = before + added, len(before)
+        if start == 0:
+            raise RequestError(
+                "prompts: the first token of all has no log-probability: none may be empty", "prompt"
+            )
+        if start == len(whole):
+            raise RequestError(f"continuations: {continuation!r} adds no token to its prompt", "prompt")
+        return whole, start
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, with `encode`, `decode` and `apply_chat_template`."""
+        return self.tokenizer
+
     @cached_property
     def _chat_format(self) -> ChatFormat:
         return ChatFormat(self.tokenizer, self.config.tool_format, self.config.reasoning_format)
 
-    def _params_list(
-        self, params: SamplingParams | Iterable[SamplingParams] | None, num_prompts: int
-    ) -> list[SamplingParams]:
+    def _params_list(self, params: ParamsOfPrompts, num_prompts: int) -> list[SamplingParams]:
         """The parameters of each prompt.
 
         Raises:
@@ -317,10 +378,37 @@ class LLM:
             self._steps.run(call, show)
 
 
+def _one_of(params: ParamsOfPrompts, sampling_params: ParamsOfPrompts) -> ParamsOfPrompts:
+    """What is given of two names of one argument.
+
+    Raises:
+        RequestError: Both are.
+    """
+    if params is not None and sampling_params is not None:
+        raise RequestError("params and sampling_params are two names of one argument: give one of them")
+    return params if sampling_params is None else sampling_params
+
+
+def _score_of(result: RequestOutput, start: int) -> Score:
+    """The score of a prompt's tokens from `start` on.
+
+    Raises:
+        EngineError: They could not be computed.
+    """
+    if result.error is not None:
+        raise EngineError(f"score: {result.error}")
+    assert result.prompt_logprobs is not None
+    token_ids = result.prompt_token_ids[start:]
+    # The first entry of each is the prompt's own token.
+    found = [next(iter(entries.values())) for entries in result.prompt_logprobs[start:] if entries]
+    logprobs = [entry.logprob for entry in found]
+    return Score(token_ids, logprobs, sum(logprobs), all(entry.rank == 1 for entry in found))
+
+
 def _empty_result(request: Request, prompt: str | None) -> RequestOutput:
     outputs = [CompletionOutput(index) for index in range(request.params.n)]
     if request.params.logprobs is not None:
-        outputs = [replace(output, logprobs=[]) for output in outputs]
+        outputs = [replace(output, logprobs=[], cumulative_logprob=0.0) for output in outputs]
     return RequestOutput(request.request_id, prompt, request.prompt_token_ids, outputs)
 
 
@@ -335,8 +423,12 @@ def _extend_result(result: RequestOutput, addition: RequestOutput) -> None:
         output.token_ids += new.token_ids
         if output.logprobs is not None:
             output.logprobs += new.logprobs or []
+        if output.cumulative_logprob is not None:
+            output.cumulative_logprob += new.cumulative_logprob or 0.0
         output.finish_reason, output.stop_reason = new.finish_reason, new.stop_reason
         if new.index == 0:
             result.num_cached_tokens = addition.num_cached_tokens
+    if addition.prompt_logprobs is not None:
+        result.prompt_logprobs = addition.prompt_logprobs
     result.finished = addition.finished
     result.error = addition.error

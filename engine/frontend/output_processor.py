@@ -35,10 +35,14 @@ class OutputProcessor:
     prompt: str | None
     tokenizer: Tokenizer
     stopped_samples: list[int] = field(default_factory=list)
+    # The first token has none. They wait for the first token that is drawn.
+    _prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
+    _has_prompt_logprobs: bool = field(init=False)
     _samples: list[_Sample] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         params = self.request.params
+        self._has_prompt_logprobs = params.prompt_logprobs is not None and not self.request.has_begun
         for index in range(params.n):
             detokenizer = IncrementalDetokenizer(
                 self.tokenizer,
@@ -56,10 +60,17 @@ class OutputProcessor:
                 self._extend(sample, CompletionOutput(index), output)
 
     def process(self, output: EngineOutput) -> RequestOutput | None:
-        """What is new since the last call; None if the output came after its sample had ended."""
+        """What is new since the last call; None if there is nothing, as after the end of a sample."""
         sample = self._samples[output.index]
         if sample.is_finished:
             return None
+        if output.prompt_logprobs is not None:
+            # An engine that has been started again begins again.
+            self._prompt_logprobs[output.prompt_logprobs.start :] = map(
+                self._logprobs, output.prompt_logprobs.unpack()
+            )
+            if not output.tokens and output.finish_reason is None:
+                return None
         addition = CompletionOutput(output.index)
         if output.error is None:
             self._extend(sample, addition, output)
@@ -71,16 +82,26 @@ class OutputProcessor:
             prompt=self.prompt,
             prompt_token_ids=self.request.prompt_token_ids,
             outputs=[addition],
-            finished=output.error is not None or all(sample.is_finished for sample in self._samples),
+            finished=sample.is_finished
+            and (output.error is not None or all(each.is_finished for each in self._samples)),
             num_cached_tokens=output.num_cached_tokens,
+            prompt_logprobs=self._take_prompt_logprobs() if output.error is None else None,
             error=output.error,
         )
+
+    def _take_prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """The prompt's log-probabilities, once."""
+        if not self._has_prompt_logprobs:
+            return None
+        self._has_prompt_logprobs = False
+        return self._prompt_logprobs
 
     def _extend(self, sample: _Sample, addition: CompletionOutput, output: EngineOutput) -> None:
         params = self.request.params
         addition.token_ids = [token.token_id for token in output.tokens]
         if params.logprobs is not None:
             addition.logprobs = [self._logprobs(token) for token in output.tokens]
+            addition.cumulative_logprob = sum(token.logprob or 0.0 for token in output.tokens)
         # The token that ends a sequence is not part of its text.
         ends_in_token = output.finish_reason == "stop" and not output.is_form_complete
         ends_in_token = ends_in_token and not params.include_stop_str_in_output

@@ -141,8 +141,8 @@ def _input(text: dict[str, Any]) -> dict[str, Any]:
 
 def _check_members(body: Any, known: tuple[str, ...], where: str) -> None:
     """Refuses a member that nobody reads: a tool with misspelt parameters would take none."""
-    for name in body:
-        if name not in known:
+    for name, value in body.items():
+        if name not in known and value is not None:
             raise RequestError(
                 f"unknown field: {where}.{name}; there are {', '.join(known)}", f"{where}.{name}"
             )

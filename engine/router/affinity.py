@@ -30,6 +30,7 @@ class Resumable:
         params: With the seed that the request has.
         resumed_token_ids: As in `engine.core.request.Request`.
         lost: Names of replicas that it was sent to and that have died.
+        cache_salt: As in `engine.core.request.Request`.
     """
 
     request_id: str
@@ -38,6 +39,7 @@ class Resumable:
     priority: int = 0
     resumed_token_ids: list[list[int] | None] = field(default_factory=list)
     lost: tuple[str, ...] = ()
+    cache_salt: str = ""
 
     @property
     def num_output_tokens(self) -> int:
@@ -72,7 +74,7 @@ class PrefixAffinity:
 
     def order(self, request: Resumable, replicas: Iterable[str]) -> list[str]:
         """The replicas, the best for the request first, without those that died under it."""
-        hashes = self._hashes(request.prompt_token_ids)
+        hashes = self._hashes(request)
 
         def cost(name: str) -> tuple[int, int]:
             replica = self._replicas.setdefault(name, _Replica())
@@ -88,7 +90,7 @@ class PrefixAffinity:
             key: Of the request, unique.
         """
         replica = self._replicas.setdefault(replica_name, _Replica())
-        hashes = self._hashes(request.prompt_token_ids)
+        hashes = self._hashes(request)
         missing = len(request.prompt_token_ids) - self._num_cached(replica, hashes)
         replica.waiting[key] = missing + request.num_output_tokens
         for block in hashes:
@@ -112,8 +114,9 @@ class PrefixAffinity:
         number = next((i for i, block in enumerate(hashes) if block not in replica.blocks), len(hashes))
         return number * self._block_size
 
-    def _hashes(self, token_ids: list[int]) -> list[bytes]:
-        size, previous, hashes = self._block_size, b"", []
+    def _hashes(self, request: Resumable) -> list[bytes]:
+        token_ids = request.prompt_token_ids
+        size, previous, hashes = self._block_size, request.cache_salt.encode(), []
         for start in range(0, len(token_ids) - size + 1, size):
             previous = hash_block(previous, token_ids[start : start + size])
             hashes.append(previous)

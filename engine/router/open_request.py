@@ -43,6 +43,7 @@ class OpenRequest:
     prompt_token_ids: list[int]
     params: SamplingParams
     priority: int = 0
+    cache_salt: str = ""
     sent: list[list[int] | None] = field(init=False)
     num_cached_tokens: int | None = None
     suspected_at: int | None = None

@@ -57,6 +57,7 @@ class ReplicaInfo:
     hidden_size: int
     default_params: dict[str, Any]
     clips_max_tokens: bool
+    identity: str
 
 
 class Replica:
@@ -82,6 +83,7 @@ class Replica:
             engine.hidden_size,
             engine.default_params,
             engine.config.clip_max_tokens,
+            engine.identity,
         )
 
     async def stats(self) -> EngineStats:
@@ -102,7 +104,12 @@ class Replica:
         self._waiting[key] = len(request.prompt_token_ids) + request.num_output_tokens
         is_first = True
         outputs = self._engine.generate(
-            request.prompt_token_ids, request.params, key, request.priority, request.resumed_token_ids
+            request.prompt_token_ids,
+            request.params,
+            key,
+            request.priority,
+            request.resumed_token_ids,
+            request.cache_salt,
         )
         try:
             async for output in outputs:
@@ -151,6 +158,7 @@ class Replicas:
     vocab_size: int
     hidden_size: int
     default_params: dict[str, Any]
+    identity: str
 
     def __init__(self, config: EngineConfig, handle: DeploymentHandle) -> None:
         self.config = config
@@ -174,7 +182,13 @@ class Replicas:
         )
 
     async def generate(
-        self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput]:
         """As `AsyncEngine.generate`; goes on at another replica if one dies.
 
@@ -185,13 +199,19 @@ class Replicas:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         await self.check(token_ids, params)
         request = OpenRequest(
-            request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority
+            request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority, cache_salt
         )
         lost: tuple[str, ...] = ()
         for num_losses in count(1):
             name = ""
             resumable = Resumable(
-                request_id, token_ids, request.params, priority, request.resumed_token_ids, lost
+                request_id,
+                token_ids,
+                request.params,
+                priority,
+                request.resumed_token_ids,
+                lost,
+                cache_salt=cache_salt,
             )
             stream = self._handle.options(stream=True).generate.remote(resumable)
             try:
@@ -248,6 +268,7 @@ class Replicas:
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
         self._clips_max_tokens = info.clips_max_tokens
         self.hidden_size, self.default_params = info.hidden_size, info.default_params
+        self.identity = info.identity
         while True:
             try:
                 answers = await self._handle.broadcast("stats").results_async(

@@ -35,6 +35,9 @@ from engine.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+GUILTY = "the engine died twice in a step with this request, which is not tried again; the server's log has the cause"
+"""What a client is told: the cause may be an exception's text."""
+
 
 class RestartingEngine:
     """One engine at a time; see `engine.frontend.async_engine.ServedEngine`.
@@ -69,8 +72,8 @@ class RestartingEngine:
         # Of requests that go on one after the other, the one whose turn it is.
         self._on_trial: tuple[OpenRequest, asyncio.Event] | None = None
         self._releasing: asyncio.Task[None] | None = None
-        # Requests in whose step an engine has died twice, and what is said of it.
-        self._guilty: dict[OpenRequest, str] = {}
+        # Requests in whose step an engine has died twice.
+        self._guilty: set[OpenRequest] = set()
         self._arrivals = count()
         self._keeping: asyncio.Task[None] | None = None
 
@@ -119,13 +122,23 @@ class RestartingEngine:
         self._end("the engine was shut down")
         await self._engine.shutdown()
 
+    @property
+    def identity(self) -> str:
+        return self._engine.identity
+
     async def check(self, prompt: list[int], params: SamplingParams) -> None:
         """As `AsyncEngine.check`; what cannot be checked while an engine is started again, `generate` refuses."""
         with contextlib.suppress(EngineDeadError):
             await self._engine.check(prompt, params)
 
     async def generate(
-        self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int = 0
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput]:
         """As `AsyncEngine.generate`; goes on where the engine has died and another is there.
 
@@ -135,16 +148,21 @@ class RestartingEngine:
         """
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         request = OpenRequest(
-            request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority
+            request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority, cache_salt
         )
         with self._opened(request):
             while not request.is_finished:
                 engine = await self._living(request)
                 if request in self._guilty:
-                    yield request.failure(self._guilty[request])
+                    yield request.failure(GUILTY)
                     return
                 stream = engine.generate(
-                    token_ids, request.params, request_id, priority, request.resumed_token_ids
+                    token_ids,
+                    request.params,
+                    request_id,
+                    priority,
+                    request.resumed_token_ids,
+                    request.cache_salt,
                 )
                 # Where the engine has died, `_keep` sees it, too, and says how it goes on.
                 with contextlib.suppress(EngineDeadError):
@@ -169,8 +187,7 @@ class RestartingEngine:
             while True:
                 engine = await self._living(request)
                 if request in self._guilty:
-                    error = self._guilty[request]
-                    return EmbeddingRequestOutput(request_id, None, prompt, EmbeddingOutput([]), error=error)
+                    return EmbeddingRequestOutput(request_id, None, prompt, EmbeddingOutput([]), error=GUILTY)
                 with contextlib.suppress(EngineDeadError):
                     return await engine.embed(prompt, params, request_id, priority)
 
@@ -183,7 +200,7 @@ class RestartingEngine:
         finally:
             self._acquit(request)
             del self._open[request.request_id]
-            self._guilty.pop(request, None)
+            self._guilty.discard(request)
 
     async def _living(self, request: OpenRequest) -> AsyncEngine:
         """The engine, as soon as it lives.
@@ -210,7 +227,7 @@ class RestartingEngine:
             cause = self._engine.error or "the engine has ended"
             if self._releasing is not None:
                 self._releasing.cancel()
-            self._blame(cause)
+            self._blame()
             started = False
             while not started:
                 self.status, self.error = "restarting", cause
@@ -261,13 +278,11 @@ class RestartingEngine:
             self._on_trial[1].set()
             self._on_trial = None
 
-    def _blame(self, cause: str) -> None:
+    def _blame(self) -> None:
         under_way = self._engine.requests_under_way
         for request in self._open.values():
             if request.blame(request.request_id in under_way):
-                self._guilty[request] = (
-                    f"the engine died twice in a step with this request: {cause}; it is not tried again"
-                )
+                self._guilty.add(request)
 
     def _give_up(self, cause: str) -> None:
         self._end(

@@ -84,6 +84,10 @@ class Tokenizer:
         data = b"".join(self.token_bytes(token_id) for token_id in token_ids if token_id not in skipped)
         return self._pieces.strip_start(data).decode("utf-8", "replace")
 
+    def piece(self, token_id: int) -> str | None:
+        """The token as the vocabulary writes it, which may be no text; None for an id without a token."""
+        return self._backend.id_to_token(token_id)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The token's own bytes: perhaps a part of a character; none for an id without a token."""
         data = self._bytes.get(token_id)

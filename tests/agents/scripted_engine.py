@@ -86,6 +86,7 @@ class ScriptedEngine(AsyncEngine):
         request_id: str,
         priority: int = 0,
         resumed_token_ids: Sequence[list[int] | None] = (),
+        **options: Any,
     ) -> AsyncGenerator[RequestOutput]:
         assert isinstance(prompt, list)
         text = self.tokenizer.decode(prompt, skip_special_tokens=False)
@@ -97,7 +98,9 @@ class ScriptedEngine(AsyncEngine):
         ]
         seed = next(self._numbers)
         (self._answers / str(seed)).write_text(json.dumps(answer))
-        async for output in super().generate(prompt, replace(params, seed=seed), request_id, priority):
+        async for output in super().generate(
+            prompt, replace(params, seed=seed), request_id, priority, **options
+        ):
             turn.num_cached_tokens = max(turn.num_cached_tokens, output.num_cached_tokens)
             yield output
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from msgspec import UNSET, to_builtins
 
 from api.chat_answer import ChatAnswerWriter
-from api.chat_messages import read_conversation
 from api.errors import ApiError
+from api.openai_messages import read_conversation
 from api.protocol import ChatCompletionRequest, decode_request
 from engine.frontend.chat_format import ChatFormat, ChatTurn
 from engine.frontend.tool_formats import TOOL_FORMATS

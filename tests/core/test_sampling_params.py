@@ -57,7 +57,7 @@ def test_it_travels() -> None:
 
 
 def test_none_is_refused_but_where_it_stands_for_something() -> None:
-    optional = {"max_tokens", "seed", "logprobs"}
+    optional = {"max_tokens", "seed", "logprobs", "prompt_logprobs"}
     for parameter in SAMPLING_PARAMETERS:
         if parameter.name in optional:
             assert getattr(SamplingParams(**{parameter.name: None}), parameter.name) is None

@@ -10,10 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import SchedulerConfig
-from engine.core.batch import Batch
+from engine.core.batch import Batch, BatchRow
 from engine.core.grammar import Grammars
 from engine.core.kv_cache import BlockPool, KVCacheManager
-from engine.core.request import EngineOutput, Request, RowFailure, SampledToken, Sequence, SequenceStatus
+from engine.core.request import (
+    EngineOutput,
+    PromptLogprobs,
+    Request,
+    RowFailure,
+    RowResult,
+    SampledToken,
+    ScoredPrompt,
+    Sequence,
+    SequenceStatus,
+)
 from engine.core.sampling_params import SamplingParams
 from engine.core.scheduler import MAX_HASHED_TOKENS, Scheduler
 from engine.core.waiting import WaitingQueue
@@ -55,6 +65,21 @@ def step(scheduler: Scheduler, token_id: int = 1) -> tuple[Batch, list[EngineOut
     batch = scheduler.schedule()
     check_plan(scheduler, batch)
     return batch, scheduler.update([SampledToken(token_id) if row.draw else None for row in batch.rows])
+
+
+def result_of(row: BatchRow, token_id: int) -> RowResult:
+    """What a runner would bring."""
+    token = SampledToken(token_id) if row.draw else None
+    if row.scoring is None:
+        return token
+    count = len(row.scoring.token_ids)
+    assert 0 <= row.scoring.first <= len(row.token_ids) - count
+    return ScoredPrompt(
+        PromptLogprobs(
+            row.scoring.start, row.scoring.token_ids, bytes(4 * count), bytes(4 * count), b"", b""
+        ),
+        token,
+    )
 
 
 def check_plan(scheduler: Scheduler, batch: Batch) -> None:
@@ -290,7 +315,9 @@ def test_two_hundred_requests_with_random_aborts_leave_nothing_behind(
     waiting = list(range(200))
     expected: dict[str, int] = {}
     received: dict[str, int] = {}
-    in_flight: deque[list[SampledToken | RowFailure | None]] = deque()
+    in_flight: deque[list[RowResult]] = deque()
+    prompts: dict[str, list[int]] = {}
+    scored: dict[str, list[int]] = {}
     while waiting or scheduler.has_work or in_flight:
         for _ in range(min(len(waiting), rng.randrange(4))):
             request_id = str(waiting.pop())
@@ -305,18 +332,22 @@ def test_two_hundred_requests_with_random_aborts_leave_nothing_behind(
                 max_tokens=rng.randrange(1, 6),
                 n=samples,
                 ignore_eos=True,
+                prompt_logprobs=rng.choice([None, None, 0]),
             )
+            if request.params.prompt_logprobs is not None and length > 1:
+                prompts[request_id] = prompt[1:]
             expected[request_id] = samples * (request.params.max_tokens or 0)
             scheduler.add(request)
         if rng.random() < 0.2 and scheduler.requests:
             request_id = rng.choice(list(scheduler.requests))
             scheduler.abort(request_id)
             expected.pop(request_id)
+            prompts.pop(request_id, None)
         if scheduler.has_work or in_flight:
             batch = scheduler.schedule()
             if batch.rows:
                 check_plan(scheduler, batch)
-                in_flight.append([SampledToken(rng.randrange(2)) if row.draw else None for row in batch.rows])
+                in_flight.append([result_of(row, rng.randrange(2)) for row in batch.rows])
             else:
                 assert in_flight, "there is work, nothing in flight, and none was planned"
             outputs = []
@@ -324,6 +355,8 @@ def test_two_hundred_requests_with_random_aborts_leave_nothing_behind(
                 outputs = scheduler.update(in_flight.popleft())
             for output in outputs:
                 received[output.request_id] = received.get(output.request_id, 0) + len(output.tokens)
+                if output.prompt_logprobs is not None:
+                    scored.setdefault(output.request_id, []).extend(output.prompt_logprobs.token_ids)
         held = sum(block.ref_count for block in pool.blocks)
         assert held == sum(len(sequence.block_ids) for sequence in scheduler.running)
         assert all(sequence.status is SequenceStatus.RUNNING for sequence in scheduler.running)
@@ -332,6 +365,8 @@ def test_two_hundred_requests_with_random_aborts_leave_nothing_behind(
         assert scheduler.stats.num_requests_waiting == num_waiting
         assert scheduler.kv_cache._coming.keys() == coming_blocks(scheduler)
     assert {request_id: received[request_id] for request_id in expected} == expected
+    # Each token of a prompt once, whatever was preempted.
+    assert {request_id: scored[request_id] for request_id in prompts} == prompts
     assert pool.num_free == pool.num_blocks
     assert sorted(free_list(pool)) == list(range(1, pool.num_blocks + 1))
     assert all(block.ref_count == 0 for block in pool.blocks)

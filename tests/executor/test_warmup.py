@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.config import EngineConfig
-from engine.core.batch import Batch, BatchRow, Draw, Pool
+from engine.core.batch import Batch, BatchRow, Draw, Pool, Scoring
 from engine.core.sampling_params import SamplingParams
 from engine.errors import ConfigError
 from engine.executor.triton_executor import TritonExecutor
@@ -52,8 +52,11 @@ def random_batch(source: random.Random, executor: TritonExecutor) -> Batch:
         pool = Pool(source.choice(["last", "mean"]), source.random() < 0.5) if draw is None else None
         start = 0 if pool else start
         table = [1] * -(-(start + length) // executor.cache.block_size)
+        first = source.randrange(length)
+        is_scored = pool is None and source.random() < 0.3
+        scoring = Scoring(1, first, [7] * (length - first), source.randint(0, 5)) if is_scored else None
         admission = source.randint(0, 10**9)
-        rows.append(BatchRow([5] * length, start, 0, table, draw, slot, admission, pool))
+        rows.append(BatchRow([5] * length, start, 0, table, draw, slot, admission, pool, scoring))
     return Batch(rows)
 
 

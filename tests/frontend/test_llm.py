@@ -111,6 +111,76 @@ def test_logprobs(llm: LLM) -> None:
     assert llm.generate("x", GREEDY, use_tqdm=False)[0].outputs[0].logprobs is None
 
 
+def test_the_sum_of_logprobs(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=5, temperature=1, seed=3, logprobs=0, n=2)
+    (result,) = llm.generate("Once", sampling_params=params, use_tqdm=False)
+    for output in result.outputs:
+        assert output.logprobs is not None
+        chosen = zip(output.token_ids, output.logprobs, strict=True)
+        assert output.cumulative_logprob == pytest.approx(sum(entries[i].logprob for i, entries in chosen))
+    assert llm.generate("x", GREEDY, use_tqdm=False)[0].outputs[0].cumulative_logprob is None
+
+
+def test_vllms_name_of_the_parameters(llm: LLM) -> None:
+    by_place, by_name = (
+        llm.generate("x", GREEDY, use_tqdm=False),
+        llm.generate("x", sampling_params=GREEDY, use_tqdm=False),
+    )
+    assert by_name[0].outputs == by_place[0].outputs
+    messages = [{"role": "user", "content": "Hello"}]
+    assert len(llm.chat(messages, sampling_params=GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 8
+    with pytest.raises(RequestError, match="two names of one argument"):
+        llm.generate("x", GREEDY, sampling_params=GREEDY)
+    assert llm.get_tokenizer().decode(llm.get_tokenizer().encode("Hello")) == "Hello"
+
+
+def test_prompt_logprobs(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=2, n=2)
+    (result,) = llm.generate("The capital of France is", params, use_tqdm=False)
+    assert result.prompt_logprobs is not None
+    assert result.prompt_logprobs[0] is None
+    assert len(result.prompt_logprobs) == len(result.prompt_token_ids)
+    for token_id, entries in zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True):
+        assert entries is not None
+        assert next(iter(entries)) == token_id
+        assert 2 <= len(entries) <= 3
+        assert sorted(entry.rank for entry in entries.values())[:2] == [1, 2]
+    # A draw after so much of the prompt finds the same.
+    part = result.prompt_token_ids[:3]
+    (drawn,) = llm.generate(part, SamplingParams(max_tokens=1, temperature=0, logprobs=2), use_tqdm=False)
+    assert drawn.outputs[0].logprobs is not None
+    likeliest = drawn.outputs[0].logprobs[0]
+    assert {i: result.prompt_logprobs[3][i] for i in likeliest} == likeliest  # type: ignore[index]
+    (plain,) = llm.generate("x", GREEDY, use_tqdm=False)
+    assert plain.prompt_logprobs is None
+    (alone,) = llm.generate([5], SamplingParams(max_tokens=0, prompt_logprobs=1), use_tqdm=False)
+    assert (alone.prompt_logprobs, alone.outputs[0].token_ids) == ([None], [])
+
+
+def test_a_score_is_the_log_probability_of_a_continuation(llm: LLM) -> None:
+    prompt, encode = "The capital of France is", llm.get_tokenizer().encode
+    right, wrong = llm.score(prompt, [" Paris, of course", " Rome"], use_tqdm=False)
+    assert right.token_ids == encode(" Paris, of course")
+    assert right.logprob == sum(right.token_logprobs)
+    assert right.token_logprobs[0] > -1 > wrong.logprob
+    assert not wrong.is_greedy
+    greedy = llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    (ids,) = llm.score(encode(prompt), greedy, use_tqdm=False)
+    assert ids.token_ids == greedy
+    assert ids.is_greedy
+    # "is" and "land" are one token together: what follows the common start is scored.
+    (joined,) = llm.score("The is", "land", use_tqdm=False)
+    assert joined.token_ids == encode("The island")[1:]
+    for prompts, continuations, words in [
+        ("x", "", "adds no token"),
+        ("", "x", "none may be empty"),
+        (["a", "b"], ["c", "d", "e"], "2 prompts and 3 continuations"),
+    ]:
+        with pytest.raises(RequestError, match=words):
+            llm.score(prompts, continuations)
+    assert llm.score([], []) == []
+
+
 def test_an_equal_prompt_comes_from_the_cache(llm: LLM) -> None:
     prompt = "A prompt that fills more than one block of sixteen tokens, " * 3
     first, again = (llm.generate(prompt, GREEDY, use_tqdm=False)[0] for _ in range(2))
@@ -156,7 +226,7 @@ def test_a_row_that_fails_in_the_model_fails_alone(llm: LLM, monkeypatch: pytest
     monkeypatch.setattr(llm.core.model.runner, "execute", broken)
     bad, good = llm.generate([[17, 18, 19], [20, 21]], GREEDY, use_tqdm=False)
     assert bad.outputs[0].finish_reason == "error"
-    assert bad.error == "RuntimeError: no luck with 17"
+    assert bad.error == "RuntimeError in a step; the log has the details"
     assert good.outputs[0].token_ids == expected.outputs[0].token_ids
     assert llm.core.stats.kv_cache_usage_perc == 0.0
 

@@ -12,6 +12,7 @@ import uvicorn
 
 from api.app import create_app
 from api.server import Server
+from engine.config import EngineConfig
 from engine.core.outputs import (
     CompletionOutput,
     EmbeddingOutput,
@@ -35,6 +36,12 @@ class BytesTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return bytes(token_ids).decode(errors="replace")
+
+    def piece(self, token_id: int) -> str:
+        return chr(token_id)
+
     eos_token_ids: tuple[int, ...] = ()
     vocab_size = 256
 
@@ -57,6 +64,8 @@ class ScriptedEngine:
         self.max_model_len = 100
         self.default_params: dict[str, Any] = {}
         self.stats = EngineStats()
+        self.identity = "script"
+        self.config = EngineConfig(model="script")
         self.num_opened = 0
         self.num_closed = 0
         self.closed = asyncio.Event()
@@ -68,7 +77,13 @@ class ScriptedEngine:
         )
 
     async def generate(
-        self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         await self.check(prompt, params)
         self.num_opened += 1

@@ -22,6 +22,7 @@ from engine.frontend.embedding import embedding_request
 from tests.executor.test_embeddings import assert_same, embed, reference_states
 from tests.executor.test_overlap import make_core, make_requests, run
 from tests.helpers.paged import make_runner, make_sequences, run_chunks
+from tests.helpers.prompt_logprobs import assert_scores_equal, prompt_scores, scored_request
 from tests.helpers.tiny import TINY_CONFIGS, load_reference, reference_logits, write_checkpoint
 from tests.models.test_quantized_models import dequantized, relative_error
 
@@ -130,8 +131,7 @@ class UncapturedGraphs:
 
     def replay(self, size: int) -> torch.Tensor:
         self.replayed.append(size)
-        hidden = self.executor._hidden(self.executor.buffers.padded(size))
-        return self.executor.model.logits(hidden)
+        return self.executor.model.logits(self.executor._hidden(self.executor.buffers.padded(size)))
 
 
 def device_core(path: Path, **options: Any) -> EngineCore:
@@ -157,6 +157,18 @@ def test_padding_and_overlap_bring_the_same_tokens(checkpoints: dict[str, Path])
     # Six and seven rows are padded to eight.
     assert set(graphs.replayed) >= {2, 8}
     assert {result[-1][0] for result in expected.values()} == {"stop", "length"}
+
+
+def test_log_probabilities_of_prompts_are_those_of_the_logits(checkpoints: dict[str, Path]) -> None:
+    """In chunks, of which two are a single token each, and in blocks of three rows."""
+    path = checkpoints["smollm2"]
+    core = make_core(path, max_num_batched_tokens=6, max_num_seqs=3, quant="none")
+    core.model.runner.executor.graphs = UncapturedGraphs(core.model.runner.executor)
+    first, second = ([(7 * place + start) % 320 for place in range(13)] for start in (1, 2))
+    scores = prompt_scores(core, [scored_request("first", first), scored_request("second", second)])
+    reference = load_reference(path)
+    for name, prompt in (("first", first), ("second", second)):
+        assert_scores_equal(scores[name], prompt, reference_logits(reference, prompt))
 
 
 def test_more_query_heads_than_a_tile_has_rows_are_refused(tmp_path: Path) -> None:

@@ -9,17 +9,14 @@ from dataclasses import dataclass
 
 import msgspec
 
-from engine.core.request import PooledState, RowResult, SampledToken
+from engine.core.request import PooledState, RowResult, SampledToken, ScoredPrompt
 from engine.parallel.waiting import Kind, WaitRecord
 from engine.process import whereabouts
 
-Results = Sequence[RowResult]
-"""What came of a step, by row."""
 
-
-def digest_of(order: bytes, results: Results) -> bytes:
+def digest_of(order: bytes, results: Sequence[RowResult]) -> bytes:
     """A hash of a step, as it was ordered, and of what came of it: the same on all ranks that agree."""
-    said = [_said(row) for row in results]
+    said = [_said(result) for result in results]
     return hashlib.blake2b(msgspec.msgpack.encode((order, said)), digest_size=16).digest()
 
 
@@ -27,6 +24,8 @@ def _said(result: RowResult) -> int | bytes | None:
     match result:
         case SampledToken():
             return result.token_id
+        case ScoredPrompt():
+            return _said(result.token)
         case PooledState():
             return result.values
     return None

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from engine.core.batch import Batch, Draw
-from engine.core.request import PooledState, RowFailure, RowResult, SampledToken
+from engine.core.request import (
+    PooledState,
+    PromptLogprobs,
+    RowFailure,
+    RowResult,
+    SampledToken,
+    ScoredPrompt,
+)
 from engine.executor.ranks.agreement import Standing
 
 
@@ -88,43 +94,47 @@ class Beat(msgspec.Struct, tag=True):
     standing: Standing
 
 
+class Brought(msgspec.Struct, array_like=True):
+    """What came of a row of a step, as it travels: a `RowResult` with a place for each of its kinds."""
+
+    token: SampledToken | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    state: bytes | None = None
+    failure: str | None = None
+
+    @classmethod
+    def of(cls, result: RowResult) -> Brought:
+        """For the way there."""
+        match result:
+            case ScoredPrompt(logprobs, token):
+                return cls(token, logprobs)
+            case PooledState(values):
+                return cls(state=values)
+            case RowFailure(message):
+                return cls(failure=message)
+        return cls(result)
+
+    def result(self) -> RowResult:
+        """What `of` was given."""
+        if self.failure is not None:
+            return RowFailure(self.failure)
+        if self.state is not None:
+            return PooledState(self.state)
+        return self.token if self.prompt_logprobs is None else ScoredPrompt(self.prompt_logprobs, self.token)
+
+
 class Done(msgspec.Struct, tag=True):
     """A rank is through with a step.
 
     Attributes:
-        digest: Of the batch and, on the last stage, the tokens; the same on all ranks of a stage.
-        drawn, vectors: The tokens, or in words why there is none, and by row the vectors of prompts, of the rank that
-            tells rank 0 what the last stage brought.
+        digest: Of the batch and, on the last stage, of what came of it; the same on all ranks of a stage.
+        results: What came of its rows, from the rank that tells rank 0 what the last stage brought.
     """
 
     rank: int
     step: int
     digest: bytes
-    drawn: list[SampledToken | str | None] | None = None
-    vectors: dict[int, bytes] = {}
-
-    def tell(self, results: Sequence[RowResult]) -> None:
-        """Takes in what came of the step."""
-        self.drawn = []
-        for number, result in enumerate(results):
-            match result:
-                case PooledState():
-                    self.vectors[number] = result.values
-                    self.drawn.append(None)
-                case RowFailure():
-                    self.drawn.append(result.message)
-                case _:
-                    self.drawn.append(result)
-
-    @property
-    def results(self) -> list[RowResult] | None:
-        """What `tell` was given; None if it was not."""
-        if self.drawn is None:
-            return None
-        results: list[RowResult] = [RowFailure(row) if isinstance(row, str) else row for row in self.drawn]
-        for number, values in self.vectors.items():
-            results[number] = PooledState(values)
-        return results
+    results: list[Brought] | None = None
 
 
 FromRank = RankHere | RankSays | RankReady | RankFailed | Beat | Done

@@ -27,6 +27,7 @@ from engine.executor.ranks.launching import Link
 from engine.executor.ranks.limits import BEAT_SECONDS
 from engine.executor.ranks.messages import (
     Beat,
+    Brought,
     Done,
     Execute,
     RankFailed,
@@ -119,10 +120,10 @@ class Follower:
                     return Done(self.rank, step, digest_of(executed, []))
                 sampled = runner.sample(logits, batch, draws)
                 with waiting_for_device(runner.place.group, runner.place.pipeline):
-                    drawn = sampled.read()
-                done = Done(self.rank, step, digest_of(executed, drawn))
+                    results = sampled.read()
+                done = Done(self.rank, step, digest_of(executed, results))
                 if runner.place.tells_what_was_drawn:
-                    done.tell(drawn)
+                    done.results = [Brought.of(result) for result in results]
                 return done
         return None
 

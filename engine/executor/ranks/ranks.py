@@ -387,10 +387,10 @@ class Ranks:
                 rank.is_ready = True
             case Beat(_, standing):
                 rank.beats, rank.standing = True, standing
-            case Done(number, step, digest):
+            case Done(number, step, digest, results):
                 rank.last_done = step
-                if message.results is not None:
-                    self._drawn[step] = message.results
+                if results is not None:
+                    self._drawn[step] = [one.result() for one in results]
                 self._note(number, step, digest)
             case RankFailed(number, step, kind, text):
                 self._report(number, step, kind, text)

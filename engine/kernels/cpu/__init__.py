@@ -289,6 +289,8 @@ class Program:
         self._array: ctypes.Array[_Call] | None = None
         # Functions of Python, each with the number of calls before it.
         self._breaks: list[tuple[int, Callable[[], None]]] = []
+        # Where each recording began among calls and functions.
+        self._parts: list[tuple[int, int]] = []
 
     def __del__(self) -> None:
         # A thread that is behind may still read the calls.
@@ -306,6 +308,7 @@ class Program:
             num_rows: [1] int64, whose value, when the program runs, is the number of rows of the operations.
         """
         self._num_rows = num_rows
+        self._parts.append((len(self._calls), len(self._breaks)))
         token = _recorded.set(self)
         try:
             yield
@@ -341,16 +344,17 @@ class Program:
             self._buffers[key] = _zeros(key[1], dtype)
         return self._buffers[key]
 
-    def run(self, seconds: torch.Tensor | None = None) -> None:
-        """Runs all calls.
+    def run(self, seconds: torch.Tensor | None = None, part: int = 0) -> None:
+        """Runs the calls.
 
         Args:
             seconds: [calls] float64, to which the duration of each is added.
+            part: The first recording whose calls are run.
         """
         if self._array is None:
             self._array = (_Call * len(self._calls))(*self._calls)
-        start = 0
-        for end, function in self._breaks:
+        start, first_break = self._parts[part] if part else (0, 0)
+        for end, function in self._breaks[first_break:]:
             self._run(start, end, seconds)
             function()
             start = end

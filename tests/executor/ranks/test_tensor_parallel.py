@@ -132,14 +132,19 @@ def check_logits(alone: ModelRunner, together: Any) -> None:
 
 
 def generate(path: Path, **others: object) -> tuple[dict[str, list[SampledToken]], int]:
-    """Tokens and log-probabilities of requests that wait for each other's blocks, and how many were preempted."""
+    """Tokens and log-probabilities, those of prompts too, of requests that wait for each other's blocks, and how many
+    were preempted.
+    """
     config = EngineConfig.from_options(**options(path, max_num_batched_tokens=16, max_num_seqs=4, **others))
     core = start_engine(config, path, eos_token_ids=[])
     tokens: dict[str, list[SampledToken]] = {}
     try:
         for index in range(6):
             prompt = [(7 * index + place) % 300 + 3 for place in range(10 + index)]
-            params = SamplingParams(max_tokens=24, temperature=0.9 * (index % 2), logprobs=1)
+            asked = 2 if index % 3 == 0 else None
+            params = SamplingParams(
+                max_tokens=24, temperature=0.9 * (index % 2), logprobs=1, prompt_logprobs=asked
+            )
             core.add_request(
                 Request(request_id=str(index), prompt_token_ids=prompt, params=params, seed=index)
             )
@@ -147,6 +152,9 @@ def generate(path: Path, **others: object) -> tuple[dict[str, list[SampledToken]
             for output in core.step():
                 assert output.error is None
                 tokens.setdefault(output.request_id, []).extend(output.tokens)
+                if output.prompt_logprobs is not None:
+                    name = f"prompt {output.request_id}"
+                    tokens.setdefault(name, []).extend(output.prompt_logprobs.unpack())
         return tokens, core.stats.num_preemptions
     finally:
         core.close()
@@ -168,7 +176,8 @@ def test_stages_give_the_tokens_of_one_rank(
     """The cache of the stages is so small that some sequences are preempted."""
     write_checkpoint(tmp_path, TINY_CONFIGS[family])
     expected, _ = generate(tmp_path, quant=quant)
-    assert all(len(tokens) == 24 for tokens in expected.values())
+    lengths = {name: len(tokens) for name, tokens in expected.items()}
+    assert lengths == {**{str(index): 24 for index in range(6)}, "prompt 0": 9, "prompt 3": 12}
     sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
     found, num_preemptions = generate(tmp_path, quant=quant, **sizes, kv_cache_memory=memory)
     assert found == expected

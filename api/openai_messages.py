@@ -1,4 +1,4 @@
-"""From the messages and tools of a chat completion's request to a conversation."""
+"""From messages and tools as OpenAI's chats have them to a conversation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from api.conversation import Conversation, effort_arguments
 from api.errors import ApiError, not_supported
-from api.protocol import ChatCompletionRequest, Message, ToolCall
-from api.structured_outputs import named_as_asked
+from api.protocol import ChatCompletionRequest, Message, ToolCall, convert_member, without_nulls
+from api.sampling import named_as_asked
 from engine.errors import RequestError
 from engine.frontend.tools import NO_CALLS, ToolChoice, read_function, read_tool_choice, read_tools
 
@@ -18,10 +18,16 @@ if TYPE_CHECKING:
     from engine.frontend.tool_formats.format import Tool
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Those that are known; any other is left to the model's chat template."""
+
+VERBOSITIES = ("low", "medium", "high")
 
 # What the server itself hands to the template.
 CONTINUE = "continue_final_message"
-RESERVED_TEMPLATE_ARGUMENTS = ("self", "messages", "tools", "add_generation_prompt", "continue_final_message")
+RESERVED_TEMPLATE_ARGUMENTS = (
+    "self", "messages", "tools", "choice", "is_parallel", "form", "adds_special_tokens", "add_generation_prompt",
+    "continue_final_message",
+)  # fmt: skip
 
 
 def read_conversation(request: ChatCompletionRequest, form: StructuredOutputs | None) -> Conversation:
@@ -31,16 +37,17 @@ def read_conversation(request: ChatCompletionRequest, form: StructuredOutputs | 
         form: What an answer must be that calls nothing.
 
     Raises:
-        ApiError: 400, messages that are empty, of unknown roles, or hold more than text; tools that are none.
+        ApiError: 400, messages that are empty, or hold more than text; tools that are none.
     """
     if not request.messages:
         raise ApiError(400, "messages must hold at least one message", param="messages")
-    messages = [_plain_message(message, f"messages[{i}]") for i, message in enumerate(request.messages)]
+    messages = [_plain_message(given, f"messages[{i}]") for i, given in enumerate(request.messages)]
     _check_results(messages)
     tools, choice, is_parallel = _tools(request)
     arguments = _template_arguments(request)
+    adds_special_tokens = request.add_special_tokens is True
     if not request.continue_final_message:
-        return Conversation(messages, tools, choice, is_parallel, form, arguments)
+        return Conversation(messages, tools, choice, is_parallel, form, arguments, adds_special_tokens)
     if request.add_generation_prompt:
         problem = "continue_final_message excludes add_generation_prompt"
     elif messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
@@ -48,7 +55,12 @@ def read_conversation(request: ChatCompletionRequest, form: StructuredOutputs | 
     elif choice != NO_CALLS:
         problem = 'continue_final_message goes with tool_choice "none" alone'
     else:
-        return Conversation(messages, form=form, template_arguments={**arguments, CONTINUE: True})
+        return Conversation(
+            messages,
+            form=form,
+            template_arguments={**arguments, CONTINUE: True},
+            adds_special_tokens=adds_special_tokens,
+        )
     raise ApiError(400, problem, param=CONTINUE)
 
 
@@ -62,9 +74,6 @@ def named_as_in_chat(request: ChatCompletionRequest) -> Iterator[None]:
         match error.field:
             case "prompt":
                 raise RequestError(f"messages: {error}", "messages", error.code) from None
-            case "max_tokens" if request.max_completion_tokens is not None:
-                name = "max_completion_tokens"
-                raise RequestError(f"{name}: {error}", name, error.code) from None
             case "messages" if request.continue_final_message:
                 raise RequestError(str(error), CONTINUE, error.code) from None
         raise
@@ -79,6 +88,16 @@ def _template_arguments(request: ChatCompletionRequest) -> dict[str, Any]:
             )
     if request.reasoning_effort is not None:
         arguments |= effort_arguments(request.reasoning_effort, "reasoning_effort")
+    if request.verbosity is not None:
+        if request.verbosity not in VERBOSITIES:
+            raise ApiError(
+                400,
+                f"verbosity must be one of {', '.join(VERBOSITIES)}, got {request.verbosity!r}",
+                param="verbosity",
+            )
+        arguments["verbosity"] = request.verbosity
+    if request.documents is not None:
+        arguments["documents"] = request.documents
     if request.enable_thinking is not None:
         arguments["enable_thinking"] = request.enable_thinking
     arguments["add_generation_prompt"] = request.add_generation_prompt is not False
@@ -106,38 +125,38 @@ def _tools(request: ChatCompletionRequest) -> tuple[list[Tool], ToolChoice, bool
     return tools, read_tool_choice(asked, tools, "function_call"), False
 
 
-def _plain_message(message: Message, where: str) -> dict[str, Any]:
-    """The message as templates take it; `where` names it in errors."""
-    if message.role not in ROLES:
-        raise ApiError(
-            400,
-            f"{where}.role must be one of {', '.join(ROLES)}, got {message.role!r}",
-            param=f"{where}.role",
-        )
+def _plain_message(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """The message as templates take it, with what only they know of; `where` names it in errors."""
+    plain = without_nulls(given)
+    message = convert_member(given, Message, where)
     if message.audio is not None:
         raise not_supported(f"{where}.audio")
-    is_assistant = message.role == "assistant"
     for field in ("function_call", "tool_calls", "reasoning_content"):
-        if getattr(message, field) not in (None, []) and not is_assistant:
+        if getattr(message, field) not in (None, []) and message.role != "assistant":
             raise ApiError(
                 400, f"{where}.{field} is an assistant's, not a {message.role}'s", param=f"{where}.{field}"
             )
+        plain.pop(field, None)
     # Templates know the developer's role by its older name.
-    role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
-    plain: dict[str, Any] = {"role": role, "content": _plain_content(message, where)}
-    if message.name is not None:
-        plain["name"] = message.name
+    plain["role"] = {"developer": "system", "function": "tool"}.get(message.role, message.role)
+    if message.content is not None:
+        plain["content"] = _plain_content(plain["content"], where)
+    elif message.role == "assistant":
+        plain["content"] = None
+    elif message.role in ROLES:
+        raise ApiError(400, f"missing field: {where}.content", param=f"{where}.content")
     if message.reasoning_content:
         plain["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
+        calls = zip(given["tool_calls"], message.tool_calls, strict=True)
         plain["tool_calls"] = [
-            _plain_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)
+            _plain_call(one, call, f"{where}.tool_calls[{i}]") for i, (one, call) in enumerate(calls)
         ]
     elif message.function_call is not None:
-        name, arguments = message.function_call.name, message.function_call.arguments
+        name, arguments = message.function_call.name, message.function_call.arguments or ""
         function = {"name": name, "arguments": arguments}
         plain["tool_calls"] = [{"id": name, "type": "function", "function": function}]
-    if role == "tool":
+    if plain["role"] == "tool":
         plain["tool_call_id"] = _tool_call_id(message, where)
     return plain
 
@@ -164,33 +183,33 @@ def _check_results(messages: list[dict[str, Any]]) -> None:
             )
 
 
-def _plain_call(call: ToolCall, where: str) -> dict[str, Any]:
+def _plain_call(given: dict[str, Any], call: ToolCall, where: str) -> dict[str, Any]:
     if not call.id:
         raise ApiError(400, f"missing field: {where}.id", param=f"{where}.id")
-    if call.type == "custom" and call.custom is not None:
+    kind = call.type or "function"
+    if kind == "custom" and call.custom is not None:
         # As it was called: with one argument.
-        function: dict[str, Any] = {"name": call.custom.name, "arguments": {"input": call.custom.input}}
-    elif call.type == "function" and call.function is not None:
-        function = {"name": call.function.name, "arguments": call.function.arguments}
+        function: dict[str, Any] = {"name": call.custom.name, "arguments": {"input": call.custom.input or ""}}
+    elif kind == "function" and call.function is not None:
+        function = {"name": call.function.name, "arguments": call.function.arguments or ""}
     else:
         raise ApiError(400, f"{where} must be a function or custom, with its part of that name", param=where)
-    return {"id": call.id, "type": "function", "function": function}
+    plain = without_nulls(given)
+    plain.pop("custom", None)
+    return {**plain, "id": call.id, "type": "function", "function": function}
 
 
-def _plain_content(message: Message, where: str) -> str | list[dict[str, str]] | None:
-    """Text, or parts of text; an assistant's may be null."""
-    if isinstance(message.content, str):
-        return message.content
-    if message.content is None:
-        if message.role == "assistant":
-            return None
-        raise ApiError(400, f"missing field: {where}.content", param=f"{where}.content")
+def _plain_content(content: str | list[dict[str, Any]], where: str) -> str | list[dict[str, Any]]:
+    """Text, or parts of text."""
+    if isinstance(content, str):
+        return content
     parts = []
-    for index, part in enumerate(message.content):
+    for index, given in enumerate(content):
         place = f"{where}.content[{index}]"
-        if part.type != "text":
-            raise not_supported(f"{place}.type {part.type!r}", f"{place}.type")
-        if part.text is None:
+        part = without_nulls(given)
+        if part["type"] != "text":
+            raise not_supported(f"{place}.type {part['type']!r}", f"{place}.type")
+        if "text" not in part:
             raise ApiError(400, f"missing field: {place}.text", param=f"{place}.text")
-        parts.append({"type": "text", "text": part.text})
+        parts.append(part)
     return parts

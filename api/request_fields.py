@@ -1,0 +1,61 @@
+"""What fields of a request say that are neither sampling parameters nor the prompt."""
+
+from __future__ import annotations
+
+from api.errors import ApiError
+from api.generation import new_id
+from api.http import REQUEST_ID
+from api.protocol import GenerationRequest
+
+
+def answer_id(request: GenerationRequest, kind: str) -> str:
+    """The answer's id: the request's own, or a new one of this kind.
+
+    Raises:
+        ApiError: 400, it cannot stand in a header.
+    """
+    if request.request_id is None:
+        return new_id(kind)
+    if not REQUEST_ID.fullmatch(request.request_id):
+        raise ApiError(
+            400, "request_id must be 1 to 128 visible characters of ASCII, without spaces", param="request_id"
+        )
+    return request.request_id
+
+
+def cache_salt(request: GenerationRequest) -> str:
+    """What keeps the request's cached blocks apart from those of others; "" if nothing does.
+
+    Raises:
+        ApiError: 400, it is empty.
+    """
+    if request.cache_salt == "":
+        raise ApiError(400, "cache_salt must be a non-empty string", param="cache_salt")
+    return request.cache_salt or ""
+
+
+def truncated(
+    request: GenerationRequest, token_ids: list[int], max_model_len: int, max_tokens: int | None
+) -> list[int]:
+    """The prompt's tokens, as many as the request keeps: the last ones, or the first.
+
+    Args:
+        max_tokens: What -1 leaves room for; None: one token.
+
+    Raises:
+        ApiError: 400, it keeps none, or more than fit.
+    """
+    limit, field = request.truncate_prompt_tokens, "truncate_prompt_tokens"
+    if limit is None:
+        return token_ids
+    if limit < -1 or limit == 0:
+        raise ApiError(400, f"{field} must be -1 or at least 1, got {limit}", param=field)
+    if limit >= max_model_len:
+        raise ApiError(
+            400,
+            f"{field} is {limit}; the context holds {max_model_len} tokens, at least one of them for the output",
+            param=field,
+        )
+    if limit == -1:
+        limit = max(1, max_model_len - (max_tokens or 1))
+    return token_ids[:limit] if request.truncation_side == "right" else token_ids[-limit:]
