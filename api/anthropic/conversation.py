@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 
 from api.anthropic.protocol import Block, CountRequest, Message
-from api.anthropic.thoughts import recall_thought
 from api.anthropic.tools import read_choice, read_tools
 from api.conversation import Conversation
 from api.errors import NO_THREADS, ApiError, not_supported
+from api.kept_reasoning import recall_reasoning
 from engine.core.structured_outputs import StructuredOutputs
 from engine.frontend.tool_formats.format import Tool
 
@@ -211,7 +211,7 @@ def _assistant(places: list[Place]) -> dict[str, Any]:
     for where, block in places:
         match block.type:
             case "thinking":
-                thoughts.append(block.thinking or recall_thought(block.signature or ""))
+                thoughts.append(block.thinking or recall_reasoning(block.signature or ""))
             case "redacted_thinking":
                 pass  # nobody but Anthropic can read it
             case "tool_use":

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from api.answer import AnswerPart, AnswerReader
-from api.anthropic.thoughts import keep_thought
 from api.errors import anthropic_error
 from api.generation import TokenCounter
+from api.kept_reasoning import keep_reasoning
 from api.streaming import StreamEnds, event
 from engine.frontend.chat_format import ChatTurn
 
@@ -219,7 +219,7 @@ class BlockWriter:
 
     def _leave(self) -> Iterator[BlockEvent]:
         if self._open == "thinking":
-            yield self._delta(SignatureDelta(keep_thought(self._hidden) if self._hidden else ""))
+            yield self._delta(SignatureDelta(keep_reasoning(self._hidden) if self._hidden else ""))
             self._hidden = ""
         if self._open is not None:
             yield BlockStop(self._num_blocks - 1)

@@ -25,6 +25,7 @@ from api.answer import AnswerPart, AnswerReader, Call
 from api.bodies import ChatTokenLogprob
 from api.errors import ApiError
 from api.generation import TokenCounter, new_id
+from api.kept_reasoning import keep_reasoning
 from api.logprobs import chat_logprobs
 from api.responses.bodies import (
     CustomCallItem,
@@ -41,7 +42,6 @@ from api.responses.bodies import (
     ResponseFailure,
     ResponseUsage,
 )
-from api.responses.thoughts import keep_reasoning
 from api.responses.tools import ToolName
 from engine.core.outputs import CompletionOutput, FinishReason
 from engine.frontend.chat_format import ChatTurn

@@ -8,6 +8,7 @@ from typing import Any
 
 from api.errors import ApiError, not_supported
 from api.generation import new_id
+from api.kept_reasoning import recall_reasoning
 from api.responses.protocol import (
     AdditionalTools,
     AgentMessage,
@@ -24,7 +25,6 @@ from api.responses.protocol import (
     read_item,
     unknown_members,
 )
-from api.responses.thoughts import recall_reasoning
 from api.responses.tools import Toolbox, ToolName
 
 ROLES = {"user": "user", "system": "system", "developer": "system", "assistant": "assistant"}

@@ -7,10 +7,10 @@ from typing import Any, cast
 import pytest
 
 from api.errors import ApiError
+from api.kept_reasoning import keep_reasoning, recall_reasoning
 from api.responses.endpoint import Reading
 from api.responses.items import Transcript, listed_item
 from api.responses.protocol import ResponseRequest
-from api.responses.thoughts import keep_reasoning, recall_reasoning
 from api.responses.tools import Toolbox, read_choice
 from engine.errors import RequestError
 from engine.frontend.chat_format import ChatFormat

@@ -12,8 +12,8 @@ from anthropic.types.beta import message_create_params as beta_params
 
 from api.anthropic.conversation import read_conversation
 from api.anthropic.protocol import CountRequest, MessageRequest
-from api.anthropic.thoughts import keep_thought, recall_thought
 from api.errors import ApiError
+from api.kept_reasoning import keep_reasoning, recall_reasoning
 from api.protocol import decode_body
 from api.unknown_members import find_unknown
 from engine.errors import RequestError
@@ -131,12 +131,12 @@ def test_thoughts_go_back_to_the_template_as_reasoning() -> None:
         return message.get("reasoning_content")
 
     assert reasoning({"type": "thinking", "thinking": "The moon.", "signature": ""}) == "The moon."
-    hidden = keep_thought("The moon, ☾.")
+    hidden = keep_reasoning("The moon, ☾.")
     assert reasoning({"type": "thinking", "thinking": "", "signature": hidden}) == "The moon, ☾."
     assert reasoning({"type": "thinking", "thinking": "", "signature": "EqoBCkgIARAB"}) is None
     assert reasoning({"type": "redacted_thinking", "data": "EqoBCkgIARAB"}) is None
-    for signature in ("", "thought:", "thought:é", "thought:gA=="):
-        assert recall_thought(signature) == ""
+    for signature in ("", "reasoning:", "reasoning:é", "reasoning:gA=="):
+        assert recall_reasoning(signature) == ""
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ async def test_thoughts_are_shown_or_ride_in_the_signature() -> None:
         hidden = await client.messages.create(**body_of(thinking=HIDDEN))
     assert (shown.content[0].thinking, shown.content[0].signature) == ("The moon.", "")
     assert hidden.content[0].thinking == ""
-    assert hidden.content[0].signature.startswith("thought:")
+    assert hidden.content[0].signature.startswith("reasoning:")
     assert hidden.content[1].text == "Water."
 
 

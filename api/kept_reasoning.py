@@ -1,6 +1,8 @@
-"""Reasoning that clients keep for the server, as `include: ["reasoning.encrypted_content"]` asks for.
+"""Reasoning that clients keep for the server: one word, which comes back with the next request.
 
-The text is no secret, since the client is shown it, and is not encrypted: it rides along in one word.
+As `include: ["reasoning.encrypted_content"]` of the Responses API asks for it, and as the signature of a thinking
+block of the Messages API whose text is left out. The text is no secret, since a client may be shown it, and is not
+encrypted.
 """
 
 from __future__ import annotations
