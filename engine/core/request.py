@@ -6,8 +6,6 @@ from array import array
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
-from msgspec import Struct
-
 from engine.core.bans import Bitmask, TokenSequence
 from engine.core.batch import Pooling
 from engine.core.grammar import Grammar
@@ -49,7 +47,8 @@ class Request:
         return self.resumed_token_ids[index] if self.resumed_token_ids else []
 
 
-class SampledToken(Struct, frozen=True, array_like=True, tag=True):
+@dataclass(frozen=True, slots=True)
+class SampledToken:
     """One drawn token.
 
     Attributes:
@@ -60,7 +59,7 @@ class SampledToken(Struct, frozen=True, array_like=True, tag=True):
     token_id: int
     logprob: float | None = None
     rank: int = 0
-    top_logprobs: list[tuple[int, float]] = []
+    top_logprobs: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,8 @@ class PromptLogprobs:
         ]
 
 
-class ScoredPrompt(Struct, frozen=True, array_like=True, tag=True):
+@dataclass(frozen=True, slots=True)
+class ScoredPrompt:
     """What came of a row that has a `engine.core.batch.Scoring`.
 
     Attributes:
@@ -105,7 +105,8 @@ class ScoredPrompt(Struct, frozen=True, array_like=True, tag=True):
     token: SampledToken | None
 
 
-class PooledState(Struct, frozen=True, array_like=True, tag=True):
+@dataclass(frozen=True, slots=True)
+class PooledState:
     """What a prompt's hidden states came to.
 
     Attributes:
@@ -115,7 +116,8 @@ class PooledState(Struct, frozen=True, array_like=True, tag=True):
     values: bytes
 
 
-class RowFailure(Struct, frozen=True, array_like=True, tag=True):
+@dataclass(frozen=True, slots=True)
+class RowFailure:
     """What a row of a step ended in, where it could not be computed."""
 
     message: str

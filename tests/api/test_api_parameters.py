@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import uuid
-from typing import Any
+from collections.abc import AsyncGenerator
+from typing import Any, cast
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
+from api.app import create_app
 from api.protocol import CompletionRequest
 from api.request_fields import truncated
+from engine.core.outputs import CompletionOutput
+from engine.frontend.chat_format import ChatFormat
+from tests.helpers.scripted import BytesTokenizer, ScriptedEngine
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it sleeps. " * 3
 CHAT = [{"role": "user", "content": "Say hello."}]
@@ -122,10 +128,41 @@ def test_minus_one_cuts_to_what_fits_beside_the_answer() -> None:
     assert truncated(request, tokens[:9], 100, 3) == tokens[:9]
 
 
-def test_special_tokens_are_the_tokenizers_where_asked_for(http: httpx.Client) -> None:
-    # This model's tokenizer adds none; what the field does is shown with one that does, in tests/frontend.
-    assert complete(http, add_special_tokens=False)["choices"] == complete(http)["choices"]
-    assert chat(http, add_special_tokens=True)["choices"] == chat(http)["choices"]
+class StartTokenizer(BytesTokenizer):
+    """Adds a token in front of a text, which the tokenizer of the served model does not."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [1] * add_special_tokens + super().encode(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "completion", "chat"),
+    [
+        ({}, [1, 97], [97]),
+        ({"add_special_tokens": False}, [97], [97]),
+        ({"add_special_tokens": True}, [1, 97], [1, 97]),
+    ],
+)
+def test_special_tokens_are_added_where_asked_for(
+    fields: dict[str, Any], completion: list[int], chat: list[int]
+) -> None:
+    async def ends(prompt: list[int], params: object) -> AsyncGenerator[CompletionOutput]:
+        yield CompletionOutput(0, "b", [98], finish_reason="stop")
+
+    engine = ScriptedEngine(ends)
+    engine.tokenizer = StartTokenizer()
+    engine.chat_format = ChatFormat(cast(Any, engine.tokenizer))
+    http = TestClient(create_app(cast(Any, engine), served_model_names=["scripted"]))
+    messages = [{"role": "user", "content": "a"}]
+    shown = {"return_token_ids": True, **fields}
+    answer = ok(http.post("/v1/completions", json={"prompt": "a", **shown}))
+    assert answer["choices"][0]["prompt_token_ids"] == completion
+    assert (
+        ok(http.post("/v1/chat/completions", json={"messages": messages, **shown}))["prompt_token_ids"]
+        == chat
+    )
+    assert ok(http.post("/tokenize", json={"prompt": "a", **fields}))["tokens"] == completion
+    assert ok(http.post("/tokenize", json={"messages": messages, **fields}))["tokens"] == chat
 
 
 def test_salts_keep_cached_blocks_apart(http: httpx.Client) -> None:

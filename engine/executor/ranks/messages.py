@@ -7,7 +7,14 @@ from typing import Any
 import msgspec
 
 from engine.core.batch import Batch, Draw
-from engine.core.request import RowResult
+from engine.core.request import (
+    PooledState,
+    PromptLogprobs,
+    RowFailure,
+    RowResult,
+    SampledToken,
+    ScoredPrompt,
+)
 from engine.executor.ranks.agreement import Standing
 
 
@@ -87,6 +94,35 @@ class Beat(msgspec.Struct, tag=True):
     standing: Standing
 
 
+class Brought(msgspec.Struct, array_like=True):
+    """What came of a row of a step, as it travels: a `RowResult` with a place for each of its kinds."""
+
+    token: SampledToken | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    state: bytes | None = None
+    failure: str | None = None
+
+    @classmethod
+    def of(cls, result: RowResult) -> Brought:
+        """For the way there."""
+        match result:
+            case ScoredPrompt(logprobs, token):
+                return cls(token, logprobs)
+            case PooledState(values):
+                return cls(state=values)
+            case RowFailure(message):
+                return cls(failure=message)
+        return cls(result)
+
+    def result(self) -> RowResult:
+        """What `of` was given."""
+        if self.failure is not None:
+            return RowFailure(self.failure)
+        if self.state is not None:
+            return PooledState(self.state)
+        return self.token if self.prompt_logprobs is None else ScoredPrompt(self.prompt_logprobs, self.token)
+
+
 class Done(msgspec.Struct, tag=True):
     """A rank is through with a step.
 
@@ -98,7 +134,7 @@ class Done(msgspec.Struct, tag=True):
     rank: int
     step: int
     digest: bytes
-    results: list[RowResult] | None = None
+    results: list[Brought] | None = None
 
 
 FromRank = RankHere | RankSays | RankReady | RankFailed | Beat | Done

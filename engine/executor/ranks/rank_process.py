@@ -27,6 +27,7 @@ from engine.executor.ranks.launching import Link
 from engine.executor.ranks.limits import BEAT_SECONDS
 from engine.executor.ranks.messages import (
     Beat,
+    Brought,
     Done,
     Execute,
     RankFailed,
@@ -122,7 +123,7 @@ class Follower:
                     results = sampled.read()
                 done = Done(self.rank, step, digest_of(executed, results))
                 if runner.place.tells_what_was_drawn:
-                    done.results = results
+                    done.results = [Brought.of(result) for result in results]
                 return done
         return None
 

@@ -390,7 +390,7 @@ class Ranks:
             case Done(number, step, digest, results):
                 rank.last_done = step
                 if results is not None:
-                    self._drawn[step] = results
+                    self._drawn[step] = [one.result() for one in results]
                 self._note(number, step, digest)
             case RankFailed(number, step, kind, text):
                 self._report(number, step, kind, text)
