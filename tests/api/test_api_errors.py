@@ -141,7 +141,7 @@ BAD_CHATS = [
 ]
 BAD_EMBEDDINGS = [
     ({"mystery": 1}, "mystery", "unknown field"),
-    ({"input": None}, "input", "expected"),
+    ({"input": None}, "input", "missing field: input"),
     ({"input": []}, "input", "input must be"),
     ({"input": [1, "a"]}, "input", "input must be"),
     ({"input": [[]]}, "input", "at least one token"),

@@ -202,7 +202,7 @@ async def test_everything_but_metrics_is_503_without_an_engine(status, code: str
 @pytest.mark.parametrize(
     ("script", "status", "words"),
     [
-        (dies_at_once, 503, "the engine has ended"),
+        (dies_at_once, 503, ENDED),
         (breaks_after_one, 500, "internal error (ZeroDivisionError)"),
         (fails_alone, 500, "the state is not finite"),
     ],

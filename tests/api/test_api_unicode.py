@@ -40,7 +40,9 @@ PIECES = [
     '"',
     "\\",
 ]
-TEXTS = st.lists(st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs"]), max_size=12).map("".join)
+# The vocabulary lacks bytes of control characters and of planes that hold no characters.
+CHARACTERS = st.characters(exclude_categories=["Cs", "Cc", "Cn"])
+TEXTS = st.lists(st.sampled_from(PIECES) | CHARACTERS, max_size=12).map("".join)
 
 
 class Speaking(ScriptedEngine):
@@ -85,7 +87,7 @@ def client(engine: Speaking) -> TestClient:
 
 @pytest.fixture(scope="module")
 def bytes_of(engine: Speaking) -> dict[bytes, int]:
-    """The tokens that are one byte, of which this vocabulary has all."""
+    """The tokens that are one byte."""
     tokenizer = engine.tokenizer
     found = {tokenizer.token_bytes(token_id): token_id for token_id in range(tokenizer.vocab_size)}
     return {data: token_id for data, token_id in found.items() if len(data) == 1}

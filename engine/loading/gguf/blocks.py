@@ -23,7 +23,7 @@ _BLOCK = 32
 _LOW_OF_FIRST, _LOW_OF_SECOND = np.uint64(0x000F000F000F000F), np.uint64(0x00F000F000F000F0)
 """The low half of the first of two bytes; that of the second, once it is shifted beside it."""
 _SIZES = 0x77
-"""Magnitudes of the two codes of E2M1 in a byte."""
+"""Two codes of E2M1 in a byte, without their signs."""
 
 _CHUNK = 2**19
 """Bytes that are taken apart at a time, so that what lies between stays in a processor's cache."""

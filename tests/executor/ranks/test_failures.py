@@ -249,7 +249,7 @@ def test_a_rank_that_is_struck_under_load_ends_the_engine_and_the_next_one_start
     run(check())
 
 
-def test_clients_are_told_which_rank_has_died_too_often(
+def test_the_log_says_which_rank_has_died_too_often(
     tmp_path: Path, small_model: Path, temporary: Path
 ) -> None:
     options = ("--model", str(small_model), "--tensor-parallel-size", "3", "--kv-cache-memory", "1MiB")
@@ -265,14 +265,12 @@ def test_clients_are_told_which_rank_has_died_too_often(
             processes.ranks[2].kill()
             *_, error, done = lines
         assert time.monotonic() - began < DETECTION_SECONDS
-        message = json.loads(error.removeprefix("data: "))["error"]
-        assert message["message"].startswith("rank 2 was killed by SIGKILL at step ")
-        assert message["code"] == "engine_dead"
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_dead"
         assert done == "data: [DONE]"
         assert server.process.wait(60) == 1
         processes.check_gone()
         last = server.log.read_text().strip().splitlines()[-1]
-        assert last == f"EngineDeadError: {message['message']}"
+        assert last.startswith("EngineDeadError: rank 2 was killed by SIGKILL at step ")
 
 
 @pytest.mark.parametrize("act", ["time.sleep(0.01)", "pass"], ids=["sleeps", "spins"])
