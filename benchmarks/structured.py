@@ -169,7 +169,8 @@ def main(words: Sequence[str] | None = None) -> int:
         for name in (arguments.model, *arguments.tokenizer):
             tokenizer = load_tokenizer(resolve_model(name))
             masks[name] = mask_times(tokenizer, forms, texts)
-            for mode in ("required", "auto"):
+            # A model without a chat template calls no tools.
+            for mode in ("required", "auto") if tokenizer.has_chat_template else ():
                 masks[f"{name}, tools {mode}"] = mask_times(
                     tokenizer, tool_forms(tokenizer, forms, mode), calls
                 )
