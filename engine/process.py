@@ -108,7 +108,7 @@ class ProcessClock:
 
     def __init__(self, process_id: int | None, longest: float) -> None:
         self.seconds = self.starved_seconds = 0.0
-        self._tasks = None if process_id is None else Path(f"/proc/{process_id}/task")
+        self._directory = None if process_id is None else Path(f"/proc/{process_id}")
         self._clock = RunningClock(longest)
         self._looked = self._cpu_seconds = 0.0
         self._own = process_id == os.getpid()
@@ -127,16 +127,26 @@ class ProcessClock:
         return self.seconds
 
     def _look(self) -> tuple[bool, float]:
-        """Whether a thread is ready or waits for a disk, and the CPU time of all of them (proc_pid_stat(5))."""
-        is_ready, ticks = False, 0
+        """Whether a thread is ready or waits for a disk, and the CPU time of all, the ended ones among them."""
+        if self._directory is None:
+            return False, 0.0
         asking = threading.get_native_id() if self._own else None
-        with contextlib.suppress(OSError):
-            for task in [] if self._tasks is None else self._tasks.iterdir():
-                # The name before the state may hold anything, blanks and brackets too.
-                state, *numbers = (task / "stat").read_text().rpartition(")")[2].split()
-                ticks += int(numbers[10]) + int(numbers[11])
-                is_ready |= state in ("R", "D") and int(task.name) != asking
-        return is_ready, ticks / CLOCK_TICKS
+        try:
+            _, *numbers = _stat(self._directory)
+            tasks = [task for task in (self._directory / "task").iterdir() if int(task.name) != asking]
+        except OSError:  # it has ended, or there is no /proc
+            return False, 0.0
+        is_ready = False
+        for task in tasks:
+            with contextlib.suppress(OSError):
+                is_ready |= _stat(task)[0] in ("R", "D")
+        return is_ready, (int(numbers[10]) + int(numbers[11])) / CLOCK_TICKS
+
+
+def _stat(directory: Path) -> list[str]:
+    """What stands behind the name in a process's or a thread's `stat`, its state first (proc_pid_stat(5))."""
+    # The name may hold anything, blanks and brackets too.
+    return (directory / "stat").read_text().rpartition(")")[2].split()
 
 
 class RunningClock:

@@ -237,25 +237,26 @@ def _private_directory(directory: Path) -> Path:
     return Path(temporary.name)
 
 
-@functools.cache
+_pools: dict[tuple[int, int], int] = {}
+"""Addresses of pools by number of threads and process: one that was forked needs its own."""
+
+
 def _pool(num_threads: int, process: int) -> int:
-    """The address of a pool of threads; a forked process needs one of its own."""
+    """The address of a process's pool of threads."""
+    if (num_threads, process) in _pools:
+        return _pools[num_threads, process]
     loaded = library()
     assert loaded is not None
     address: int | None = loaded.functions.create_pool(num_threads)
     if address is None:
         raise EngineError(f"the system refuses {num_threads} threads; lower num_threads")
-    _pools.append((process, address))
+    _pools[num_threads, process] = address
     return address
-
-
-_pools: list[tuple[int, int]] = []
-"""Each process's pools; one that was forked has its parent's in the list, which are not there."""
 
 
 def progress() -> tuple[int, ...]:
     """What is another value when a thread of this process's pools has taken a task meanwhile. Any thread may ask."""
-    own = [address for process, address in _pools if process == os.getpid()]
+    own = [address for (_, process), address in list(_pools.items()) if process == os.getpid()]
     if not own:
         return ()
     loaded = library()

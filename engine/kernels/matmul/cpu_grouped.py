@@ -26,7 +26,7 @@ from torch import nn
 
 from engine.kernels import cpu, quantize
 from engine.kernels.cpu.signatures import Argument
-from engine.kernels.matmul.cpu_int8 import ALIGNMENT, PANEL, pack_int8, pad_rows
+from engine.kernels.matmul.cpu_int8 import ALIGNMENT, PANEL, pack_int8, pad_rows, run_packing
 from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
 from engine.kernels.operands import (
     Activations,
@@ -66,39 +66,29 @@ def pack_nibbles_in_panels(codes: torch.Tensor) -> torch.Tensor:
     """[N, ceil(K / 2)] uint8 → panels [N / 16, padded K / 8, 64] uint8; kernels/cpu/group_tiles.h says how."""
     rows, num_bytes = codes.shape
     shape = (-(-rows // PANEL), -(-2 * num_bytes // ALIGNMENT) * ALIGNMENT // 8, 64)
-    packed = torch.empty(shape, dtype=torch.uint8, device=codes.device)
-    if packed.is_meta:
-        return packed
-    cpu.run(
+    return run_packing(
         "pack_nibbles",
-        len(packed),
+        shape,
         torch.get_num_threads(),
         codes=codes.contiguous(),
         rows=rows,
         num_bytes=num_bytes,
-        output=packed,
     )
-    return packed
 
 
 def pack_bits_in_panels(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """[N, K] uint8 of 5 or 6 bits → panels [N / 16, padded K * bits * 2] uint8; group_tiles.h says how."""
     rows, columns = codes.shape
     shape = (-(-rows // PANEL), -(-columns // ALIGNMENT) * ALIGNMENT * bits * PANEL // 8)
-    packed = torch.empty(shape, dtype=torch.uint8, device=codes.device)
-    if packed.is_meta:
-        return packed
-    cpu.run(
+    return run_packing(
         "pack_bits",
-        len(packed),
+        shape,
         torch.get_num_threads(),
         codes=codes.contiguous(),
         rows=rows,
         columns=columns,
         bits=bits,
-        output=packed,
     )
-    return packed
 
 
 def quantize_groups(x: torch.Tensor, group_size: int) -> Int8Activations:

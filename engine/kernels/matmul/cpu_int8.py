@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.kernels import cpu
+from engine.kernels.cpu.signatures import Argument
 from engine.kernels.matmul.codebook import SCALE_SIZE
 from engine.kernels.matmul.int8 import MAX_IN_FEATURES
 from engine.kernels.nibbles import unpack_nibbles
@@ -104,23 +105,28 @@ def codebook_grid(
     return grid, row_scale
 
 
+def run_packing(
+    operation: str, shape: tuple[int, ...], num_threads: int, **arguments: Argument
+) -> torch.Tensor:
+    """The panels, uint8 of a shape, that an operation of kernels/cpu/pack.c makes of a matrix.
+
+    Args:
+        arguments: The operation's, but for its output; the first tensor says on which device it is to be.
+    """
+    device = next(one.device for one in arguments.values() if isinstance(one, torch.Tensor))
+    packed = torch.empty(shape, dtype=torch.uint8, device=device)
+    if not packed.is_meta:
+        cpu.run(operation, len(packed), num_threads, **arguments, output=packed)
+    return packed
+
+
 def pack_int8(weight: torch.Tensor) -> torch.Tensor:
     """[N, K] int8 → panels [N / 16, K / 4, 16, 4] uint8, padded with zeros, plus 128."""
     rows, columns = weight.shape
     shape = (-(-rows // PANEL), -(-columns // ALIGNMENT) * ALIGNMENT // 4, PANEL, 4)
-    packed = torch.empty(shape, dtype=torch.uint8, device=weight.device)
-    if packed.is_meta:
-        return packed
-    cpu.run(
-        "pack_int8",
-        len(packed),
-        torch.get_num_threads(),
-        weight=weight.contiguous(),
-        rows=rows,
-        columns=columns,
-        output=packed,
+    return run_packing(
+        "pack_int8", shape, torch.get_num_threads(), weight=weight.contiguous(), rows=rows, columns=columns
     )
-    return packed
 
 
 def pack_codebook(grid: CodebookGrid) -> torch.Tensor:
@@ -129,22 +135,18 @@ def pack_codebook(grid: CodebookGrid) -> torch.Tensor:
     num_blocks = -(-2 * num_bytes // SCALE_SIZE)
     line = cpu.LINE
     header = 16 * PANEL if grid.factor is None else line + -(-2 * PANEL * num_blocks // line) * line
-    shape = (-(-rows // PANEL), header + num_blocks * BLOCK_BYTES)
-    packed = torch.empty(shape, dtype=torch.uint8, device=grid.nibbles.device)
-    if packed.is_meta:
-        return packed
-    cpu.run(
+    panel_bytes = header + num_blocks * BLOCK_BYTES
+    return run_packing(
         "pack_codebook",
-        len(packed),
+        (-(-rows // PANEL), panel_bytes),
+        1,
         codes=grid.nibbles.contiguous(),
         rows=rows,
         num_bytes=num_bytes,
         values=grid.values.contiguous(),
         factors=grid.factor,
-        panel_bytes=packed.shape[1],
-        output=packed,
+        panel_bytes=panel_bytes,
     )
-    return packed
 
 
 def _pack(weight: CpuWeight) -> tuple[torch.Tensor, int]:
