@@ -49,38 +49,50 @@ class AnswerReader:
 
     Attributes:
         calls: The calls that have begun.
+        ends_amid_call: Whether the answer has ended before the arguments of its last call did.
     """
 
     def __init__(self, turn: ChatTurn) -> None:
         self._parser = turn.parser()
         self._custom_tools = turn.custom_tools
-        # The arguments of a custom tool's call that runs, of which the text is given once they are whole.
+        # The arguments of the call that runs; of a custom tool's the text is given once they are whole.
         self._arguments: str | None = None
         self.calls: list[Call] = []
+        self.ends_amid_call = False
 
     def read(self, text: str, is_last: bool) -> Iterator[AnswerPart]:
         """What the text adds to the answer; neighbours of one kind are one part."""
         for piece in self._parser.push(text, is_last):
             match piece.kind:
                 case "content" | "reasoning":
+                    yield from self._end_call()
                     yield AnswerPart(piece.kind, piece.text)
                 case "call":
-                    yield from self._end_custom()
+                    yield from self._end_call()
                     call = Call(len(self.calls), piece.text, piece.text in self._custom_tools)
                     self.calls.append(call)
-                    self._arguments = "" if call.is_custom else None
+                    self._arguments = ""
                     yield AnswerPart("call", call=call)
-                case "arguments" if self._arguments is not None:
-                    self._arguments += piece.text
                 case "arguments":
-                    yield AnswerPart("input", piece.text, self.calls[-1])
+                    self._arguments = (self._arguments or "") + piece.text
+                    if not self.calls[-1].is_custom:
+                        yield AnswerPart("input", piece.text, self.calls[-1])
         if is_last:
-            yield from self._end_custom()
+            self.ends_amid_call = self._arguments is not None and not _is_json(self._arguments)
+            yield from self._end_call()
 
-    def _end_custom(self) -> Iterator[AnswerPart]:
-        if self._arguments is not None:
+    def _end_call(self) -> Iterator[AnswerPart]:
+        if self._arguments is not None and self.calls[-1].is_custom:
             yield AnswerPart("input", _read_input(self._arguments), self.calls[-1])
-            self._arguments = None
+        self._arguments = None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_input(arguments: str) -> str:

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.anthropic.conversation import REFUSED
 from api.anthropic.endpoint import count_tokens, create_message
 from api.anthropic.models import anthropic_model, anthropic_models, is_anthropics
 from api.anthropic.protocol import CountRequest, MessageRequest
@@ -79,10 +80,17 @@ HEALTH = Operation("Whether it lives", (), Status, errors=(503,))
 READY = Operation("Whether it takes requests now", (), Status, errors=(503,))
 PING = Operation("As /health", (), Status, errors=(503,))
 APPLY_TEMPLATE = Operation("The prompt of a chat", (ChatCompletionRequest,), Prompt, errors=BODY_ERRORS)
+REFUSED_OF_MESSAGES: dict[str, tuple[Any, ...]] = dict.fromkeys(REFUSED, ())
 RESPONSES = Operation("Answers, as OpenAI's Responses API does", (ResponseRequest,), dict, errors=BODY_ERRORS)
 STORED_RESPONSE = Operation("Of a response that is kept", (), dict, errors=(400, 404, 503))
 MESSAGES = Operation("Answers, as Anthropic's Messages API does", (MessageRequest,), dict, errors=BODY_ERRORS)
-COUNT_TOKENS = Operation("How many tokens a conversation has", (CountRequest,), dict, errors=BODY_ERRORS)
+COUNT_TOKENS = Operation(
+    "How many tokens a conversation has",
+    (CountRequest,),
+    dict,
+    errors=BODY_ERRORS,
+    neutral_values=REFUSED_OF_MESSAGES,
+)
 
 
 class ApiKeyMiddleware:

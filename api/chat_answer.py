@@ -65,8 +65,8 @@ class ChatAnswerWriter:
         return message
 
     def finish_reason(self, reason: FinishReason | None) -> ChatFinishReason | None:
-        """Why the sample ended, as chats say it."""
-        if reason != "stop" or not self._reader.calls:
+        """Why the sample ended, as chats say it: a call that a stop string has cut is none to be made."""
+        if reason != "stop" or not self._reader.calls or self._reader.ends_amid_call:
             return reason
         return "function_call" if self._is_legacy else "tool_calls"
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 """How much a model may think, in OpenAI's words."""
 
+VERBOSITIES = ("low", "medium", "high")
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -61,6 +63,19 @@ class Conversation:
 async def begin_turn(service: Service, conversation: Conversation) -> ChatTurn:
     """As `Conversation.turn`, in a thread: a long chat takes long enough to be felt by the streams of others."""
     return await asyncio.to_thread(conversation.turn, service.engine.chat_format)
+
+
+def verbosity_arguments(verbosity: str, field: str) -> dict[str, Any]:
+    """What the chat template is told of how much the model is to say.
+
+    Raises:
+        ApiError: 400, it is none of VERBOSITIES; `field` names it.
+    """
+    if verbosity not in VERBOSITIES:
+        raise ApiError(
+            400, f"{field} must be one of {', '.join(VERBOSITIES)}, got {verbosity!r}", param=field
+        )
+    return {"verbosity": verbosity}
 
 
 def effort_arguments(effort: str, field: str) -> dict[str, Any]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from api.conversation import Conversation, effort_arguments
+from api.conversation import Conversation, effort_arguments, verbosity_arguments
 from api.errors import ApiError, not_supported
 from api.protocol import ChatCompletionRequest, Message, ToolCall, convert_member, without_nulls
 from api.sampling import named_as_asked
 from engine.errors import RequestError
-from engine.frontend.tools import NO_CALLS, ToolChoice, read_function, read_tool_choice, read_tools
+from engine.frontend.tools import NO_CALLS, ToolChoice, read_functions, read_tool_choice, read_tools
 
 if TYPE_CHECKING:
     from engine.core.structured_outputs import StructuredOutputs
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Those that are known; any other is left to the model's chat template."""
-
-VERBOSITIES = ("low", "medium", "high")
 
 # What the server itself hands to the template.
 CONTINUE = "continue_final_message"
@@ -89,13 +87,7 @@ def _template_arguments(request: ChatCompletionRequest) -> dict[str, Any]:
     if request.reasoning_effort is not None:
         arguments |= effort_arguments(request.reasoning_effort, "reasoning_effort")
     if request.verbosity is not None:
-        if request.verbosity not in VERBOSITIES:
-            raise ApiError(
-                400,
-                f"verbosity must be one of {', '.join(VERBOSITIES)}, got {request.verbosity!r}",
-                param="verbosity",
-            )
-        arguments["verbosity"] = request.verbosity
+        arguments |= verbosity_arguments(request.verbosity, "verbosity")
     if request.documents is not None:
         arguments["documents"] = request.documents
     if request.enable_thinking is not None:
@@ -116,7 +108,7 @@ def _tools(request: ChatCompletionRequest) -> tuple[list[Tool], ToolChoice, bool
         return tools, choice, request.parallel_tool_calls is not False
     if request.tools:
         raise ApiError(400, "functions is the older name of tools: give one of them", param="functions")
-    tools = [read_function(one, f"functions[{i}]") for i, one in enumerate(request.functions)]
+    tools = read_functions(request.functions)
     asked: Any = request.function_call
     if isinstance(asked, dict):
         asked = {"type": "function", "function": asked}

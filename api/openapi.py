@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any, get_type_hints
@@ -33,6 +33,7 @@ class Operation:
         chunk: The type of the events of an answer that is streamed; None: none is.
         media_type: The answer's.
         errors: Statuses of the errors that it answers with, besides those that any may end in.
+        neutral_values: By field of the body, the only values that it may have.
     """
 
     summary: str
@@ -41,6 +42,7 @@ class Operation:
     chunk: type | None = None
     media_type: str = "application/json"
     errors: Sequence[int] = ()
+    neutral_values: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: NEUTRAL_VALUES)
 
     @property
     def types(self) -> list[type]:
@@ -74,8 +76,9 @@ def openapi(routes: Iterable[Any], open_paths: Sequence[str], has_key: bool, ext
     types = [one for _, operation in described for one in operation.types]
     used = list(dict.fromkeys([*types, *errors.values(), *extra]))
     schemas, components = msgspec.json.schema_components(used, ref_template=_SCHEMAS)
-    for component in components.values():
-        _limit(component)
+    neutral = {body.__name__: one.neutral_values for _, one in described for body in one.body}
+    for name, component in components.items():
+        _limit(component, neutral.get(name, {}))
     schema_of = dict(zip(used, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for route, operation in described:
@@ -133,17 +136,18 @@ def _answers(operation: Operation, schema_of: dict[type, Any]) -> dict[str, Any]
     schema = {"type": "string"} if operation.answer is None else schema_of[operation.answer]
     answers = {operation.media_type: {"schema": schema}}
     if operation.chunk is not None:
-        name = schema_of[operation.chunk]["$ref"].rpartition("/")[2]
-        answers["text/event-stream"] = {
-            "schema": {"type": "string", "description": f"events whose data is each a {name}, then [DONE]"}
-        }
+        # Those of no type are objects, each with a type of its own.
+        name = schema_of[operation.chunk].get("$ref", "object").rpartition("/")[2]
+        end = "" if name == "object" else ", then [DONE]"
+        description = f"events whose data is each one {name}{end}"
+        answers["text/event-stream"] = {"schema": {"type": "string", "description": description}}
     return answers
 
 
-def _limit(component: dict[str, Any]) -> None:
+def _limit(component: dict[str, Any], neutral_values: Mapping[str, tuple[Any, ...]]) -> None:
     """Adds the ranges of sampling parameters to the fields that have their names, and what some fields may hold."""
-    for name in NEUTRAL_VALUES.keys() & component.get("properties", {}).keys():
-        component["properties"][name] = {"enum": [*NEUTRAL_VALUES[name], None], "default": None}
+    for name in neutral_values.keys() & component.get("properties", {}).keys():
+        component["properties"][name] = {"enum": [*neutral_values[name], None], "default": None}
     for parameter in SAMPLING_PARAMETERS:
         field = component.get("properties", {}).get(parameter.name, {})
         for one in field.get("anyOf", ()):

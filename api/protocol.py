@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -262,16 +263,28 @@ def decode_request(body: bytes, kind: type[RequestBody]) -> RequestBody:
         request = _decode_given(body, kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _not_json(error) from None
-    for field, neutral in NEUTRAL_VALUES.items():
-        value = getattr(request, field, None)
-        if value is not None and value not in neutral:
-            raise not_supported(field)
+    check_neutral(request, NEUTRAL_VALUES)
     if isinstance(request, GenerationRequest) and request.stream_options is not None:
         if not request.stream:
             raise ApiError(400, "stream_options needs stream: true", param="stream_options")
         if request.stream_options.include_obfuscation:
             raise not_supported("stream_options.include_obfuscation")
     return request
+
+
+def check_neutral(request: Struct, neutral_values: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuses fields that this server does not act on, unless they ask for nothing.
+
+    Args:
+        neutral_values: By field, the values that do.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    for field, neutral in neutral_values.items():
+        value = getattr(request, field, None)
+        if value is not None and value not in neutral:
+            raise not_supported(field)
 
 
 def convert_member(value: Any, kind: type[RequestBody], where: str) -> RequestBody:

@@ -23,15 +23,15 @@ def answer_id(request: GenerationRequest, kind: str) -> str:
     return request.request_id
 
 
-def cache_salt(request: GenerationRequest) -> str:
+def read_cache_salt(given: str | None) -> str:
     """What keeps the request's cached blocks apart from those of others; "" if nothing does.
 
     Raises:
         ApiError: 400, it is empty.
     """
-    if request.cache_salt == "":
+    if given == "":
         raise ApiError(400, "cache_salt must be a non-empty string", param="cache_salt")
-    return request.cache_salt or ""
+    return given or ""
 
 
 def truncated(
@@ -40,7 +40,7 @@ def truncated(
     """The prompt's tokens, as many as the request keeps: the last ones, or the first.
 
     Args:
-        max_tokens: What -1 leaves room for; None: one token.
+        max_tokens: What -1 leaves room for, of which one must fit in any case; None: one token.
 
     Raises:
         ApiError: 400, it keeps none, or more than fit.
@@ -50,12 +50,12 @@ def truncated(
         return token_ids
     if limit < -1 or limit == 0:
         raise ApiError(400, f"{field} must be -1 or at least 1, got {limit}", param=field)
-    if limit >= max_model_len:
+    num_output = 1 if max_tokens is None else max_tokens
+    room = max_model_len - min(num_output, 1)
+    if limit > room:
         raise ApiError(
-            400,
-            f"{field} is {limit}; the context holds {max_model_len} tokens, at least one of them for the output",
-            param=field,
+            400, f"{field} is {limit}; the context has room for a prompt of {room} tokens", param=field
         )
     if limit == -1:
-        limit = max(1, max_model_len - (max_tokens or 1))
+        limit = max(1, max_model_len - num_output)
     return token_ids[:limit] if request.truncation_side == "right" else token_ids[-limit:]

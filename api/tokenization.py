@@ -12,7 +12,7 @@ from msgspec import UNSET
 from api.bodies import Prompt, Tokens
 from api.body import json_response, read_body
 from api.conversation import begin_turn
-from api.errors import ApiError
+from api.errors import ApiError, not_supported
 from api.openai_messages import named_as_in_chat, read_conversation
 from api.prompts import encode_prompts
 from api.protocol import (
@@ -22,6 +22,8 @@ from api.protocol import (
     TokenizeRequest,
     decode_request,
 )
+from api.request_fields import truncated
+from api.sampling import requested_max_tokens
 from api.service import Service
 from engine.frontend.chat_format import ChatTurn
 
@@ -36,7 +38,9 @@ async def tokenize(service: Service, http_request: Request) -> Response:
     service.check_model(request.model)
     tokenizer = service.engine.tokenizer
     if isinstance(request, TokenizeChatRequest):
-        token_ids = (await _turn(service, request)).prompt_token_ids
+        turn, max_model_len = await _turn(service, request), service.engine.max_model_len
+        max_tokens = requested_max_tokens(request, least=0)
+        token_ids = truncated(request, turn.prompt_token_ids, max_model_len, max_tokens)
     else:
         [token_ids] = await encode_prompts(service, [request.prompt], request.add_special_tokens is not False)
     pieces = [tokenizer.piece(token_id) for token_id in token_ids] if request.return_token_strs else UNSET
@@ -65,6 +69,8 @@ async def apply_template(service: Service, http_request: Request) -> Response:
     service.check_ready()
     request = decode_request(await read_body(http_request), ChatCompletionRequest)
     service.check_model(request.model)
+    if request.truncate_prompt_tokens is not None:
+        raise not_supported("truncate_prompt_tokens of a text", "truncate_prompt_tokens")
     return json_response(Prompt((await _turn(service, request)).prompt))
 
 

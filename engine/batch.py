@@ -125,9 +125,13 @@ def read_answered(path: Path) -> dict[str, bool]:
     Raises:
         ConfigError: The file holds something else.
     """
-    if not path.exists():
-        return {}
-    data = path.read_bytes()
+    try:
+        if not path.exists():
+            # Found out now, and not once the model is there.
+            path.touch()
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give a file that can be written with -o") from None
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         path.write_bytes(whole)

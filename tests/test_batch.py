@@ -58,6 +58,9 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         read_lines(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="'a' stands twice"):
         read_lines(write(tmp_path / "in", line("a"), line("a")))
+    for target in (tmp_path / "no" / "out", tmp_path):
+        with pytest.raises(ConfigError, match="-o"):
+            read_answered(target)
     with pytest.raises(ConfigError, match="-o"):
         read_answered(write(tmp_path / "out", {"custom_id": "a"}))
 

@@ -83,11 +83,11 @@ def broken_kernels(
         cpu, "SOURCES", [broken if name == broken.name else objects[name] for name in objects]
     )
     monkeypatch.setattr(cpu, "HEADERS", sorted(tmp_path.glob("*.h")))
-    for cached in (cpu.library, cpu._pool):
-        cached.cache_clear()
+    # Pools are made by a library: those of the broken one must not serve the whole one, nor the other way around.
+    monkeypatch.setattr(cpu, "_pools", {})
+    cpu.library.cache_clear()
     yield
-    for cached in (cpu.library, cpu._pool):
-        cached.cache_clear()
+    cpu.library.cache_clear()
 
 
 def trial(path: Path, num_requests: int = 24, cache: CacheType = "auto") -> Trial:

@@ -11,7 +11,7 @@ import msgspec
 
 from api.anthropic.protocol import Block, CountRequest, Message
 from api.anthropic.tools import read_choice, read_tools
-from api.conversation import Conversation
+from api.conversation import Conversation, effort_arguments
 from api.errors import NO_THREADS, ApiError, not_supported
 from api.kept_reasoning import recall_reasoning
 from engine.core.structured_outputs import StructuredOutputs
@@ -28,6 +28,9 @@ REFUSED = ("compaction", "container", "mcp_servers")
 
 THINKING = {"enabled": True, "adaptive": True, "disabled": False}
 """Whether the model thinks, by the type of `thinking`."""
+
+DISPLAYS = ("summarized", "omitted")
+"""Values of `thinking.display`; a summary is the thoughts themselves."""
 
 Place = tuple[str, Block]
 """A block, and how errors call it."""
@@ -105,6 +108,8 @@ def _form(request: CountRequest) -> StructuredOutputs | None:
 
 def _template_arguments(request: CountRequest) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
+    if request.output_config is not None and request.output_config.effort is not None:
+        arguments |= effort_arguments(request.output_config.effort, "output_config.effort")
     if request.thinking is not None:
         if request.thinking.type not in THINKING:
             raise ApiError(
@@ -113,8 +118,12 @@ def _template_arguments(request: CountRequest) -> dict[str, Any]:
                 param="thinking.type",
             )
         arguments["enable_thinking"] = THINKING[request.thinking.type]
-    if request.output_config is not None and request.output_config.effort is not None:
-        arguments["reasoning_effort"] = request.output_config.effort
+        if request.thinking.display not in (None, *DISPLAYS):
+            raise ApiError(
+                400,
+                f"thinking.display must be one of {', '.join(DISPLAYS)}, got {request.thinking.display!r}",
+                param="thinking.display",
+            )
     return arguments
 
 

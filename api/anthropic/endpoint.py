@@ -34,6 +34,7 @@ from api.conversation import begin_turn
 from api.errors import ApiError
 from api.generation import Generation, TokenCounter, collect, generate, new_id
 from api.protocol import decode_body
+from api.request_fields import read_cache_salt
 from api.service import Service
 from api.streaming import event_stream, until_disconnect, with_beats
 from api.unknown_members import find_unknown
@@ -105,7 +106,8 @@ async def create_message(service: Service, http_request: Request) -> Response:
             # In these words, on which Claude Code shortens the conversation and tries again.
             raise ApiError(400, f"prompt is too long: {length} tokens > {limit} maximum", param="messages")
         params = replace(turn.params(params), max_tokens=min(params.max_tokens or 1, room))
-        generation = Generation(new_id("msg_"), model, [turn.prompt_token_ids], [params])
+        salt = read_cache_salt(request.cache_salt)
+        generation = Generation(new_id("msg_"), model, [turn.prompt_token_ids], [params], cache_salt=salt)
         job = MessageJob(request, generation, turn, is_clipped=request.max_tokens > room)
         headers = {"x-request-id": generation.request_id}
         if request.stream:

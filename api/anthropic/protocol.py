@@ -134,3 +134,6 @@ class MessageRequest(CountRequest, kw_only=True):
     temperature: float | None = None
     top_k: Integer | None = None
     top_p: float | None = None
+
+    # vLLM's, as in chats.
+    cache_salt: str | None = None

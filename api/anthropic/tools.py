@@ -10,7 +10,7 @@ from api.anthropic.protocol import Tool as GivenTool
 from api.anthropic.protocol import ToolChoice as GivenChoice
 from api.errors import ApiError
 from engine.frontend.tool_formats.format import Tool
-from engine.frontend.tools import MAX_BYTES, MAX_TOOLS, NO_CALLS, ToolChoice
+from engine.frontend.tools import NO_CALLS, ToolChoice, check_extent
 
 CLIENT_KINDS = ("bash_", "browser_", "computer_", "memory_", "text_editor_")
 """Types of tools that the client runs and whose schemas Anthropic's models know by heart."""
@@ -60,11 +60,10 @@ def read_tools(given: Sequence[GivenTool], loaded: Collection[str]) -> list[Tool
         loaded: As in `is_offered`.
 
     Raises:
-        ApiError: 400, one is none, or they are too many.
+        ApiError: 400, one is none.
+        RequestError: They are too many.
     """
     offered = [(index, tool) for index, tool in enumerate(given) if is_offered(tool, loaded)]
-    if len(offered) > MAX_TOOLS:
-        raise ApiError(400, f"tools holds {len(offered)} tools; at most {MAX_TOOLS} are taken", param="tools")
     tools: dict[str, Tool] = {}
     for index, one in offered:
         where = f"tools[{index}]"
@@ -74,9 +73,7 @@ def read_tools(given: Sequence[GivenTool], loaded: Collection[str]) -> list[Tool
                 400, f"{where}: the name {tool.name!r} is taken by a tool before it", param=f"{where}.name"
             )
         tools[tool.name] = tool
-    size = len(json.dumps([tool.declaration for tool in tools.values()], ensure_ascii=False).encode())
-    if size > MAX_BYTES:
-        raise ApiError(400, f"tools has {size} bytes; at most {MAX_BYTES} are taken", param="tools")
+    check_extent([tool.declaration for tool in tools.values()], "tools")
     return list(tools.values())
 
 

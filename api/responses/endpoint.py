@@ -14,9 +14,10 @@ from fastapi import Request, Response
 from msgspec import Struct
 
 from api.body import json_response, read_body
-from api.conversation import Conversation, effort_arguments
+from api.conversation import Conversation, effort_arguments, verbosity_arguments
 from api.errors import ApiError, not_supported, to_api_error
 from api.generation import Generation, TokenCounter, generate, new_id
+from api.request_fields import read_cache_salt
 from api.responses import bodies
 from api.responses.events import ResponseWriter
 from api.responses.items import Transcript, input_items, listed_item
@@ -40,8 +41,6 @@ from engine.frontend.chat_format import ChatFormat, ChatTurn
 logger = logging.getLogger(__name__)
 
 PATH = "/v1/responses"
-
-VERBOSITIES = ("low", "medium", "high")
 
 MAX_PAGE = 100
 DEFAULT_PAGE = 20
@@ -181,7 +180,8 @@ class ResponsesApi:
         request, unknown = await asyncio.to_thread(decode_response_request, body)
         model = service.check_model(request.model)
         params = _params(service, request)
-        reading = Reading(request, self._history(owner, request), self._resolved(owner, request), unknown)
+        items = await asyncio.to_thread(_resolved, input_items(request.input), self._referred(owner, request))
+        reading = Reading(request, self._history(owner, request), items, unknown)
         limit = service.engine.max_model_len - 1
         with named_as_here():
             turn, toolbox = await asyncio.to_thread(reading.turn, service.engine.chat_format, limit)
@@ -198,7 +198,12 @@ class ResponsesApi:
         room = limit + 1 - length
         params = replace(turn.params(params), max_tokens=min(request.max_output_tokens or room, room))
         generation = Generation(
-            new_id("resp_"), model, [turn.prompt_token_ids], [params], request.priority or 0
+            new_id("resp_"),
+            model,
+            [turn.prompt_token_ids],
+            [params],
+            request.priority or 0,
+            read_cache_salt(request.cache_salt),
         )
         return ResponseJob(request, owner, reading.input_items, generation, turn, toolbox)
 
@@ -217,19 +222,17 @@ class ResponsesApi:
             )
         return chain
 
-    def _resolved(self, owner: str, request: ResponseRequest) -> list[dict[str, Any]]:
-        """The items of the input, with stored ones in place of references to them."""
-        items = []
+    def _referred(self, owner: str, request: ResponseRequest) -> dict[str, StoredResponse]:
+        """By the ids of items that the input refers to, the responses that have them."""
+        referred = {}
         for index, item in enumerate(input_items(request.input)):
             if item.get("type") == "item_reference":
-                found = self._store.item(owner, str(item.get("id")))
+                item_id = str(item.get("id"))
+                found = self._store.of_item(owner, item_id)
                 if found is None:
-                    raise ApiError(
-                        404, f"Item with id '{item.get('id')}' not found.", param=f"input[{index}].id"
-                    )
-                item = found
-            items.append(item)
-        return items
+                    raise ApiError(404, f"Item with id '{item_id}' not found.", param=f"input[{index}].id")
+                referred[item_id] = found
+        return referred
 
     async def _whole(
         self, job: ResponseJob, writer: ResponseWriter, counter: TokenCounter
@@ -293,6 +296,13 @@ class ResponsesApi:
         return stored
 
 
+def _resolved(items: list[dict[str, Any]], referred: dict[str, StoredResponse]) -> list[dict[str, Any]]:
+    """The items, with stored ones in place of references to them. Each response is read once, which may take long."""
+    responses = {id(one): one for one in referred.values()}
+    known = {item["id"]: item for one in responses.values() for item in one.read_items()}
+    return [known[str(item.get("id"))] if item.get("type") == "item_reference" else item for item in items]
+
+
 def owner_of(http_request: Request) -> str:
     """A digest of the key that the request carries; "" without one."""
     headers = http_request.headers
@@ -334,13 +344,7 @@ def _template_arguments(request: ResponseRequest) -> dict[str, Any]:
     if request.reasoning is not None and request.reasoning.effort is not None:
         arguments |= effort_arguments(request.reasoning.effort, "reasoning.effort")
     if request.text is not None and request.text.verbosity is not None:
-        if request.text.verbosity not in VERBOSITIES:
-            raise ApiError(
-                400,
-                f"text.verbosity must be one of {', '.join(VERBOSITIES)}, got {request.text.verbosity!r}",
-                param="text.verbosity",
-            )
-        arguments["verbosity"] = request.text.verbosity
+        arguments |= verbosity_arguments(request.text.verbosity, "text.verbosity")
     return arguments
 
 
@@ -401,7 +405,7 @@ def _page(items: list[dict[str, Any]], http_request: Request) -> Struct:
     limit = query.get("limit", str(DEFAULT_PAGE))
     if order not in ("asc", "desc"):
         raise ApiError(400, f"order must be asc or desc, got {order!r}", param="order")
-    if not limit.isdecimal() or not 1 <= int(limit) <= MAX_PAGE:
+    if not limit.isdecimal() or len(limit) > len(str(MAX_PAGE)) or not 1 <= int(limit) <= MAX_PAGE:
         raise ApiError(400, f"limit must be between 1 and {MAX_PAGE}, got {limit!r}", param="limit")
     ordered = items if order == "asc" else items[::-1]
     if after is not None:

@@ -187,7 +187,7 @@ class ResponseWriter:
     def end_items(self, reason: FinishReason | None, counter: TokenCounter) -> Iterator[Event]:
         """The answer has ended; the response has its status, and `end` tells of it."""
         is_whole = reason == "stop"
-        yield from self._close(is_whole)
+        yield from self._close(is_whole and not self._reader.ends_amid_call)
         response = self.response
         response.status = "completed" if is_whole else "incomplete"
         response.incomplete_details = None if is_whole else IncompleteDetails()

@@ -5,15 +5,14 @@ A field of type Any is accepted without effect, or refused as NEUTRAL_VALUES say
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from api.errors import ApiError, not_supported
-from api.protocol import Integer, decode_body
+from api.errors import ApiError
+from api.protocol import Integer, check_neutral, convert_member, decode_body
 from api.unknown_members import find_unknown
 
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
@@ -85,6 +84,7 @@ class ResponseRequest(Struct, kw_only=True):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     priority: Integer | None = None
+    cache_salt: str | None = None
 
     # Given back as they came.
     max_tool_calls: Integer | None = None
@@ -233,8 +233,6 @@ ITEMS: dict[str, type[Item]] = {
 }
 """Items by type; calls of tools that OpenAI knows are `BuiltInCall` and `BuiltInOutput`."""
 
-Kind = TypeVar("Kind")
-
 
 def decode_response_request(body: bytes) -> tuple[ResponseRequest, list[str]]:
     """The request, and what it holds that nothing reads, but in `input` and `tools`.
@@ -243,10 +241,7 @@ def decode_response_request(body: bytes) -> tuple[ResponseRequest, list[str]]:
         ApiError: 400, naming the field, for malformed JSON, wrong types, and what this server does not support.
     """
     request = decode_body(body, ResponseRequest)
-    for field, neutral in NEUTRAL_VALUES.items():
-        value = getattr(request, field)
-        if value is not None and value not in neutral:
-            raise not_supported(field)
+    check_neutral(request, NEUTRAL_VALUES)
     _check_one_of("truncation", request.truncation, ("auto", "disabled"))
     unknown = list(find_unknown(msgspec.json.decode(body), ResponseRequest))
     unknown += [f"include[] {name}" for name in request.include or () if name not in INCLUDED]
@@ -272,7 +267,9 @@ def read_item(given: dict[str, Any], where: str) -> Item | None:
         found = BuiltInCall
     elif found is None and kind.endswith("_call_output"):
         found = BuiltInOutput
-    return None if found is None else convert({**given, "type": kind}, found, where)
+    # Of one that is not known, what all have must be right: it is stored by its id.
+    item = convert_member({**given, "type": kind}, found or Item, where)
+    return None if found is None else item
 
 
 def unknown_members(given: dict[str, Any], item: Item | None) -> Iterator[str]:
@@ -281,26 +278,3 @@ def unknown_members(given: dict[str, Any], item: Item | None) -> Iterator[str]:
         yield f"input[].type {given.get('type')}"
     elif not isinstance(item, BuiltInCall | BuiltInOutput):
         yield from find_unknown(given, type(item), "input[]")
-
-
-def convert(value: Any, kind: type[Kind], where: str) -> Kind:
-    """`value` as a `kind`.
-
-    Raises:
-        ApiError: 400, it is none; `where` says where it stands.
-    """
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        what, _, path = str(error).partition(" - at ")
-        field = where + re.sub(r"[$`]", "", path)
-        missing = re.search(r"missing required field `(.*?)`", what)
-        if missing is not None:
-            raise ApiError(
-                400,
-                f"missing field: {field}.{missing[1]}",
-                param=f"{field}.{missing[1]}",
-                code="missing_required_parameter",
-            ) from None
-        text = what.replace("`", "").replace(" | ", " or ").replace("Expected", "expected", 1)
-        raise ApiError(400, f"{field}: {text}", param=field, code="invalid_type") from None

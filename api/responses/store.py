@@ -81,9 +81,11 @@ class ResponseStore:
             [item["id"] for item in input_items] + [item.id for item in response.output],
             self._clock(),
         )
+        # First: what cannot be counted must not be kept.
+        num_bytes = stored.num_bytes
         self._responses[response.id] = stored
         self._of_items |= {(owner, item_id): response.id for item_id in stored.item_ids}
-        self.num_bytes += stored.num_bytes
+        self.num_bytes += num_bytes
         self._evict()
 
     def get(self, owner: str, response_id: str) -> StoredResponse | None:
@@ -110,14 +112,9 @@ class ResponseStore:
             self._responses[one].used = self._clock()
         return [self._responses[one] for one in reversed(ids)]
 
-    def item(self, owner: str, item_id: str) -> dict[str, Any] | None:
-        """An item of a response that is there."""
-        found = self.get(owner, self._of_items.get((owner, item_id), ""))
-        return (
-            None
-            if found is None
-            else next((item for item in found.read_items() if item["id"] == item_id), None)
-        )
+    def of_item(self, owner: str, item_id: str) -> StoredResponse | None:
+        """The response that has an item; None where there is none."""
+        return self.get(owner, self._of_items.get((owner, item_id), ""))
 
     def delete(self, owner: str, response_id: str) -> bool:
         """Forgets the response; False where there was none."""

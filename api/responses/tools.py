@@ -5,7 +5,7 @@ A namespace's tools are offered one by one, as namespace__name; a call of one sa
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,9 +14,8 @@ from api.errors import ApiError, not_supported
 from engine.errors import RequestError
 from engine.frontend.tool_formats.format import Tool
 from engine.frontend.tools import (
-    MAX_BYTES,
-    MAX_TOOLS,
     ToolChoice,
+    check_extent,
     read_custom,
     read_function,
     read_tool_choice,
@@ -25,9 +24,11 @@ from engine.frontend.tools import (
 KNOWN_MEMBERS = {
     "function": ("type", "name", "description", "parameters", "strict"),
     "custom": ("type", "name", "description", "format"),
-    "namespace": ("type", "name", "description", "tools"),
+    "namespace": ("type", "name", "tools"),
 }
 """Members of a tool that are read, by its type. Other types are OpenAI's own: no model here is told of them."""
+
+_NAMESPACE = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 WITHOUT_EFFECT = ("allowed_callers", "async", "defer_loading", "output_schema")
 """Members that OpenAI knows and that make no difference here."""
@@ -97,11 +98,7 @@ class Toolbox:
         Raises:
             RequestError: They are too many.
         """
-        if len(self.tools) > MAX_TOOLS:
-            raise RequestError(f"tools holds {len(self.tools)} tools; at most {MAX_TOOLS} are taken", "tools")
-        size = len(json.dumps([tool.declaration for tool in self.tools], ensure_ascii=False).encode())
-        if size > MAX_BYTES:
-            raise RequestError(f"tools has {size} bytes; at most {MAX_BYTES} are taken", "tools")
+        check_extent([tool.declaration for tool in self.tools], "tools")
 
 
 def _read(
@@ -118,8 +115,11 @@ def _read(
     del members["type"]
     if kind == "namespace":
         name, inner = members.get("name"), members.get("tools")
-        if not isinstance(name, str) or not name or not isinstance(inner, list):
-            raise RequestError(f"{where} must be a namespace with a name and a list of tools", where)
+        if not isinstance(name, str) or not _NAMESPACE.fullmatch(name) or not isinstance(inner, list):
+            raise RequestError(
+                f"{where} must be a namespace with a list of tools and a name of letters, digits, _ and -",
+                where,
+            )
         for index, one in enumerate(inner):
             yield from _read(one, f"{where}.tools[{index}]", name, unknown)
     elif kind == "function":

@@ -44,7 +44,7 @@ class EngineCore(Generic[Model]):
 
     Attributes:
         grammars: What keeps the forms of outputs; must know the tokenizer's vocabulary before the first of them.
-        on_plan: Is told which requests a step is of, before it runs.
+        on_plan: Is called before a step runs that the scheduler has planned.
 
     Raises:
         CheckpointError: The model recommends sampling parameters that no request could have.
@@ -64,7 +64,7 @@ class EngineCore(Generic[Model]):
         )
         self.overlap = facts.is_asynchronous if config.overlap is None else config.overlap
         self.num_stages = config.pipeline_parallel_size
-        self.on_plan: Callable[[list[str]], None] | None = None
+        self.on_plan: Callable[[Scheduler], None] | None = None
         self._in_flight: deque[Sampled] = deque()
         self.info = EngineInfo(
             max_model_len=facts.max_model_len,
@@ -138,7 +138,7 @@ class EngineCore(Generic[Model]):
     def _execute(self, batch: Batch) -> Logits | None:
         """The batch's logits; None if a row spoils it."""
         if self.on_plan is not None:
-            self.on_plan(self.scheduler.planned_requests())
+            self.on_plan(self.scheduler)
         try:
             return self.model.executor.execute(batch)
         except self.model.fatal:

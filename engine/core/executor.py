@@ -56,7 +56,7 @@ class ModelFacts:
         cache_salt: What a cached block depends on besides its tokens.
         recommended_params: The keys of generation_config.json, sampling parameters among them.
         memory_plan: How memory is used, in words.
-        num_cache_bytes: Size of the KV cache of a rank.
+        num_cache_bytes: As in `engine.core.stats.EngineInfo`.
     """
 
     max_model_len: int
@@ -70,7 +70,7 @@ class ModelFacts:
     cache_salt: bytes
     recommended_params: dict[str, Any]
     memory_plan: str
-    num_cache_bytes: int
+    num_cache_bytes: int | None
 
 
 class LoadedModel(Protocol):

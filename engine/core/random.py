@@ -7,6 +7,9 @@ with every token id (`engine.kernels.noise`).
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Iterator
+
 _MASK64 = 2**64 - 1
 
 
@@ -29,6 +32,17 @@ def draw_key(seed: int, index: int, position: int) -> tuple[int, int]:
 def derive_seed(seed: int, index: int) -> int:
     """The seed of prompt `index` under an engine-wide seed: 63 bits, so that it is a valid request seed."""
     return _splitmix64(_splitmix64(seed & _MASK64) ^ index) >> 1
+
+
+def request_seed(given: int | None, engine_seed: int | None, numbers: Iterator[int]) -> int:
+    """The seed of a request: its own, or one under an engine-wide seed, or a random one.
+
+    Args:
+        numbers: What tells requests apart under an engine-wide seed; the next is taken where it is needed.
+    """
+    if given is not None:
+        return given
+    return secrets.randbits(63) if engine_seed is None else derive_seed(engine_seed, next(numbers))
 
 
 def signed32(value: int) -> int:

@@ -198,9 +198,13 @@ class Scheduler:
             )
         return Batch(rows)
 
-    def planned_requests(self) -> list[str]:
-        """Ids of the requests in the step planned last."""
-        return [row.sequence.request.request_id for row in self._in_flight[-1]]
+    def requests_in_flight(self) -> list[str]:
+        """Ids of the requests in the steps that are planned and not taken in."""
+        return [row.sequence.request.request_id for rows in self._in_flight for row in rows]
+
+    def num_tokens_in_flight(self) -> int:
+        """How many tokens these steps compute."""
+        return sum(row.end - row.start for rows in self._in_flight for row in rows)
 
     def draws(self) -> list[Draw | None]:
         """The draws of the step planned last, one a row, now that all tokens before them are known.

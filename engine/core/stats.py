@@ -16,7 +16,7 @@ class EngineInfo:
     Attributes:
         default_params: Sampling parameters that the model's generation_config.json recommends.
         memory_plan: For people.
-        num_cache_bytes: Size of the KV cache of a rank.
+        num_cache_bytes: Size of a rank's KV cache, where the free memory decides on it; None elsewhere.
         identity: Stands for the model, its quantization and the type of its cache.
     """
 
@@ -25,7 +25,7 @@ class EngineInfo:
     hidden_size: int
     default_params: dict[str, Any]
     memory_plan: str
-    num_cache_bytes: int
+    num_cache_bytes: int | None
     identity: str
 
     def pinned(self, config: EngineConfig) -> EngineConfig:
@@ -33,7 +33,8 @@ class EngineInfo:
 
         What was planned by the memory that was free then stays as it is: open requests rely on it.
         """
-        return replace(config, max_model_len=self.max_model_len, kv_cache_memory=self.num_cache_bytes)
+        size = config.kv_cache_memory if self.num_cache_bytes is None else self.num_cache_bytes
+        return replace(config, max_model_len=self.max_model_len, kv_cache_memory=size)
 
 
 @dataclass(slots=True, kw_only=True)

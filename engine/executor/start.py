@@ -88,7 +88,8 @@ def start_model(config: EngineConfig, path: Path) -> StartedModel:
         cache_salt=runner.cache_salt,
         recommended_params=checkpoint.recommended_params,
         memory_plan=str(runner.plan),
-        num_cache_bytes=runner.plan.kv_cache,
+        # A GPU's is planned from activations that are measured, which a size that is given is not.
+        num_cache_bytes=runner.plan.kv_cache if runner.device.type == "cpu" else None,
     )
     started = StartedModel(runner, executor, ranks, facts)
     if ranks is not None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import contextvars
 import dataclasses
-import secrets
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import count
@@ -17,7 +16,7 @@ from engine.cache_directory import caching_in
 from engine.config import EngineConfig
 from engine.core.outputs import EmbeddingRequestOutput, RequestOutput
 from engine.core.pooling_params import PoolingParams
-from engine.core.random import derive_seed
+from engine.core.random import request_seed
 from engine.core.request import EngineOutput, Request
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineInfo, EngineStats
@@ -263,7 +262,7 @@ class AsyncEngine:
             request_id=request_id,
             prompt_token_ids=token_ids,
             params=params,
-            seed=self._seed(params),
+            seed=request_seed(params.seed, self.config.seed, self._arrivals),
             priority=priority,
             resumed_token_ids=list(resumed_token_ids),
             bad_words=bad_words,
@@ -340,13 +339,6 @@ class AsyncEngine:
         # An engine that has just ended has nothing left to abort.
         with contextlib.suppress(EngineDeadError):
             await self._send(Abort(request_id, index))
-
-    def _seed(self, params: SamplingParams) -> int:
-        if params.seed is not None:
-            return params.seed
-        if self.config.seed is not None:
-            return derive_seed(self.config.seed, next(self._arrivals))
-        return secrets.randbits(63)
 
     def _check_ready(self) -> None:
         if self.status == "starting":

@@ -65,15 +65,20 @@ async def launch(command: Sequence[str] | None = None) -> EngineChild:
     socket.bind(address)
     beats = context.socket(zmq.PULL)
     beats.bind(f"{address}-beats")
-    process = await asyncio.create_subprocess_exec(
-        *(command or (sys.executable, "-m", "engine.frontend.engine_process")),
-        address,
-        f"{address}-beats",
-        stdin=asyncio.subprocess.PIPE,
-        # Signals to this process's group are this process's to handle.
-        start_new_session=True,
-        env={"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ},
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(command or (sys.executable, "-m", "engine.frontend.engine_process")),
+            address,
+            f"{address}-beats",
+            stdin=asyncio.subprocess.PIPE,
+            # Signals to this process's group are this process's to handle.
+            start_new_session=True,
+            env={"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ},
+        )
+    except BaseException:
+        context.destroy(linger=0)
+        directory.cleanup()
+        raise
     return EngineChild(process, asyncio.create_task(process.wait()), socket, beats, context, page, directory)
 
 

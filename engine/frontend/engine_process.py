@@ -17,7 +17,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from engine.cache_directory import cache_directory, caching_in
 from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
 from engine.core.request import EngineOutput
+from engine.core.scheduler import Scheduler
 from engine.errors import EngineError
 from engine.executor.ranks.limits import BEAT_SECONDS, Limits
 from engine.frontend.messages import (
@@ -95,7 +95,9 @@ class Progress:
         self._clock = ProcessClock(os.getpid(), 2 * BEAT_SECONDS)
         self._core: EngineCore[Any] | None = None
         self._num_steps, self._is_stepping = 0, False
-        self._planned: deque[int] = deque()
+        self._page: ProgressPage | None = None
+        # Of the steps in flight.
+        self._num_tokens = 0
         # The step that was seen last, and when; what it was at, and since when.
         self._seen = 0, 0.0
         self._task: tuple[tuple[int, ...] | None, float] = None, 0.0
@@ -106,15 +108,17 @@ class Progress:
         Args:
             page: Where the parent finds which requests a step is of.
         """
-        core.on_plan = page.write
-        # A call finishes a step that was planned so many calls ago at most.
-        self._planned = deque([0], 1 + core.num_stages)
-        self._core = core
+        self._core, self._page = core, page
+        core.on_plan = self._note
+
+    def _note(self, scheduler: Scheduler) -> None:
+        assert self._page is not None
+        self._page.write(scheduler.requests_in_flight())
+        self._num_tokens = scheduler.num_tokens_in_flight()
 
     def step(self) -> list[EngineOutput]:
         """Has the engine make a step."""
         assert self._core is not None
-        self._planned.append(self._core.scheduler.num_scheduled_tokens)
         self._num_steps += 1
         self._is_stepping = True
         outputs = self._core.step()
@@ -146,7 +150,7 @@ class Progress:
         if not self._is_stepping or number != self._num_steps:
             self._seen, self._task = (self._num_steps, now), (at, now)
             return None
-        num_tokens = core.scheduler.num_scheduled_tokens - self._planned[0]
+        num_tokens = self._num_tokens
         if at != task:
             self._task = at, now
         elif at is not None and now - task_since > self._limits.task:

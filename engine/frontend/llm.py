@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from engine.core.batch import Pooling
 from engine.core.engine_core import EngineCore
 from engine.core.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput, Score
 from engine.core.pooling_params import PoolingParams
-from engine.core.random import derive_seed
+from engine.core.random import request_seed
 from engine.core.request import Request
 from engine.core.sampling_params import SamplingParams
 from engine.core.validation import validate_embedding, validate_request
@@ -66,9 +65,11 @@ class LLM:
             path = resolve_model(self.config.model)
             self.tokenizer = load_tokenizer(path, may_stand_in=self.config.load_format == "dummy")
         core = start_engine(self.config, path, self.tokenizer.eos_token_ids)
+        # The next engine's options: nothing here keeps the first one.
+        pinned, ends = core.info.pinned(self.config), self.tokenizer.eos_token_ids
         self._steps = StepThread(
             core,
-            lambda: start_engine(core.info.pinned(self.config), path, self.tokenizer.eos_token_ids),
+            lambda: start_engine(pinned, path, ends),
             RestartLimit(self.config.max_restarts, self.config.restart_window),
         )
         print(core.info.memory_plan, file=sys.stderr)
@@ -82,7 +83,7 @@ class LLM:
 
     def close(self) -> None:
         """Ends the processes of other ranks. May be called twice; with them nothing can be generated afterwards."""
-        self.core.close()
+        self._steps.close()
 
     def __enter__(self) -> Self:
         return self
@@ -333,14 +334,11 @@ class LLM:
             self._forms.check(params.structured_outputs)
             if self.core.grammars.vocabulary is None:
                 self.core.grammars.vocabulary = self.tokenizer.vocabulary()
-        seed = params.seed
-        if seed is None:
-            seed = secrets.randbits(63) if self.config.seed is None else derive_seed(self.config.seed, index)
         return Request(
             request_id=next(self._request_ids),
             prompt_token_ids=token_ids,
             params=params,
-            seed=seed,
+            seed=request_seed(params.seed, self.config.seed, iter([index])),
             bad_words=bad_words,
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 from engine.core.engine_core import EngineCore
 from engine.core.request import EngineOutput, Request
-from engine.errors import EngineDeadError
+from engine.errors import EngineDeadError, EngineError
 from engine.process import RestartLimit
 
 logger = logging.getLogger(__name__)
@@ -71,10 +72,19 @@ class StepThread:
     ) -> None:
         self.core = core
         self._restart, self._limit = restart, limit
+        self._is_closed = False
+        # Why there is no engine any more.
+        self._ended: EngineError | None = None
         self._lock = threading.Lock()
         self._arrived: deque[Call] = deque()
         self._cancelled: deque[Call] = deque()
         self._thread: threading.Thread | None = None
+
+    def close(self) -> None:
+        """Closes the engine, which is not started again."""
+        self._is_closed = True
+        if hasattr(self.core, "model"):
+            self.core.close()
 
     def run(self, call: Call, progress: Callable[[Call], None]) -> None:
         """Returns when all requests of the call have finished.
@@ -108,9 +118,12 @@ class StepThread:
                 if not arrived and not self.core.has_work:
                     self._thread = None
                     return
+            problem: BaseException | None = None
             try:
                 for call in arrived:
                     open_calls |= dict.fromkeys(call.processors, call)
+                if self._ended is not None:
+                    raise self._ended
                 for request in [request for call in arrived for request in call.requests]:
                     self.core.add_request(request)
                 while self._cancelled:
@@ -120,13 +133,17 @@ class StepThread:
                 if self.core.has_work:
                     self._step(open_calls)
             except BaseException as error:
-                problem: BaseException | None = error
-                while problem is not None:
-                    problem = self._recover(problem, open_calls)
+                problem = error
+            # Outside: while an error is handled, its stack keeps what it was amid.
+            while problem is not None:
+                problem = self._recover(problem, open_calls)
 
     def _recover(self, error: BaseException, open_calls: dict[str, Call]) -> BaseException | None:
         """Has what is open go on where it can, and ends it otherwise. Returns what went wrong amid that."""
-        if not isinstance(error, EngineDeadError) or not self._limit.allows_another():
+        is_lost = isinstance(error, EngineDeadError)
+        if not is_lost or self._is_closed or self._ended is not None or not self._limit.allows_another():
+            if isinstance(error, EngineError) and (is_lost or not hasattr(self.core, "model")):
+                self._ended = self._ended or error
             # Nobody knows how far the step came: what was open ends with it, and the next call finds nothing.
             try:
                 self.core.reset()
@@ -138,10 +155,14 @@ class StepThread:
             return None
         logger.error("%s; starting again, %d requests are open", error, len(open_calls))
         try:
+            grammars = self.core.grammars
             self.core.close()
-            vocabulary = self.core.grammars.vocabulary
+            # Its weights and its cache make room for the next one's.
+            traceback.clear_frames(error.__traceback__)
+            del self.core.model
             self.core = self._restart()
-            self.core.grammars.vocabulary = vocabulary
+            if grammars.vocabulary is not None:
+                self.core.grammars.vocabulary = grammars.vocabulary
             for call in set(open_calls.values()):
                 for request in call.requests:
                     if request.request_id in open_calls:

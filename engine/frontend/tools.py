@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,17 +56,38 @@ def read_tools(tools: Any, field: str = "tools") -> list[Tool]:
     Raises:
         RequestError: One is none; names it.
     """
-    if not isinstance(tools, Sequence) or isinstance(tools, str | bytes):
-        raise RequestError(f"{field} must be a list of tools", field)
+    return _read_all(tools, field, _read_tool)
+
+
+def read_functions(functions: Any, field: str = "functions") -> list[Tool]:
+    """Tools from the older form of them, [{"name", "description", "parameters"}, …].
+
+    Raises:
+        RequestError: As `read_tools`.
+    """
+    return _read_all(functions, field, read_function)
+
+
+def check_extent(tools: Sequence[Any], field: str) -> None:
+    """
+    Raises:
+        RequestError: They are too many, or take too much as JSON.
+    """
     if len(tools) > MAX_TOOLS:
         raise RequestError(f"{field} holds {len(tools)} tools; at most {MAX_TOOLS} are taken", field)
     size = len(json.dumps(tools, default=str, ensure_ascii=False).encode())
     if size > MAX_BYTES:
         raise RequestError(f"{field} has {size} bytes; at most {MAX_BYTES} are taken", field)
+
+
+def _read_all(tools: Any, field: str, read_one: Callable[[Any, str], Tool]) -> list[Tool]:
+    if not isinstance(tools, Sequence) or isinstance(tools, str | bytes):
+        raise RequestError(f"{field} must be a list of tools", field)
+    check_extent(tools, field)
     read: list[Tool] = []
     names: set[str] = set()
     for index, tool in enumerate(tools):
-        one = _read_tool(tool, f"{field}[{index}]")
+        one = read_one(tool, f"{field}[{index}]")
         if one.name in names:
             raise RequestError(f"{field}[{index}]: the name {one.name!r} is taken by a tool before it", field)
         names.add(one.name)

@@ -44,7 +44,7 @@ class Resumable:
     @property
     def num_output_tokens(self) -> int:
         """Tokens that it may still generate, as far as that can be known."""
-        limit = self.params.max_tokens or EXPECTED_TOKENS
+        limit = EXPECTED_TOKENS if self.params.max_tokens is None else self.params.max_tokens
         resumed = self.resumed_token_ids or [[]] * self.params.n
         return sum(max(1, limit - len(tokens)) for tokens in resumed if tokens is not None)
 

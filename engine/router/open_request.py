@@ -6,12 +6,11 @@ tokens are those that the first engine would have drawn.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from engine.core.outputs import CompletionOutput, RequestOutput
-from engine.core.random import derive_seed
+from engine.core.random import request_seed
 from engine.core.sampling_params import SamplingParams
 
 
@@ -24,8 +23,7 @@ def seeded(params: SamplingParams, engine_seed: int | None, arrivals: Iterator[i
     """
     if params.seed is not None:
         return params
-    seed = secrets.randbits(63) if engine_seed is None else derive_seed(engine_seed, next(arrivals))
-    return replace(params, seed=seed)
+    return replace(params, seed=request_seed(None, engine_seed, arrivals))
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +32,7 @@ class OpenRequest:
 
     Attributes:
         params: With the seed that the request has.
+        prompt: Its text, or None if it came as token ids.
         sent: The tokens of each sample that the client has; None of one that has ended.
         num_cached_tokens: As the first engine found them: what another finds is partly the request's own.
         suspected_at: How many tokens it had when an engine died in a step with it; None if the last death was not so.
@@ -44,6 +43,7 @@ class OpenRequest:
     params: SamplingParams
     priority: int = 0
     cache_salt: str = ""
+    prompt: str | None = None
     sent: list[list[int] | None] = field(init=False)
     num_cached_tokens: int | None = None
     suspected_at: int | None = None
@@ -88,6 +88,7 @@ class OpenRequest:
         return replace(
             output,
             request_id=self.request_id,
+            prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             num_cached_tokens=self.num_cached_tokens,
             finished=self.is_finished,

@@ -69,9 +69,9 @@ class RestartingEngine:
         self._limit = RestartLimit(config.max_restarts, config.restart_window)
         self._open: dict[str, OpenRequest] = {}
         self._waiting: dict[OpenRequest, asyncio.Future[AsyncEngine]] = {}
-        # Of requests that go on one after the other, the one whose turn it is.
-        self._on_trial: tuple[OpenRequest, asyncio.Event] | None = None
-        self._releasing: asyncio.Task[None] | None = None
+        # Suspects go on one after the other; who has the lock of the engine that runs is at it.
+        self._trial = asyncio.Lock()
+        self._on_trial: dict[OpenRequest, asyncio.Lock] = {}
         # Requests in whose step an engine has died twice.
         self._guilty: set[OpenRequest] = set()
         self._arrivals = count()
@@ -114,11 +114,10 @@ class RestartingEngine:
 
     async def shutdown(self) -> None:
         """Ends the engine and all that waits for it. May be called at any time, and twice."""
-        for task in (self._keeping, self._releasing):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-        self._keeping = self._releasing = None
+        keeping, self._keeping = self._keeping, None
+        if keeping is not None:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
         self._end("the engine was shut down")
         await self._engine.shutdown()
 
@@ -146,10 +145,12 @@ class RestartingEngine:
             RequestError: The request cannot be served as asked.
             EngineDeadError: Engines have died too often.
         """
+        self._check_alive()
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         request = OpenRequest(
             request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority, cache_salt
         )
+        request.prompt = prompt if isinstance(prompt, str) else None
         with self._opened(request):
             while not request.is_finished:
                 engine = await self._living(request)
@@ -203,30 +204,43 @@ class RestartingEngine:
             self._guilty.discard(request)
 
     async def _living(self, request: OpenRequest) -> AsyncEngine:
-        """The engine, as soon as it lives.
+        """The engine, as soon as it lives and the request may go on in it.
+
+        Suspects do so one after the other, and nothing new joins them before they have a token: another death would
+        be blamed on both.
 
         Raises:
             EngineDeadError: None will.
         """
+        self._acquit(request)
+        self._check_alive()
+        engine = self._engine
+        if engine.status != "ready":
+            future = self._waiting[request] = asyncio.get_running_loop().create_future()
+            try:
+                engine = await future
+            finally:
+                self._waiting.pop(request, None)
+        trial = self._trial
+        if request.suspected_at is not None and request not in self._guilty:
+            await trial.acquire()
+            self._on_trial[request] = trial
+        elif not request.has_begun:
+            async with trial:
+                pass
+        return engine
+
+    def _check_alive(self) -> None:
         if self.status == "starting":
             raise EngineDeadError("the engine is still loading the model")
         if self.status == "dead":
             raise EngineDeadError(self.error)
-        if self._engine.status == "ready":
-            return self._engine
-        future = self._waiting[request] = asyncio.get_running_loop().create_future()
-        try:
-            return await future
-        finally:
-            self._waiting.pop(request, None)
 
     async def _keep(self) -> None:
         """Starts an engine each time one has died, until they die too often."""
         while True:
             await self._engine.ended.wait()
             cause = self._engine.error or "the engine has ended"
-            if self._releasing is not None:
-                self._releasing.cancel()
             self._blame()
             started = False
             while not started:
@@ -238,13 +252,19 @@ class RestartingEngine:
                 await self._engine.shutdown()
                 try:
                     await self._restart()
-                except EngineError as error:
-                    cause = str(error)
+                except Exception as error:
+                    # Whatever it is, nobody else would tell those who wait.
+                    cause = (
+                        str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+                    )
                 else:
                     started = True
 
     async def _restart(self) -> None:
-        """Starts an engine like the first, and hands it the requests."""
+        """Starts an engine like the first, and hands it the requests.
+
+        In order: those that may go on at once, suspects, those that have not begun; of each, first what needs least.
+        """
         before, began = self._engine, time.monotonic()
         engine = AsyncEngine(before.info.pinned(self.config), self._limits, self._command)
         try:
@@ -255,28 +275,17 @@ class RestartingEngine:
         self._engine, self.status = engine, "ready"
         self.num_restarts += 1
         logger.info("the engine is ready again after %.1f s", time.monotonic() - began)
-        self._releasing = asyncio.create_task(self._release(engine))
-
-    async def _release(self, engine: AsyncEngine) -> None:
-        """Lets requests go on that wait: those first that need least for it, suspects last, and each by itself."""
-        waiting = sorted(
-            self._waiting, key=lambda one: (one.suspected_at is not None, not one.has_begun, one.num_tokens)
-        )
-        for request in waiting:
-            future = self._waiting.get(request)
-            if future is None or future.done():
-                continue
-            future.set_result(engine)
-            if request.suspected_at is not None and request not in self._guilty:
-                has_gone_on = asyncio.Event()
-                self._on_trial = request, has_gone_on
-                await has_gone_on.wait()
+        self._trial = asyncio.Lock()
+        for request in sorted(self._waiting, key=_turn):
+            future = self._waiting[request]
+            if not future.done():
+                future.set_result(engine)
 
     def _acquit(self, request: OpenRequest) -> None:
-        """Notes that a request has a token from the engine, or has ended."""
-        if self._on_trial is not None and self._on_trial[0] is request:
-            self._on_trial[1].set()
-            self._on_trial = None
+        """Notes that a request has a token from the engine, or has ended there."""
+        trial = self._on_trial.pop(request, None)
+        if trial is not None:
+            trial.release()
 
     def _blame(self) -> None:
         under_way = self._engine.requests_under_way
@@ -297,3 +306,7 @@ class RestartingEngine:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(EngineDeadError(self.error))
+
+
+def _turn(request: OpenRequest) -> tuple[bool, bool, int]:
+    return not request.has_begun, request.suspected_at is not None, request.num_tokens

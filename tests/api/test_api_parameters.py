@@ -12,6 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from api.app import create_app
+from api.errors import ApiError
 from api.protocol import CompletionRequest
 from api.request_fields import truncated
 from engine.core.outputs import CompletionOutput
@@ -126,6 +127,11 @@ def test_minus_one_cuts_to_what_fits_beside_the_answer() -> None:
     assert truncated(request, tokens, 100, 3) == tokens[-97:]
     assert truncated(request, tokens, 100, None) == tokens[-99:]
     assert truncated(request, tokens[:9], 100, 3) == tokens[:9]
+    assert truncated(request, tokens, 100, 0) == tokens[-100:]
+    whole = CompletionRequest(prompt="", truncate_prompt_tokens=100)
+    assert truncated(whole, tokens, 100, 0) == tokens[-100:]
+    with pytest.raises(ApiError, match="room for a prompt of 99"):
+        truncated(whole, tokens, 100, 1)
 
 
 class StartTokenizer(BytesTokenizer):
@@ -290,6 +296,10 @@ def test_a_chats_tokens_are_those_of_its_answer(http: httpx.Client) -> None:
     tokens = ok(http.post("/tokenize", json=fields))
     assert tokens["tokens"] == chat(http, tools=tools, return_token_ids=True)["prompt_token_ids"]
     assert "token_strs" not in tokens
+    cut = ok(http.post("/tokenize", json={**fields, "truncate_prompt_tokens": 2}))
+    assert cut["tokens"] == tokens["tokens"][-2:]
+    refused = http.post("/apply-template", json={**fields, "truncate_prompt_tokens": 2})
+    assert refused.json()["error"]["param"] == "truncate_prompt_tokens"
     text = rendered(http, CHAT, tools=tools)
     assert ok(http.post("/tokenize", json={"prompt": text, "add_special_tokens": False})) == tokens
     assert text.endswith("<|im_start|>assistant\n")

@@ -233,6 +233,8 @@ def test_openais_parse_reads_calls(client: openai.OpenAI) -> None:
 
 NEGATIVE = {"properties": {"a": {"not": {}}}}
 BAD = [
+    ({"functions": [{"name": "f"}, {"name": "f"}]}, "functions", "'f' is taken"),
+    ({"functions": [{"name": f"f{i}"} for i in range(150)]}, "functions", "at most 128"),
     ({"tools": [{"type": "retrieval"}]}, "tools[0].type", "function or custom"),
     ({"tools": [{"type": "function"}]}, "tools[0].function", "missing"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "64"),

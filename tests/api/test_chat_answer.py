@@ -122,6 +122,9 @@ def test_the_reason_of_an_end_is_a_call_only_where_it_stopped() -> None:
         (CALL, "length", "length"),
         ("Hm.", "stop", "stop"),
         (CALL, None, None),
+        # A stop string has cut it; or stands behind it.
+        (CALL[: CALL.index("}")], "stop", "stop"),
+        (CALL.removesuffix("</tool_call>"), "stop", "tool_calls"),
     ):
         writer = ChatAnswerWriter(turn, is_legacy=False, has_reasoning=True)
         writer.write(text, is_last=True)

@@ -284,6 +284,26 @@ def test_an_answer_is_cut_off(engine: ScriptedEngine, http: httpx.Client, client
     assert ask(http, max_output_tokens=10**7)["status"] == "completed"
 
 
+def test_a_call_that_a_stop_string_cuts_is_incomplete(engine: ScriptedEngine, http: httpx.Client) -> None:
+    engine.script = lambda prompt: call("spawn", task="look around")
+    for stop, status in ((" around", "incomplete"), ("</tool_call>", "completed")):
+        response = ask(http, tools=[SPAWN], stop=stop)
+        assert response["output"][-1]["status"] == status
+        assert response["status"] == "completed"
+
+
+def test_salts_keep_cached_blocks_apart(engine: ScriptedEngine, http: httpx.Client) -> None:
+    engine.script = lambda prompt: "Yes."
+    asked = "of salts: " + "again and again " * 20
+    cached = [
+        ask(http, input=asked, store=False, **fields)["usage"]["input_tokens_details"]["cached_tokens"]
+        for fields in ({}, {}, {"cache_salt": "a"}, {"cache_salt": "a"})
+    ]
+    # What all prompts begin with others may have computed, but for those with a salt.
+    assert cached[1] == cached[3] > cached[0]
+    assert cached[2] == 0
+
+
 def test_an_empty_input(engine: ScriptedEngine, http: httpx.Client) -> None:
     engine.script = lambda prompt: GREETING
     for given in ("", [], None):
@@ -388,14 +408,15 @@ UNKNOWN = {
         {"role": "user", "mood": 1, "content": [{"type": "input_text", "text": "Hello", "tone": 2}]},
         {"type": "hologram", "data": "…"},
     ],
-    "tools": [{**SPAWN, "color": "red"}, {"type": "web_search"}, {"type": "image_generation"}],
+    "tools": [{**SPAWN, "color": "red"}, {"type": "web_search"}, {"type": "image_generation"}, NAMESPACE],
     "reasoning": {"effort": "low", "depth": 3},
     "flavor": {"salt": True},
     "include": ["something.new"],
 }
 NAMES = (
     "flavor", "reasoning.depth", "include[] something.new", "input[].mood", "input[].content[].tone",
-    "input[].type hologram", "tools[].color", "tools[].type web_search", "tools[].type image_generation",
+    "input[].type hologram", "tools[].description", "tools[].color",
+    "tools[].type web_search", "tools[].type image_generation",
 )  # fmt: skip
 
 
@@ -451,6 +472,10 @@ def test_unknown_members_are_accepted(
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
         ({"input": [{"type": "function_call_output", "call_id": "a", "output": ""}]}, "input[0].call_id"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].id"),
+        ({"input": [{"type": "hologram", "id": 5}]}, "input[0].id"),
+        ({"input": [{"type": "hologram", "id": {"a": 1}}]}, "input[0].id"),
+        ({"tools": [{**NAMESPACE, "name": "a b"}]}, "tools[0]"),
+        ({"cache_salt": ""}, "cache_salt"),
         ({"model": "another"}, "model"),
     ],
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from api.responses.bodies import OutputMessage, OutputText, ReasoningSettings, Response
 from api.responses.store import ResponseStore
 
@@ -45,6 +47,14 @@ def test_those_unused_for_longest_go_first() -> None:
     assert store.num_bytes == 0
 
 
+def test_what_cannot_be_counted_is_not_kept() -> None:
+    store = ResponseStore(10**6, 1000)
+    with pytest.raises(TypeError):
+        store.put("o", response("a"), [{"id": 5}])
+    assert store.get("o", "a") is None
+    assert store.num_bytes == 0
+
+
 def test_none_is_kept_without_room() -> None:
     store = ResponseStore(0, 1000)
     put(store, "a")
@@ -81,12 +91,14 @@ def test_each_is_for_its_owner_alone() -> None:
     store = ResponseStore(10**6, 1000)
     put(store, "a")
     put(store, "b", owner="p")
-    assert store.get("p", "a") is store.chain("p", "a") is store.item("p", "msg_a") is None
+    assert store.get("p", "a") is store.chain("p", "a") is store.of_item("p", "msg_a") is None
     assert not store.delete("p", "a")
     store.put("p", response("c"), [{"id": "msg_a", "type": "message"}])
-    assert store.item("o", "msg_a") is not None
-    assert store.item("o", "in_a") == {"id": "in_a", "type": "message"}
-    assert store.item("o", "in_b") is None
+    assert store.of_item("o", "msg_a") is not None
+    stored = store.of_item("o", "in_a")
+    assert stored is not None
+    assert stored.read_input() == [{"id": "in_a", "type": "message"}]
+    assert store.of_item("o", "in_b") is None
     assert store.delete("o", "a")
-    assert store.item("o", "msg_a") is None
-    assert store.item("p", "msg_a") is not None
+    assert store.of_item("o", "msg_a") is None
+    assert store.of_item("p", "msg_a") is not None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -138,7 +140,7 @@ def test_a_request_that_kills_the_engine_twice_fails_alone(small_model: Path, tm
 
         def fatal(core, batch):
             if any(row.token_ids[-1] == 77 and row.start == 0 for row in batch.rows):
-                core.on_plan(core.scheduler.planned_requests())
+                core.on_plan(core.scheduler)
                 os.kill(os.getpid(), signal.SIGKILL)
             return execute(core, batch)
 
@@ -185,6 +187,20 @@ def test_too_many_deaths_end_it_with_the_cause(small_model: Path) -> None:
     run(check())
 
 
+def test_a_restart_that_fails_anyhow_is_a_death(small_model: Path) -> None:
+    async def check() -> None:
+        async with started(config(small_model, max_restarts=1)) as engine:
+            stream = asyncio.create_task(read(engine, CASES[0], "stream"))
+            await until(lambda: engine.stats.num_steps > 3)
+            engine._command = ["/nowhere/at/all"]
+            kill(engine)
+            with pytest.raises(EngineDeadError, match="FileNotFoundError"):
+                await stream
+            await asyncio.wait_for(engine.failed.wait(), 600)
+
+    run(check())
+
+
 @pytest.mark.usefixtures("forked_ranks")
 def test_an_llm_goes_on_where_it_loses_a_rank(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"model": str(small_model), "quant": "int8", "kv_cache_memory": "16MiB"}
@@ -200,10 +216,11 @@ def test_an_llm_goes_on_where_it_loses_a_rank(small_model: Path, monkeypatch: py
 
     monkeypatch.setattr(ForkLauncher, "start", start_and_note)
     with LLM(**options, tensor_parallel_size=3, max_restarts=1) as llm:
-        first = llm.core
+        first = weakref.ref(llm.core.model.runner.model)
+        scheduler = llm.core.scheduler
 
         def kill_at_20() -> None:
-            while first.scheduler.num_steps < 20:
+            while scheduler.num_steps < 20:
                 time.sleep(0.001)
             handles[1].kill()
 
@@ -211,10 +228,18 @@ def test_an_llm_goes_on_where_it_loses_a_rank(small_model: Path, monkeypatch: py
         killer.start()
         results = llm.generate([PROMPT] * 3, params, use_tqdm=False)
         killer.join()
-        assert llm.core is not first
+        assert llm.core.scheduler is not scheduler
+        gc.collect()
+        assert first() is None
         assert len(handles) == 4
         assert [result.outputs for result in results] == [result.outputs for result in expected]
         # The second loss is one too many.
         handles[2].kill()
         with pytest.raises(RankFailedError, match="SIGKILL"):
             llm.generate([PROMPT] * 3, params, use_tqdm=False)
+    with LLM(**options, tensor_parallel_size=3) as llm:
+        llm.close()
+        started_before = len(handles)
+        with pytest.raises(EngineDeadError, match="closed"):
+            llm.generate([PROMPT], params[0], use_tqdm=False)
+        assert len(handles) == started_before

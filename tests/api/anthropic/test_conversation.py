@@ -240,8 +240,6 @@ def test_a_schema_that_cannot_be_kept_is_refused_where_it_must_be(caplog: pytest
         ([], {"tools": [TOOL, TOOL]}, "is taken by a tool before it"),
         ([], {"tools": [{"name": "f"}]}, "tools[0].input_schema"),
         ([], {"tools": [{"type": "bash_20250124", "name": "bash"}]}, "bash_20250124"),
-        ([], {"tools": [{**TOOL, "name": f"f{i}"} for i in range(129)]}, "129 tools"),
-        ([], {"tools": [{**TOOL, "description": "x" * 2**18}]}, "bytes"),
         ([], {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "f"}}, "a call of 'f'; there are look_up"),
         ([], {"tool_choice": {"type": "any"}}, "no tools"),
         ([], {"tools": [TOOL], "tool_choice": {"type": "most"}}, "tool_choice.type"),
@@ -261,6 +259,13 @@ def test_a_schema_that_cannot_be_kept_is_refused_where_it_must_be(caplog: pytest
 )  # fmt: skip
 def test_what_is_not_here_is_refused(messages: list[Any], fields: dict[str, Any], what: str) -> None:
     assert what in refusal(*messages, **fields)
+
+
+def test_too_many_tools_are_refused() -> None:
+    with pytest.raises(RequestError, match="129 tools; at most 128"):
+        conversation_of(tools=[{**TOOL, "name": f"f{i}"} for i in range(129)])
+    with pytest.raises(RequestError, match="bytes; at most 262144"):
+        conversation_of(tools=[{**TOOL, "description": "x" * 2**18}])
 
 
 def test_kept_thoughts_and_cache_marks_change_nothing() -> None:

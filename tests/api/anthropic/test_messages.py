@@ -229,6 +229,9 @@ async def test_what_is_refused_is_no_stream() -> None:
             ({"temperature": 9}, "temperature"),
             ({"stop_sequences": [""]}, "stop_sequences"),
             ({"messages": []}, "messages"),
+            ({"output_config": {"effort": "bogus"}}, "output_config.effort"),
+            ({"thinking": {"type": "enabled", "display": "omited"}}, "thinking.display"),
+            ({"cache_salt": ""}, "cache_salt"),
             ({"messages": [{"role": "user", "content": "a" * 5000}]}, "too long"),
             ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "f"}}, "tool_choice"),
         ):  # fmt: skip
