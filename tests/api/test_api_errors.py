@@ -80,7 +80,11 @@ BAD_COMPLETIONS = [
     ({"max_completion_tokens": 9000}, "max_completion_tokens", "max_tokens is 9000 and the prompt has"),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "-1 or at least 1, got 0"),
     ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "-1 or at least 1, got -2"),
-    ({"truncate_prompt_tokens": 8192}, "truncate_prompt_tokens", "is 8192; the context has room for a prompt of 8191"),
+    (
+        {"truncate_prompt_tokens": 8192},
+        "truncate_prompt_tokens",
+        "is 8192; the context has room for a prompt of 8191",
+    ),
     ({"truncation_side": "top"}, "truncation_side", "Invalid enum value"),
     ({"request_id": "two words"}, "request_id", "visible characters"),
     ({"request_id": "x" * 129}, "request_id", "1 to 128"),
