@@ -7,7 +7,7 @@ MODEL ?= llama
 QUANT ?= int4
 OUT ?= gpu-check
 
-.PHONY: install models serve test test-beside test-light test-interpreted test-process test-fast fuzz test-all test-oldest-triton agents lint bench gpu-check clean
+.PHONY: install models serve test test-beside test-light test-interpreted test-process test-fast fuzz test-all test-oldest-triton chaos agents lint bench gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -83,6 +83,9 @@ test-oldest-triton: .triton-3.6
 	cp tests/clients/package.json $@/
 	if command -v npm >/dev/null; then npm install --prefix $@ --no-audit --no-fund; fi
 	touch $@
+
+chaos: install  ## engines and ranks killed under 200 clients, with figures
+	$(PYTHON) -m tests.chaos
 
 # Agents that people use, headless, against an engine whose answers a script says.
 agents: .agents

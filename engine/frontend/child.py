@@ -44,8 +44,9 @@ class EngineChild:
     directory: tempfile.TemporaryDirectory[str]
 
     async def end(self) -> None:
-        """Ends the process and lets go of the sockets. May be called twice."""
+        """Ends the process and lets go of sockets and memory. May be called twice."""
         await end_process(self.process)
+        self.page.close()
         self.context.destroy(linger=0)
         self.directory.cleanup()
 

@@ -27,6 +27,7 @@ class ProgressPage:
                 file.truncate(_SIZE)
             self._memory = mmap.mmap(file.fileno(), _SIZE)
         self._written: list[str] = []
+        self._last: frozenset[str] | None = None
 
     def write(self, request_ids: Iterable[str]) -> None:
         """Says which requests the step is of; those that do not fit are left out."""
@@ -41,7 +42,14 @@ class ProgressPage:
 
     def read(self) -> frozenset[str]:
         """What was written last; nothing if that was cut off."""
+        if self._last is not None:
+            return self._last
         (length,) = _LENGTH.unpack_from(self._memory, 0)
         return frozenset(
             self._memory[_LENGTH.size : _LENGTH.size + length].decode(errors="replace").split("\n")
         )
+
+    def close(self) -> None:
+        """Lets go of the memory; what was written last can still be read. May be called twice."""
+        self._last = self.read()
+        self._memory.close()
