@@ -107,7 +107,7 @@ async def run_once(
     if scenario.is_warm:
         first_tokens = [replace(request, max_tokens=1) for request in requests]
         warming = await server.client.run(first_tokens, len(requests), lambda: None)
-    with running_hogs(scenario.hogs) as hogs:
+    with running_hogs(scenario.hogs, scenario.niceness) as hogs:
         start = time.perf_counter()
         before, api_before = _foreign_seconds(server, hogs), _api_seconds(server)
         records = await server.client.run(requests, len(requests), lambda: None)

@@ -30,6 +30,7 @@ class Scenario:
         is_warm: Whether the prompts are sent once before, for a token each that is not counted, so that the prefix
             cache has them and the time is that of decoding.
         hogs: Programs that compute beside, each as much as one processor can.
+        niceness: Of those.
     """
 
     metric: str
@@ -42,6 +43,7 @@ class Scenario:
     fields: Mapping[str, Any] = field(default_factory=dict)
     is_warm: bool = False
     hogs: int = 0
+    niceness: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -93,6 +95,9 @@ SCENARIOS = {
     "decode-8k": _decode(1, 8000, 128, "decode"),
     "decode-8x4k": _decode(8, 4000, 128, "decode"),
     "busy": _decode(1, 128, 128, "decode, 2 busy programs", hogs=2),
+    "busy-nice": _decode(1, 128, 128, "decode, 2 nice programs", hogs=2, niceness=10),
+    "busy-8": _decode(1, 128, 128, "decode, 8 busy programs", hogs=8),
+    "busy-sampled": _decode(1, 128, 128, "decode, sampled, 2 busy programs", hogs=2, fields=SAMPLED),
 }
 """By name; the first five are what people compare, the others what they run."""
 

@@ -99,9 +99,9 @@ async def running_engine(name: str, options: Sequence[str]) -> AsyncIterator[Ser
 
 
 @contextmanager
-def running_hogs(number: int) -> Iterator[list[int]]:
+def running_hogs(number: int, niceness: int = 0) -> Iterator[list[int]]:
     """Programs that compute without an end, each on one thread, while the block runs; their ids."""
-    command = [sys.executable, "-c", "while True: pass"]
+    command = ["nice", "-n", str(niceness), sys.executable, "-c", "while True: pass"]
     hogs = [subprocess.Popen(command) for _ in range(number)]
     try:
         yield [hog.pid for hog in hogs]

@@ -72,8 +72,10 @@ async def launch(command: Sequence[str] | None = None) -> EngineChild:
             address,
             f"{address}-beats",
             stdin=asyncio.subprocess.PIPE,
-            # Signals to this process's group are this process's to handle.
-            start_new_session=True,
+            # Signals to this process's group are this process's to handle. Not a session: where those share the CPUs
+            # (sched(7), autogroup), a niceness given to the server would not act on its engine. uvloop has no
+            # process_group.
+            preexec_fn=os.setpgrp,
             env={"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ},
         )
     except BaseException:

@@ -111,7 +111,7 @@ class ProcessLauncher:
             subprocess.Popen(
                 [*self._command, orders.address, reports.address],
                 stdin=subprocess.PIPE,
-                start_new_session=True,
+                process_group=0,
             )
         )
 
