@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +50,7 @@ from api.responses.codex_models import codex_model
 from api.responses.endpoint import ResponsesApi
 from api.responses.protocol import ResponseRequest
 from api.responses.store import STORE_BYTES, STORE_SECONDS, ResponseStore
-from api.service import Service
+from api.service import VERSION, Service
 from api.tokenization import apply_template, detokenize, tokenize
 
 if TYPE_CHECKING:
@@ -266,7 +265,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.get("/version", **described(Operation("The server's version", (), Version)))
     async def engine_version() -> Response:
-        return json_response(Version(version("llm-engine")))
+        return json_response(Version(VERSION))
 
     @app.get("/metrics", **described(Operation("Metrics for Prometheus", media_type="text/plain")))
     async def metrics() -> Response:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from importlib.metadata import version
 from typing import Any, get_type_hints
 
 import msgspec
@@ -13,6 +12,7 @@ from fastapi.routing import APIRoute
 
 from api.errors import error_shape
 from api.protocol import NEUTRAL_VALUES
+from api.service import VERSION
 from engine.core.sampling_params import SAMPLING_PARAMETERS, Range
 
 _KEY = "operation"
@@ -90,7 +90,7 @@ def openapi(routes: Iterable[Any], open_paths: Sequence[str], has_key: bool, ext
             )
     document: dict[str, Any] = {
         "openapi": "3.1.0",
-        "info": {"title": "LLM engine", "version": version("llm-engine")},
+        "info": {"title": "LLM engine", "version": VERSION},
         "paths": paths,
         "components": {"schemas": components},
     }

@@ -18,6 +18,7 @@ import uvicorn
 from api.app import create_app
 from api.upgrades import HttpProtocol
 from engine.errors import ConfigError, EngineDeadError
+from engine.process import raise_open_files_limit
 
 if TYPE_CHECKING:
     from engine.router.restarting import RestartingEngine
@@ -30,6 +31,10 @@ GRACE_SECONDS = 5
 DELIVERY_SECONDS = 2
 # Longer than common clients keep an idle connection, so that it is they who close it.
 KEEP_ALIVE_SECONDS = 60
+# Files that the process has open beside connections, and some more.
+OWN_FILES = 48
+# Fewer connections than this are said.
+FEW_CONNECTIONS = 512
 
 
 class Server(uvicorn.Server):
@@ -61,6 +66,28 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(hint) from None
 
 
+def _most_connections() -> int:
+    """How many connections may be open at once; a further one is answered with 503.
+
+    Raises:
+        ConfigError: None may.
+    """
+    limit = raise_open_files_limit()
+    most, remedy = limit - OWN_FILES, "raise the limit (ulimit -Hn, LimitNOFILE of systemd)"
+    if most < 1:
+        raise ConfigError(
+            f"the system lets this process open {limit} files, all of which it needs itself; {remedy}"
+        )
+    if most < FEW_CONNECTIONS:
+        logger.warning(
+            "the system lets this process open %d files, enough for %d connections at once; %s",
+            limit,
+            most,
+            remedy,
+        )
+    return most
+
+
 async def serve(
     engine: RestartingEngine,
     host: str,
@@ -79,7 +106,7 @@ async def serve(
         application: The other arguments of `create_app`.
 
     Raises:
-        ConfigError: The address cannot be listened on; nothing was started.
+        ConfigError: The address cannot be listened on, or no connection may be open; nothing was started.
         EngineStartError: The engine did not start; the server has stopped.
         EngineDeadError: Engines have died too often; open requests have ended with an error, and the server has
             stopped.
@@ -96,6 +123,7 @@ async def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
+            limit_concurrency=_most_connections(),
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=GRACE_SECONDS + DELIVERY_SECONDS,
         )

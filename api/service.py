@@ -16,6 +16,9 @@ from api.unknown_members import UnknownMembers
 if TYPE_CHECKING:
     from engine.frontend.async_engine import ServedEngine
 
+VERSION = version("llm-engine")
+"""The server's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Service:
@@ -77,4 +80,4 @@ class Service:
 
 @cache
 def _fingerprint(identity: str) -> str:
-    return "fp_" + blake2b(f"{identity}/{version('llm-engine')}".encode(), digest_size=5).hexdigest()
+    return "fp_" + blake2b(f"{identity}/{VERSION}".encode(), digest_size=5).hexdigest()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,6 +233,36 @@ def test_kernels_of_others_are_not_loaded(tmp_path: Path, copier: str) -> None:
     library.chmod(0o666)
     assert build(LLM_ENGINE_CACHE=str(tmp_path), CC=copier).stdout == "True\n"
     assert library.read_bytes() == good
+
+
+def test_damaged_kernels_are_built_again(tmp_path: Path, copier: str) -> None:
+    build(LLM_ENGINE_CACHE=str(tmp_path), CC=copier)
+    (library,) = (tmp_path / "kernels").iterdir()
+    good = library.read_bytes()
+    library.write_bytes(good[:5000])
+    done = build(LLM_ENGINE_CACHE=str(tmp_path), CC=copier)
+    assert done.stdout == "True\n"
+    assert f"{library} is damaged" in done.stderr
+    assert library.read_bytes() == good
+    assert build(LLM_ENGINE_CACHE=str(tmp_path), CC=copier).stderr == ""
+
+
+def test_a_full_disk_keeps_no_kernels(
+    tmp_path: Path, copier: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LLM_ENGINE_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    level = cpu.LEVELS["portable"]
+    path = cpu._build(shlex.split(copier), b"1", level)
+    assert tmp_path not in path.parents
+    assert "there is no space left" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setenv("LLM_ENGINE_CACHE", str(tmp_path))
+    kept = cpu._build(shlex.split(copier), b"1", level)
+    assert kept.parent == tmp_path / "kernels"
+    # What is there needs no space.
+    monkeypatch.setattr(cpu.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert cpu._build(shlex.split(copier), b"1", level) == kept
 
 
 def test_kernels_without_a_place_to_keep_them(tmp_path: Path, copier: str) -> None:

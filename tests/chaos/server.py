@@ -107,18 +107,23 @@ class Server:
 
 
 @contextmanager
-def running_server(options: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """`engine.serve` on a free port, with these options."""
+def running_server(options: Sequence[str], most_files: int | None = None) -> Iterator[Server]:
+    """`engine.serve` on a free port, with these options.
+
+    Args:
+        most_files: How many files the system lets it open.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "engine.serve", "--port", str(port), *options]
+    if most_files is not None:
+        command = ["sh", "-c", f'ulimit -n {most_files}; exec "$@"', "sh", *command]
     with tempfile.TemporaryFile("w+") as said:
         began = time.monotonic()
         process = subprocess.Popen(
             command,
             stdout=said,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
             cwd=Path(__file__).parents[2],
         )
         server = Server(psutil.Process(process.pid), f"http://127.0.0.1:{port}", 0.0, said)

@@ -20,6 +20,7 @@ import math
 import os
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 import time
@@ -202,7 +203,12 @@ def _build(compiler: list[str], version: bytes, level: Level) -> Path:
     directory = _private_directory(cache_directory() / "kernels")
     path = directory / f"{key.hexdigest()}.so"
     if path.exists() and is_private(path):
-        return path
+        if _is_whole(path):
+            return path
+        logger.warning("%s is damaged and is built again", path)
+    if shutil.disk_usage(directory).free < _BUILD_BYTES:
+        path = _temporary_directory(directory, "there is no space left") / path.name
+        directory = path.parent
     handle, temporary = tempfile.mkstemp(dir=directory, suffix=".partial")
     os.close(handle)
     start = time.perf_counter()
@@ -211,11 +217,29 @@ def _build(compiler: list[str], version: bytes, level: Level) -> Path:
         command = [*compiler, *flags, "-o", temporary, *map(str, SOURCES), "-lm"]
         subprocess.run(command, capture_output=True, check=True, text=True)
         os.chmod(temporary, 0o700)
+        with open(temporary, "rb") as built:
+            os.fsync(built)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
     logger.info("built the CPU kernels in %.1f s", time.perf_counter() - start)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library ends where its section headers do (elf(5)): the loader dies of one that was cut off."""
+    data = path.read_bytes()
+    if len(data) < _ELF_HEADER.size:
+        return False
+    magic, start, size, number = _ELF_HEADER.unpack_from(data)
+    return bool(magic == b"\x7fELF" and len(data) >= start + size * number)
+
+
+_ELF_HEADER = struct.Struct("<4s36xQ10xHH2x")
+"""Of 64 bits: magic number, then offset, size of each and number of the section headers."""
+
+_BUILD_BYTES = 2**22
+"""More than the kernels of a level take."""
 
 
 def _private_directory(directory: Path) -> Path:
@@ -229,8 +253,15 @@ def _private_directory(directory: Path) -> Path:
         reason = "it is not this user's alone"
     except OSError as error:
         reason = str(error.strerror)
+    return _temporary_directory(directory, reason)
+
+
+def _temporary_directory(directory: Path, reason: str) -> Path:
     logger.warning(
-        "%s: CPU kernels cannot be kept there (%s): they are built for each start", directory, reason
+        "%s: CPU kernels cannot be kept there (%s): they are built for each start; name another directory with "
+        "LLM_ENGINE_CACHE",
+        directory,
+        reason,
     )
     temporary = tempfile.TemporaryDirectory(prefix="llm-engine-")
     atexit.register(temporary.cleanup)
