@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from api.errors import ApiError
@@ -243,7 +242,7 @@ def decode_response_request(body: bytes) -> tuple[ResponseRequest, list[str]]:
     request = decode_body(body, ResponseRequest)
     check_neutral(request, NEUTRAL_VALUES)
     _check_one_of("truncation", request.truncation, ("auto", "disabled"))
-    unknown = list(find_unknown(msgspec.json.decode(body), ResponseRequest))
+    unknown = list(find_unknown(decode_body(body, dict[str, Any]), ResponseRequest))
     unknown += [f"include[] {name}" for name in request.include or () if name not in INCLUDED]
     return request, unknown
 
