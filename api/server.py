@@ -6,6 +6,7 @@ import asyncio
 import errno
 import gc
 import logging
+import resource
 import signal
 import socket
 import time
@@ -18,7 +19,6 @@ import uvicorn
 from api.app import create_app
 from api.upgrades import HttpProtocol
 from engine.errors import ConfigError, EngineDeadError
-from engine.process import raise_open_files_limit
 
 if TYPE_CHECKING:
     from engine.router.restarting import RestartingEngine
@@ -31,6 +31,8 @@ GRACE_SECONDS = 5
 DELIVERY_SECONDS = 2
 # Longer than common clients keep an idle connection, so that it is they who close it.
 KEEP_ALIVE_SECONDS = 60
+# More than connections need; some systems permit a billion files, and some programs close that many.
+MAX_OPEN_FILES = 2**16
 # Files that the process has open beside connections, and some more.
 OWN_FILES = 48
 # Fewer connections than this are said.
@@ -66,13 +68,23 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(hint) from None
 
 
+def _raise_open_files_limit() -> int:
+    """Lets this process, and those it starts, open as many files as the system permits; returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
+
+
 def _most_connections() -> int:
     """How many connections may be open at once; a further one is answered with 503.
 
     Raises:
         ConfigError: None may.
     """
-    limit = raise_open_files_limit()
+    limit = _raise_open_files_limit()
     most, remedy = limit - OWN_FILES, "raise the limit (ulimit -Hn, LimitNOFILE of systemd)"
     if most < 1:
         raise ConfigError(
