@@ -49,8 +49,30 @@ def build_parser() -> argparse.ArgumentParser:
         default=24.0,
         help="hours for which a response is stored after it was made or gone on from (default: %(default)s)",
     )
+    parser.add_argument(
+        "--drain-timeout",
+        type=_seconds,
+        default=25.0,
+        help="seconds that open requests have to finish once SIGTERM or SIGINT asks the server to stop "
+        "(default: %(default)g)",
+    )
     add_engine_options(parser)
     return parser
+
+
+def _seconds(text: str) -> float:
+    """A time that may be 0, and infinite.
+
+    Raises:
+        ArgumentTypeError: It is none.
+    """
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0.0:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds of at least 0, got {text!r}")
+    return seconds
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

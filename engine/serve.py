@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     api_key = options.pop("api_key") or os.environ.get("ENGINE_API_KEY")
     names = options.pop("served_model_name") or [options["model"]]
     application = {"cors_origins": options.pop("cors_origins"), "api_key": api_key}
+    application["drain_seconds"] = options.pop("drain_timeout")
     store, hours = options.pop("response_store_memory"), options.pop("response_store_hours")
     try:
         application |= {
