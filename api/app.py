@@ -139,7 +139,7 @@ def create_app(
 
     Args:
         served_model_names: Names that requests may give as `model`, "*" for any; the first stands in metrics.
-        admission: Which requests are taken in; all by default.
+        admission: Which requests are taken in; by default all that the engine takes.
         api_key: If set, what all paths but OPEN_PATHS ask for.
         cors_origins: Whose pages may ask from a browser, "*" for all; none by default.
         response_store_bytes, response_store_seconds: How many responses are kept, and how long after their last use.
@@ -160,8 +160,9 @@ def create_app(
     app.add_middleware(HeadMiddleware)
     app.add_middleware(RequestIdMiddleware)
     names = [name for name in served_model_names if name != ANY_NAME] or [engine.config.model]
-    metrics = Metrics(engine, names[0])
-    service = Service(engine, metrics, admission or Admission(), names, ANY_NAME in served_model_names)
+    if admission is None:
+        admission = Admission(lambda: engine.stats)
+    service = Service(engine, Metrics(engine, names[0]), admission, names, ANY_NAME in served_model_names)
     _add_generation(app, service)
     _add_responses(app, service, ResponseStore(response_store_bytes, response_store_seconds))
     _add_messages(app, service)

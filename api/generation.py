@@ -93,6 +93,28 @@ class TokenCounter:
         return sum(self._num_cached_tokens)
 
 
+def check_room(service: Service, generation: Generation) -> None:
+    """Refuses what `generate` would refuse for want of room, for who must answer before the first token.
+
+    Raises:
+        ApiError: 429, too much waits already.
+    """
+    check_queue(service, generation.prompts, generation.num_samples)
+
+
+def check_queue(service: Service, prompts: Sequence[list[int]], num_samples: int) -> None:
+    """Refuses prompts for which the queue has no room, and counts them.
+
+    Raises:
+        ApiError: 429, too much waits already.
+    """
+    try:
+        service.admission.check_room([len(prompt) for prompt in prompts], num_samples)
+    except ApiError as error:
+        service.metrics.count_refusal(str(error.code))
+        raise
+
+
 async def generate(service: Service, generation: Generation) -> PromptOutputs:
     """Runs all prompts at once and yields what is new as (index of the prompt, output).
 
@@ -101,8 +123,13 @@ async def generate(service: Service, generation: Generation) -> PromptOutputs:
     Raises:
         RequestError: A prompt that the engine refuses.
         EngineDeadError: The engine has ended.
-        ApiError: 500, a prompt failed inside the engine.
+        ApiError: 500, a prompt failed inside the engine; 429, too much waits already.
     """
+    check_room(service, generation)
+    admission, num_samples = service.admission, generation.num_samples
+    places = [admission.enter(len(prompt), num_samples) for prompt in generation.prompts]
+    for place in places:
+        service.metrics.observe_prediction(admission.margin * place.predicted)
     streams = [
         service.metrics.observe(
             service.engine.generate(
@@ -118,11 +145,19 @@ async def generate(service: Service, generation: Generation) -> PromptOutputs:
         for index, (prompt, params) in enumerate(zip(generation.prompts, generation.params, strict=True))
     ]
     merged = _numbered(streams[0]) if len(streams) == 1 else _merge(streams)
-    async with aclosing(merged):
-        async for index, output in merged:
-            if output.error is not None:
-                raise ApiError(500, output.error, code="generation_failed")
-            yield index, output
+    try:
+        async with aclosing(merged):
+            async for index, output in merged:
+                if output.error is not None:
+                    raise ApiError(500, output.error, code="generation_failed")
+                if output.outputs:
+                    admission.begin(places[index])
+                if output.finished:
+                    admission.leave(places[index])
+                yield index, output
+    finally:
+        for place in places:
+            admission.leave(place)
 
 
 async def note_prompt_logprobs(outputs: PromptOutputs, noted: dict[int, PromptLogprobs]) -> PromptOutputs:

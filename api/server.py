@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from api.admission import Admission
+from api.admission import Admission, QueueLimits
 from api.app import create_app
 from api.upgrades import HttpProtocol
 from engine.errors import ConfigError, EngineDeadError
@@ -67,6 +67,7 @@ async def serve(
     *,
     served_model_names: list[str],
     drain_seconds: float = 0.0,
+    limits: QueueLimits | None = None,
     **application: Any,
 ) -> None:
     """Serves `engine` on `host`:`port` until SIGINT or SIGTERM; starts the engine and shuts it down.
@@ -77,6 +78,7 @@ async def serve(
 
     Args:
         drain_seconds: How long open requests may take to finish.
+        limits: How much may wait.
         application: The other arguments of `create_app`.
 
     Raises:
@@ -86,7 +88,7 @@ async def serve(
             stopped.
     """
     listener = _listen(host, port)
-    admission = Admission()
+    admission = Admission(lambda: engine.stats, limits)
     app = create_app(engine, served_model_names=served_model_names, admission=admission, **application)
     server = Server(
         uvicorn.Config(

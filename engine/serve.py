@@ -24,13 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.pop("served_model_name") or [options["model"]]
     application = {"cors_origins": options.pop("cors_origins"), "api_key": api_key}
     application["drain_seconds"] = options.pop("drain_timeout")
+    limits = {name: options.pop(name) for name in ("max_queued_requests", "max_queued_tokens", "slo_ttft_ms")}
     store, hours = options.pop("response_store_memory"), options.pop("response_store_hours")
     try:
         application |= {
             "response_store_bytes": parse_bytes(store, "response_store_memory"),
             "response_store_seconds": 3600 * hours,
         }
-        _serve(EngineConfig(**options), host, port, names, application)
+        _serve(EngineConfig(**options), host, port, names, limits, application)
     except KeyboardInterrupt:
         return 130
     except EngineError as error:
@@ -44,6 +45,7 @@ def _serve(
     host: str,
     port: int,
     names: list[str],
+    limits: dict[str, Any],
     application: dict[str, Any],
 ) -> None:
     check_api()
@@ -62,12 +64,19 @@ def _serve(
         child = await launch()
         try:
             try:
-                from api import serve
+                from api import QueueLimits, serve
                 from engine.router.restarting import RestartingEngine
             except ModuleNotFoundError as error:
                 raise missing_package(error, "serve") from error
             engine = RestartingEngine(config, child=child)
-            await serve(engine, host, port, served_model_names=names, **application)
+            await serve(
+                engine,
+                host,
+                port,
+                served_model_names=names,
+                limits=QueueLimits(**limits),
+                **application,
+            )
         finally:
             await child.end()
 

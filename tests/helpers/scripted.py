@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import httpx
 import uvicorn
 
+from api.admission import Admission, QueueLimits
 from api.app import create_app
 from api.server import Server
 from engine.config import EngineConfig
@@ -117,9 +118,12 @@ class ScriptedEngine:
 
 
 @asynccontextmanager
-async def serving(engine: ScriptedEngine) -> AsyncIterator[httpx.AsyncClient]:
+async def serving(
+    engine: ScriptedEngine, limits: QueueLimits | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server that runs in this event loop in front of `engine`."""
-    app = create_app(cast(Any, engine), served_model_names=["scripted"])
+    admission = Admission(lambda: engine.stats, limits)
+    app = create_app(cast(Any, engine), served_model_names=["scripted"], admission=admission)
     server = Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None))
     task = asyncio.create_task(server.serve())
     while not server.started:
