@@ -37,16 +37,18 @@ class QueueLimits:
     Attributes:
         max_queued_requests: Samples that wait for a seat, at most.
         max_queued_tokens: Tokens of prompts that are not computed, at most, unless they are one request's.
-        slo_ttft_ms: Milliseconds in which a request must have its first token.
+        slo_ttft_ms: Milliseconds in which a request must be predicted to have its first token.
+        queue_timeout: Seconds after which a request ends that has no token.
     """
 
     max_queued_requests: int | None = None
     max_queued_tokens: int | None = None
     slo_ttft_ms: float | None = None
+    queue_timeout: float | None = None
 
     @property
     def ttft(self) -> float | None:
-        """The last in seconds."""
+        """The milliseconds in seconds."""
         return None if self.slo_ttft_ms is None else self.slo_ttft_ms / 1000
 
 
@@ -168,6 +170,20 @@ class Admission:
                 seconds - limits.ttft,
             )
 
+    @property
+    def queue_timeout(self) -> float | None:
+        """Seconds after which a request ends that has no token; None: it waits."""
+        return self._limits.queue_timeout
+
+    def waited_too_long(self) -> ApiError:
+        """The error of a request that has waited for so long."""
+        return _refusal(
+            f"the request has waited for {self.queue_timeout:g} s, the --queue-timeout",
+            "queue_timeout",
+            self.predict(1),
+            status=503,
+        )
+
     def enter(self, num_tokens: int, num_samples: int) -> Place:
         """Counts a prompt in; `leave` must follow."""
         place = Place(num_tokens, num_samples, self.predict(num_tokens, num_samples), self._clock())
@@ -204,6 +220,6 @@ class Admission:
         self._num_queued += sign * place.num_samples
 
 
-def _refusal(why: str, code: str, seconds: float) -> ApiError:
+def _refusal(why: str, code: str, seconds: float, status: int = 429) -> ApiError:
     retry = max(1, math.ceil(min(seconds, MOST_RETRY_SECONDS)))
-    return ApiError(429, f"{why}; try again in {retry} s", code=code, headers={"retry-after": str(retry)})
+    return ApiError(status, f"{why}; try again in {retry} s", code=code, headers={"retry-after": str(retry)})

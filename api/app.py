@@ -162,7 +162,8 @@ def create_app(
     names = [name for name in served_model_names if name != ANY_NAME] or [engine.config.model]
     if admission is None:
         admission = Admission(lambda: engine.stats)
-    service = Service(engine, Metrics(engine, names[0]), admission, names, ANY_NAME in served_model_names)
+    app.state.metrics = metrics = Metrics(engine, names[0])
+    service = Service(engine, metrics, admission, names, ANY_NAME in served_model_names)
     _add_generation(app, service)
     _add_responses(app, service, ResponseStore(response_store_bytes, response_store_seconds))
     _add_messages(app, service)

@@ -61,7 +61,7 @@ async def _embed(
     Raises:
         RequestError: A prompt that the engine refuses.
         EngineDeadError: The engine has ended.
-        ApiError: 500, a prompt failed inside the engine; 429, too much waits already.
+        ApiError: 500, a prompt failed inside the engine; 429, too much waits already; 503, it has waited too long.
     """
     check_queue(service, prompts, 1)
 
@@ -78,7 +78,9 @@ async def _embed(
 
     tasks = [asyncio.create_task(one(index, prompt)) for index, prompt in enumerate(prompts)]
     try:
-        return await asyncio.gather(*tasks)
+        return await asyncio.wait_for(asyncio.gather(*tasks), service.admission.queue_timeout)
+    except TimeoutError:
+        raise service.admission.waited_too_long() from None
     finally:
         for task in tasks:
             task.cancel()

@@ -128,6 +128,9 @@ class Metrics:
             ["model_name", "reason"],
             registry=self.registry,
         )
+        self._slow_readers = self._counter(
+            "slow_readers", "Connections that were closed because their clients did not read"
+        )
         self._unknown_members = Counter(
             "engine_unknown_request_members",
             "Members of requests that were accepted and read by nothing",
@@ -147,6 +150,9 @@ class Metrics:
 
     def count_refusal(self, reason: str) -> None:
         self._refused.labels(self._model_name, reason).inc()
+
+    def count_slow_reader(self) -> None:
+        self._slow_readers.inc()
 
     def observe_prediction(self, seconds: float) -> None:
         self._predicted.observe(seconds)

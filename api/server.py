@@ -11,13 +11,14 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 
 from api.admission import Admission, QueueLimits
 from api.app import create_app
-from api.upgrades import HttpProtocol
+from api.upgrades import HttpProtocol, SlowReaders
 from engine.errors import ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds to deliver the error that ends the requests which are still open when the server stops.
 DELIVERY_SECONDS = 2
+# How long a client may read nothing of what it was sent.
+SEND_SECONDS = 60.0
 # Longer than common clients keep an idle connection, so that it is they who close it.
 KEEP_ALIVE_SECONDS = 60
 
@@ -67,6 +70,7 @@ async def serve(
     *,
     served_model_names: list[str],
     drain_seconds: float = 0.0,
+    send_seconds: float = SEND_SECONDS,
     limits: QueueLimits | None = None,
     **application: Any,
 ) -> None:
@@ -78,6 +82,7 @@ async def serve(
 
     Args:
         drain_seconds: How long open requests may take to finish.
+        send_seconds: How long a client may read nothing of what it was sent.
         limits: How much may wait.
         application: The other arguments of `create_app`.
 
@@ -90,10 +95,12 @@ async def serve(
     listener = _listen(host, port)
     admission = Admission(lambda: engine.stats, limits)
     app = create_app(engine, served_model_names=served_model_names, admission=admission, **application)
+    readers = SlowReaders(send_seconds, app.state.metrics.count_slow_reader)
     server = Server(
         uvicorn.Config(
             app,
-            http=HttpProtocol,
+            # It is called as a class would be.
+            http=cast(Any, partial(HttpProtocol, readers=readers)),
             ws="none",
             lifespan="off",
             log_config=None,

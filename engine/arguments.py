@@ -67,6 +67,18 @@ def build_parser() -> argparse.ArgumentParser:
         "429 with Retry-After (default: none)",
     )
     parser.add_argument(
+        "--queue-timeout",
+        type=_positive,
+        help="seconds after which a request that has no token yet gets a 503 with Retry-After (default: none)",
+    )
+    parser.add_argument(
+        "--send-timeout",
+        type=_positive,
+        default=60.0,
+        help="seconds for which a client may read nothing of what it was sent before it is hung up on "
+        "(default: %(default)g)",
+    )
+    parser.add_argument(
         "--drain-timeout",
         type=_seconds,
         default=25.0,

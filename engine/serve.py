@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.pop("served_model_name") or [options["model"]]
     application = {"cors_origins": options.pop("cors_origins"), "api_key": api_key}
     application["drain_seconds"] = options.pop("drain_timeout")
-    limits = {name: options.pop(name) for name in ("max_queued_requests", "max_queued_tokens", "slo_ttft_ms")}
+    names_of_limits = ("max_queued_requests", "max_queued_tokens", "slo_ttft_ms", "queue_timeout")
+    limits = {name: options.pop(name) for name in names_of_limits}
+    application["send_seconds"] = options.pop("send_timeout")
     store, hours = options.pop("response_store_memory"), options.pop("response_store_hours")
     try:
         application |= {

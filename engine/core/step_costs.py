@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KEPT = 0.99
-"""Of the weight of a step, what is left of it one step later."""
+"""What is left of the weight of a step one step later."""
 
 MAX_SURPRISE = 4.0
 """A step that took more than so many times what was expected counts less: one that was held up says little."""

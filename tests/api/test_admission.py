@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -95,6 +96,78 @@ async def test_a_prompt_that_does_not_fit_is_429(
         tasks.append(asyncio.create_task(client.post("/v1/completions", json={"prompt": [1] * fitting})))
         await asyncio.sleep(0.2)
         assert not tasks[-1].done()
+
+
+@pytest.mark.parametrize(("path", "body"), [*ENDPOINTS[:2], ("/v1/embeddings", {"input": "ab"})])
+async def test_who_waits_too_long_gets_503(path: str, body: dict[str, Any]) -> None:
+    engine = ScriptedEngine(script)
+    async with serving(engine, QueueLimits(queue_timeout=0.2)) as client:
+        response = await client.post(path, json=body)
+        # It has begun, and nobody waits any more.
+        begun = asyncio.create_task(client.post("/v1/completions", json={"prompt": [1]}))
+        assert not (await asyncio.wait((begun,), timeout=0.5))[0]
+        begun.cancel()
+        await asyncio.gather(begun, return_exceptions=True)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_timeout")
+    assert int(response.headers["retry-after"]) >= 1
+    assert engine.num_closed == engine.num_opened == 2
+
+
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS[:2])
+async def test_a_timeout_ends_a_request(path: str, body: dict[str, Any]) -> None:
+    engine = ScriptedEngine(script)
+    async with serving(engine) as client:
+        whole = await client.post(path, json={**body, "timeout": 0.2})
+        zero = await client.post(path, json={**body, "timeout": 0})
+        streamed = await client.post("/v1/completions", json={"prompt": [1], "stream": True, "timeout": 0.2})
+    assert (whole.status_code, whole.json()["error"]["code"]) == (408, "timeout")
+    assert whole.headers["x-should-retry"] == "false"
+    assert (zero.status_code, zero.json()["error"]["param"]) == (400, "timeout")
+    chunk, error, done = (line for line in streamed.text.splitlines() if line)
+    assert '"text":"a"' in chunk
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "timeout"
+    assert done == "data: [DONE]"
+    assert engine.num_closed == engine.num_opened == 2
+
+
+async def floods(prompt: list[int], params: SamplingParams) -> AsyncGenerator[CompletionOutput, None]:
+    while True:
+        yield CompletionOutput(0, "flood" * 2**10, [1])
+        await asyncio.sleep(0)
+
+
+async def open_stream(client: httpx.AsyncClient) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port, limit=2**10)
+    body = b'{"prompt": [1], "stream": true}'
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    return reader, writer
+
+
+async def test_a_client_that_stops_reading_is_hung_up_on() -> None:
+    engine = ScriptedEngine(floods)
+    async with serving(engine, send_seconds=0.5) as client:
+        _, writer = await open_stream(client)
+        while not engine.num_closed:
+            await asyncio.sleep(0.05)
+        metrics = (await client.get("/metrics")).text
+        writer.close()
+    assert 'engine_slow_readers_total{model_name="scripted"} 1.0' in metrics
+
+
+async def test_a_client_that_reads_slowly_is_served() -> None:
+    engine = ScriptedEngine(floods)
+    async with serving(engine, send_seconds=0.5) as client:
+        reader, writer = await open_stream(client)
+        # What is buffered between the two at first.
+        for _ in range(100):
+            await reader.read(2**20)
+        for _ in range(10):
+            await asyncio.sleep(0.2)
+            for _ in range(20):
+                await reader.read(2**20)
+        assert engine.num_closed == 0
+        writer.close()
+        await engine.closed.wait()
 
 
 async def test_what_has_ended_makes_room() -> None:
