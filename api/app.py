@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.admission import Admission
 from api.anthropic.conversation import REFUSED
 from api.anthropic.endpoint import count_tokens, create_message
 from api.anthropic.models import anthropic_model, anthropic_models, is_anthropics
@@ -127,6 +128,7 @@ def create_app(
     engine: ServedEngine,
     *,
     served_model_names: list[str],
+    admission: Admission | None = None,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
     response_store_bytes: int = STORE_BYTES,
@@ -136,6 +138,7 @@ def create_app(
 
     Args:
         served_model_names: Names that requests may give as `model`, "*" for any; the first stands in metrics.
+        admission: Which requests are taken in; by default all that the engine takes.
         api_key: If set, what all paths but OPEN_PATHS ask for.
         cors_origins: Whose pages may ask from a browser, "*" for all; none by default.
         response_store_bytes, response_store_seconds: How many responses are kept, and how long after their last use.
@@ -156,7 +159,10 @@ def create_app(
     app.add_middleware(HeadMiddleware)
     app.add_middleware(RequestIdMiddleware)
     names = [name for name in served_model_names if name != ANY_NAME] or [engine.config.model]
-    service = Service(engine, Metrics(engine, names[0]), names, ANY_NAME in served_model_names)
+    if admission is None:
+        admission = Admission(lambda: engine.stats)
+    app.state.metrics = metrics = Metrics(engine, names[0])
+    service = Service(engine, metrics, admission, names, ANY_NAME in served_model_names)
     _add_generation(app, service)
     _add_responses(app, service, ResponseStore(response_store_bytes, response_store_seconds))
     _add_messages(app, service)
@@ -232,7 +238,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", **described(Operation("The models", (), ModelList, errors=(503,))))
     async def models(request: Request) -> Response:
-        service.check_ready()
+        service.check_alive()
         models = [model_of(name) for name in service.served_model_names]
         if is_anthropics(request):
             return json_response(anthropic_models(models))
@@ -241,7 +247,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
     # Names of models may hold slashes.
     @app.get("/v1/models/{name:path}", **described(Operation("A model", (), Model, errors=(404, 503))))
     async def model(name: str, request: Request) -> Response:
-        service.check_ready()
+        service.check_alive()
         model = model_of(service.check_model(name))
         return json_response(anthropic_model(model) if is_anthropics(request) else model)
 
@@ -251,7 +257,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", **described(HEALTH))
     async def health() -> Response:
-        service.check_ready()
+        service.check_alive()
         return json_response(Status("healthy"))
 
     @app.get("/ready", **described(READY))

@@ -27,7 +27,7 @@ from api.generation import (
 from api.logprobs import chat_logprobs, prompt_logprobs_of
 from api.openai_messages import named_as_in_chat, read_conversation
 from api.protocol import ChatCompletionRequest, decode_request
-from api.request_fields import answer_id, read_cache_salt, truncated
+from api.request_fields import answer_id, read_cache_salt, read_timeout, truncated
 from api.sampling import requested_max_tokens, sampling_params
 from api.service import Service
 from api.streaming import event, event_stream, until_disconnect
@@ -87,6 +87,7 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
             [turn.params(params)],
             request.priority or 0,
             read_cache_salt(request.cache_salt),
+            timeout=read_timeout(request.timeout),
         )
         job = ChatJob(request, generation, turn)
         outputs = generate(service, generation)

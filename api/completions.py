@@ -24,7 +24,7 @@ from api.generation import (
 from api.logprobs import CompletionLogprobsFormatter, EchoedPrompt, prompt_logprobs_of
 from api.prompts import Prompt, encode_prompts, split_prompts
 from api.protocol import CompletionRequest, decode_request
-from api.request_fields import answer_id, read_cache_salt, truncated
+from api.request_fields import answer_id, read_cache_salt, read_timeout, truncated
 from api.sampling import named_as_asked, requested_max_tokens, sampling_params
 from api.service import Service
 from api.streaming import event, event_stream, until_disconnect
@@ -84,6 +84,7 @@ async def create_completion(service: Service, http_request: Request) -> Response
         _fitted(service, max_tokens, params, kept),
         request.priority or 0,
         read_cache_salt(request.cache_salt),
+        timeout=read_timeout(request.timeout),
     )
     is_cut = (len(left) < len(one) for left, one in zip(kept, token_ids, strict=True))
     shown = [left if cut else prompt for left, cut, prompt in zip(kept, is_cut, prompts, strict=True)]

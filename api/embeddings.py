@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from api.bodies import Embedding, EmbeddingList, EmbeddingUsage
 from api.body import json_response, read_body
 from api.errors import ApiError
-from api.generation import new_id
+from api.generation import check_queue, new_id
 from api.prompts import encode_prompts, split_prompts
 from api.protocol import EmbeddingRequest, decode_request
 from api.service import Service
@@ -61,19 +61,26 @@ async def _embed(
     Raises:
         RequestError: A prompt that the engine refuses.
         EngineDeadError: The engine has ended.
-        ApiError: 500, a prompt failed inside the engine.
+        ApiError: 500, a prompt failed inside the engine; 429, too much waits already; 503, it has waited too long.
     """
+    check_queue(service, prompts, 1)
 
     async def one(index: int, prompt: list[int]) -> list[float]:
-        embedding = service.engine.embed(prompt, params, f"{request_id}-{index}", priority)
-        output = await service.metrics.observe_embedding(embedding, len(prompt))
+        place = service.admission.enter(len(prompt), 1)
+        try:
+            embedding = service.engine.embed(prompt, params, f"{request_id}-{index}", priority)
+            output = await service.metrics.observe_embedding(embedding, len(prompt))
+        finally:
+            service.admission.leave(place)
         if output.error is not None:
             raise ApiError(500, output.error, code="generation_failed")
         return output.outputs.embedding
 
     tasks = [asyncio.create_task(one(index, prompt)) for index, prompt in enumerate(prompts)]
     try:
-        return await asyncio.gather(*tasks)
+        return await asyncio.wait_for(asyncio.gather(*tasks), service.admission.queue_timeout)
+    except TimeoutError:
+        raise service.admission.waited_too_long() from None
     finally:
         for task in tasks:
             task.cancel()

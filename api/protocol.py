@@ -46,6 +46,7 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
         cache_salt: Requests with another one, or none, share no cached blocks with this.
         truncate_prompt_tokens: Most tokens of the prompt that are kept; -1: what fits beside the answer.
         add_special_tokens: Whether the tokenizer adds its BOS and the like.
+        timeout: Seconds after which the request ends with an error.
     """
 
     model: str | None = None
@@ -83,6 +84,7 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool | None = None
     cache_salt: str | None = None
+    timeout: float | None = None
 
     # The form of the answer; `api.structured_outputs` makes one of them.
     response_format: dict[str, Any] | None = None

@@ -12,12 +12,14 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 
+from api.admission import Admission, QueueLimits
 from api.app import create_app
-from api.upgrades import HttpProtocol
+from api.upgrades import HttpProtocol, SlowReaders
 from engine.errors import ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
@@ -25,10 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds that open requests get to finish by themselves once the server is asked to stop.
-GRACE_SECONDS = 5
-# Seconds after that to deliver the error that ends them.
+# Seconds to deliver the error that ends the requests which are still open when the server stops.
 DELIVERY_SECONDS = 2
+# How long a client may read nothing of what it was sent.
+SEND_SECONDS = 60.0
 # Longer than common clients keep an idle connection, so that it is they who close it.
 KEEP_ALIVE_SECONDS = 60
 # More than connections need; some systems permit a billion files, and some programs close that many.
@@ -106,15 +108,21 @@ async def serve(
     port: int,
     *,
     served_model_names: list[str],
+    drain_seconds: float = 0.0,
+    send_seconds: float = SEND_SECONDS,
+    limits: QueueLimits | None = None,
     **application: Any,
 ) -> None:
     """Serves `engine` on `host`:`port` until SIGINT or SIGTERM; starts the engine and shuts it down.
 
     The server answers from the first moment; until the engine is ready, with 503. Garbage is collected from then on,
-    among what comes after the start. Port 0 takes a free port, which the log names. A second signal skips the grace
-    that open requests have.
+    among what comes after the start. Port 0 takes a free port, which the log names. After the first signal the
+    server takes no new requests, and open ones may finish; a second one ends these at once.
 
     Args:
+        drain_seconds: How long open requests may take to finish.
+        send_seconds: How long a client may read nothing of what it was sent.
+        limits: How much may wait.
         application: The other arguments of `create_app`.
 
     Raises:
@@ -124,11 +132,14 @@ async def serve(
             stopped.
     """
     listener = _listen(host, port)
-    app = create_app(engine, served_model_names=served_model_names, **application)
+    admission = Admission(lambda: engine.stats, limits)
+    app = create_app(engine, served_model_names=served_model_names, admission=admission, **application)
+    readers = SlowReaders(send_seconds, app.state.metrics.count_slow_reader)
     server = Server(
         uvicorn.Config(
             app,
-            http=HttpProtocol,
+            # It is called as a class would be.
+            http=cast(Any, partial(HttpProtocol, readers=readers)),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -137,7 +148,7 @@ async def serve(
             server_header=False,
             limit_concurrency=_most_connections(),
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=GRACE_SECONDS + DELIVERY_SECONDS,
+            timeout_graceful_shutdown=DELIVERY_SECONDS,
         )
     )
     stop, hurry = asyncio.Event(), asyncio.Event()
@@ -164,15 +175,34 @@ async def serve(
                 time.monotonic() - began,
             )
             await asyncio.wait((answering, stopping, failing), return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():
+                admission.is_draining = True
+                await _drain(server, drain_seconds, hurrying, failing)
             if failing.done():
                 raise EngineDeadError(engine.error)
     finally:
-        for task in (starting, stopping, failing):
+        for task in (starting, stopping, hurrying, failing):
             task.cancel()
-        await asyncio.gather(starting, stopping, failing, return_exceptions=True)
+        await asyncio.gather(starting, stopping, hurrying, failing, return_exceptions=True)
         server.should_exit = True
-        await asyncio.wait((answering, hurrying), timeout=GRACE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        hurrying.cancel()
         # Ends the requests that are still open with an error, which the server then delivers.
         await engine.shutdown()
         await answering
+
+
+async def _drain(server: Server, seconds: float, *until: asyncio.Task[Any]) -> None:
+    """Waits for the requests that are open, for so long, or until one of the tasks is through.
+
+    The port stays open for probes, and for answers to those who ask meanwhile.
+    """
+    requests = set(server.server_state.tasks)
+    if not requests:
+        return
+    logger.info(
+        "stopping: %d requests are open and have %g s to finish; a second signal ends them at once",
+        len(requests),
+        seconds,
+    )
+    finishing = asyncio.create_task(asyncio.wait(requests))
+    await asyncio.wait((finishing, *until), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finishing.cancel()

@@ -23,13 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     api_key = options.pop("api_key") or os.environ.get("ENGINE_API_KEY")
     names = options.pop("served_model_name") or [options["model"]]
     application = {"cors_origins": options.pop("cors_origins"), "api_key": api_key}
+    application["drain_seconds"] = options.pop("drain_timeout")
+    names_of_limits = ("max_queued_requests", "max_queued_tokens", "slo_ttft_ms", "queue_timeout")
+    limits = {name: options.pop(name) for name in names_of_limits}
+    application["send_seconds"] = options.pop("send_timeout")
     store, hours = options.pop("response_store_memory"), options.pop("response_store_hours")
     try:
         application |= {
             "response_store_bytes": parse_bytes(store, "response_store_memory"),
             "response_store_seconds": 3600 * hours,
         }
-        _serve(EngineConfig(**options), host, port, names, application)
+        _serve(EngineConfig(**options), host, port, names, limits, application)
     except KeyboardInterrupt:
         return 130
     except EngineError as error:
@@ -43,6 +47,7 @@ def _serve(
     host: str,
     port: int,
     names: list[str],
+    limits: dict[str, Any],
     application: dict[str, Any],
 ) -> None:
     check_api()
@@ -61,12 +66,19 @@ def _serve(
         child = await launch()
         try:
             try:
-                from api import serve
+                from api import QueueLimits, serve
                 from engine.router.restarting import RestartingEngine
             except ModuleNotFoundError as error:
                 raise missing_package(error, "serve") from error
             engine = RestartingEngine(config, child=child)
-            await serve(engine, host, port, served_model_names=names, **application)
+            await serve(
+                engine,
+                host,
+                port,
+                served_model_names=names,
+                limits=QueueLimits(**limits),
+                **application,
+            )
         finally:
             await child.end()
 

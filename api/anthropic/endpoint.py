@@ -32,7 +32,7 @@ from api.anthropic.tools import is_served
 from api.body import json_response, read_body
 from api.conversation import begin_turn
 from api.errors import ApiError
-from api.generation import Generation, TokenCounter, collect, generate, new_id
+from api.generation import Generation, TokenCounter, check_room, collect, generate, new_id
 from api.protocol import decode_body
 from api.request_fields import read_cache_salt
 from api.service import Service
@@ -187,6 +187,7 @@ async def _events(service: Service, job: MessageJob) -> AsyncGenerator[bytes, No
     """The message's beginning once the engine takes the request, blocks, and the message's end; pings meanwhile."""
     generation = job.generation
     await service.engine.check(generation.prompts[0], generation.params[0])
+    check_room(service, generation)
     counter, writer = TokenCounter(generation), job.writer()
     # What the cache has is known with the first token: until then, nothing.
     yield encode(MessageStart(job.message([], None, usage_of(counter))))

@@ -16,7 +16,7 @@ from msgspec import Struct
 from api.body import json_response, read_body
 from api.conversation import Conversation, effort_arguments, verbosity_arguments
 from api.errors import ApiError, not_supported, to_api_error
-from api.generation import Generation, TokenCounter, generate, new_id
+from api.generation import Generation, TokenCounter, check_room, generate, new_id
 from api.request_fields import read_cache_salt
 from api.responses import bodies
 from api.responses.events import ResponseWriter
@@ -165,6 +165,7 @@ class ResponsesApi:
         headers = {"x-request-id": job.generation.request_id}
         with named_as_here():
             await service.engine.check(job.generation.prompts[0], job.generation.params[0])
+        check_room(service, job.generation)
         writer, counter = job.writer(), TokenCounter(job.generation)
         if job.request.stream:
             events = self._events(job, writer, counter)

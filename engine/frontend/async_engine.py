@@ -51,6 +51,9 @@ from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 Result = TypeVar("Result")
 
+MAX_UNREAD_OUTPUTS = 4096
+"""Outputs of a request that are kept for who does not take them: what a client that stops reading costs at most."""
+
 
 class ServedEngine(Protocol):
     """What the API asks of an engine, wherever that is; see `AsyncEngine`."""
@@ -420,12 +423,24 @@ class AsyncEngine:
                 case Outputs(outputs, stats):
                     self.stats = stats
                     for output in outputs:
-                        queue = self._queues.get(output.request_id)
-                        if queue is not None:
-                            queue.put_nowait(output)
+                        await self._hand_on(output)
                 case Died(reason):
                     self._die(reason)
                     return
+
+    async def _hand_on(self, output: EngineOutput) -> None:
+        queue = self._queues.get(output.request_id)
+        if queue is None or queue.qsize() > MAX_UNREAD_OUTPUTS:
+            return
+        if queue.qsize() == MAX_UNREAD_OUTPUTS:
+            await self._abort(output.request_id)
+            output = EngineOutput(
+                request_id=output.request_id,
+                index=output.index,
+                finish_reason="error",
+                error=f"the client has left {MAX_UNREAD_OUTPUTS} outputs unread",
+            )
+        queue.put_nowait(output)
 
     def _die(self, reason: str) -> None:
         if self.status == "dead":

@@ -300,7 +300,7 @@ async def _survive(error: Exception, request_id: str, name: str, num_losses: int
 
 
 def _sum(stats: list[EngineStats]) -> EngineStats:
-    names = [field.name for field in fields(EngineStats)]
+    names = [field.name for field in fields(EngineStats) if field.name != "load"]
     total = EngineStats(**{name: sum(getattr(one, name) for one in stats) for name in names})
     total.kv_cache_usage_perc /= max(1, len(stats))
     return total
