@@ -132,6 +132,7 @@ def create_app(
     cors_origins: Sequence[str] = (),
     response_store_bytes: int = STORE_BYTES,
     response_store_seconds: float = STORE_SECONDS,
+    max_body_bytes: int | None = None,
 ) -> FastAPI:
     """The application in front of `engine`, which may still be starting.
 
@@ -140,6 +141,7 @@ def create_app(
         api_key: If set, what all paths but OPEN_PATHS ask for.
         cors_origins: Whose pages may ask from a browser, "*" for all; none by default.
         response_store_bytes, response_store_seconds: How many responses are kept, and how long after their last use.
+        max_body_bytes: The longest body of a request; None: near what the longest sequence can need.
     """
     app = FastAPI(openapi_url=None)
     add_error_handlers(app)
@@ -157,7 +159,13 @@ def create_app(
     app.add_middleware(HeadMiddleware)
     app.add_middleware(RequestIdMiddleware)
     names = [name for name in served_model_names if name != ANY_NAME] or [engine.config.model]
-    service = Service(engine, Metrics(engine, names[0]), names, ANY_NAME in served_model_names)
+    service = Service(
+        engine,
+        Metrics(engine, names[0]),
+        names,
+        ANY_NAME in served_model_names,
+        max_body_bytes=max_body_bytes,
+    )
     _add_generation(app, service)
     _add_responses(app, service, ResponseStore(response_store_bytes, response_store_seconds))
     _add_messages(app, service)

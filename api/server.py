@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from api.app import create_app
-from api.upgrades import HttpProtocol
+from api.connection import HttpProtocol
+from api.limits import KEEP_ALIVE_SECONDS
 from engine.errors import ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = 5
 # Seconds after that to deliver the error that ends them.
 DELIVERY_SECONDS = 2
-# Longer than common clients keep an idle connection, so that it is they who close it.
-KEEP_ALIVE_SECONDS = 60
 
 
 class Server(uvicorn.Server):

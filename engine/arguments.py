@@ -49,6 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
         default=24.0,
         help="hours for which a response is stored after it was made or gone on from (default: %(default)s)",
     )
+    parser.add_argument(
+        "--max-body-size",
+        help="longest body of a request, e.g. 8MiB; default: 16 bytes a token of --max-model-len, 2MiB at least",
+    )
     add_engine_options(parser)
     return parser
 

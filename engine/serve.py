@@ -24,10 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.pop("served_model_name") or [options["model"]]
     application = {"cors_origins": options.pop("cors_origins"), "api_key": api_key}
     store, hours = options.pop("response_store_memory"), options.pop("response_store_hours")
+    max_body_size = options.pop("max_body_size")
     try:
         application |= {
             "response_store_bytes": parse_bytes(store, "response_store_memory"),
             "response_store_seconds": 3600 * hours,
+            "max_body_bytes": None if max_body_size is None else parse_bytes(max_body_size, "max_body_size"),
         }
         _serve(EngineConfig(**options), host, port, names, application)
     except KeyboardInterrupt:
