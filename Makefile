@@ -7,7 +7,7 @@ MODEL ?= llama
 QUANT ?= int4
 OUT ?= gpu-check
 
-.PHONY: install models serve test test-beside test-light test-interpreted test-process test-fast fuzz test-all test-oldest-triton agents lint bench gpu-check clean
+.PHONY: install models serve test test-beside test-light test-interpreted test-process test-fast fuzz test-all test-oldest-triton agents lint chaos bench gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -93,6 +93,10 @@ agents: .agents
 	cp tests/agents/package.json $@/
 	npm install --prefix $@ --no-audit --no-fund
 	touch $@
+
+# Attacks, each beside a stream that must not feel it: seconds, the longest gap, memory.
+chaos: install
+	$(PYTHON) -m benchmarks.chaos
 
 bench: install
 	$(PYTHON) -m benchmarks.throughput --model $(MODEL) --quant none --quant int8 --quant int4

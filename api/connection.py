@@ -13,7 +13,7 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from api.errors import ApiError, openai_error
 from api.limits import (
@@ -44,9 +44,13 @@ class HttpProtocol(HttpToolsProtocol):
     _held = b""
     _overhead = 0
     """Bytes of this message so far that are not its content."""
+    _behind_head = 0
+    """How many bytes came with the end of the head."""
     _num_headers = 0
     _too_many = ""
     _timer: asyncio.TimerHandle | None = None
+    _running: Any = None
+    """The exchange that is under way, or was the last."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -54,7 +58,15 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        if self._is_answering:
+            # The request that is answered, which is not the latest where others wait for it.
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -63,7 +75,9 @@ class HttpProtocol(HttpToolsProtocol):
             if not self._overhead:
                 self._wait(HEAD_SECONDS)
             end = (self._held + data).find(_END_OF_HEAD)
-            self._overhead += len(data) if end < 0 else max(0, end - len(self._held))
+            of_head = len(data) if end < 0 else max(0, end - len(self._held))
+            self._overhead += of_head
+            self._behind_head = len(data) - of_head
             if self._is_too_long():
                 return
             data = self._without_upgrade(data)
@@ -110,7 +124,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
-        self._overhead = 0
+        self._overhead = self._behind_head
         super().on_headers_complete()
         self._wait_for_body()
 
@@ -126,7 +140,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self._is_in_head and not self.pipeline:
+        if not self._is_in_head:
             self._wait_for_body()
 
     def send_400_response(self, msg: str) -> None:
@@ -137,11 +151,11 @@ class HttpProtocol(HttpToolsProtocol):
             super().send_400_response(msg)
 
     def _wait_for_body(self) -> None:
-        # The time of a request that waits for others is not its client's to answer for.
-        if self.pipeline:
-            self._stop_waiting()
-        else:
+        # A request that waits for the answer to another is not read on, which is no fault of its client.
+        if self.cycle is self._running:
             self._wait(BODY_SECONDS)
+        else:
+            self._stop_waiting()
 
     def _wait(self, seconds: float) -> None:
         """Gives the client so much time for what is next."""
@@ -167,15 +181,17 @@ class HttpProtocol(HttpToolsProtocol):
 
     @property
     def _is_answering(self) -> bool:
-        cycle: Any = self.cycle
-        return cycle is not None and not cycle.response_complete
+        return self._running is not None and not self._running.response_complete
 
     def _refuse(self, status: int, message: str) -> None:
         """Says why, unless an answer has begun or another is due before, and closes the connection."""
         if self.transport.is_closing():
             return
-        is_own = not self._is_answering if self._is_in_head else self._is_answering
-        if is_own and not self.pipeline and (self._is_in_head or not self.cycle.response_started):
+        if self._is_in_head:
+            is_next = not self._is_answering
+        else:
+            is_next = self.cycle is self._running and not self.cycle.response_started
+        if is_next:
             body = msgspec.json.encode(openai_error(ApiError(status, message)))
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"

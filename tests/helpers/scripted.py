@@ -11,6 +11,7 @@ import httpx
 import uvicorn
 
 from api.app import create_app
+from api.connection import HttpProtocol
 from api.server import Server
 from engine.config import EngineConfig
 from engine.core.outputs import (
@@ -117,10 +118,14 @@ class ScriptedEngine:
 
 
 @asynccontextmanager
-async def serving(engine: ScriptedEngine) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a server that runs in this event loop in front of `engine`."""
-    app = create_app(cast(Any, engine), served_model_names=["scripted"])
-    server = Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None))
+async def serving(engine: ScriptedEngine, **application: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server that runs in this event loop in front of `engine`.
+
+    Args:
+        application: Further arguments of `create_app`.
+    """
+    app = create_app(cast(Any, engine), served_model_names=["scripted"], **application)
+    server = Server(uvicorn.Config(app, http=HttpProtocol, port=0, lifespan="off", log_config=None))
     task = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
