@@ -133,6 +133,7 @@ def create_app(
     cors_origins: Sequence[str] = (),
     response_store_bytes: int = STORE_BYTES,
     response_store_seconds: float = STORE_SECONDS,
+    max_body_bytes: int | None = None,
 ) -> FastAPI:
     """The application in front of `engine`, which may still be starting.
 
@@ -142,6 +143,7 @@ def create_app(
         api_key: If set, what all paths but OPEN_PATHS ask for.
         cors_origins: Whose pages may ask from a browser, "*" for all; none by default.
         response_store_bytes, response_store_seconds: How many responses are kept, and how long after their last use.
+        max_body_bytes: The longest body of a request; None: near what the longest sequence can need.
     """
     app = FastAPI(openapi_url=None)
     add_error_handlers(app)
@@ -162,7 +164,14 @@ def create_app(
     if admission is None:
         admission = Admission(lambda: engine.stats)
     app.state.metrics = metrics = Metrics(engine, names[0])
-    service = Service(engine, metrics, admission, names, ANY_NAME in served_model_names)
+    service = Service(
+        engine,
+        metrics,
+        admission,
+        names,
+        ANY_NAME in served_model_names,
+        max_body_bytes=max_body_bytes,
+    )
     _add_generation(app, service)
     _add_responses(app, service, ResponseStore(response_store_bytes, response_store_seconds))
     _add_messages(app, service)

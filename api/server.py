@@ -19,7 +19,8 @@ import uvicorn
 
 from api.admission import Admission, QueueLimits
 from api.app import create_app
-from api.upgrades import HttpProtocol, SlowReaders
+from api.limits import KEEP_ALIVE_SECONDS
+from api.slow_readers import ReadProtocol, SlowReaders
 from engine.errors import ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 DELIVERY_SECONDS = 2
 # How long a client may read nothing of what it was sent.
 SEND_SECONDS = 60.0
-# Longer than common clients keep an idle connection, so that it is they who close it.
-KEEP_ALIVE_SECONDS = 60
 # More than connections need; some systems permit a billion files, and some programs close that many.
 MAX_OPEN_FILES = 2**16
 # Files that the process has open beside connections, and some more.
@@ -139,7 +138,7 @@ async def serve(
         uvicorn.Config(
             app,
             # It is called as a class would be.
-            http=cast(Any, partial(HttpProtocol, readers=readers)),
+            http=cast(Any, partial(ReadProtocol, readers=readers)),
             ws="none",
             lifespan="off",
             log_config=None,

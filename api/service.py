@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from api.admission import Admission
+from api.body import Bodies
 from api.errors import ApiError, engine_dead
 from api.metrics import Metrics
 from api.unknown_members import UnknownMembers
@@ -30,7 +31,9 @@ class Service:
         served_model_names: Names a request may give as `model`; answers carry the one it gave.
         takes_any_name: Whether it may give any other, too.
         created: When the server started, in seconds since 1970.
+        max_body_bytes: As `Bodies` takes it.
         unknown_members: What requests hold that nothing reads.
+        bodies: Those of requests that are being read.
     """
 
     engine: ServedEngine
@@ -39,9 +42,12 @@ class Service:
     served_model_names: list[str]
     takes_any_name: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+    max_body_bytes: int | None = None
     unknown_members: UnknownMembers = field(init=False)
+    bodies: Bodies = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bodies", Bodies(self.engine, self.max_body_bytes))
         object.__setattr__(self, "unknown_members", UnknownMembers(self.metrics))
 
     @property

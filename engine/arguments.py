@@ -85,6 +85,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="seconds that open requests have to finish once SIGTERM or SIGINT asks the server to stop "
         "(default: %(default)g)",
     )
+    parser.add_argument(
+        "--max-body-size",
+        help="longest body of a request, e.g. 8MiB; default: 16 bytes a token of --max-model-len, 2MiB at least",
+    )
     add_engine_options(parser)
     return parser
 

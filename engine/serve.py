@@ -28,10 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limits = {name: options.pop(name) for name in names_of_limits}
     application["send_seconds"] = options.pop("send_timeout")
     store, hours = options.pop("response_store_memory"), options.pop("response_store_hours")
+    max_body_size = options.pop("max_body_size")
     try:
         application |= {
             "response_store_bytes": parse_bytes(store, "response_store_memory"),
             "response_store_seconds": 3600 * hours,
+            "max_body_bytes": None if max_body_size is None else parse_bytes(max_body_size, "max_body_size"),
         }
         _serve(EngineConfig(**options), host, port, names, limits, application)
     except KeyboardInterrupt:

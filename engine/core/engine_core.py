@@ -81,6 +81,7 @@ class EngineCore(Generic[Model]):
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,
             hidden_size=facts.hidden_size,
+            max_num_seqs=self.scheduler.config.max_num_seqs,
             default_params=_default_params(facts.recommended_params),
             memory_plan=facts.memory_plan,
             num_cache_bytes=facts.num_cache_bytes,

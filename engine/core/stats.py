@@ -16,6 +16,7 @@ class EngineInfo:
     """What a started engine tells those who send it requests.
 
     Attributes:
+        max_num_seqs: Most sequences in a step.
         default_params: Sampling parameters that the model's generation_config.json recommends.
         memory_plan: For people.
         num_cache_bytes: Size of a rank's KV cache, where the free memory decides on it; None elsewhere.
@@ -25,6 +26,7 @@ class EngineInfo:
     max_model_len: int
     vocab_size: int
     hidden_size: int
+    max_num_seqs: int
     default_params: dict[str, Any]
     memory_plan: str
     num_cache_bytes: int | None

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import engine.errors
 from engine.cache_directory import caching_in
 from engine.config import EngineConfig
+from engine.core.bans import TokenSequence
 from engine.core.outputs import EmbeddingRequestOutput, RequestOutput
 from engine.core.pooling_params import PoolingParams
 from engine.core.random import request_seed
@@ -180,6 +181,7 @@ class AsyncEngine:
                 self.chat_format = await _in_daemon_thread(
                     lambda: ChatFormat(self.tokenizer, self.config.tool_format, self.config.reasoning_format)
                 )
+                await _in_daemon_thread(lambda: self.tokenizer.bound)
             else:
                 self.tokenizer, self.chat_format = like.tokenizer, like.chat_format
             # An engine that has failed meanwhile has said why.
@@ -206,6 +208,7 @@ class AsyncEngine:
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
         self.hidden_size, self.default_params = info.hidden_size, info.default_params
         self.identity, self.info = info.identity, info
+        self.tokenizer.max_tokens = info.max_model_len
         self._forms = FormChecker(self.tokenizer, self.vocab_size)
         self.status = "ready"
         self._tasks.append(asyncio.create_task(self._receive_outputs()))
@@ -230,7 +233,8 @@ class AsyncEngine:
             self.vocab_size,
             self.tokenizer.eos_token_ids,
             self.config.clip_max_tokens,
-            self.tokenizer.encode_bad_words(params.bad_words),
+            await self._bad_words(params),
+            self.info.max_num_seqs,
         )
         if params.structured_outputs is not None:
             await self._prepare(params.structured_outputs)
@@ -258,8 +262,7 @@ class AsyncEngine:
             EngineDeadError: The engine has ended; names the cause.
         """
         self._check_ready()
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        bad_words = self.tokenizer.encode_bad_words(params.bad_words)
+        token_ids = await self._encoded(prompt)
         await self.check(token_ids, params)
         request = Request(
             request_id=request_id,
@@ -268,7 +271,7 @@ class AsyncEngine:
             seed=request_seed(params.seed, self.config.seed, self._arrivals),
             priority=priority,
             resumed_token_ids=list(resumed_token_ids),
-            bad_words=bad_words,
+            bad_words=await self._bad_words(params),
             cache_salt=cache_salt,
         )
         processor = OutputProcessor(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
@@ -323,6 +326,16 @@ class AsyncEngine:
             del self._queues[request_id]
             if not is_finished and self.status == "ready":
                 await self._abort(request_id)
+
+    async def _encoded(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return await asyncio.to_thread(self.tokenizer.encode, prompt)
+        return prompt
+
+    async def _bad_words(self, params: SamplingParams) -> tuple[TokenSequence, ...]:
+        if not params.bad_words:
+            return ()
+        return await asyncio.to_thread(self.tokenizer.encode_bad_words, params.bad_words)
 
     async def _prepare(self, structured: StructuredOutputs) -> None:
         """Checks a form, in a thread, and lets the engine know the vocabulary, once.

@@ -20,6 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from engine.config import EngineConfig
+from engine.core.bans import TokenSequence
 from engine.core.outputs import EmbeddingRequestOutput, RequestOutput
 from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
@@ -55,6 +56,7 @@ class ReplicaInfo:
     max_model_len: int
     vocab_size: int
     hidden_size: int
+    max_num_seqs: int
     default_params: dict[str, Any]
     clips_max_tokens: bool
     identity: str
@@ -81,6 +83,7 @@ class Replica:
             engine.max_model_len,
             engine.vocab_size,
             engine.hidden_size,
+            engine.info.max_num_seqs,
             engine.default_params,
             engine.config.clip_max_tokens,
             engine.identity,
@@ -171,6 +174,9 @@ class Replicas:
 
     async def check(self, prompt: list[int], params: SamplingParams) -> None:
         """As `AsyncEngine.check`, but for the form, which a replica checks."""
+        bad_words: tuple[TokenSequence, ...] = ()
+        if params.bad_words:
+            bad_words = await asyncio.to_thread(self.tokenizer.encode_bad_words, params.bad_words)
         validate_request(
             prompt,
             params,
@@ -178,7 +184,8 @@ class Replicas:
             self.vocab_size,
             self.tokenizer.eos_token_ids,
             self._clips_max_tokens,
-            self.tokenizer.encode_bad_words(params.bad_words),
+            bad_words,
+            self._max_num_seqs,
         )
 
     async def generate(
@@ -196,7 +203,9 @@ class Replicas:
             RequestError: The request cannot be served as asked.
             EngineDeadError: Several replicas have died under the request.
         """
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        token_ids = (
+            await asyncio.to_thread(self.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
+        )
         await self.check(token_ids, params)
         request = OpenRequest(
             request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority, cache_salt
@@ -261,12 +270,14 @@ class Replicas:
             self.chat_format = await asyncio.to_thread(
                 ChatFormat, self.tokenizer, self.config.tool_format, self.config.reasoning_format
             )
+            await asyncio.to_thread(lambda: self.tokenizer.bound)
             info = await self._handle.info.remote()
         except Exception as error:
             self.status, self.error = "dead", f"{type(error).__name__}: {_first_line(error)}"
             raise
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
-        self._clips_max_tokens = info.clips_max_tokens
+        self._clips_max_tokens, self._max_num_seqs = info.clips_max_tokens, info.max_num_seqs
+        self.tokenizer.max_tokens = info.max_model_len
         self.hidden_size, self.default_params = info.hidden_size, info.default_params
         self.identity = info.identity
         while True:

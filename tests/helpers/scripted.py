@@ -14,7 +14,7 @@ import uvicorn
 from api.admission import Admission, QueueLimits
 from api.app import create_app
 from api.server import SEND_SECONDS, Server
-from api.upgrades import HttpProtocol, SlowReaders
+from api.slow_readers import ReadProtocol, SlowReaders
 from engine.config import EngineConfig
 from engine.core.outputs import (
     CompletionOutput,
@@ -121,13 +121,20 @@ class ScriptedEngine:
 
 @asynccontextmanager
 async def serving(
-    engine: ScriptedEngine, limits: QueueLimits | None = None, send_seconds: float = SEND_SECONDS
+    engine: ScriptedEngine,
+    limits: QueueLimits | None = None,
+    send_seconds: float = SEND_SECONDS,
+    **application: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a server that runs in this event loop in front of `engine`."""
+    """A client of a server that runs in this event loop in front of `engine`.
+
+    Args:
+        application: Further arguments of `create_app`.
+    """
     admission = Admission(lambda: engine.stats, limits)
-    app = create_app(cast(Any, engine), served_model_names=["scripted"], admission=admission)
+    app = create_app(cast(Any, engine), served_model_names=["scripted"], admission=admission, **application)
     readers = SlowReaders(send_seconds, app.state.metrics.count_slow_reader)
-    http = cast(Any, partial(HttpProtocol, readers=readers))
+    http = cast(Any, partial(ReadProtocol, readers=readers))
     server = Server(uvicorn.Config(app, http=http, port=0, lifespan="off", log_config=None))
     task = asyncio.create_task(server.serve())
     while not server.started:

@@ -1,21 +1,13 @@
-"""The server's side of a connection, which serves HTTP/1.1 and nothing else."""
+"""Clients that do not read what they are sent: they hold a piece of an answer, and are hung up on after a time."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-MAX_LINE_BYTES = 64 * 2**10
-"""A longer line is passed on as it came."""
-
-_END_OF_HEAD = b"\r\n\r\n"
-_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
-_BEGINNING = b"\r\nupgrade:"
+from api.connection import HttpProtocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +23,8 @@ class SlowReaders:
     on_drop: Callable[[], None]
 
 
-class HttpProtocol(HttpToolsProtocol):
-    """Hangs up on clients that do not read: no more than a piece of an answer is written while some of it is unread.
-
-    Ignores requests to upgrade, as a server may (RFC 9110, 7.8).
-
-    httptools takes what follows such a request's head for the other protocol's, so that its body is lost; every
-    client of the Java Development Kit asks for HTTP/2 with its first request.
-    """
-
-    _is_in_head = True
-    _held = b""
+class ReadProtocol(HttpProtocol):
+    """Hangs up on clients that do not read; no more than a piece of an answer is written while some is unread."""
 
     def __init__(self, *arguments: Any, readers: SlowReaders, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -82,28 +65,3 @@ class HttpProtocol(HttpToolsProtocol):
         if self._looking is not None:
             self._looking.cancel()
         self._num_unread = self._looking = None
-
-    def data_received(self, data: bytes) -> None:
-        if self._is_in_head:
-            data, self._held = self._held + data, b""
-            end = data.find(_END_OF_HEAD)
-            if end < 0:
-                # The last line may be, or become, the one that is left out; or the head's end.
-                start = max(data.rfind(b"\r"), 0)
-                line = data[start:]
-                if data.endswith(_END_OF_HEAD[:3]):
-                    start -= 2
-                if _BEGINNING.startswith(line[: len(_BEGINNING)].lower()) and len(line) <= MAX_LINE_BYTES:
-                    data, self._held = data[:start], data[start:]
-                end = len(data)
-            data = _UPGRADE.sub(b"", data[:end]) + data[end:]
-        if data:
-            super().data_received(data)
-
-    def on_headers_complete(self) -> None:
-        self._is_in_head = False
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        self._is_in_head = True
-        super().on_message_complete()
