@@ -236,7 +236,7 @@ def _is_whole(path: Path) -> bool:
 
 
 _ELF_HEADER = struct.Struct("<4s36xQ10xHH2x")
-"""Of 64 bits: magic number, then offset, size of each and number of the section headers."""
+"""Magic number, then offset, size of each and number of the section headers, in files of 64 bits."""
 
 _BUILD_BYTES = 2**22
 """More than the kernels of a level take."""
