@@ -93,7 +93,7 @@ class TokenCounter:
         return sum(self._num_cached_tokens)
 
 
-async def generate(service: Service, generation: Generation) -> PromptOutputs:
+def generate(service: Service, generation: Generation) -> PromptOutputs:
     """Runs all prompts at once and yields what is new as (index of the prompt, output).
 
     Closing it, or the failure of one prompt, aborts all of them.
@@ -103,26 +103,23 @@ async def generate(service: Service, generation: Generation) -> PromptOutputs:
         EngineDeadError: The engine has ended.
         ApiError: 500, a prompt failed inside the engine.
     """
-    streams = [
-        service.metrics.observe(
-            service.engine.generate(
-                prompt,
-                params,
-                f"{generation.key}-{index}",
-                generation.priority,
-                cache_salt=generation.cache_salt,
-            ),
-            len(prompt),
-            params.n,
-        )
-        for index, (prompt, params) in enumerate(zip(generation.prompts, generation.params, strict=True))
-    ]
-    merged = _numbered(streams[0]) if len(streams) == 1 else _merge(streams)
-    async with aclosing(merged):
-        async for index, output in merged:
-            if output.error is not None:
-                raise ApiError(500, output.error, code="generation_failed")
-            yield index, output
+    streams = [_outputs(service, generation, index) for index in range(len(generation.prompts))]
+    return streams[0] if len(streams) == 1 else _merge(streams)
+
+
+async def _outputs(service: Service, generation: Generation, index: int) -> PromptOutputs:
+    """As `generate`, of one prompt."""
+    prompt, params = generation.prompts[index], generation.params[index]
+    stream = service.engine.generate(
+        prompt, params, f"{generation.key}-{index}", generation.priority, cache_salt=generation.cache_salt
+    )
+    with service.metrics.observing(len(prompt), params.n) as observe:
+        async with aclosing(stream):
+            async for output in stream:
+                observe(output)
+                if output.error is not None:
+                    raise ApiError(500, output.error, code="generation_failed")
+                yield index, output
 
 
 async def note_prompt_logprobs(outputs: PromptOutputs, noted: dict[int, PromptLogprobs]) -> PromptOutputs:
@@ -134,26 +131,20 @@ async def note_prompt_logprobs(outputs: PromptOutputs, noted: dict[int, PromptLo
             yield index, output
 
 
-async def _numbered(stream: AsyncGenerator[RequestOutput, None]) -> PromptOutputs:
-    async with aclosing(stream):
-        async for output in stream:
-            yield 0, output
-
-
-async def _merge(streams: Sequence[AsyncGenerator[RequestOutput, None]]) -> PromptOutputs:
+async def _merge(streams: Sequence[PromptOutputs]) -> PromptOutputs:
     """Items of all streams as they come; None in the queue is the end of a stream."""
     queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
 
-    async def pump(index: int, stream: AsyncGenerator[RequestOutput, None]) -> None:
+    async def pump(stream: PromptOutputs) -> None:
         try:
             async with aclosing(stream):
-                async for output in stream:
-                    queue.put_nowait((index, output))
+                async for item in stream:
+                    queue.put_nowait(item)
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
 
-    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
     num_open = len(tasks)
     try:
         while num_open:
