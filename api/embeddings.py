@@ -14,6 +14,7 @@ from api.errors import ApiError
 from api.generation import new_id
 from api.prompts import encode_prompts, split_prompts
 from api.protocol import EmbeddingRequest, decode_request
+from api.request_fields import truncated
 from api.service import Service
 from api.streaming import until_disconnect
 from engine.core.pooling_params import PoolingParams
@@ -37,7 +38,8 @@ async def create_embeddings(service: Service, http_request: Request) -> Response
         raise ApiError(
             400, f"input has {len(inputs)} texts; at most {MAX_INPUTS} are taken at a time", param="input"
         )
-    prompts = await encode_prompts(service, inputs)
+    length = service.engine.max_model_len
+    prompts = [truncated(request, prompt, length, 0) for prompt in await encode_prompts(service, inputs)]
     request_id = new_id("embd-")
     embeddings = await until_disconnect(
         http_request.receive, _embed(service, prompts, params, request_id, request.priority or 0)

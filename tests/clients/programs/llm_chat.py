@@ -11,6 +11,7 @@ from pathlib import Path
 url, key = sys.argv[1:]
 directory = Path(tempfile.mkdtemp())
 os.environ["LLM_USER_PATH"] = str(directory)
+os.environ["LLM_LOAD_PLUGINS"] = ""  # those that stand beside it want packages of their own
 model = {
     "model_id": "ours",
     "model_name": "llama",
