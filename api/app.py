@@ -51,6 +51,7 @@ from api.responses.codex_models import codex_model
 from api.responses.endpoint import ResponsesApi
 from api.responses.protocol import ResponseRequest
 from api.responses.store import STORE_BYTES, STORE_SECONDS, ResponseStore
+from api.routing import EndpointRoute
 from api.service import VERSION, Service
 from api.tokenization import apply_template, detokenize, tokenize
 
@@ -146,6 +147,7 @@ def create_app(
         max_body_bytes: The longest body of a request; None: near what the longest sequence can need.
     """
     app = FastAPI(openapi_url=None)
+    app.router.route_class = EndpointRoute
     add_error_handlers(app)
     if api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=api_key)

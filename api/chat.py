@@ -168,14 +168,14 @@ async def _events(service: Service, job: ChatJob, outputs: PromptOutputs) -> Asy
     counter = TokenCounter(generation)
     writers = [job.writer() for _ in range(job.params.n)]
     everything = job.params.logprobs is not None or job.request.return_token_ids
-
     head = (generation.request_id, generation.created, generation.model)
+    fingerprint = service.fingerprint
 
     def chunk(
         choices: list[ChatChunkChoice], usage: Usage | UnsetType | None, is_last: bool = False, **others: Any
     ) -> bytes:
         timings = timings_of(counter) if is_last else UNSET
-        return event(ChatChunk(*head, choices, service.fingerprint, usage=usage, timings=timings, **others))
+        return event(ChatChunk(*head, choices, fingerprint, usage=usage, timings=timings, **others))
 
     has_begun, num_open = False, job.params.n
     async with aclosing(outputs):

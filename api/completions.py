@@ -235,11 +235,12 @@ async def _events(
     everything = job.params.logprobs is not None or job.request.return_token_ids
 
     head = (generation.request_id, generation.created, generation.model)
+    fingerprint = service.fingerprint
     num_open = len(writers)
 
     def chunk(choices: list[CompletionChoice], usage: Usage | UnsetType | None, is_last: bool) -> bytes:
         timings = timings_of(counter) if is_last else UNSET
-        return event(Completion(*head, choices, service.fingerprint, usage=usage, timings=timings))
+        return event(Completion(*head, choices, fingerprint, usage=usage, timings=timings))
 
     async with aclosing(outputs):
         async for prompt_index, output in outputs:

@@ -15,6 +15,7 @@ from api.errors import ApiError
 from api.generation import check_queue, new_id
 from api.prompts import encode_prompts, split_prompts
 from api.protocol import EmbeddingRequest, decode_request
+from api.request_fields import truncated
 from api.service import Service
 from api.streaming import until_disconnect
 from engine.core.limits import MAX_INPUTS
@@ -63,8 +64,12 @@ def _read_job(service: Service, body: bytearray) -> EmbeddingJob:
         raise ApiError(
             400, f"input has {len(inputs)} texts; at most {MAX_INPUTS} are taken at a time", param="input"
         )
+    length = service.engine.max_model_len
     try:
-        prompts = encode_prompts(service.engine.tokenizer, inputs)
+        prompts = [
+            truncated(request, prompt, length, 0)
+            for prompt in encode_prompts(service.engine.tokenizer, inputs)
+        ]
     except RequestError as error:
         raise RequestError(f"input: {error}", "input", error.code) from None
     return EmbeddingJob(request, model, prompts, params)

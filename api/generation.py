@@ -8,7 +8,6 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from operator import itemgetter
 
 from api.admission import Place
 from api.errors import ApiError
@@ -119,7 +118,7 @@ def check_queue(service: Service, prompts: Sequence[list[int]], num_samples: int
         raise
 
 
-async def generate(service: Service, generation: Generation) -> PromptOutputs:
+def generate(service: Service, generation: Generation) -> PromptOutputs:
     """Runs all prompts at once and yields what is new as (index of the prompt, output).
 
     Closing it, or the failure of one prompt, aborts all of them.
@@ -130,72 +129,64 @@ async def generate(service: Service, generation: Generation) -> PromptOutputs:
         ApiError: 500, a prompt failed inside the engine; 429, too much waits already; 503, it has waited too long;
             408, the time that it was given is over.
     """
-    check_room(service, generation)
-    admission, num_samples = service.admission, generation.num_samples
-    places = [admission.enter(len(prompt), num_samples) for prompt in generation.prompts]
-    for place in places:
-        service.metrics.observe_prediction(admission.margin * place.predicted)
-    streams = [
-        service.metrics.observe(
-            service.engine.generate(
-                prompt,
-                params,
-                f"{generation.key}-{index}",
-                generation.priority,
-                cache_salt=generation.cache_salt,
-            ),
-            len(prompt),
-            params.n,
-        )
-        for index, (prompt, params) in enumerate(zip(generation.prompts, generation.params, strict=True))
-    ]
-    merged = _numbered(streams[0]) if len(streams) == 1 else _merge(streams)
+    if len(generation.prompts) > 1:
+        return _merge(service, generation)
+    return _outputs(service, generation, 0)
+
+
+async def _outputs(service: Service, generation: Generation, index: int) -> PromptOutputs:
+    """As `generate`, of one prompt."""
+    prompt, params = generation.prompts[index], generation.params[index]
+    admission = service.admission
+    if len(generation.prompts) == 1:
+        check_room(service, generation)
+    place = admission.enter(len(prompt), generation.num_samples)
+    service.metrics.observe_prediction(admission.margin * place.predicted)
+    stream = service.engine.generate(
+        prompt, params, f"{generation.key}-{index}", generation.priority, cache_salt=generation.cache_salt
+    )
     try:
-        async with aclosing(merged):
-            while (item := await _next(service, generation, merged, places)) is not None:
-                index, output = item
-                if output.error is not None:
-                    raise ApiError(500, output.error, code="generation_failed")
-                if output.outputs:
-                    admission.begin(places[index])
-                if output.finished:
-                    admission.leave(places[index])
-                yield index, output
+        with service.metrics.observing(len(prompt), params.n) as observe:
+            async with aclosing(stream):
+                while (output := await _next(service, generation, stream, place)) is not None:
+                    observe(output)
+                    if output.error is not None:
+                        raise ApiError(500, output.error, code="generation_failed")
+                    if output.outputs:
+                        admission.begin(place)
+                    if output.finished:
+                        admission.leave(place)
+                    yield index, output
     finally:
-        for place in places:
-            admission.leave(place)
+        admission.leave(place)
 
 
 async def _next(
-    service: Service, generation: Generation, outputs: PromptOutputs, places: Sequence[Place]
-) -> tuple[int, RequestOutput] | None:
+    service: Service, generation: Generation, outputs: AsyncGenerator[RequestOutput, None], place: Place
+) -> RequestOutput | None:
     """The next output, if it comes in time; None at the end.
 
     Raises:
-        ApiError: 408, the time of the request is over; 503, one of its prompts has waited too long.
+        ApiError: 408, the time of the request is over; 503, its prompt has waited too long.
     """
-    deadlines = []
-    if generation.timeout is not None:
-        error = ApiError(
-            408,
-            f"timeout: the request has not ended within its {generation.timeout:g} s",
-            param="timeout",
-            code="timeout",
-            headers={"x-should-retry": "false"},
-        )
-        deadlines.append((generation.timeout, error))
-    longest = service.admission.queue_timeout
-    if longest is not None and not all(place.has_begun or place.has_left for place in places):
-        deadlines.append((longest, service.admission.waited_too_long()))
-    if not deadlines:
+    longest = None if place.has_begun or place.has_left else service.admission.queue_timeout
+    seconds = min((limit for limit in (generation.timeout, longest) if limit is not None), default=None)
+    if seconds is None:
         return await anext(outputs, None)
-    seconds, error = min(deadlines, key=itemgetter(0))
     try:
         return await asyncio.wait_for(
             anext(outputs, None), generation.arrival + seconds - time.perf_counter()
         )
     except TimeoutError:
-        raise error from None
+        if seconds == longest:
+            raise service.admission.waited_too_long() from None
+        raise ApiError(
+            408,
+            f"timeout: the request has not ended within its {generation.timeout:g} s",
+            param="timeout",
+            code="timeout",
+            headers={"x-should-retry": "false"},
+        ) from None
 
 
 async def note_prompt_logprobs(outputs: PromptOutputs, noted: dict[int, PromptLogprobs]) -> PromptOutputs:
@@ -207,26 +198,22 @@ async def note_prompt_logprobs(outputs: PromptOutputs, noted: dict[int, PromptLo
             yield index, output
 
 
-async def _numbered(stream: AsyncGenerator[RequestOutput, None]) -> PromptOutputs:
-    async with aclosing(stream):
-        async for output in stream:
-            yield 0, output
-
-
-async def _merge(streams: Sequence[AsyncGenerator[RequestOutput, None]]) -> PromptOutputs:
-    """Items of all streams as they come; None in the queue is the end of a stream."""
+async def _merge(service: Service, generation: Generation) -> PromptOutputs:
+    """As `generate`, of several prompts; None in the queue is the end of one."""
+    check_room(service, generation)
+    streams = [_outputs(service, generation, index) for index in range(len(generation.prompts))]
     queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(len(streams))
 
-    async def pump(index: int, stream: AsyncGenerator[RequestOutput, None]) -> None:
+    async def pump(stream: PromptOutputs) -> None:
         try:
             async with aclosing(stream):
-                async for output in stream:
-                    await queue.put((index, output))
+                async for item in stream:
+                    await queue.put(item)
             await queue.put(None)
         except Exception as error:
             await queue.put(error)
 
-    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
     num_open = len(tasks)
     try:
         while num_open:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Iterator
-from contextlib import aclosing
+from bisect import bisect_left
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from engine.core.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
 
@@ -71,6 +74,38 @@ class EngineCollector(Collector):
         yield tokens
 
 
+class TokenCollector(Collector):
+    """Counts and times generated tokens, in one thread: prometheus_client's own counters take locks for each."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self._num_tokens = 0
+        self._num_intervals = [0] * (len(TOKEN_BUCKETS) + 1)
+        self._seconds = 0.0
+
+    def add(self, num_tokens: int) -> None:
+        self._num_tokens += num_tokens
+
+    def add_interval(self, seconds: float) -> None:
+        """Counts the time between two tokens of a sample."""
+        self._num_intervals[bisect_left(TOKEN_BUCKETS, seconds)] += 1
+        self._seconds += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        tokens = CounterMetricFamily("engine_generation_tokens", "Generated tokens", labels=["model_name"])
+        tokens.add_metric([self._model_name], self._num_tokens)
+        yield tokens
+        intervals = HistogramMetricFamily(
+            "engine_inter_token_latency_seconds",
+            "Time between the tokens of a sample",
+            labels=["model_name"],
+        )
+        limits = [*map(floatToGoString, TOKEN_BUCKETS), "+Inf"]
+        counts = map(float, accumulate(self._num_intervals))
+        intervals.add_metric([self._model_name], list(zip(limits, counts, strict=True)), self._seconds)
+        yield intervals
+
+
 @dataclass(slots=True)
 class SampleTimes:
     """When one sample's tokens arrived, in seconds of `time.perf_counter`."""
@@ -94,14 +129,12 @@ class Metrics:
     def __init__(self, engine: ServedEngine, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(engine, model_name))
+        self._tokens = TokenCollector(model_name)
+        self.registry.register(self._tokens)
         self._model_name = model_name
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests")
-        self._generation_tokens = self._counter("generation_tokens", "Generated tokens")
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN_BUCKETS
-        )
-        self._inter_token = self._histogram(
-            "inter_token_latency_seconds", "Time between the tokens of a sample", TOKEN_BUCKETS
         )
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds",
@@ -160,21 +193,23 @@ class Metrics:
     def count_unknown_member(self, endpoint: str) -> None:
         self._unknown_members.labels(self._model_name, endpoint).inc()
 
-    async def observe(
-        self, outputs: AsyncGenerator[RequestOutput, None], num_prompt_tokens: int, num_samples: int
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Passes on the outputs of one request, and measures them."""
+    @contextmanager
+    def observing(
+        self, num_prompt_tokens: int, num_samples: int
+    ) -> Iterator[Callable[[RequestOutput], None]]:
+        """Measures one request, which begins now; what it yields is to be called with each output of it."""
         times = RequestTimes(arrival=time.perf_counter())
         reason = "abort"
+
+        def observe(output: RequestOutput) -> None:
+            now = time.perf_counter()
+            if not times.is_answered:
+                self._observe_prompt(output, times, now, num_prompt_tokens)
+            for sample in output.outputs:
+                self._observe_sample(sample, times, now)
+
         try:
-            async with aclosing(outputs):
-                async for output in outputs:
-                    now = time.perf_counter()
-                    if not times.is_answered:
-                        self._observe_prompt(output, times, now, num_prompt_tokens)
-                    for sample in output.outputs:
-                        self._observe_sample(sample, times, now)
-                    yield output
+            yield observe
         except Exception:
             reason = "error"
             raise
@@ -213,11 +248,11 @@ class Metrics:
         num_new = len(sample.token_ids)
         seen = times.samples.get(sample.index)
         if num_new:
-            self._generation_tokens.inc(num_new)
+            self._tokens.add(num_new)
             if seen is None:
                 seen = times.samples[sample.index] = SampleTimes(now, now, num_new)
             else:
-                self._inter_token.observe((now - seen.last) / num_new)
+                self._tokens.add_interval((now - seen.last) / num_new)
                 seen.last = now
                 seen.num_tokens += num_new
         if sample.finish_reason is not None:

@@ -215,6 +215,8 @@ class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     normalize: bool | None = None
     pooling: str | None = None
     priority: Integer | None = None
+    truncate_prompt_tokens: Integer | None = None
+    truncation_side: Literal["left", "right"] | None = None
     user: Any = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from api.errors import ApiError
 from api.generation import new_id
 from api.http import REQUEST_ID
-from api.protocol import GenerationRequest
+from api.protocol import EmbeddingRequest, GenerationRequest
 
 
 def answer_id(request: GenerationRequest, kind: str) -> str:
@@ -46,7 +46,10 @@ def read_timeout(given: float | None) -> float | None:
 
 
 def truncated(
-    request: GenerationRequest, token_ids: list[int], max_model_len: int, max_tokens: int | None
+    request: GenerationRequest | EmbeddingRequest,
+    token_ids: list[int],
+    max_model_len: int,
+    max_tokens: int | None,
 ) -> list[int]:
     """The prompt's tokens, as many as the request keeps: the last ones, or the first.
 

@@ -32,7 +32,7 @@ INCLUDED = (
 
 SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty",
-    "repetition_penalty",
+    "repetition_penalty", "ignore_eos",
 )  # fmt: skip
 """Fields of `ResponseRequest` that are sampling parameters as they stand."""
 
@@ -82,6 +82,7 @@ class ResponseRequest(Struct, kw_only=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
     priority: Integer | None = None
     cache_salt: str | None = None
 

@@ -228,11 +228,18 @@ class SamplingParams:
         # A user may write stop="\n", stop=["\n"] or top_k=-1; the fields hold one form, and no list of the user's.
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
+        # Each request makes several of these, in which most values are defaults.
         for parameter in _SCALARS:
-            object.__setattr__(self, parameter.name, parameter.read(getattr(self, parameter.name)))
+            value = getattr(self, parameter.name)
+            if value is not _DEFAULTS[parameter.name]:
+                object.__setattr__(self, parameter.name, parameter.read(value))
         for name, read in _READERS.items():
-            object.__setattr__(self, name, read(getattr(self, name), name))
-        object.__setattr__(self, "structured_outputs", StructuredOutputs.read(self.structured_outputs))
+            value = getattr(self, name)
+            if value is not _DEFAULTS[name]:
+                object.__setattr__(self, name, read(value, name))
+        if self.structured_outputs is not None:
+            structured = StructuredOutputs.read(self.structured_outputs)
+            object.__setattr__(self, "structured_outputs", structured)
         if self.allowed_token_ids == ():
             raise RequestError("allowed_token_ids must hold at least one token id", "allowed_token_ids")
         for token_id, bias in self.logit_bias.items():
@@ -267,6 +274,8 @@ SAMPLING_PARAMETERS = tuple(
 """The fields of `SamplingParams`, in order: the one list of them."""
 
 _SCALARS = tuple(parameter for parameter in SAMPLING_PARAMETERS if parameter.is_scalar)
+
+_DEFAULTS = {option.name: option.default for option in fields(SamplingParams)}
 
 EXAMPLES = {
     parameter.name: parameter.example for parameter in SAMPLING_PARAMETERS if parameter.example is not None

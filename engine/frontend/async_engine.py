@@ -29,6 +29,7 @@ from engine.frontend.chat_format import ChatFormat
 from engine.frontend.child import EngineChild, end_process, launch
 from engine.frontend.embedding import EmbeddingProcessor, embedding_request
 from engine.frontend.grammar import FormChecker
+from engine.frontend.inbox import Inbox
 from engine.frontend.messages import (
     Abort,
     Add,
@@ -145,7 +146,7 @@ class AsyncEngine:
         self.error: str | None = None
         self.stats = EngineStats()
         self.ended = asyncio.Event()
-        self._queues: dict[str, asyncio.Queue[EngineOutput | None]] = {}
+        self._inboxes: dict[str, Inbox[EngineOutput]] = {}
         self._arrivals = count()
         self._forms: FormChecker
         self._teaching: asyncio.Task[None] | None = None
@@ -275,24 +276,22 @@ class AsyncEngine:
             cache_salt=cache_salt,
         )
         processor = OutputProcessor(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
-        assert request_id not in self._queues, f"request id {request_id!r} is in use"
-        queue = self._queues[request_id] = asyncio.Queue()
+        inbox = self._open_inbox(request_id)
         finished = False
         try:
             await self._send(Add(request))
             while not finished:
-                output = await queue.get()
-                if output is None:
-                    raise EngineDeadError(self.error)
-                addition = processor.process(output)
-                for index in processor.stopped_samples:
-                    await self._abort(request_id, index)
-                processor.stopped_samples.clear()
-                if addition is not None:
-                    finished = addition.finished
-                    yield addition
+                for output in await inbox.take():
+                    addition = processor.process(output)
+                    if processor.stopped_samples:
+                        for index in processor.stopped_samples:
+                            await self._abort(request_id, index)
+                        processor.stopped_samples.clear()
+                    if addition is not None:
+                        finished = addition.finished
+                        yield addition
         finally:
-            del self._queues[request_id]
+            del self._inboxes[request_id]
             if not finished and self.status == "ready":
                 await self._abort(request_id)
 
@@ -312,18 +311,15 @@ class AsyncEngine:
         self._check_ready()
         validate_embedding(prompt, params, self.max_model_len, self.vocab_size, self.hidden_size, "input")
         request = embedding_request(request_id, prompt, params, priority)
-        assert request_id not in self._queues, f"request id {request_id!r} is in use"
-        queue = self._queues[request_id] = asyncio.Queue()
+        inbox = self._open_inbox(request_id)
         is_finished = False
         try:
             await self._send(Add(request))
-            output = await queue.get()
-            if output is None:
-                raise EngineDeadError(self.error)
+            (output,) = await inbox.take()
             is_finished = True
             return EmbeddingProcessor(request, None, params).process(output)
         finally:
-            del self._queues[request_id]
+            del self._inboxes[request_id]
             if not is_finished and self.status == "ready":
                 await self._abort(request_id)
 
@@ -336,6 +332,11 @@ class AsyncEngine:
         if not params.bad_words:
             return ()
         return await asyncio.to_thread(self.tokenizer.encode_bad_words, params.bad_words)
+
+    def _open_inbox(self, request_id: str) -> Inbox[EngineOutput]:
+        assert request_id not in self._inboxes, f"request id {request_id!r} is in use"
+        inbox = self._inboxes[request_id] = Inbox()
+        return inbox
 
     async def _prepare(self, structured: StructuredOutputs) -> None:
         """Checks a form, in a thread, and lets the engine know the vocabulary, once.
@@ -370,7 +371,8 @@ class AsyncEngine:
         """
         assert self._child is not None
         sending = asyncio.ensure_future(self._child.socket.send(encode(message)))
-        await asyncio.wait((sending, self._child.exited), return_when=asyncio.FIRST_COMPLETED)
+        if not sending.done():  # as it mostly is
+            await asyncio.wait((sending, self._child.exited), return_when=asyncio.FIRST_COMPLETED)
         if not sending.done():
             sending.cancel()
             raise self._exit_error()
@@ -442,10 +444,10 @@ class AsyncEngine:
                     return
 
     async def _hand_on(self, output: EngineOutput) -> None:
-        queue = self._queues.get(output.request_id)
-        if queue is None or queue.qsize() > MAX_UNREAD_OUTPUTS:
+        inbox = self._inboxes.get(output.request_id)
+        if inbox is None or len(inbox) > MAX_UNREAD_OUTPUTS:
             return
-        if queue.qsize() == MAX_UNREAD_OUTPUTS:
+        if len(inbox) == MAX_UNREAD_OUTPUTS:
             await self._abort(output.request_id)
             output = EngineOutput(
                 request_id=output.request_id,
@@ -453,15 +455,15 @@ class AsyncEngine:
                 finish_reason="error",
                 error=f"the client has left {MAX_UNREAD_OUTPUTS} outputs unread",
             )
-        queue.put_nowait(output)
+        inbox.put(output)
 
     def _die(self, reason: str) -> None:
         if self.status == "dead":
             return
         self.status, self.error = "dead", reason
         self.ended.set()
-        for queue in self._queues.values():
-            queue.put_nowait(None)
+        for inbox in self._inboxes.values():
+            inbox.close(EngineDeadError(reason))
 
 
 async def _in_daemon_thread(function: Callable[[], Result]) -> Result:

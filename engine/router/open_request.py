@@ -74,7 +74,7 @@ class OpenRequest:
         return sum(len(tokens) for tokens in self.sent if tokens is not None)
 
     def take(self, output: RequestOutput) -> RequestOutput:
-        """Notes what an engine has said, and returns it as the client is to see it."""
+        """Notes what an engine has said, and returns it changed to what the client is to see."""
         for sample in output.outputs:
             tokens = self.sent[sample.index]
             assert tokens is not None, "a sample that has ended goes on"
@@ -85,14 +85,11 @@ class OpenRequest:
             self.sent = [None] * self.params.n
         if self.num_cached_tokens is None:
             self.num_cached_tokens = output.num_cached_tokens
-        return replace(
-            output,
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            num_cached_tokens=self.num_cached_tokens,
-            finished=self.is_finished,
-        )
+        output.request_id = self.request_id
+        output.prompt, output.prompt_token_ids = self.prompt, self.prompt_token_ids
+        output.num_cached_tokens = self.num_cached_tokens
+        output.finished = self.is_finished
+        return output
 
     def blame(self, was_under_way: bool) -> bool:
         """Whether an engine has died in a step with it now, and before, with no token of its own between the two.

@@ -31,6 +31,26 @@ def test_an_answer_has_openais_shape(client: openai.OpenAI) -> None:
     assert np.linalg.norm(item.embedding) == pytest.approx(1)
 
 
+def test_a_prompt_is_cut_to_what_is_asked(client: openai.OpenAI) -> None:
+    token_ids = [[40, 50, 60, 70]]
+    last, first, whole = (
+        embed(client, input=token_ids, extra_body=fields)
+        for fields in (
+            {"truncate_prompt_tokens": 2},
+            {"truncate_prompt_tokens": 2, "truncation_side": "right"},
+            {"truncate_prompt_tokens": -1},
+        )
+    )
+    assert np.array_equal(last, embed(client, input=[[60, 70]]))
+    assert np.array_equal(first, embed(client, input=[[40, 50]]))
+    assert np.array_equal(whole, embed(client, input=token_ids))
+    # No text is too long.
+    cut = client.embeddings.create(
+        model="llama", input=" word" * 9000, extra_body={"truncate_prompt_tokens": -1}
+    )
+    assert cut.usage.prompt_tokens == client.models.retrieve("llama").max_model_len
+
+
 def test_base64_equals_floats(client: openai.OpenAI, http: httpx.Client) -> None:
     """The client asks for base64, and reads it, unless it is told otherwise."""
     by_default = embed(client)

@@ -144,6 +144,19 @@ def test_effort_and_thinking_go_to_the_template() -> None:
     assert rendered(chat_template_kwargs={"enable_thinking": False}) == " False"
 
 
+def test_verbosity_and_documents_go_to_the_template() -> None:
+    template = "{{ verbosity }}{% for one in documents or () %} {{ one.title }}: {{ one.text }}{% endfor %}"
+
+    def rendered(**fields: Any) -> str:
+        return tokenizer_of(template).decode(turn_of(template, **fields).prompt_token_ids)
+
+    assert rendered() == ""
+    assert rendered(verbosity="low") == "low"
+    documents = [{"title": "Rain", "text": "wet"}, {"title": "Sun", "text": "dry"}]
+    assert rendered(documents=documents) == " Rain: wet Sun: dry"
+    assert rendered(verbosity="high", documents=documents[1:]) == "high Sun: dry"
+
+
 def test_a_call_with_arguments_that_are_no_json_is_refused() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{"}}
     for template in (PLAIN, TEMPLATES["mistral"]):

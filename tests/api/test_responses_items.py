@@ -10,11 +10,12 @@ from api.errors import ApiError
 from api.kept_reasoning import keep_reasoning, recall_reasoning
 from api.responses.endpoint import Reading
 from api.responses.items import Transcript, listed_item
-from api.responses.protocol import ResponseRequest
+from api.responses.protocol import ReasoningConfig, ResponseRequest, TextConfig
 from api.responses.tools import Toolbox, read_choice
 from engine.errors import RequestError
 from engine.frontend.chat_format import ChatFormat
 from engine.frontend.tools import ToolChoice
+from tests.helpers.chat_templates import tokenizer_of
 from tests.helpers.scripted import BytesTokenizer
 
 
@@ -230,3 +231,17 @@ def test_the_beginning_goes_where_a_conversation_is_too_long(limit: int, kept: s
     assert bytes(turn.prompt_token_ids).decode() == kept
     whole, _ = Reading(ResponseRequest(), [], items).turn(chat_format, limit)
     assert len(whole.prompt_token_ids) == 26
+
+
+def test_effort_and_verbosity_go_to_the_template() -> None:
+    tokenizer = tokenizer_of("{{ reasoning_effort }} {{ enable_thinking }} {{ verbosity }}")
+    items = [{"role": "user", "content": "Hello"}]
+
+    def rendered(**fields: Any) -> str:
+        turn, _ = Reading(ResponseRequest(**fields), [], items).turn(ChatFormat(tokenizer), 99)
+        return tokenizer.decode(turn.prompt_token_ids)
+
+    assert rendered() == "  "
+    assert rendered(reasoning=ReasoningConfig(effort="high")) == "high  "
+    assert rendered(reasoning=ReasoningConfig(effort="none")) == "none False "
+    assert rendered(text=TextConfig(verbosity="low")) == "  low"

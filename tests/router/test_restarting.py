@@ -118,12 +118,57 @@ def test_streams_go_on_the_same_where_the_engine_is_killed_twice(small_model: Pa
                 await until(lambda: engine.status == "restarting")
                 # Who comes meanwhile waits.
                 streams.append(asyncio.create_task(read(engine, CASES[0], f"late {num_steps}")))
-                embeddings.append(asyncio.create_task(engine.embed(list(range(99)), MEAN, "embedding")))
+                embedded = engine.embed(list(range(99)), MEAN, f"embedding {num_steps}")
+                embeddings.append(asyncio.create_task(embedded))
                 await until(lambda: engine.status == "ready")
             received = await asyncio.gather(*streams)
             assert received == [*undisturbed, undisturbed[0], undisturbed[0]]
-            assert await asyncio.gather(*embeddings) == [embedding, embedding]
+            assert [one.outputs for one in await asyncio.gather(*embeddings)] == [embedding.outputs] * 2
             assert engine.num_restarts == 2
+
+    run(check())
+
+
+@pytest.mark.parametrize("num_steps", [4, 40], ids=["amid its prompt", "amid its answer"])
+def test_salts_and_a_prompts_log_probabilities_outlive_the_engine(small_model: Path, num_steps: int) -> None:
+    params = SamplingParams(
+        max_tokens=60, temperature=0.9, seed=3, ignore_eos=True, logprobs=1, prompt_logprobs=2
+    )
+    prompt = [token % 997 for token in range(640)]
+
+    async def ask(
+        engine: RestartingEngine, name: str, salt: str
+    ) -> tuple[list[int], list[Any], list[Any], int]:
+        tokens: list[int] = []
+        logprobs: list[Any] = []
+        of_prompt = []
+        async for output in engine.generate(prompt, params, name, cache_salt=salt):
+            num_cached = output.num_cached_tokens
+            of_prompt += [] if output.prompt_logprobs is None else [output.prompt_logprobs]
+            for sample in output.outputs:
+                tokens += sample.token_ids
+                logprobs += sample.logprobs or []
+        return tokens, logprobs, of_prompt, num_cached
+
+    async def check() -> None:
+        # The prompt takes ten steps.
+        async with started(config(small_model, max_num_batched_tokens=64)) as engine:
+            undisturbed = await ask(engine, "undisturbed", "first")
+            [of_prompt] = undisturbed[2]
+            assert len(of_prompt) == len(prompt)
+            asked = asyncio.create_task(ask(engine, "disturbed", "second"))
+            base = engine.stats.num_steps
+            await until(lambda: engine.stats.num_steps >= base + num_steps)
+            kill(engine)
+            # No block of another salt is found: neither answer has any from the cache.
+            assert await asked == undisturbed
+            assert undisturbed[3] == 0
+            assert engine.num_restarts == 1
+            # Nor does the new engine find what a request without the salt has left.
+            plain = SamplingParams(max_tokens=1)
+            for salt, has_blocks in (("", False), ("second", True), ("third", False)):
+                outputs = engine.generate(prompt, plain, f"after {salt}", cache_salt=salt)
+                assert ([output.num_cached_tokens async for output in outputs][-1] > 0) is has_blocks
 
     run(check())
 
