@@ -24,6 +24,9 @@ ToolFormatName = Literal[
 ]  # fmt: skip
 ReasoningFormatName = Literal["auto", "none", "think", "mistral", "gemma4", "harmony"]
 
+MAX_STEP_STRETCH = 4.0
+"""How many times as long as without its prompts a step takes at most: three quarters of it are the prompts' then."""
+
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -112,7 +115,7 @@ class EngineConfig:
     max_step_ms: float | None = _option(
         None,
         "longest time of a step that computes prompts beside sequences that decode, in milliseconds; default: 4 "
-        "times what it would take without the prompts",
+        "times what it would take without the prompts; none where a token depends on how its prompt is cut",
     )
     kv_cache_memory: str | int | None = _option(
         None, "size of the KV cache, e.g. 512MiB; default: a quarter of free memory, 4GiB at most, on a CPU"
@@ -267,6 +270,8 @@ class SchedulerConfig:
         long_prefill_token_threshold: Most prompt tokens of one sequence in a step that others share.
         max_model_len: Longest sequence in tokens, prompt and output.
         max_step_ms: As in `EngineConfig`.
+        max_step_stretch: How many times as long as without its prompts a step may take where no time is given; None:
+            any, as tokens would depend on the time that steps take.
         num_stages: Steps that may be in flight at a time, of different sequences: one for each pipeline stage.
     """
 
@@ -275,10 +280,13 @@ class SchedulerConfig:
     long_prefill_token_threshold: int
     max_model_len: int
     max_step_ms: float | None = None
+    max_step_stretch: float | None = MAX_STEP_STRETCH
     num_stages: int = 1
 
     @classmethod
-    def resolve(cls, config: EngineConfig, max_model_len: int, device: str) -> SchedulerConfig:
+    def resolve(
+        cls, config: EngineConfig, max_model_len: int, device: str, is_chunk_invariant: bool = True
+    ) -> SchedulerConfig:
         on_cpu = device == "cpu"
         num_tokens = config.max_num_batched_tokens or (512 if on_cpu else 4096)
         num_seqs = config.max_num_seqs or min(64 if on_cpu else 256, num_tokens)
@@ -293,5 +301,6 @@ class SchedulerConfig:
             long_prefill_token_threshold=config.long_prefill_token_threshold or max(1, num_tokens // 4),
             max_model_len=max_model_len,
             max_step_ms=config.max_step_ms,
+            max_step_stretch=MAX_STEP_STRETCH if is_chunk_invariant else None,
             num_stages=config.pipeline_parallel_size,
         )

@@ -63,7 +63,7 @@ class EngineCore(Generic[Model]):
         self.model = model
         self.grammars = Grammars(facts.vocab_size, eos_token_ids)
         self.scheduler = Scheduler(
-            SchedulerConfig.resolve(config, facts.max_model_len, facts.device_type),
+            SchedulerConfig.resolve(config, facts.max_model_len, facts.device_type, facts.is_chunk_invariant),
             KVCacheManager(BlockPool(facts.num_blocks + 1), facts.block_size),
             eos_token_ids,
             facts.cache_salt,

@@ -53,6 +53,7 @@ class ModelFacts:
         num_bytes: Of the weights of a rank.
         device_type: As torch names it, "cpu" or "cuda".
         is_asynchronous: Whether calls return while the device still works.
+        is_chunk_invariant: Whether a token's bits are the same however its prompt is cut into chunks.
         cache_salt: What a cached block depends on besides its tokens.
         recommended_params: The keys of generation_config.json, sampling parameters among them.
         memory_plan: How memory is used, in words.
@@ -67,6 +68,7 @@ class ModelFacts:
     num_bytes: int
     device_type: str
     is_asynchronous: bool
+    is_chunk_invariant: bool
     cache_salt: bytes
     recommended_params: dict[str, Any]
     memory_plan: str

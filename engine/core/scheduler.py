@@ -58,11 +58,6 @@ WATERMARK = 0.01
 MAX_HASHED_TOKENS = 2**14
 """Tokens of waiting prompts that one step hashes before it leaves the rest of them to the next: some milliseconds."""
 
-MAX_STRETCH = 4.0
-"""How many times as long a step may take for prompts beside sequences that decode as it would for these alone, where
-no time is given: three quarters of it are theirs then.
-"""
-
 MIN_PROMPT_TOKENS = 32
 """Prompts get on by so many tokens in each step, whatever it takes."""
 
@@ -257,8 +252,13 @@ class Scheduler:
             start: How many tokens of the first prompt are computed.
         """
         costs = self.costs.costs
-        alone, limit = costs.seconds(decodes), self.config.max_step_ms
-        seconds = MAX_STRETCH * alone if limit is None else limit / 1000
+        alone, stretch = costs.seconds(decodes), self.config.max_step_stretch
+        if self.config.max_step_ms is not None:
+            seconds = self.config.max_step_ms / 1000
+        elif stretch is not None:
+            seconds = stretch * alone
+        else:
+            return self.config.max_num_batched_tokens
         return max(MIN_PROMPT_TOKENS, costs.num_prompt_tokens(max(0.0, seconds - alone), start))
 
     def requests_in_flight(self) -> list[str]:

@@ -109,6 +109,7 @@ class ModelRunner:
         self.dtype = resolve_dtype(config, checkpoint.config, on_cpu=self.device.type == "cpu")
         self.cache_dtype = resolve_cache_dtype(config, self.dtype, target)
         runs_program = target is None and self.dtype == torch.float32 and cpu.library() is not None
+        self.is_chunk_invariant = runs_program if target is None else config.batch_invariant_attention
         if target is None:
             bodies = describe_cpu(self.dtype)
             if config.deterministic and not runs_program:

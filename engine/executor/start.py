@@ -85,6 +85,7 @@ def start_model(config: EngineConfig, path: Path) -> StartedModel:
         num_bytes=runner.model.num_bytes,
         device_type=runner.device.type,
         is_asynchronous=runner.is_asynchronous,
+        is_chunk_invariant=runner.is_chunk_invariant,
         cache_salt=runner.cache_salt,
         recommended_params=checkpoint.recommended_params,
         memory_plan=str(runner.plan),

@@ -99,8 +99,8 @@ def simulate(rate: float, seconds: float, limits: QueueLimits, num_blocks: int =
     executor = SimulatedExecutor(seed)
     facts = ModelFacts(
         max_model_len=8192, vocab_size=100, hidden_size=8, num_blocks=num_blocks, block_size=16, num_bytes=0,
-        device_type="cpu", is_asynchronous=False, cache_salt=b"", recommended_params={}, memory_plan="",
-        num_cache_bytes=0,
+        device_type="cpu", is_asynchronous=False, is_chunk_invariant=True, cache_salt=b"", recommended_params={},
+        memory_plan="", num_cache_bytes=0,
     )  # fmt: skip
     core = EngineCore(
         EngineConfig(max_step_ms=150), SimulatedModel(executor, facts), (), clock=lambda: executor.now

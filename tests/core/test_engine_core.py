@@ -53,8 +53,8 @@ class FakeModel:
     def close(self): pass
 
 facts = ModelFacts(max_model_len=64, vocab_size=100, hidden_size=8, num_blocks=8, block_size=16, num_bytes=0,
-                   device_type="cpu", is_asynchronous=False, cache_salt=b"", recommended_params={}, memory_plan="",
-                   num_cache_bytes=0)
+                   device_type="cpu", is_asynchronous=False, is_chunk_invariant=True, cache_salt=b"",
+                   recommended_params={}, memory_plan="", num_cache_bytes=0)
 core = EngineCore(EngineConfig(model="none"), FakeModel(facts), ())
 for name, size in (("a", 3), ("b", 40)):
     params = SamplingParams(max_tokens=4)

@@ -107,6 +107,24 @@ def test_streams_aborts_and_idleness(config: EngineConfig) -> None:
     run(check())
 
 
+def test_outputs_that_nobody_takes_are_kept_up_to_a_number(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.frontend.async_engine.MAX_UNREAD_OUTPUTS", 20)
+
+    async def check() -> None:
+        async with started(config) as engine:
+            stream = engine.generate("Once", LONG, "unread")
+            await anext(stream)
+            await until(lambda: engine.stats.num_steps > 20 and engine.stats.num_requests_running == 0)
+            *taken, last = [output async for output in stream]
+            assert len(taken) <= 20
+            assert "20 outputs unread" in (last.error or "")
+            assert last.finished
+
+    run(check())
+
+
 def test_a_killed_engine_ends_its_streams_with_the_cause(config: EngineConfig) -> None:
     async def check() -> None:
         async with started(config) as engine:
