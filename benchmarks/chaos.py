@@ -252,7 +252,7 @@ def _headers_without_end(target: Target) -> Run:
     return lambda: _times(4, lambda: target.send(*pieces, patience=3))
 
 
-@attack(400, 401, 431, CLOSED)
+@attack(401, 405, 431, CLOSED)
 def _trailers_without_end(target: Target) -> Run:
     head = b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
     pieces = [head, *[b"X-Short: a\r\n" * 5_000] * 1024]
