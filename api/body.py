@@ -72,7 +72,7 @@ class Bodies:
         """The whole body, which counts as being on its way within the block.
 
         Raises:
-            ApiError: 413, the body is too long; 415, it is compressed; 503, too many are on their way.
+            ApiError: 413, the body is too long; 415, it is compressed; 503, too many long ones are on their way.
             ClientDisconnected: The client hung up while it sent, or the time for it is over.
         """
         encoding = request.headers.get("content-encoding", "identity")
@@ -85,16 +85,20 @@ class Bodies:
         declared = request.headers.get("content-length", "")
         self._check_length(int(declared) if declared.isdecimal() and len(declared) < 20 else 0)
         data = bytearray()
+        taken = 0
         try:
             async for part in request.stream():
                 self._check_length(len(data) + len(part))
-                self._take(len(part))
+                # A short one always finds room: who holds all of it with long ones stops no others.
+                if len(data) + len(part) > LONG_BODY_BYTES:
+                    self._take(len(data) + len(part) - taken)
+                    taken = len(data) + len(part)
                 data += part
             yield Body(data, self._turn if len(data) > LONG_BODY_BYTES else None)
         except ClientDisconnect:
             raise ClientDisconnected from None
         finally:
-            self._num_bytes -= len(data)
+            self._num_bytes -= taken
 
     def _check_length(self, num_bytes: int) -> None:
         if num_bytes > self.max_bytes:
@@ -109,7 +113,7 @@ class Bodies:
         if self._num_bytes + num_bytes > most:
             raise ApiError(
                 503,
-                f"other requests on their way have {most} bytes of bodies, which is the most; try again shortly",
+                f"long bodies on their way have {most} bytes together, which is the most; try again shortly",
                 code="overloaded",
                 headers={"retry-after": "1"},
             )

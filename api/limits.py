@@ -11,7 +11,7 @@ MAX_HEAD_BYTES = 64 * 2**10
 MAX_HEADERS = 128
 MAX_PIPELINED = 16
 HEAD_SECONDS = 30.0
-BODY_SECONDS = 120.0
+BODY_SECONDS = 60.0
 KEEP_ALIVE_SECONDS = 60
 """Longer than common clients keep an idle connection, so that it is they who close it."""
 
@@ -20,7 +20,7 @@ BODY_BYTES_PER_TOKEN = 16
 """Three to four times what English text has, and more than token ids or escaped Chinese have."""
 
 BODIES_AT_A_TIME = 16
-"""So many of the longest bodies may be on their way at a time, or more that are shorter."""
+"""So many of the longest bodies may be on their way at a time, or more that are not as long."""
 
 CONNECTION_LIMITS = (
     Limit(

@@ -34,6 +34,8 @@ CONTROL = {
 }
 """The stream that must not feel the others: greedy, so that its bytes are known."""
 
+SLICE_BYTES = 2**16
+
 ANSWER_SECONDS = 600.0
 """When an attacker gives up: nothing takes so long."""
 
@@ -71,10 +73,12 @@ class Target:
             answer = asyncio.ensure_future(reader.readline())
             with suppress(ConnectionError):
                 for piece in pieces:
-                    if answer.done():
-                        break
-                    writer.write(piece)
-                    await writer.drain()
+                    # In slices: asyncio moves what it has not sent yet with each that it has.
+                    for start in range(0, len(piece), SLICE_BYTES):
+                        if answer.done():
+                            break
+                        writer.write(piece[start : start + SLICE_BYTES])
+                        await writer.drain()
             line = await asyncio.wait_for(answer, patience)
             return int(line.split()[1]) if line else CLOSED
         except ConnectionError:
@@ -90,18 +94,21 @@ class Target:
         return await self.send(head.encode(), content)
 
 
+Run = Callable[[], Awaitable[Sequence[int]]]
+
+
 @dataclass(frozen=True, slots=True)
 class Attack:
     """What one client does to stop others.
 
     Attributes:
-        run: Returns the statuses of the answers.
+        prepare: Makes what is sent, and returns what sends it and returns the statuses of the answers.
         statuses: Those that are right.
         is_work: Whether the server has so much to do for it that other streams must have tokens meanwhile.
     """
 
     name: str
-    run: Callable[[Target], Awaitable[Sequence[int]]]
+    prepare: Callable[[Target], Run]
     statuses: frozenset[int]
     is_work: bool = False
 
@@ -109,13 +116,15 @@ class Attack:
 ATTACKS: list[Attack] = []
 
 
-def attack(*statuses: int, is_work: bool = False) -> Callable[[Any], Any]:
+def attack(
+    *statuses: int, is_work: bool = False
+) -> Callable[[Callable[[Target], Run]], Callable[[Target], Run]]:
     """Lists a function as an attack."""
 
-    def add(run: Callable[[Target], Awaitable[Sequence[int]]]) -> Callable[..., Any]:
-        name = run.__name__.removeprefix("_").replace("_", " ")
-        ATTACKS.append(Attack(name, run, frozenset(statuses), is_work))
-        return run
+    def add(prepare: Callable[[Target], Run]) -> Callable[[Target], Run]:
+        name = prepare.__name__.removeprefix("_").replace("_", " ")
+        ATTACKS.append(Attack(name, prepare, frozenset(statuses), is_work))
+        return prepare
 
     return add
 
@@ -123,127 +132,141 @@ def attack(*statuses: int, is_work: bool = False) -> Callable[[Any], Any]:
 WORDS = "a sentence of seven words, or so. "
 
 
+async def _each(target: Target, bodies: Sequence[bytes]) -> Sequence[int]:
+    return await asyncio.gather(*(target.post("/v1/completions", body) for body in bodies))
+
+
 async def _times(number: int, send: Callable[[], Awaitable[int]]) -> list[int]:
     return await asyncio.gather(*(send() for _ in range(number)))
 
 
 @attack(400)
-async def _text_that_cannot_fit(target: Target) -> list[int]:
+def _text_that_cannot_fit(target: Target) -> Run:
     body = json.dumps({"prompt": WORDS * 50_000, "max_tokens": 1}).encode()
-    return await _times(4, lambda: target.post("/v1/completions", body))
+    return lambda: _times(4, lambda: target.post("/v1/completions", body))
 
 
 @attack(400, is_work=True)
-async def _text_that_might_fit(target: Target) -> list[int]:
+def _text_that_might_fit(target: Target) -> Run:
     body = json.dumps({"prompt": WORDS * 19_000, "max_tokens": 1}).encode()
-    return await _times(4, lambda: target.post("/v1/completions", body))
+    return lambda: _times(4, lambda: target.post("/v1/completions", body))
 
 
 @attack(200, is_work=True)
-async def _text_to_count(target: Target) -> list[int]:
+def _text_to_count(target: Target) -> Run:
     body = json.dumps({"prompt": WORDS * 19_000}).encode()
-    return await _times(4, lambda: target.post("/tokenize", body))
+    return lambda: _times(4, lambda: target.post("/tokenize", body))
 
 
 @attack(200, is_work=True)
-async def _long_message(target: Target) -> list[int]:
+def _long_message(target: Target) -> Run:
     messages = [{"role": "user", "content": WORDS * 19_000}]
     fields = {"messages": messages, "max_tokens": 1, "truncate_prompt_tokens": 8}
     body = json.dumps(fields).encode()
-    return await _times(4, lambda: target.post("/v1/chat/completions", body))
+    return lambda: _times(4, lambda: target.post("/v1/chat/completions", body))
 
 
 @attack(400)
-async def _messages_without_end(target: Target) -> list[int]:
+def _messages_without_end(target: Target) -> Run:
     body = json.dumps({"messages": [{"role": "user", "content": ""}] * 30_000, "max_tokens": 1}).encode()
-    return await _times(4, lambda: target.post("/v1/chat/completions", body))
+    return lambda: _times(4, lambda: target.post("/v1/chat/completions", body))
 
 
 @attack(400, is_work=True)
-async def _many_messages(target: Target) -> list[int]:
+def _many_messages(target: Target) -> Run:
     body = json.dumps({"messages": [{"role": "user", "content": ""}] * 8_000, "max_tokens": 1}).encode()
-    return await _times(4, lambda: target.post("/v1/chat/completions", body))
+    return lambda: _times(4, lambda: target.post("/v1/chat/completions", body))
 
 
-@attack(400, is_work=True)
-async def _many_tools(target: Target) -> list[int]:
+@attack(400)
+def _tools_with_many_members(target: Target) -> Run:
+    """Each a grammar to compile, and all of them too long for the context."""
+    members = {f"member_{i}": {"type": "string", "pattern": "a{1,40}b"} for i in range(30)}
+    function = {"parameters": {"type": "object", "properties": members}}
+    tools = [{"type": "function", "function": {**function, "name": f"f{i}"}} for i in range(120)]
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": tools}).encode()
+    return lambda: _times(2, lambda: target.post("/v1/chat/completions", body))
+
+
+@attack(400)
+def _many_tools(target: Target) -> Run:
     function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
     tools = [{"type": "function", "function": {**function, "name": f"f{i}"}} for i in range(2_000)]
     body = json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": tools}).encode()
-    return await _times(2, lambda: target.post("/v1/chat/completions", body))
+    return lambda: _times(2, lambda: target.post("/v1/chat/completions", body))
 
 
 @attack(400)
-async def _prompts_of_one_request(target: Target) -> list[int]:
+def _prompts_of_one_request(target: Target) -> Run:
     body = json.dumps({"prompt": ["x"] * 2_000, "n": 64, "max_tokens": 1}).encode()
-    return await _times(4, lambda: target.post("/v1/completions", body))
+    return lambda: _times(4, lambda: target.post("/v1/completions", body))
 
 
 @attack(413, CLOSED)
-async def _body_without_end(target: Target) -> list[int]:
+def _body_without_end(target: Target) -> Run:
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n%sTransfer-Encoding: chunked\r\n\r\n"
     chunk = b"10000\r\n" + b"1," * 2**15 + b"\r\n"
     first = b'2\r\n{"\r\n'
     pieces = [head % target.key_line.encode(), first, *[chunk] * 1000]
-    return await _times(2, lambda: target.send(*pieces, patience=3))
+    return lambda: _times(2, lambda: target.send(*pieces, patience=3))
 
 
 @attack(400, 503)
-async def _token_ids(target: Target) -> list[int]:
+def _token_ids(target: Target) -> Run:
     body = b'{"max_tokens": 1, "prompt": [%s1]}' % (b"1," * 1_000_000)
-    return await _times(8, lambda: target.post("/v1/completions", body))
+    return lambda: _times(8, lambda: target.post("/v1/completions", body))
 
 
 @attack(200, 503)
-async def _ignored_members(target: Target) -> list[int]:
+def _ignored_members(target: Target) -> Run:
     body = b'{"prompt": "x", "max_tokens": 1, "metadata": [%s[]]}' % (b"[]," * 690_000)
-    return await _times(8, lambda: target.post("/v1/completions", body))
+    return lambda: _times(8, lambda: target.post("/v1/completions", body))
 
 
 @attack(400, 503)
-async def _members_of_a_message(target: Target) -> list[int]:
+def _members_of_a_message(target: Target) -> Run:
     many = b"[]," * 690_000
     body = b'{"messages": [{"role": "user", "content": "x", "tool_calls": [%s[]]}]}' % many
-    return await _times(8, lambda: target.post("/v1/chat/completions", body))
+    return lambda: _times(8, lambda: target.post("/v1/chat/completions", body))
 
 
 @attack(408, 503, CLOSED, SILENCE)
-async def _bodies_that_do_not_end(target: Target) -> list[int]:
+def _bodies_that_do_not_end(target: Target) -> Run:
     """Each sends most of its body, and waits; what has not been answered is left."""
     size = 2_000_000
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{target.key_line}Content-Length: {size}\r\n\r\n".encode()
 
-    return await _times(64, lambda: target.send(head, b" " * (size - 1), patience=3))
+    return lambda: _times(32, lambda: target.send(head, b" " * (size - 1), patience=3))
 
 
 @attack(431, CLOSED)
-async def _header_without_end(target: Target) -> list[int]:
+def _header_without_end(target: Target) -> Run:
     """Before any key is asked for."""
     pieces = [b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: ", *[b"a" * 2**16] * 1024]
-    return await _times(4, lambda: target.send(*pieces, patience=3))
+    return lambda: _times(4, lambda: target.send(*pieces, patience=3))
 
 
 @attack(431, 400, CLOSED)
-async def _headers_without_end(target: Target) -> list[int]:
+def _headers_without_end(target: Target) -> Run:
     pieces = [b"GET /health HTTP/1.1\r\nHost: x\r\n", *[b"X-Short: a\r\n" * 5_000] * 1024]
-    return await _times(4, lambda: target.send(*pieces, patience=3))
+    return lambda: _times(4, lambda: target.send(*pieces, patience=3))
 
 
-@attack(400, 401, 431, CLOSED)
-async def _trailers_without_end(target: Target) -> list[int]:
+@attack(401, 405, 431, CLOSED)
+def _trailers_without_end(target: Target) -> Run:
     head = b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
     pieces = [head, *[b"X-Short: a\r\n" * 5_000] * 1024]
-    return await _times(4, lambda: target.send(*pieces, patience=3))
+    return lambda: _times(4, lambda: target.send(*pieces, patience=3))
 
 
 @attack(200, 400, CLOSED)
-async def _pipelined_requests(target: Target) -> list[int]:
+def _pipelined_requests(target: Target) -> Run:
     pieces = [b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n" * 5_000] * 20
-    return await _times(4, lambda: target.send(*pieces, patience=3))
+    return lambda: _times(4, lambda: target.send(*pieces, patience=3))
 
 
 @attack(400)
-async def _large_parameters(target: Target) -> list[int]:
+def _large_parameters(target: Target) -> Run:
     values: list[dict[str, Any]] = [
         {"logit_bias": {str(token_id): 1 for token_id in range(49_000)}},
         {"stop_token_ids": list(range(49_000)) * 5},
@@ -256,7 +279,7 @@ async def _large_parameters(target: Target) -> list[int]:
         {"guided_regex": "a" * 1_500_000},
     ]
     bodies = [json.dumps({"prompt": "x", "max_tokens": 1, **value}).encode() for value in values]
-    return await asyncio.gather(*(target.post("/v1/completions", body) for body in bodies))
+    return lambda: _each(target, bodies)
 
 
 @dataclass(slots=True)
@@ -341,9 +364,10 @@ class Outcome:
 
 async def carry_out(one: Attack, control: ControlStream) -> Outcome:
     """The attack, beside the control stream."""
+    run = one.prepare(control.target)
     async with control.running():
         began = time.perf_counter()
-        statuses = await one.run(control.target)
+        statuses = await run()
         ended = time.perf_counter()
     times = control.tokens
     num_tokens = sum(began < moment < ended for moment in times)

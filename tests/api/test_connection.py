@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from api import connection
+from api import body, connection
 from api.body import Bodies
 from api.errors import ApiError
 from api.limits import BODIES_AT_A_TIME, MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED
@@ -125,8 +125,8 @@ async def test_trailers_and_chunk_sizes_are_of_the_head() -> None:
             answer = await exchange(client, chunked, *pieces)
             assert answer.startswith(b"HTTP/1.1 431 ") or answer == b""
         # As chopped as a body can be, it is one.
-        body = BODY[:-1] + b" " * 20_000 + BODY[-1:]
-        chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+        chopped = BODY[:-1] + b" " * 20_000 + BODY[-1:]
+        chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in chopped) + b"0\r\n\r\n"
         assert len(chunks) > MAX_HEAD_BYTES
         close = head("/v1/completions", "Transfer-Encoding: chunked", "Connection: close")
         assert (await exchange(client, close, chunks)).startswith(b"HTTP/1.1 200 ")
@@ -144,8 +144,10 @@ async def test_so_many_requests_wait_for_an_answer() -> None:
         await engine.closed.wait()
 
 
-async def test_bodies_on_their_way_have_so_many_bytes_together() -> None:
+async def test_long_bodies_on_their_way_have_so_many_bytes_together(monkeypatch: pytest.MonkeyPatch) -> None:
     size = 1000
+    monkeypatch.setattr(body, "LONG_BODY_BYTES", 100)
+    long = BODY + b" " * 100
     async with serving(ScriptedEngine(script), max_body_bytes=size) as client:
         response = await client.post("/v1/completions", content=b" " * (size + 1))
         assert response.status_code == 413
@@ -155,14 +157,15 @@ async def test_bodies_on_their_way_have_so_many_bytes_together() -> None:
             _, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
             writer.write(head("/v1/completions", f"Content-Length: {size}") + b" " * (size - 1))
             held.append(writer)
-        refused = await client.post("/v1/completions", content=BODY)
+        refused = await client.post("/v1/completions", content=long)
         while refused.status_code != 503:
-            refused = await client.post("/v1/completions", content=BODY)
+            refused = await client.post("/v1/completions", content=long)
         assert refused.headers["retry-after"] == "1"
+        assert (await client.post("/v1/completions", content=BODY)).status_code == 200
         for writer in held:
             writer.close()
         while refused.status_code != 200:
-            refused = await client.post("/v1/completions", content=BODY)
+            refused = await client.post("/v1/completions", content=long)
 
 
 async def test_long_bodies_are_worked_on_one_at_a_time() -> None:
@@ -179,7 +182,7 @@ async def test_long_bodies_are_worked_on_one_at_a_time() -> None:
 
     async def one() -> None:
         nonlocal running, most
-        async with bodies.receive(Request()) as body:  # type: ignore[arg-type]
+        async with bodies.receive(Request()) as received:  # type: ignore[arg-type]
 
             def work() -> None:
                 nonlocal running, most
@@ -188,7 +191,7 @@ async def test_long_bodies_are_worked_on_one_at_a_time() -> None:
                 running -= 1
 
             for _ in range(20):
-                await body.work(work)
+                await received.work(work)
 
     await asyncio.gather(*(one() for _ in range(4)))
     assert most == 1
@@ -197,14 +200,14 @@ async def test_long_bodies_are_worked_on_one_at_a_time() -> None:
 def test_what_nothing_reads_is_not_kept() -> None:
     from api.protocol import CompletionRequest, decode_request
 
-    body: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "prompt": "a",
         "metadata": {"a": [1, 2]},
         "user": None,
         "suffix": None,
         "store": [[]],
     }
-    request = decode_request(bytearray(json.dumps(body).encode()), CompletionRequest)
+    request = decode_request(bytearray(json.dumps(fields).encode()), CompletionRequest)
     assert (request.metadata, request.user, request.store) == (None, None, None)
     with pytest.raises(ApiError, match="unknown field: metdata"):
         decode_request(b'{"prompt": "a", "metdata": 1}', CompletionRequest)
