@@ -44,11 +44,6 @@ def test_a_prompt_is_cut_to_what_is_asked(client: openai.OpenAI) -> None:
     assert np.array_equal(last, embed(client, input=[[60, 70]]))
     assert np.array_equal(first, embed(client, input=[[40, 50]]))
     assert np.array_equal(whole, embed(client, input=token_ids))
-    # No text is too long.
-    cut = client.embeddings.create(
-        model="llama", input=" word" * 9000, extra_body={"truncate_prompt_tokens": -1}
-    )
-    assert cut.usage.prompt_tokens == client.models.retrieve("llama").max_model_len
 
 
 def test_base64_equals_floats(client: openai.OpenAI, http: httpx.Client) -> None:
