@@ -2,8 +2,8 @@
 
 One number rules it: each sequence's `num_computed_tokens` chases its `num_tokens`. A step has a budget of
 tokens. Running sequences come first, those that decode before those that prefill; then waiting ones, unless
-somebody was preempted in this step. Where blocks run out, the last in order is preempted: its blocks are
-released and it is computed again when there is room.
+somebody was preempted in this step. Where blocks run out, the last in order is preempted, of those with the lowest
+priority whose owner runs most: its blocks are released and it is computed again when there is room.
 
 The next step may be planned before the tokens of the one in flight are known: planning needs their number, not
 their values. A sequence whose pending token turns out to end it has then one token too many in flight, which
@@ -20,7 +20,7 @@ late, what the step draws of that sequence is dropped, and the sequence draws ag
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
@@ -30,6 +30,7 @@ from typing import Any
 from engine.config import SchedulerConfig
 from engine.core.bans import bitmask_of, completing_tokens
 from engine.core.batch import PENDING, Batch, BatchRow, Draw, Pool, Scoring
+from engine.core.fair_share import FairShare
 from engine.core.grammar import Grammar, Grammars, Mask
 from engine.core.kv_cache import KVCacheManager
 from engine.core.outputs import FinishReason
@@ -106,7 +107,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_steps = 0
         self.num_scheduled_tokens = 0
-        self._waiting = WaitingQueue()
+        self._shares = FairShare()
+        self._waiting = WaitingQueue(self._shares.served)
         self._in_flight: deque[list[PlannedRow]] = deque()
         self._late_masks: set[Future[Mask]] = set()
         self._free_slots = list(reversed(range(config.max_num_seqs)))
@@ -139,6 +141,7 @@ class Scheduler:
             salt += hashlib.blake2b(request.cache_salt.encode(), digest_size=16).digest()
         if not self.enable_prefix_caching:
             salt += f"{request.request_id}/{next(self._arrivals)}".encode()
+        self._shares.enter(request.owner)
         leader = None
         ids = request.params.allowed_token_ids
         allowed = None if ids is None else bitmask_of(ids, self.grammars.vocab_size)
@@ -186,6 +189,8 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING:
                 plan[sequence] = num_tokens
                 budget -= num_tokens
+        for sequence, num_tokens in plan.items():
+            self._charge(sequence, num_tokens)
         if num_preemptions == self.num_preemptions:
             self._admit(plan, budget, max_rows)
         rows = [self._row(sequence, num_tokens) for sequence, num_tokens in plan.items()]
@@ -281,12 +286,19 @@ class Scheduler:
         """
         num_returned = 0
         while not self.kv_cache.extend(sequence, num_tokens):
-            victim = max(self.running, key=lambda s: s.order)
+            victim = self._last_running()
             self._preempt(victim)
             num_returned += plan.pop(victim, 0)
             if victim is sequence:
                 break
         return num_returned
+
+    def _last_running(self) -> Sequence:
+        """Who gives way first. Of one owner's sequences and of two owners' only ones that is who came later, so that
+        who came first of all goes on to its end.
+        """
+        num_running = Counter(sequence.owner for sequence in self.running)
+        return max(self.running, key=lambda s: (s.priority, num_running[s.owner], s.arrival))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
@@ -342,6 +354,13 @@ class Scheduler:
             self.kv_cache.extend(sequence, sequence.num_computed_tokens + num_tokens)
             plan[sequence] = num_tokens
             budget -= num_tokens
+            self._charge(sequence, num_tokens)
+
+    def _charge(self, sequence: Sequence, num_tokens: int) -> None:
+        """Counts what is computed of a sequence for the first time as served to its owner."""
+        start = max(sequence.num_computed_tokens, sequence.num_served_tokens)
+        sequence.num_served_tokens = max(start, sequence.num_computed_tokens + num_tokens)
+        self._shares.charge(sequence.owner, sequence.num_served_tokens - start)
 
     def _is_prefilling(self, sequence: Sequence) -> bool:
         """Whether its first token is still to come; until then its prompt's blocks cannot be found."""
@@ -520,7 +539,8 @@ class Scheduler:
         request_id = sequence.request.request_id
         siblings = self.requests.get(request_id, [])
         if all(sibling.status is SequenceStatus.FINISHED for sibling in siblings):
-            self.requests.pop(request_id, None)
+            if self.requests.pop(request_id, None) is not None:
+                self._shares.leave(sequence.owner)
 
     def _stop(self, sequence: Sequence) -> None:
         """Takes back what a running sequence holds. A step in flight may still write to its blocks: whoever gets
