@@ -38,7 +38,9 @@ def make_scheduler() -> Scheduler:
 def add(scheduler: Scheduler, name: str, prompt: list[int], owner: str = "", priority: int = 0) -> None:
     params = SamplingParams(max_tokens=1000, ignore_eos=True)
     scheduler.add(
-        Request(request_id=name, prompt_token_ids=prompt, params=params, seed=0, owner=owner, priority=priority)
+        Request(
+            request_id=name, prompt_token_ids=prompt, params=params, seed=0, owner=owner, priority=priority
+        )
     )
 
 

@@ -538,9 +538,9 @@ class Scheduler:
         self._waiting.release(sequence)
         request_id = sequence.request.request_id
         siblings = self.requests.get(request_id, [])
-        if all(sibling.status is SequenceStatus.FINISHED for sibling in siblings):
-            if self.requests.pop(request_id, None) is not None:
-                self._shares.leave(sequence.owner)
+        if siblings and all(sibling.status is SequenceStatus.FINISHED for sibling in siblings):
+            del self.requests[request_id]
+            self._shares.leave(sequence.owner)
 
     def _stop(self, sequence: Sequence) -> None:
         """Takes back what a running sequence holds. A step in flight may still write to its blocks: whoever gets

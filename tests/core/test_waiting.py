@@ -1,4 +1,4 @@
-"""The order among those who wait: priorities that do not starve, and owners who share; what it costs where many do."""
+"""The order among those who wait: priorities that do not starve, owners who share; what it costs where many do."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_who_floods_takes_nothing_from_who_sends_rarely() -> None:
 
 
 def test_owners_with_much_to_do_are_served_evenly() -> None:
-    """One sends few long prompts and the other many short ones; neither gets ahead by more than what is in the batch."""
+    """One sends few long prompts, the other many short ones; neither gets ahead by more than what is in the batch."""
     scheduler = make_scheduler(num_blocks=512, max_num_batched_tokens=32, max_num_seqs=4, threshold=16)
     for index in range(40):
         scheduler.add(make_request(f"a{index}", "a", num_tokens=60))
@@ -73,7 +73,10 @@ def test_owners_with_much_to_do_are_served_evenly() -> None:
     served: Counter[str] = Counter()
     batch_bound = 4 * (60 + OUTPUT)
     num_steps = 0
-    while {sequence.owner for sequences in scheduler.requests.values() for sequence in sequences} == {"a", "b"}:
+    while {sequence.owner for sequences in scheduler.requests.values() for sequence in sequences} == {
+        "a",
+        "b",
+    }:
         batch = scheduler.schedule()
         served += owners_of(scheduler, batch)
         scheduler.update([SampledToken(1) if row.draw else None for row in batch.rows])
