@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.anthropic.conversation import REFUSED
 from api.anthropic.endpoint import count_tokens, create_message
@@ -33,8 +30,9 @@ from api.body import json_response
 from api.chat import create_chat_completion
 from api.completions import create_completion
 from api.embeddings import create_embeddings
-from api.errors import ApiError, add_error_handlers, error_response
+from api.errors import ApiError, add_error_handlers
 from api.http import HeadMiddleware, RequestIdMiddleware
+from api.keys import ApiKey, KeyMiddleware, KeyRing
 from api.metrics import Metrics
 from api.openapi import BODY_ERRORS, Operation, described, openapi
 from api.protocol import (
@@ -56,8 +54,11 @@ from api.tokenization import apply_template, detokenize, tokenize
 if TYPE_CHECKING:
     from engine.frontend.async_engine import ServedEngine
 
-OPEN_PATHS = ("/health", "/ready", "/ping", "/version", "/metrics", "/openapi.json", "/docs")
-"""What needs no key."""
+OPEN_PATHS = ("/health", "/ready", "/ping", "/openapi.json", "/docs")
+"""What needs no key; all that is not named does."""
+
+METRICS_PATHS = ("/metrics", "/version")
+"""What needs none under --open-metrics."""
 
 ANY_NAME = "*"
 """Among the served names: requests may give any."""
@@ -92,42 +93,13 @@ COUNT_TOKENS = Operation(
 )
 
 
-class ApiKeyMiddleware:
-    """Lets requests pass that carry the key, or go to OPEN_PATHS.
-
-    As their bearer token, "bearer" in any case (RFC 9110, 11.1), as OpenAI's clients send it, or in the header
-    X-Api-Key, as Anthropic's do.
-    """
-
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app = app
-        self._key = api_key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
-            error = ApiError(
-                401,
-                "a valid API key is needed in the header Authorization: Bearer <key>",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
-            await error_response(error, scope["path"])(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        headers = Headers(scope=scope)
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = [token.strip(" ")] if scheme.lower() == "bearer" else []
-        given.append(headers.get("x-api-key", ""))
-        return any(secrets.compare_digest(key.encode("latin-1"), self._key) for key in given)
-
-
 def create_app(
     engine: ServedEngine,
     *,
     served_model_names: list[str],
     api_key: str | None = None,
+    api_keys: Sequence[ApiKey] = (),
+    open_metrics: bool = False,
     cors_origins: Sequence[str] = (),
     response_store_bytes: int = STORE_BYTES,
     response_store_seconds: float = STORE_SECONDS,
@@ -136,14 +108,16 @@ def create_app(
 
     Args:
         served_model_names: Names that requests may give as `model`, "*" for any; the first stands in metrics.
-        api_key: If set, what all paths but OPEN_PATHS ask for.
+        api_key: If set, what all paths but OPEN_PATHS ask for: this, or one of `api_keys`, which have limits.
+        open_metrics: Whether METRICS_PATHS need no key either.
         cors_origins: Whose pages may ask from a browser, "*" for all; none by default.
         response_store_bytes, response_store_seconds: How many responses are kept, and how long after their last use.
     """
     app = FastAPI(openapi_url=None)
     add_error_handlers(app)
-    if api_key is not None:
-        app.add_middleware(ApiKeyMiddleware, api_key=api_key)
+    keys = KeyRing(api_key, api_keys)
+    open_paths = (*OPEN_PATHS, *METRICS_PATHS) if open_metrics else OPEN_PATHS
+    app.add_middleware(KeyMiddleware, keys=keys, open_paths=open_paths)
     if cors_origins:
         # Outside the key's: a browser asks without it whether it may ask.
         app.add_middleware(
@@ -163,7 +137,7 @@ def create_app(
     _add_tokenization(app, service)
     _add_models(app, service)
     _add_operations(app, service)
-    _add_documentation(app, has_key=api_key is not None)
+    _add_documentation(app, open_paths, has_key=not keys.is_open)
     return app
 
 
@@ -272,10 +246,10 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_documentation(app: FastAPI, has_key: bool) -> None:
+def _add_documentation(app: FastAPI, open_paths: Sequence[str], has_key: bool) -> None:
     @app.get("/openapi.json", **described(Operation("This document", (), dict)))
     async def document() -> Response:
-        text = openapi(app.routes, OPEN_PATHS, has_key, extra=(Message,))
+        text = openapi(app.routes, open_paths, has_key, extra=(Message,))
         return Response(text, media_type="application/json")
 
     @app.get("/docs", **described(Operation("This document, for people", media_type="text/html")))

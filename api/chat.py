@@ -24,6 +24,7 @@ from api.generation import (
     generate,
     note_prompt_logprobs,
 )
+from api.keys import client_of
 from api.logprobs import chat_logprobs, prompt_logprobs_of
 from api.openai_messages import named_as_in_chat, read_conversation
 from api.protocol import ChatCompletionRequest, decode_request
@@ -75,6 +76,7 @@ class ChatJob:
 async def create_chat_completion(service: Service, http_request: Request) -> Response:
     """Answers one request, whole or as events."""
     service.check_ready()
+    client = client_of(http_request)
     request = decode_request(await read_body(http_request), ChatCompletionRequest)
     model = service.check_model(request.model)
     params = _params(service, request)
@@ -82,10 +84,11 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
         turn = await begin_turn(service, read_conversation(request, params.structured_outputs))
         generation = Generation(
             answer_id(request, "chatcmpl-"),
+            client,
             model,
             [truncated(request, turn.prompt_token_ids, service.engine.max_model_len, params.max_tokens)],
             [turn.params(params)],
-            request.priority or 0,
+            client.priority(request.priority),
             read_cache_salt(request.cache_salt),
         )
         job = ChatJob(request, generation, turn)

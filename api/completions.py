@@ -21,6 +21,7 @@ from api.generation import (
     generate,
     note_prompt_logprobs,
 )
+from api.keys import client_of
 from api.logprobs import CompletionLogprobsFormatter, EchoedPrompt, prompt_logprobs_of
 from api.prompts import Prompt, encode_prompts, split_prompts
 from api.protocol import CompletionRequest, decode_request
@@ -63,6 +64,7 @@ class CompletionJob:
 async def create_completion(service: Service, http_request: Request) -> Response:
     """Answers one request, whole or as events."""
     service.check_ready()
+    client = client_of(http_request)
     request = decode_request(await read_body(http_request), CompletionRequest)
     model = service.check_model(request.model)
     shows_prompt = request.prompt_logprobs is not None or request.echo
@@ -79,10 +81,11 @@ async def create_completion(service: Service, http_request: Request) -> Response
     kept = [truncated(request, one, service.engine.max_model_len, params.max_tokens) for one in token_ids]
     generation = Generation(
         answer_id(request, "cmpl-"),
+        client,
         model,
         kept,
         _fitted(service, max_tokens, params, kept),
-        request.priority or 0,
+        client.priority(request.priority),
         read_cache_salt(request.cache_salt),
     )
     is_cut = (len(left) < len(one) for left, one in zip(kept, token_ids, strict=True))

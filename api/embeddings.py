@@ -12,6 +12,7 @@ from api.bodies import Embedding, EmbeddingList, EmbeddingUsage
 from api.body import json_response, read_body
 from api.errors import ApiError
 from api.generation import new_id
+from api.keys import Client, client_of
 from api.prompts import encode_prompts, split_prompts
 from api.protocol import EmbeddingRequest, decode_request
 from api.service import Service
@@ -25,6 +26,7 @@ MAX_INPUTS = 2048
 async def create_embeddings(service: Service, http_request: Request) -> Response:
     """Answers one request."""
     service.check_ready()
+    client = client_of(http_request)
     request = decode_request(await read_body(http_request), EmbeddingRequest)
     model = service.check_model(request.model)
     params = PoolingParams(
@@ -40,7 +42,8 @@ async def create_embeddings(service: Service, http_request: Request) -> Response
     prompts = await encode_prompts(service, inputs)
     request_id = new_id("embd-")
     embeddings = await until_disconnect(
-        http_request.receive, _embed(service, prompts, params, request_id, request.priority or 0)
+        http_request.receive,
+        _embed(service, client, prompts, params, request_id, client.priority(request.priority)),
     )
     num_tokens = sum(map(len, prompts))
     encode = _base64 if request.encoding_format == "base64" else list
@@ -54,7 +57,12 @@ def _base64(embedding: list[float]) -> str:
 
 
 async def _embed(
-    service: Service, prompts: list[list[int]], params: PoolingParams, request_id: str, priority: int
+    service: Service,
+    client: Client,
+    prompts: list[list[int]],
+    params: PoolingParams,
+    request_id: str,
+    priority: int,
 ) -> list[list[float]]:
     """The embeddings of all prompts, which share steps; the failure of one aborts all of them.
 
@@ -65,7 +73,10 @@ async def _embed(
     """
 
     async def one(index: int, prompt: list[int]) -> list[float]:
-        embedding = service.engine.embed(prompt, params, f"{request_id}-{index}", priority)
+        client.charge(len(prompt))
+        embedding = service.engine.embed(
+            prompt, params, f"{request_id}-{index}", priority, owner=client.owner
+        )
         output = await service.metrics.observe_embedding(embedding, len(prompt))
         if output.error is not None:
             raise ApiError(500, output.error, code="generation_failed")

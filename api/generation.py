@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from api.errors import ApiError
+from api.keys import Client
 from api.service import Service
 from engine.core.outputs import CompletionOutput, Logprob, RequestOutput
 from engine.core.sampling_params import SamplingParams
@@ -26,6 +27,7 @@ class Generation:
     Attributes:
         created: When, in seconds since 1970.
         model: The name to answer under.
+        client: Who asks.
         prompts: Token ids.
         params: One for each prompt; all have the same n.
         priority: Lower goes first.
@@ -35,6 +37,7 @@ class Generation:
     """
 
     request_id: str
+    client: Client
     model: str
     prompts: Sequence[list[int]]
     params: Sequence[SamplingParams]
@@ -111,17 +114,20 @@ async def generate(service: Service, generation: Generation) -> PromptOutputs:
                 f"{generation.key}-{index}",
                 generation.priority,
                 cache_salt=generation.cache_salt,
+                owner=generation.client.owner,
             ),
             len(prompt),
             params.n,
         )
         for index, (prompt, params) in enumerate(zip(generation.prompts, generation.params, strict=True))
     ]
+    generation.client.charge(sum(map(len, generation.prompts)))
     merged = _numbered(streams[0]) if len(streams) == 1 else _merge(streams)
     async with aclosing(merged):
         async for index, output in merged:
             if output.error is not None:
                 raise ApiError(500, output.error, code="generation_failed")
+            generation.client.charge(sum(len(sample.token_ids) for sample in output.outputs))
             yield index, output
 
 

@@ -32,6 +32,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--api-key", help="key that requests must carry; default: $ENGINE_API_KEY, if set")
     parser.add_argument(
+        "--api-keys",
+        metavar="FILE",
+        help="TOML file of keys that requests may carry besides --api-key, each with a name and limits of its own; "
+        "default: none",
+    )
+    parser.add_argument(
+        "--open-metrics",
+        action="store_true",
+        help="/metrics and /version need no key; by default they do, where there is one",
+    )
+    parser.add_argument(
         "--cors-origins",
         nargs="+",
         default=[],

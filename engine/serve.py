@@ -22,14 +22,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     host, port = options.pop("host"), options.pop("port")
     api_key = options.pop("api_key") or os.environ.get("ENGINE_API_KEY")
     names = options.pop("served_model_name") or [options["model"]]
-    application = {"cors_origins": options.pop("cors_origins"), "api_key": api_key}
+    application = {
+        "cors_origins": options.pop("cors_origins"),
+        "api_key": api_key,
+        "open_metrics": options.pop("open_metrics"),
+    }
+    keys_file = options.pop("api_keys")
     store, hours = options.pop("response_store_memory"), options.pop("response_store_hours")
     try:
         application |= {
             "response_store_bytes": parse_bytes(store, "response_store_memory"),
             "response_store_seconds": 3600 * hours,
         }
-        _serve(EngineConfig(**options), host, port, names, application)
+        _serve(EngineConfig(**options), host, port, names, keys_file, application)
     except KeyboardInterrupt:
         return 130
     except EngineError as error:
@@ -43,6 +48,7 @@ def _serve(
     host: str,
     port: int,
     names: list[str],
+    keys_file: str | None,
     application: dict[str, Any],
 ) -> None:
     check_api()
@@ -61,12 +67,13 @@ def _serve(
         child = await launch()
         try:
             try:
-                from api import serve
+                from api import read_keys, serve
                 from engine.router.restarting import RestartingEngine
             except ModuleNotFoundError as error:
                 raise missing_package(error, "serve") from error
+            keys = [] if keys_file is None else read_keys(keys_file)
             engine = RestartingEngine(config, child=child)
-            await serve(engine, host, port, served_model_names=names, **application)
+            await serve(engine, host, port, served_model_names=names, api_keys=keys, **application)
         finally:
             await child.end()
 

@@ -33,6 +33,7 @@ from api.body import json_response, read_body
 from api.conversation import begin_turn
 from api.errors import ApiError
 from api.generation import Generation, TokenCounter, collect, generate, new_id
+from api.keys import client_of
 from api.protocol import decode_body
 from api.request_fields import read_cache_salt
 from api.service import Service
@@ -107,7 +108,16 @@ async def create_message(service: Service, http_request: Request) -> Response:
             raise ApiError(400, f"prompt is too long: {length} tokens > {limit} maximum", param="messages")
         params = replace(turn.params(params), max_tokens=min(params.max_tokens or 1, room))
         salt = read_cache_salt(request.cache_salt)
-        generation = Generation(new_id("msg_"), model, [turn.prompt_token_ids], [params], cache_salt=salt)
+        client = client_of(http_request)
+        generation = Generation(
+            new_id("msg_"),
+            client,
+            model,
+            [turn.prompt_token_ids],
+            [params],
+            client.priority(None),
+            salt,
+        )
         job = MessageJob(request, generation, turn, is_clipped=request.max_tokens > room)
         headers = {"x-request-id": generation.request_id}
         if request.stream:

@@ -92,10 +92,17 @@ class ServedEngine(Protocol):
         priority: int = 0,
         *,
         cache_salt: str = "",
+        owner: str = "",
     ) -> AsyncGenerator[RequestOutput]: ...
 
     async def embed(
-        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: PoolingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        owner: str = "",
     ) -> EmbeddingRequestOutput: ...
 
 
@@ -240,6 +247,7 @@ class AsyncEngine:
         priority: int = 0,
         resumed_token_ids: Sequence[list[int] | None] = (),
         cache_salt: str = "",
+        owner: str = "",
     ) -> AsyncGenerator[RequestOutput]:
         """Streams what a request adds, step by step; closing the generator aborts the request.
 
@@ -248,7 +256,7 @@ class AsyncEngine:
             request_id: Unique among the open requests.
             priority: Smaller is served earlier.
             resumed_token_ids: As in `Request`, for a request that another engine has begun; `params` hold its seed.
-            cache_salt: As in `Request`.
+            cache_salt, owner: As in `Request`.
 
         Raises:
             RequestError: The request cannot be served as asked.
@@ -267,6 +275,7 @@ class AsyncEngine:
             resumed_token_ids=list(resumed_token_ids),
             bad_words=bad_words,
             cache_salt=cache_salt,
+            owner=owner,
         )
         processor = OutputProcessor(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
         assert request_id not in self._queues, f"request id {request_id!r} is in use"
@@ -291,13 +300,19 @@ class AsyncEngine:
                 await self._abort(request_id)
 
     async def embed(
-        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: PoolingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        owner: str = "",
     ) -> EmbeddingRequestOutput:
         """The embedding of a prompt; whoever stops waiting for it aborts the request.
 
         Args:
             prompt: Token ids; errors call them "input".
-            request_id, priority: As of `generate`.
+            request_id, priority, owner: As of `generate`.
 
         Raises:
             RequestError: The request cannot be served as asked.
@@ -305,7 +320,7 @@ class AsyncEngine:
         """
         self._check_ready()
         validate_embedding(prompt, params, self.max_model_len, self.vocab_size, self.hidden_size, "input")
-        request = embedding_request(request_id, prompt, params, priority)
+        request = embedding_request(request_id, prompt, params, priority, owner)
         assert request_id not in self._queues, f"request id {request_id!r} is in use"
         queue = self._queues[request_id] = asyncio.Queue()
         is_finished = False

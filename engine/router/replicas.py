@@ -110,6 +110,7 @@ class Replica:
             request.priority,
             request.resumed_token_ids,
             request.cache_salt,
+            request.owner,
         )
         try:
             async for output in outputs:
@@ -131,7 +132,9 @@ class Replica:
         key = f"{request.request_id}-{len(request.lost)}"
         self._waiting[key] = len(request.prompt_token_ids)
         try:
-            output = await self._engine.embed(request.prompt_token_ids, params, key, request.priority)
+            output = await self._engine.embed(
+                request.prompt_token_ids, params, key, request.priority, owner=request.owner
+            )
             yield replace(output, prompt_token_ids=[])
         finally:
             del self._waiting[key]
@@ -189,6 +192,7 @@ class Replicas:
         priority: int = 0,
         *,
         cache_salt: str = "",
+        owner: str = "",
     ) -> AsyncGenerator[RequestOutput]:
         """As `AsyncEngine.generate`; goes on at another replica if one dies.
 
@@ -199,7 +203,12 @@ class Replicas:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         await self.check(token_ids, params)
         request = OpenRequest(
-            request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority, cache_salt
+            request_id,
+            token_ids,
+            seeded(params, self.config.seed, self._arrivals),
+            priority,
+            cache_salt,
+            owner,
         )
         lost: tuple[str, ...] = ()
         for num_losses in count(1):
@@ -212,6 +221,7 @@ class Replicas:
                 request.resumed_token_ids,
                 lost,
                 cache_salt=cache_salt,
+                owner=owner,
             )
             stream = self._handle.options(stream=True).generate.remote(resumable)
             try:
@@ -229,7 +239,13 @@ class Replicas:
             lost = (*lost, name)
 
     async def embed(
-        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: PoolingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        owner: str = "",
     ) -> EmbeddingRequestOutput:
         """As `AsyncEngine.embed`; begins anew at another replica if one dies.
 
@@ -238,7 +254,7 @@ class Replicas:
             EngineDeadError: Several replicas have died under the request.
         """
         validate_embedding(prompt, params, self.max_model_len, self.vocab_size, self.hidden_size, "input")
-        request = Resumable(request_id, prompt, SamplingParams(max_tokens=1), priority)
+        request = Resumable(request_id, prompt, SamplingParams(max_tokens=1), priority, owner=owner)
         for num_losses in count(1):
             name = ""
             stream = self._handle.options(stream=True).embed.remote(request, params)

@@ -138,6 +138,7 @@ class RestartingEngine:
         priority: int = 0,
         *,
         cache_salt: str = "",
+        owner: str = "",
     ) -> AsyncGenerator[RequestOutput]:
         """As `AsyncEngine.generate`; goes on where the engine has died and another is there.
 
@@ -148,7 +149,12 @@ class RestartingEngine:
         self._check_alive()
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         request = OpenRequest(
-            request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority, cache_salt
+            request_id,
+            token_ids,
+            seeded(params, self.config.seed, self._arrivals),
+            priority,
+            cache_salt,
+            owner,
         )
         request.prompt = prompt if isinstance(prompt, str) else None
         with self._opened(request):
@@ -164,6 +170,7 @@ class RestartingEngine:
                     priority,
                     request.resumed_token_ids,
                     request.cache_salt,
+                    owner,
                 )
                 # Where the engine has died, `_keep` sees it, too, and says how it goes on.
                 with contextlib.suppress(EngineDeadError):
@@ -175,7 +182,13 @@ class RestartingEngine:
                             yield output
 
     async def embed(
-        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: PoolingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        owner: str = "",
     ) -> EmbeddingRequestOutput:
         """As `AsyncEngine.embed`; begins anew where the engine has died and another is there.
 
@@ -190,7 +203,7 @@ class RestartingEngine:
                 if request in self._guilty:
                     return EmbeddingRequestOutput(request_id, None, prompt, EmbeddingOutput([]), error=GUILTY)
                 with contextlib.suppress(EngineDeadError):
-                    return await engine.embed(prompt, params, request_id, priority)
+                    return await engine.embed(prompt, params, request_id, priority, owner=owner)
 
     @contextlib.contextmanager
     def _opened(self, request: OpenRequest) -> Iterator[None]:

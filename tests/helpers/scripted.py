@@ -84,6 +84,7 @@ class ScriptedEngine:
         priority: int = 0,
         *,
         cache_salt: str = "",
+        owner: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         await self.check(prompt, params)
         self.num_opened += 1
@@ -96,7 +97,13 @@ class ScriptedEngine:
             self._close()
 
     async def embed(
-        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: PoolingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        owner: str = "",
     ) -> EmbeddingRequestOutput:
         """The last of the script's token ids as a vector."""
         self.num_opened += 1
