@@ -50,6 +50,7 @@ from api.responses.protocol import ResponseRequest
 from api.responses.store import STORE_BYTES, STORE_SECONDS, ResponseStore
 from api.service import VERSION, Service
 from api.tokenization import apply_template, detokenize, tokenize
+from api.trace import create_trace
 
 if TYPE_CHECKING:
     from engine.frontend.async_engine import ServedEngine
@@ -79,6 +80,7 @@ DETOKENIZE = Operation("The text of tokens", (DetokenizeRequest,), Prompt, error
 HEALTH = Operation("Whether it lives", (), Status, errors=(503,))
 READY = Operation("Whether it takes requests now", (), Status, errors=(503,))
 PING = Operation("As /health", (), Status, errors=(503,))
+TRACE = Operation("The last steps, as Perfetto reads them", (), dict, errors=(400, 503))
 APPLY_TEMPLATE = Operation("The prompt of a chat", (ChatCompletionRequest,), Prompt, errors=BODY_ERRORS)
 REFUSED_OF_MESSAGES: dict[str, tuple[Any, ...]] = dict.fromkeys(REFUSED, ())
 RESPONSES = Operation("Answers, as OpenAI's Responses API does", (ResponseRequest,), dict, errors=BODY_ERRORS)
@@ -136,7 +138,7 @@ def create_app(
     _add_messages(app, service)
     _add_tokenization(app, service)
     _add_models(app, service)
-    _add_operations(app, service)
+    _add_operations(app, service, keys)
     _add_documentation(app, open_paths, has_key=not keys.is_open)
     return app
 
@@ -220,7 +222,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return json_response(anthropic_model(model) if is_anthropics(request) else model)
 
 
-def _add_operations(app: FastAPI, service: Service) -> None:
+def _add_operations(app: FastAPI, service: Service, keys: KeyRing) -> None:
     """What those ask who run the server."""
 
     @app.get("/health", **described(HEALTH))
@@ -244,6 +246,10 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", **described(Operation("Metrics for Prometheus", media_type="text/plain")))
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/debug/trace", **described(TRACE))
+    async def trace(request: Request) -> Response:
+        return await create_trace(service, request, sees_all=not keys.has_several)
 
 
 def _add_documentation(app: FastAPI, open_paths: Sequence[str], has_key: bool) -> None:

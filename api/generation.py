@@ -32,7 +32,7 @@ class Generation:
         params: One for each prompt; all have the same n.
         priority: Lower goes first.
         cache_salt: As in `engine.core.request.Request`.
-        key: Its name inside the engine: clients may choose the request's id, and the same one twice.
+        key: Its name inside the engine: the request's id with an addition, as clients may choose the same one twice.
         arrival: When, in seconds of `time.perf_counter`.
     """
 
@@ -44,8 +44,11 @@ class Generation:
     priority: int = 0
     cache_salt: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
-    key: str = field(default_factory=lambda: new_id("request-"))
+    key: str = field(init=False)
     arrival: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", f"{self.request_id}#{uuid.uuid4().hex[:16]}")
 
     @property
     def num_samples(self) -> int:

@@ -47,6 +47,7 @@ from engine.core.request import (
     SequenceStatus,
 )
 from engine.core.stats import EngineStats
+from engine.core.step_trace import Obstacle, StepTrace
 from engine.core.waiting import WaitingQueue
 
 WATERMARK = 0.01
@@ -107,6 +108,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_steps = 0
         self.num_scheduled_tokens = 0
+        self.trace = StepTrace()
         self._shares = FairShare()
         self._waiting = WaitingQueue(self._shares.served)
         self._in_flight: deque[list[PlannedRow]] = deque()
@@ -152,6 +154,7 @@ class Scheduler:
             sequence = Sequence(request, index, next(self._arrivals), salt, leader, allowed=allowed)
             leader = leader or sequence
             sequences.append(sequence)
+            self.trace.begin(sequence)
             self._waiting.push(sequence)
         self.requests[request.request_id] = sequences
 
@@ -169,6 +172,7 @@ class Scheduler:
         for request_id in list(self.requests):
             self.abort(request_id)
         self._in_flight.clear()
+        self.trace.reset()
 
     def schedule(self) -> Batch:
         """Plans the next step, perhaps while one is in flight.
@@ -191,10 +195,12 @@ class Scheduler:
                 budget -= num_tokens
         for sequence, num_tokens in plan.items():
             self._charge(sequence, num_tokens)
+        obstacle: Obstacle = "preemption"
         if num_preemptions == self.num_preemptions:
-            self._admit(plan, budget, max_rows)
+            obstacle = self._admit(plan, budget, max_rows)
         rows = [self._row(sequence, num_tokens) for sequence, num_tokens in plan.items()]
         if rows:
+            self.trace.plan(plan, obstacle, self._waiting.first())
             self._in_flight.append(
                 [
                     PlannedRow(sequence, row.start, row.start + len(row.token_ids), row.admission, row.draw)
@@ -241,6 +247,7 @@ class Scheduler:
         """Takes in what the oldest step in flight computed, one entry a row."""
         outputs: list[EngineOutput] = []
         advanced: list[Grammar] = []
+        self.trace.done()
         for row, result in zip(self._in_flight.popleft(), results, strict=True):
             sequence = row.sequence
             if sequence.status is SequenceStatus.FINISHED:
@@ -304,10 +311,12 @@ class Scheduler:
         self._stop(sequence)
         sequence.status = SequenceStatus.WAITING
         self._waiting.push(sequence)
+        self.trace.note(sequence, "preempted")
         self.num_preemptions += 1
 
-    def _admit(self, plan: dict[Sequence, int], budget: int, max_rows: int) -> None:
-        """Starts waiting sequences in order, as long as the budget lasts and their whole prompts have room.
+    def _admit(self, plan: dict[Sequence, int], budget: int, max_rows: int) -> Obstacle:
+        """Starts waiting sequences in order, as long as the budget lasts and their whole prompts have room. Returns
+        what keeps the next one.
 
         Those that wait for something else are left out until it is there or lost, and cost nothing meanwhile.
         """
@@ -317,12 +326,14 @@ class Scheduler:
         while budget > 0 and len(plan) < max_rows and len(self.running) < self.config.max_num_seqs:
             sequence = self._waiting.first()
             if sequence is None or num_hashed > MAX_HASHED_TOKENS:
-                break
+                return "" if sequence is None else "hashing"
             if sequence.num_pending_tokens:
                 self._waiting.park(sequence)
+                self.trace.note(sequence, "pending")
                 continue
             if sequence.leader and self._is_prefilling(sequence.leader):
                 self._waiting.park(sequence.leader)
+                self.trace.note(sequence, "leader")
                 continue
             num_hashed -= len(sequence.block_hashes) * self.kv_cache.block_size
             reads_cache = sequence.request.pooling != "mean"
@@ -336,9 +347,10 @@ class Scheduler:
             coming = self.kv_cache.last_coming(sequence, len(prefix)) if may_wait else None
             if coming is not None:
                 self._waiting.park(coming)
+                self.trace.note(sequence, "prefix")
                 continue
             if not self._has_room(sequence, prefix):
-                break
+                return "blocks"
             self._waiting.pop()
             if reads_cache:
                 self.kv_cache.adopt_prefix(sequence, prefix)
@@ -355,6 +367,7 @@ class Scheduler:
             plan[sequence] = num_tokens
             budget -= num_tokens
             self._charge(sequence, num_tokens)
+        return "budget" if budget == 0 else "places"
 
     def _charge(self, sequence: Sequence, num_tokens: int) -> None:
         """Counts what is computed of a sequence for the first time as served to its owner."""
@@ -530,6 +543,8 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> None:
         if sequence.status is SequenceStatus.RUNNING:
             self._stop(sequence)
+        if sequence.status is not SequenceStatus.FINISHED:
+            self.trace.note(sequence, "ended")
         was_waiting = sequence.status is SequenceStatus.WAITING
         sequence.status = SequenceStatus.FINISHED
         if was_waiting:

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import dataclasses
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import count
 from typing import Any, Literal, Protocol, TypeVar
@@ -20,6 +21,7 @@ from engine.core.random import request_seed
 from engine.core.request import EngineOutput, Request
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineInfo, EngineStats
+from engine.core.step_trace import Trace
 from engine.core.structured_outputs import StructuredOutputs
 from engine.core.validation import validate_embedding, validate_request
 from engine.errors import EngineDeadError, EngineError, EngineStartError
@@ -34,12 +36,14 @@ from engine.frontend.messages import (
     Died,
     EndTokens,
     FromEngine,
+    GetTrace,
     Learn,
     Outputs,
     Ready,
     Start,
     StartFailed,
     ToEngine,
+    Traced,
     beat_decoder,
     encode,
     from_engine_decoder,
@@ -105,6 +109,8 @@ class ServedEngine(Protocol):
         owner: str = "",
     ) -> EmbeddingRequestOutput: ...
 
+    async def traces(self, seconds: float) -> list[Trace]: ...
+
 
 class AsyncEngine:
     """Sends requests to an engine process and hands out what comes back.
@@ -149,6 +155,7 @@ class AsyncEngine:
         self.stats = EngineStats()
         self.ended = asyncio.Event()
         self._queues: dict[str, asyncio.Queue[EngineOutput | None]] = {}
+        self._tracing: deque[asyncio.Future[Trace]] = deque()
         self._arrivals = count()
         self._forms: FormChecker
         self._teaching: asyncio.Task[None] | None = None
@@ -336,6 +343,18 @@ class AsyncEngine:
             if not is_finished and self.status == "ready":
                 await self._abort(request_id)
 
+    async def traces(self, seconds: float) -> list[Trace]:
+        """What the engine's last steps did, in a list of one.
+
+        Raises:
+            EngineDeadError: The engine has ended.
+        """
+        self._check_ready()
+        future: asyncio.Future[Trace] = asyncio.get_running_loop().create_future()
+        self._tracing.append(future)
+        await self._send(GetTrace(seconds))
+        return [await future]
+
     async def _prepare(self, structured: StructuredOutputs) -> None:
         """Checks a form, in a thread, and lets the engine know the vocabulary, once.
 
@@ -438,6 +457,10 @@ class AsyncEngine:
                         queue = self._queues.get(output.request_id)
                         if queue is not None:
                             queue.put_nowait(output)
+                case Traced(trace):
+                    future = self._tracing.popleft()
+                    if not future.done():
+                        future.set_result(trace)
                 case Died(reason):
                     self._die(reason)
                     return
@@ -449,6 +472,9 @@ class AsyncEngine:
         self.ended.set()
         for queue in self._queues.values():
             queue.put_nowait(None)
+        for future in self._tracing:
+            if not future.done():
+                future.set_exception(EngineDeadError(reason))
 
 
 async def _in_daemon_thread(function: Callable[[], Result]) -> Result:

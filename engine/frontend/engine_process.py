@@ -35,11 +35,13 @@ from engine.frontend.messages import (
     Alive,
     Died,
     EndTokens,
+    GetTrace,
     Learn,
     Outputs,
     Ready,
     Start,
     StartFailed,
+    Traced,
     encode,
     to_engine_decoder,
 )
@@ -221,6 +223,8 @@ def _run(core: EngineCore[Any], socket: zmq.Socket[bytes], progress: Progress) -
                     core.abort(request_id, index)
                     if not core.has_work:
                         socket.send(encode(Outputs([], core.stats)))
+                case GetTrace(seconds):
+                    socket.send(encode(Traced(core.scheduler.trace.last(seconds))))
         outputs = progress.step()
         stats = core.stats
         stats.starved_seconds = progress.starved_seconds

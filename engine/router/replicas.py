@@ -24,6 +24,7 @@ from engine.core.outputs import EmbeddingRequestOutput, RequestOutput
 from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
+from engine.core.step_trace import Trace
 from engine.core.validation import validate_embedding, validate_request
 from engine.errors import EngineDeadError
 from engine.frontend.async_engine import AsyncEngine
@@ -88,6 +89,9 @@ class Replica:
 
     async def stats(self) -> EngineStats:
         return self._engine.stats
+
+    async def traces(self, seconds: float) -> list[Trace]:
+        return await self._engine.traces(seconds)
 
     async def check_health(self) -> None:
         """Ray Serve replaces a replica whose engine is dead."""
@@ -269,6 +273,13 @@ class Replicas:
                 stream.cancel()
             request = replace(request, lost=(*request.lost, name))
         raise AssertionError("unreachable")
+
+    async def traces(self, seconds: float) -> list[Trace]:
+        """As `AsyncEngine.traces`, of every replica that answers."""
+        answers = await self._handle.broadcast("traces", seconds).results_async(
+            timeout_s=10 * STATS_SECONDS, return_exceptions=True
+        )
+        return [trace for answer in answers if isinstance(answer, list) for trace in answer]
 
     async def _watch(self) -> None:
         try:

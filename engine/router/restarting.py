@@ -24,6 +24,7 @@ from engine.core.outputs import EmbeddingOutput, EmbeddingRequestOutput, Request
 from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
+from engine.core.step_trace import Trace
 from engine.errors import EngineDeadError, EngineError
 from engine.executor.ranks.limits import Limits
 from engine.frontend.async_engine import AsyncEngine
@@ -204,6 +205,10 @@ class RestartingEngine:
                     return EmbeddingRequestOutput(request_id, None, prompt, EmbeddingOutput([]), error=GUILTY)
                 with contextlib.suppress(EngineDeadError):
                     return await engine.embed(prompt, params, request_id, priority, owner=owner)
+
+    async def traces(self, seconds: float) -> list[Trace]:
+        """As `AsyncEngine.traces`, of the engine that runs."""
+        return await self._engine.traces(seconds)
 
     @contextlib.contextmanager
     def _opened(self, request: OpenRequest) -> Iterator[None]:

@@ -22,6 +22,7 @@ from engine.core.outputs import (
 from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
+from engine.core.step_trace import Trace
 from engine.core.validation import validate_request
 from engine.frontend.chat_format import ChatFormat
 
@@ -116,6 +117,9 @@ class ScriptedEngine:
             return EmbeddingRequestOutput(request_id, None, prompt, EmbeddingOutput(numbers), error=error)
         finally:
             self._close()
+
+    async def traces(self, seconds: float) -> list[Trace]:
+        return [Trace(now=0)]
 
     def _close(self) -> None:
         self.num_closed += 1
