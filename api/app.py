@@ -130,9 +130,10 @@ def create_app(
             expose_headers=["x-request-id"],
         )
     app.add_middleware(HeadMiddleware)
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RequestIdMiddleware, quiet_paths=(*OPEN_PATHS, *METRICS_PATHS))
     names = [name for name in served_model_names if name != ANY_NAME] or [engine.config.model]
-    service = Service(engine, Metrics(engine, names[0]), names, ANY_NAME in served_model_names)
+    app.state.metrics = Metrics(engine, names[0])
+    service = Service(engine, app.state.metrics, names, ANY_NAME in served_model_names)
     _add_generation(app, service)
     _add_responses(app, service, ResponseStore(response_store_bytes, response_store_seconds))
     _add_messages(app, service)

@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.errors import ApiError, error_response
 from engine.errors import ConfigError
+from engine.logs import note_request
 
 Limit = Annotated[int, msgspec.Meta(ge=1, le=10**12)]
 
@@ -122,6 +123,11 @@ class Client:
             self._requests = Allowance(key.requests_per_minute, clock)
         if key is not None and key.tokens_per_minute is not None:
             self._tokens = Allowance(key.tokens_per_minute, clock)
+
+    @property
+    def has_name(self) -> bool:
+        """Whether the owner is a name that whoever runs the server has given."""
+        return self._key is not None
 
     def enter(self) -> None:
         """Begins a request, which `leave` ends.
@@ -241,6 +247,8 @@ class KeyMiddleware:
             )
             await error_response(error, scope["path"])(scope, receive, send)
             return
+        if client.has_name:
+            note_request(key=client.owner)
         scope = {**scope, "state": {**scope.get("state", {}), "client": client}}
         if scope["method"] != "POST":
             await self._app(scope, receive, send)

@@ -17,6 +17,7 @@ import uvicorn
 
 from api.app import create_app
 from api.upgrades import HttpProtocol
+from api.watchdog import watch_loop
 from engine.errors import ConfigError, EngineDeadError
 from engine.process import raise_open_files_limit
 
@@ -138,6 +139,7 @@ async def serve(
     stopping = asyncio.create_task(stop.wait())
     hurrying = asyncio.create_task(hurry.wait())
     failing = asyncio.create_task(engine.failed.wait())
+    watching = asyncio.create_task(watch_loop(app.state.metrics.observe_loop_lag))
     try:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
@@ -164,3 +166,5 @@ async def serve(
         # Ends the requests that are still open with an error, which the server then delivers.
         await engine.shutdown()
         await answering
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)

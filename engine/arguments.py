@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from engine.config import EngineConfig, option_types
 from engine.errors import ConfigError
+from engine.logs import LogFormat
 
 USAGE = "%(prog)s [options]"
 """What an error shows before it: the options are too many to be read there."""
@@ -48,6 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="ORIGIN",
         help="origins whose pages may ask from a browser, e.g. http://localhost:3000, or '*' for all; default: none",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=get_args(LogFormat),
+        help="lines of the log as text, or as JSON, an object each; default: $ENGINE_LOG_FORMAT, or text",
     )
     parser.add_argument(
         "--response-store-memory",

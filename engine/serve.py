@@ -9,16 +9,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from engine import logs
 from engine.arguments import build_parser
 from engine.config import EngineConfig, parse_bytes
 from engine.errors import EngineError
 from engine.installation import check_api, missing_package
 
+logger = logging.getLogger(__name__)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the options and serves until interrupted. Returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = vars(build_parser().parse_args(arguments))
+    log_format = options.pop("log_format") or os.environ.get("ENGINE_LOG_FORMAT") or "text"
     host, port = options.pop("host"), options.pop("port")
     api_key = options.pop("api_key") or os.environ.get("ENGINE_API_KEY")
     names = options.pop("served_model_name") or [options["model"]]
@@ -30,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keys_file = options.pop("api_keys")
     store, hours = options.pop("response_store_memory"), options.pop("response_store_hours")
     try:
+        logs.configure(log_format)
+        # For the engine's processes.
+        os.environ["ENGINE_LOG_FORMAT"] = log_format
         application |= {
             "response_store_bytes": parse_bytes(store, "response_store_memory"),
             "response_store_seconds": 3600 * hours,
@@ -38,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except EngineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        logger.error("%s: %s", type(error).__name__, error)
         return 1
     return 0
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 import zmq
 
+from engine import logs
 from engine.cache_directory import cache_directory, caching_in
 from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
@@ -57,7 +57,7 @@ def main(address: str, beats: str, limits: Limits | None = None) -> int:
     follow_parent()
     # A service manager may signal every process it knows; the parent decides what that means.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logs.configure(os.environ.get("ENGINE_LOG_FORMAT"))
     # What a start makes stays: looking through it for garbage, again and again, takes a tenth of the time.
     gc.disable()
     progress = Progress(Limits() if limits is None else limits)
