@@ -84,8 +84,9 @@ test-oldest-triton: .triton-3.6
 	if command -v npm >/dev/null; then npm install --prefix $@ --no-audit --no-fund; fi
 	touch $@
 
-chaos: install  ## engines and ranks killed under 200 clients, with figures
+chaos: install  ## kills and attacks, with figures
 	$(PYTHON) -m tests.chaos
+	$(PYTHON) -m benchmarks.chaos
 
 # Agents that people use, headless, against an engine whose answers a script says.
 agents: .agents
@@ -97,6 +98,7 @@ agents: .agents
 	npm install --prefix $@ --no-audit --no-fund
 	touch $@
 
+# Attacks, each beside a stream that must not feel it: seconds, the longest gap, memory.
 bench: install
 	$(PYTHON) -m benchmarks.throughput --model $(MODEL) --quant none --quant int8 --quant int4
 

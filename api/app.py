@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 
+from api.admission import Admission
 from api.anthropic.conversation import REFUSED
 from api.anthropic.endpoint import count_tokens, create_message
 from api.anthropic.models import anthropic_model, anthropic_models, is_anthropics
@@ -99,21 +100,25 @@ def create_app(
     engine: ServedEngine,
     *,
     served_model_names: list[str],
+    admission: Admission | None = None,
     api_key: str | None = None,
     api_keys: Sequence[ApiKey] = (),
     open_metrics: bool = False,
     cors_origins: Sequence[str] = (),
     response_store_bytes: int = STORE_BYTES,
     response_store_seconds: float = STORE_SECONDS,
+    max_body_bytes: int | None = None,
 ) -> FastAPI:
     """The application in front of `engine`, which may still be starting.
 
     Args:
         served_model_names: Names that requests may give as `model`, "*" for any; the first stands in metrics.
+        admission: Which requests are taken in; by default all that the engine takes.
         api_key: If set, what all paths but OPEN_PATHS ask for: this, or one of `api_keys`, which have limits.
         open_metrics: Whether METRICS_PATHS need no key either.
         cors_origins: Whose pages may ask from a browser, "*" for all; none by default.
         response_store_bytes, response_store_seconds: How many responses are kept, and how long after their last use.
+        max_body_bytes: The longest body of a request; None: near what the longest sequence can need.
     """
     app = FastAPI(openapi_url=None)
     add_error_handlers(app)
@@ -132,8 +137,17 @@ def create_app(
     app.add_middleware(HeadMiddleware)
     app.add_middleware(RequestIdMiddleware, quiet_paths=(*OPEN_PATHS, *METRICS_PATHS))
     names = [name for name in served_model_names if name != ANY_NAME] or [engine.config.model]
-    app.state.metrics = Metrics(engine, names[0])
-    service = Service(engine, app.state.metrics, names, ANY_NAME in served_model_names)
+    if admission is None:
+        admission = Admission(lambda: engine.stats)
+    app.state.metrics = metrics = Metrics(engine, names[0])
+    service = Service(
+        engine,
+        metrics,
+        admission,
+        names,
+        ANY_NAME in served_model_names,
+        max_body_bytes=max_body_bytes,
+    )
     _add_generation(app, service)
     _add_responses(app, service, ResponseStore(response_store_bytes, response_store_seconds))
     _add_messages(app, service)
@@ -209,7 +223,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", **described(Operation("The models", (), ModelList, errors=(503,))))
     async def models(request: Request) -> Response:
-        service.check_ready()
+        service.check_alive()
         models = [model_of(name) for name in service.served_model_names]
         if is_anthropics(request):
             return json_response(anthropic_models(models))
@@ -218,7 +232,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
     # Names of models may hold slashes.
     @app.get("/v1/models/{name:path}", **described(Operation("A model", (), Model, errors=(404, 503))))
     async def model(name: str, request: Request) -> Response:
-        service.check_ready()
+        service.check_alive()
         model = model_of(service.check_model(name))
         return json_response(anthropic_model(model) if is_anthropics(request) else model)
 
@@ -228,7 +242,7 @@ def _add_operations(app: FastAPI, service: Service, keys: KeyRing) -> None:
 
     @app.get("/health", **described(HEALTH))
     async def health() -> Response:
-        service.check_ready()
+        service.check_alive()
         return json_response(Status("healthy"))
 
     @app.get("/ready", **described(READY))

@@ -1,43 +1,119 @@
-"""Reading a request's body and writing an answer's."""
+"""Reading a request's body and writing an answer's.
+
+What is done with a body takes as long as it is long: decoding, checking, rendering, tokenizing. So it is done in a
+thread, beside the event loop, which hands out the tokens of all streams; and of long bodies one at a time, since
+threads of Python take turns.
+"""
 
 from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from api.errors import ApiError, ClientDisconnected
+from api.limits import BODIES_AT_A_TIME, default_max_body_bytes
 
-MAX_BODY_BYTES = 32 * 2**20
+if TYPE_CHECKING:
+    from engine.frontend.async_engine import ServedEngine
+
+LONG_BODY_BYTES = 64 * 2**10
+
+Result = TypeVar("Result")
 
 
-async def read_body(request: Request) -> bytes:
-    """The whole body.
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A body that has come.
 
-    Raises:
-        ApiError: 413, the body is longer than MAX_BODY_BYTES; 415, it is compressed.
-        ClientDisconnected: The client hung up while it sent.
+    Attributes:
+        turn: Long bodies wait for it; None: this one is short.
     """
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.strip().lower() not in ("identity", ""):
-        raise ApiError(
-            415,
-            f"a body of Content-Encoding {encoding} is not read by this server; send it uncompressed",
-            code="unsupported_content_encoding",
-        )
-    too_large = ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
-        raise too_large
-    body = bytearray()
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY_BYTES:
-                raise too_large
-    except ClientDisconnect:
-        raise ClientDisconnected from None
-    return bytes(body)
+
+    data: bytearray
+    turn: asyncio.Semaphore | None
+
+    async def read(self, read: Callable[[bytearray], Result]) -> Result:
+        """What `read` makes of the bytes, in a thread."""
+        return await self.work(lambda: read(self.data))
+
+    async def work(self, work: Callable[[], Result]) -> Result:
+        """The result of work that takes as long as the body is long, in a thread."""
+        if self.turn is None:
+            return await asyncio.to_thread(work)
+        async with self.turn:
+            return await asyncio.to_thread(work)
+
+
+class Bodies:
+    """The bodies that are on their way.
+
+    Args:
+        max_bytes: The longest that is taken; None: near what the model's longest sequence can need.
+    """
+
+    def __init__(self, engine: ServedEngine, max_bytes: int | None = None) -> None:
+        self._engine, self._max_bytes = engine, max_bytes
+        self._num_bytes = 0
+        self._turn = asyncio.Semaphore(1)
+
+    @property
+    def max_bytes(self) -> int:
+        return self._max_bytes or default_max_body_bytes(self._engine.max_model_len)
+
+    @asynccontextmanager
+    async def receive(self, request: Request) -> AsyncIterator[Body]:
+        """The whole body, which counts as being on its way within the block.
+
+        Raises:
+            ApiError: 413, the body is too long; 415, it is compressed; 503, too many are on their way.
+            ClientDisconnected: The client hung up while it sent, or the time for it is over.
+        """
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.strip().lower() not in ("identity", ""):
+            raise ApiError(
+                415,
+                f"a body of Content-Encoding {encoding} is not read by this server; send it uncompressed",
+                code="unsupported_content_encoding",
+            )
+        declared = request.headers.get("content-length", "")
+        self._check_length(int(declared) if declared.isdecimal() and len(declared) < 20 else 0)
+        data = bytearray()
+        try:
+            async for part in request.stream():
+                self._check_length(len(data) + len(part))
+                self._take(len(part))
+                data += part
+            yield Body(data, self._turn if len(data) > LONG_BODY_BYTES else None)
+        except ClientDisconnect:
+            raise ClientDisconnected from None
+        finally:
+            self._num_bytes -= len(data)
+
+    def _check_length(self, num_bytes: int) -> None:
+        if num_bytes > self.max_bytes:
+            raise ApiError(
+                413,
+                f"the body is larger than {self.max_bytes} bytes (--max-body-size)",
+                code="body_too_large",
+            )
+
+    def _take(self, num_bytes: int) -> None:
+        most = BODIES_AT_A_TIME * self.max_bytes
+        if self._num_bytes + num_bytes > most:
+            raise ApiError(
+                503,
+                f"other requests on their way have {most} bytes of bodies, which is the most; try again shortly",
+                code="overloaded",
+                headers={"retry-after": "1"},
+            )
+        self._num_bytes += num_bytes
 
 
 def json_response(content: msgspec.Struct, headers: dict[str, str] | None = None) -> Response:

@@ -11,9 +11,8 @@ from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
 
 from api.bodies import ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs, Usage
-from api.body import json_response, read_body
+from api.body import json_response
 from api.chat_answer import ChatAnswerWriter
-from api.conversation import begin_turn
 from api.errors import ApiError
 from api.generation import (
     Generation,
@@ -24,17 +23,18 @@ from api.generation import (
     generate,
     note_prompt_logprobs,
 )
-from api.keys import client_of
+from api.keys import Client, client_of
 from api.logprobs import chat_logprobs, prompt_logprobs_of
 from api.openai_messages import named_as_in_chat, read_conversation
 from api.protocol import ChatCompletionRequest, decode_request
-from api.request_fields import answer_id, read_cache_salt, truncated
+from api.request_fields import answer_id, read_cache_salt, read_timeout, truncated
 from api.sampling import requested_max_tokens, sampling_params
 from api.service import Service
 from api.streaming import event, event_stream, until_disconnect
 from api.usage import chunk_usage, has_usage_chunk, timings_of, usage_of
+from engine.core.limits import MAX_LOGPROBS
 from engine.core.outputs import CompletionOutput
-from engine.core.sampling_params import MAX_LOGPROBS, SamplingParams
+from engine.core.sampling_params import SamplingParams
 from engine.frontend.chat_format import ChatTurn
 
 
@@ -76,12 +76,25 @@ class ChatJob:
 async def create_chat_completion(service: Service, http_request: Request) -> Response:
     """Answers one request, whole or as events."""
     service.check_ready()
-    client = client_of(http_request)
-    request = decode_request(await read_body(http_request), ChatCompletionRequest)
+    async with service.bodies.receive(http_request) as body:
+        job = await body.read(lambda data: _read_job(service, client_of(http_request), data))
+    outputs = generate(service, job.generation)
+    if job.params.prompt_logprobs is not None:
+        outputs = note_prompt_logprobs(outputs, job.prompt_logprobs)
+    headers = {"x-request-id": job.generation.request_id}
+    with named_as_in_chat(job.request):
+        if job.request.stream:
+            return await event_stream(http_request.receive, _events(service, job, outputs), headers)
+        completion = await until_disconnect(http_request.receive, _whole(service, job, outputs))
+        return json_response(completion, headers)
+
+
+def _read_job(service: Service, client: Client, body: bytearray) -> ChatJob:
+    request = decode_request(body, ChatCompletionRequest)
     model = service.check_model(request.model)
     params = _params(service, request)
     with named_as_in_chat(request):
-        turn = await begin_turn(service, read_conversation(request, params.structured_outputs))
+        turn = read_conversation(request, params.structured_outputs).turn(service.engine.chat_format)
         generation = Generation(
             answer_id(request, "chatcmpl-"),
             client,
@@ -90,16 +103,11 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
             [turn.params(params)],
             client.priority(request.priority),
             read_cache_salt(request.cache_salt),
+            timeout=read_timeout(request.timeout),
         )
-        job = ChatJob(request, generation, turn)
-        outputs = generate(service, generation)
-        if params.prompt_logprobs is not None:
-            outputs = note_prompt_logprobs(outputs, job.prompt_logprobs)
-        headers = {"x-request-id": generation.request_id}
-        if request.stream:
-            return await event_stream(http_request.receive, _events(service, job, outputs), headers)
-        completion = await until_disconnect(http_request.receive, _whole(service, job, outputs))
-        return json_response(completion, headers)
+    # What the prompt was made of may be long, and is not kept as long as the request runs.
+    request.messages, request.tools, request.documents, request.chat_template_kwargs = [], None, None, None
+    return ChatJob(request, generation, turn)
 
 
 def _params(service: Service, request: ChatCompletionRequest) -> SamplingParams:

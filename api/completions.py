@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from msgspec import UNSET, UnsetType, structs
 
 from api.bodies import Completion, CompletionChoice, Usage
-from api.body import json_response, read_body
+from api.body import json_response
 from api.errors import ApiError
 from api.generation import (
     Generation,
@@ -21,20 +21,20 @@ from api.generation import (
     generate,
     note_prompt_logprobs,
 )
-from api.keys import client_of
+from api.keys import Client, client_of
 from api.logprobs import CompletionLogprobsFormatter, EchoedPrompt, prompt_logprobs_of
 from api.prompts import Prompt, encode_prompts, split_prompts
 from api.protocol import CompletionRequest, decode_request
-from api.request_fields import answer_id, read_cache_salt, truncated
+from api.request_fields import answer_id, read_cache_salt, read_timeout, truncated
 from api.sampling import named_as_asked, requested_max_tokens, sampling_params
 from api.service import Service
 from api.streaming import event, event_stream, until_disconnect
 from api.usage import chunk_usage, has_usage_chunk, timings_of, usage_of
+from engine.core.limits import MAX_CHOICES, MAX_SAMPLES
 from engine.core.outputs import CompletionOutput
-from engine.core.sampling_params import MAX_SAMPLES, SamplingParams
+from engine.core.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
-MAX_CHOICES = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,21 @@ class CompletionJob:
 async def create_completion(service: Service, http_request: Request) -> Response:
     """Answers one request, whole or as events."""
     service.check_ready()
-    client = client_of(http_request)
-    request = decode_request(await read_body(http_request), CompletionRequest)
+    async with service.bodies.receive(http_request) as body:
+        job = await body.read(lambda data: _read_job(service, client_of(http_request), data))
+    outputs = generate(service, job.generation)
+    if job.params.prompt_logprobs is not None:
+        outputs = note_prompt_logprobs(outputs, job.prompt_logprobs)
+    headers = {"x-request-id": job.generation.request_id}
+    with named_as_asked(job.request):
+        if job.request.stream:
+            return await event_stream(http_request.receive, _events(service, job, outputs), headers)
+        completion = await until_disconnect(http_request.receive, _whole(service, job, outputs))
+        return json_response(completion, headers)
+
+
+def _read_job(service: Service, client: Client, body: bytearray) -> CompletionJob:
+    request = decode_request(body, CompletionRequest)
     model = service.check_model(request.model)
     shows_prompt = request.prompt_logprobs is not None or request.echo
     max_tokens = requested_max_tokens(request, least=0 if shows_prompt else 1)
@@ -77,7 +90,7 @@ async def create_completion(service: Service, http_request: Request) -> Response
             f"prompt and n ask for {len(prompts)} x {params.n} choices; at most {MAX_CHOICES} are given",
             param="prompt",
         )
-    token_ids = await encode_prompts(service, prompts, request.add_special_tokens is not False)
+    token_ids = encode_prompts(service.engine.tokenizer, prompts, request.add_special_tokens is not False)
     kept = [truncated(request, one, service.engine.max_model_len, params.max_tokens) for one in token_ids]
     generation = Generation(
         answer_id(request, "cmpl-"),
@@ -87,19 +100,11 @@ async def create_completion(service: Service, http_request: Request) -> Response
         _fitted(service, max_tokens, params, kept),
         client.priority(request.priority),
         read_cache_salt(request.cache_salt),
+        timeout=read_timeout(request.timeout),
     )
     is_cut = (len(left) < len(one) for left, one in zip(kept, token_ids, strict=True))
     shown = [left if cut else prompt for left, cut, prompt in zip(kept, is_cut, prompts, strict=True)]
-    job = CompletionJob(request, generation, shown)
-    outputs = generate(service, generation)
-    if params.prompt_logprobs is not None:
-        outputs = note_prompt_logprobs(outputs, job.prompt_logprobs)
-    headers = {"x-request-id": generation.request_id}
-    with named_as_asked(request):
-        if request.stream:
-            return await event_stream(http_request.receive, _events(service, job, outputs), headers)
-        completion = await until_disconnect(http_request.receive, _whole(service, job, outputs))
-        return json_response(completion, headers)
+    return CompletionJob(request, generation, shown)
 
 
 def _params(service: Service, request: CompletionRequest, max_tokens: int | None) -> SamplingParams:

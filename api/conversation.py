@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from api.errors import ApiError
 from engine.frontend.tools import NO_CALLS, ToolChoice
 
 if TYPE_CHECKING:
-    from api.service import Service
     from engine.core.structured_outputs import StructuredOutputs
     from engine.frontend.chat_format import ChatFormat, ChatTurn
     from engine.frontend.tool_formats.format import Tool
@@ -58,11 +56,6 @@ class Conversation:
             self.adds_special_tokens,
             **self.template_arguments,
         )
-
-
-async def begin_turn(service: Service, conversation: Conversation) -> ChatTurn:
-    """As `Conversation.turn`, in a thread: a long chat takes long enough to be felt by the streams of others."""
-    return await asyncio.to_thread(conversation.turn, service.engine.chat_format)
 
 
 def verbosity_arguments(verbosity: str, field: str) -> dict[str, Any]:

@@ -5,29 +5,58 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
+from dataclasses import dataclass
 
 from fastapi import Request, Response
 
 from api.bodies import Embedding, EmbeddingList, EmbeddingUsage
-from api.body import json_response, read_body
+from api.body import json_response
 from api.errors import ApiError
-from api.generation import new_id
+from api.generation import check_queue, new_id
 from api.keys import Client, client_of
 from api.prompts import encode_prompts, split_prompts
 from api.protocol import EmbeddingRequest, decode_request
 from api.service import Service
 from api.streaming import until_disconnect
+from engine.core.limits import MAX_INPUTS
 from engine.core.pooling_params import PoolingParams
+from engine.errors import RequestError
 
-MAX_INPUTS = 2048
-"""As many as OpenAI takes in a request."""
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingJob:
+    """A checked request.
+
+    Attributes:
+        client: Who asks.
+        priority: Lower goes first.
+        prompts: Token ids.
+    """
+
+    request: EmbeddingRequest
+    client: Client
+    priority: int
+    model: str
+    prompts: list[list[int]]
+    params: PoolingParams
 
 
 async def create_embeddings(service: Service, http_request: Request) -> Response:
     """Answers one request."""
     service.check_ready()
-    client = client_of(http_request)
-    request = decode_request(await read_body(http_request), EmbeddingRequest)
+    async with service.bodies.receive(http_request) as body:
+        job = await body.read(lambda data: _read_job(service, client_of(http_request), data))
+    request_id = new_id("embd-")
+    embeddings = await until_disconnect(http_request.receive, _embed(service, job, request_id))
+    num_tokens = sum(map(len, job.prompts))
+    encode = _base64 if job.request.encoding_format == "base64" else list
+    data = [Embedding(index, encode(embedding)) for index, embedding in enumerate(embeddings)]
+    answer = EmbeddingList(data, job.model, EmbeddingUsage(num_tokens, num_tokens))
+    return json_response(answer, {"x-request-id": request_id})
+
+
+def _read_job(service: Service, client: Client, body: bytearray) -> EmbeddingJob:
+    request = decode_request(body, EmbeddingRequest)
     model = service.check_model(request.model)
     params = PoolingParams(
         pooling=request.pooling or "last",  # type: ignore[arg-type]  # it checks the word
@@ -39,52 +68,46 @@ async def create_embeddings(service: Service, http_request: Request) -> Response
         raise ApiError(
             400, f"input has {len(inputs)} texts; at most {MAX_INPUTS} are taken at a time", param="input"
         )
-    prompts = await encode_prompts(service, inputs)
-    request_id = new_id("embd-")
-    embeddings = await until_disconnect(
-        http_request.receive,
-        _embed(service, client, prompts, params, request_id, client.priority(request.priority)),
-    )
-    num_tokens = sum(map(len, prompts))
-    encode = _base64 if request.encoding_format == "base64" else list
-    data = [Embedding(index, encode(embedding)) for index, embedding in enumerate(embeddings)]
-    answer = EmbeddingList(data, model, EmbeddingUsage(num_tokens, num_tokens))
-    return json_response(answer, {"x-request-id": request_id})
+    try:
+        prompts = encode_prompts(service.engine.tokenizer, inputs)
+    except RequestError as error:
+        raise RequestError(f"input: {error}", "input", error.code) from None
+    return EmbeddingJob(request, client, client.priority(request.priority), model, prompts, params)
 
 
 def _base64(embedding: list[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(embedding)}f", *embedding)).decode()
 
 
-async def _embed(
-    service: Service,
-    client: Client,
-    prompts: list[list[int]],
-    params: PoolingParams,
-    request_id: str,
-    priority: int,
-) -> list[list[float]]:
+async def _embed(service: Service, job: EmbeddingJob, request_id: str) -> list[list[float]]:
     """The embeddings of all prompts, which share steps; the failure of one aborts all of them.
 
     Raises:
         RequestError: A prompt that the engine refuses.
         EngineDeadError: The engine has ended.
-        ApiError: 500, a prompt failed inside the engine.
+        ApiError: 500, a prompt failed inside the engine; 429, too much waits already; 503, it has waited too long.
     """
+    check_queue(service, job.prompts, 1)
 
     async def one(index: int, prompt: list[int]) -> list[float]:
-        client.charge(len(prompt))
-        embedding = service.engine.embed(
-            prompt, params, f"{request_id}-{index}", priority, owner=client.owner
-        )
-        output = await service.metrics.observe_embedding(embedding, len(prompt))
+        place = service.admission.enter(len(prompt), 1)
+        try:
+            job.client.charge(len(prompt))
+            embedding = service.engine.embed(
+                prompt, job.params, f"{request_id}-{index}", job.priority, owner=job.client.owner
+            )
+            output = await service.metrics.observe_embedding(embedding, len(prompt))
+        finally:
+            service.admission.leave(place)
         if output.error is not None:
             raise ApiError(500, output.error, code="generation_failed")
         return output.outputs.embedding
 
-    tasks = [asyncio.create_task(one(index, prompt)) for index, prompt in enumerate(prompts)]
+    tasks = [asyncio.create_task(one(index, prompt)) for index, prompt in enumerate(job.prompts)]
     try:
-        return await asyncio.gather(*tasks)
+        return await asyncio.wait_for(asyncio.gather(*tasks), service.admission.queue_timeout)
+    except TimeoutError:
+        raise service.admission.waited_too_long() from None
     finally:
         for task in tasks:
             task.cancel()

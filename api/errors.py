@@ -99,6 +99,7 @@ class AnthropicErrorBody(msgspec.Struct):
 
 def openai_error(error: ApiError) -> ErrorBody:
     kind = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = "rate_limit_error" if error.status == 429 else kind
     return ErrorBody(ErrorDetail(error.message, kind, error.param, error.code))
 
 

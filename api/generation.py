@@ -8,7 +8,9 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from operator import itemgetter
 
+from api.admission import Place
 from api.errors import ApiError
 from api.keys import Client
 from api.service import Service
@@ -32,6 +34,7 @@ class Generation:
         params: One for each prompt; all have the same n.
         priority: Lower goes first.
         cache_salt: As in `engine.core.request.Request`.
+        timeout: Seconds after the arrival in which it must have ended; None: any.
         key: Its name inside the engine: the request's id with an addition, as clients may choose the same one twice.
         arrival: When, in seconds of `time.perf_counter`.
     """
@@ -43,6 +46,7 @@ class Generation:
     params: Sequence[SamplingParams]
     priority: int = 0
     cache_salt: str = ""
+    timeout: float | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     key: str = field(init=False)
     arrival: float = field(default_factory=time.perf_counter)
@@ -99,6 +103,28 @@ class TokenCounter:
         return sum(self._num_cached_tokens)
 
 
+def check_room(service: Service, generation: Generation) -> None:
+    """Refuses what `generate` would refuse for want of room, for who must answer before the first token.
+
+    Raises:
+        ApiError: 429, too much waits already.
+    """
+    check_queue(service, generation.prompts, generation.num_samples)
+
+
+def check_queue(service: Service, prompts: Sequence[list[int]], num_samples: int) -> None:
+    """Refuses prompts for which the queue has no room, and counts them.
+
+    Raises:
+        ApiError: 429, too much waits already.
+    """
+    try:
+        service.admission.check_room([len(prompt) for prompt in prompts], num_samples)
+    except ApiError as error:
+        service.metrics.count_refusal(str(error.code))
+        raise
+
+
 async def generate(service: Service, generation: Generation) -> PromptOutputs:
     """Runs all prompts at once and yields what is new as (index of the prompt, output).
 
@@ -107,8 +133,14 @@ async def generate(service: Service, generation: Generation) -> PromptOutputs:
     Raises:
         RequestError: A prompt that the engine refuses.
         EngineDeadError: The engine has ended.
-        ApiError: 500, a prompt failed inside the engine.
+        ApiError: 500, a prompt failed inside the engine; 429, too much waits already; 503, it has waited too long;
+            408, the time that it was given is over.
     """
+    check_room(service, generation)
+    admission, num_samples = service.admission, generation.num_samples
+    places = [admission.enter(len(prompt), num_samples) for prompt in generation.prompts]
+    for place in places:
+        service.metrics.observe_prediction(admission.margin * place.predicted)
     streams = [
         service.metrics.observe(
             service.engine.generate(
@@ -126,12 +158,53 @@ async def generate(service: Service, generation: Generation) -> PromptOutputs:
     ]
     generation.client.charge(sum(map(len, generation.prompts)))
     merged = _numbered(streams[0]) if len(streams) == 1 else _merge(streams)
-    async with aclosing(merged):
-        async for index, output in merged:
-            if output.error is not None:
-                raise ApiError(500, output.error, code="generation_failed")
-            generation.client.charge(sum(len(sample.token_ids) for sample in output.outputs))
-            yield index, output
+    try:
+        async with aclosing(merged):
+            while (item := await _next(service, generation, merged, places)) is not None:
+                index, output = item
+                if output.error is not None:
+                    raise ApiError(500, output.error, code="generation_failed")
+                generation.client.charge(sum(len(sample.token_ids) for sample in output.outputs))
+                if output.outputs:
+                    admission.begin(places[index])
+                if output.finished:
+                    admission.leave(places[index])
+                yield index, output
+    finally:
+        for place in places:
+            admission.leave(place)
+
+
+async def _next(
+    service: Service, generation: Generation, outputs: PromptOutputs, places: Sequence[Place]
+) -> tuple[int, RequestOutput] | None:
+    """The next output, if it comes in time; None at the end.
+
+    Raises:
+        ApiError: 408, the time of the request is over; 503, one of its prompts has waited too long.
+    """
+    deadlines = []
+    if generation.timeout is not None:
+        error = ApiError(
+            408,
+            f"timeout: the request has not ended within its {generation.timeout:g} s",
+            param="timeout",
+            code="timeout",
+            headers={"x-should-retry": "false"},
+        )
+        deadlines.append((generation.timeout, error))
+    longest = service.admission.queue_timeout
+    if longest is not None and not all(place.has_begun or place.has_left for place in places):
+        deadlines.append((longest, service.admission.waited_too_long()))
+    if not deadlines:
+        return await anext(outputs, None)
+    seconds, error = min(deadlines, key=itemgetter(0))
+    try:
+        return await asyncio.wait_for(
+            anext(outputs, None), generation.arrival + seconds - time.perf_counter()
+        )
+    except TimeoutError:
+        raise error from None
 
 
 async def note_prompt_logprobs(outputs: PromptOutputs, noted: dict[int, PromptLogprobs]) -> PromptOutputs:
@@ -151,16 +224,16 @@ async def _numbered(stream: AsyncGenerator[RequestOutput, None]) -> PromptOutput
 
 async def _merge(streams: Sequence[AsyncGenerator[RequestOutput, None]]) -> PromptOutputs:
     """Items of all streams as they come; None in the queue is the end of a stream."""
-    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(len(streams))
 
     async def pump(index: int, stream: AsyncGenerator[RequestOutput, None]) -> None:
         try:
             async with aclosing(stream):
                 async for output in stream:
-                    queue.put_nowait((index, output))
-            queue.put_nowait(None)
+                    await queue.put((index, output))
+            await queue.put(None)
         except Exception as error:
-            queue.put_nowait(error)
+            await queue.put(error)
 
     tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
     num_open = len(tasks)

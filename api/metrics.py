@@ -123,6 +123,20 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
+        self._predicted = self._histogram(
+            "predicted_time_to_first_token_seconds",
+            "Arrival to first token, as predicted on arrival",
+            FIRST_TOKEN_BUCKETS,
+        )
+        self._refused = Counter(
+            "engine_refused_requests",
+            "Requests that were refused because too much waited already",
+            ["model_name", "reason"],
+            registry=self.registry,
+        )
+        self._slow_readers = self._counter(
+            "slow_readers", "Connections that were closed because their clients did not read"
+        )
         self._unknown_members = Counter(
             "engine_unknown_request_members",
             "Members of requests that were accepted and read by nothing",
@@ -142,6 +156,15 @@ class Metrics:
 
     def observe_loop_lag(self, seconds: float) -> None:
         self._loop_lag.observe(seconds)
+
+    def count_refusal(self, reason: str) -> None:
+        self._refused.labels(self._model_name, reason).inc()
+
+    def count_slow_reader(self) -> None:
+        self._slow_readers.inc()
+
+    def observe_prediction(self, seconds: float) -> None:
+        self._predicted.observe(seconds)
 
     def count_unknown_member(self, endpoint: str) -> None:
         self._unknown_members.labels(self._model_name, endpoint).inc()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from api.errors import ApiError
-from api.service import Service
+from engine.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | list[int]
 
@@ -33,14 +32,15 @@ def split_prompts(prompt: str | list[str | int | list[int]], field: str) -> list
     return prompts or [token_ids]
 
 
-async def encode_prompts(
-    service: Service, prompts: Sequence[Prompt], adds_special_tokens: bool = True
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], adds_special_tokens: bool = True
 ) -> list[list[int]]:
-    """The prompts as token ids; a text's with those that the tokenizer adds, such as BOS, if so asked."""
-    encode = service.engine.tokenizer.encode
-    # In a thread: a long prompt takes long enough to be felt by the streams of others.
-    return await asyncio.to_thread(
-        lambda: [
-            encode(prompt, adds_special_tokens) if isinstance(prompt, str) else prompt for prompt in prompts
-        ]
-    )
+    """The prompts as token ids; a text's with those that the tokenizer adds, such as BOS, if so asked.
+
+    Raises:
+        RequestError: A text is too long for certain, or not valid Unicode.
+    """
+    return [
+        tokenizer.encode(prompt, adds_special_tokens) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]

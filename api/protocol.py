@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
 from api.errors import ApiError, not_supported
 
 # What fits the wire between server and engine; a wider number is refused here, by its field's name.
 Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+
+NULL = b"null"
+"""How a member is written that is none."""
 
 # Fields that OpenAI or vLLM know and this server does not act on, with the values that ask for nothing.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
@@ -46,6 +51,7 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
         cache_salt: Requests with another one, or none, share no cached blocks with this.
         truncate_prompt_tokens: Most tokens of the prompt that are kept; -1: what fits beside the answer.
         add_special_tokens: Whether the tokenizer adds its BOS and the like.
+        timeout: Seconds after which the request ends with an error.
     """
 
     model: str | None = None
@@ -83,6 +89,7 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool | None = None
     cache_salt: str | None = None
+    timeout: float | None = None
 
     # The form of the answer; `api.structured_outputs` makes one of them.
     response_format: dict[str, Any] | None = None
@@ -236,33 +243,60 @@ Key = TypeVar("Key")
 RequestBody = TypeVar("RequestBody", bound=Struct)
 
 
-def decode_body(body: bytes, kind: type[Body]) -> Body:
+def decode_body(body: bytes | bytearray, kind: type[Body]) -> Body:
     """`body` as a value of type `kind`.
 
     Raises:
         ApiError: 400, naming the field, for malformed JSON and wrong types.
     """
     try:
-        return msgspec.json.decode(body, type=kind)
+        return _decode(body, kind)
     except msgspec.ValidationError as error:
         raise _explain(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _not_json(error) from None
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
-def decode_request(body: bytes, kind: type[RequestBody]) -> RequestBody:
+def _decode(body: bytes | bytearray, kind: type[Body]) -> Body:
+    """Looks for no garbage meanwhile: there is none, and it would go through all that has been made, again and again.
+
+    No other thread runs either.
+    """
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return msgspec.json.decode(body, type=kind)
+    finally:
+        if is_enabled:
+            gc.enable()
+
+
+def read_members(body: bytes | bytearray) -> dict[str, bytes]:
+    """The members of a body that is an object, by name: what they are made of is not looked at.
+
+    Raises:
+        ApiError: 400, it is none.
+    """
+    return {name: bytes(value) for name, value in decode_body(body, dict[str, Raw]).items()}
+
+
+def decode_request(body: bytes | bytearray, kind: type[RequestBody]) -> RequestBody:
     """`body` as a request of type `kind`; members that are null are taken for not given.
+
+    What nothing reads is left out, however long it is.
 
     Raises:
         ApiError: 400, naming the field, for malformed JSON, unknown fields, wrong types, and fields that this
             server does not support.
     """
-    try:
-        request = msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError:
-        request = _decode_given(body, kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _not_json(error) from None
+    ignored = _untyped_fields(kind) - NEUTRAL_VALUES.keys()
+    members = read_members(body).items()
+    given = {name: value for name, value in members if value != NULL and name not in ignored}
+    if given.get("stream_options", b"").startswith(b"{"):
+        given["stream_options"] = _encoded(
+            {name: value for name, value in read_members(given["stream_options"]).items() if value != NULL}
+        )
+    request = decode_body(_encoded(given), kind)
     check_neutral(request, NEUTRAL_VALUES)
     if isinstance(request, GenerationRequest) and request.stream_options is not None:
         if not request.stream:
@@ -270,6 +304,29 @@ def decode_request(body: bytes, kind: type[RequestBody]) -> RequestBody:
         if request.stream_options.include_obfuscation:
             raise not_supported("stream_options.include_obfuscation")
     return request
+
+
+def _encoded(members: Mapping[str, bytes]) -> bytes:
+    return msgspec.json.encode({name: Raw(value) for name, value in members.items()})
+
+
+def without_ignored(body: bytes | bytearray, kind: type[Struct], refused: Iterable[str]) -> bytes:
+    """The body without what is accepted without effect, however long it is: fields of type Any.
+
+    Args:
+        refused: Those that are not accepted.
+
+    Raises:
+        ApiError: 400, it is no object.
+    """
+    ignored = _untyped_fields(kind) - set(refused)
+    return _encoded({name: value for name, value in read_members(body).items() if name not in ignored})
+
+
+@cache
+def _untyped_fields(kind: type[Struct]) -> frozenset[str]:
+    hints = get_type_hints(kind)
+    return frozenset(name for name in hints if hints[name] is Any)
 
 
 def check_neutral(request: Struct, neutral_values: Mapping[str, tuple[Any, ...]]) -> None:
@@ -302,26 +359,6 @@ def convert_member(value: Any, kind: type[RequestBody], where: str) -> RequestBo
 def without_nulls(value: dict[Key, Any]) -> dict[Key, Any]:
     """The object without the members that are null."""
     return {name: one for name, one in value.items() if one is not None}
-
-
-def _decode_given(body: bytes, kind: type[RequestBody]) -> RequestBody:
-    """A body that is not of type `kind`, read once more without its nulls: a field may be unknown, and null."""
-    try:
-        value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _not_json(error) from None
-    if isinstance(value, dict):
-        value = without_nulls(value)
-        if isinstance(value.get("stream_options"), dict):
-            value["stream_options"] = without_nulls(value["stream_options"])
-    try:
-        return msgspec.convert(value, kind, str_keys=True)
-    except msgspec.ValidationError as error:
-        raise _explain(str(error), kind) from None
-
-
-def _not_json(error: Exception) -> ApiError:
-    return ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json")
 
 
 def _explain(problem: str, kind: type, where: str = "") -> ApiError:

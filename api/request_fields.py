@@ -34,6 +34,17 @@ def read_cache_salt(given: str | None) -> str:
     return given or ""
 
 
+def read_timeout(given: float | None) -> float | None:
+    """The seconds that a request may take; None: any.
+
+    Raises:
+        ApiError: 400, there are none.
+    """
+    if given is not None and not given > 0.0:
+        raise ApiError(400, f"timeout must be above 0, got {given:g}", param="timeout")
+    return given
+
+
 def truncated(
     request: GenerationRequest, token_ids: list[int], max_model_len: int, max_tokens: int | None
 ) -> list[int]:

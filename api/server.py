@@ -6,32 +6,35 @@ import asyncio
 import errno
 import gc
 import logging
+import resource
 import signal
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 
+from api.admission import Admission, QueueLimits
 from api.app import create_app
-from api.upgrades import HttpProtocol
+from api.limits import KEEP_ALIVE_SECONDS
+from api.slow_readers import ReadProtocol, SlowReaders
 from api.watchdog import watch_loop
 from engine.errors import ConfigError, EngineDeadError
-from engine.process import raise_open_files_limit
 
 if TYPE_CHECKING:
     from engine.router.restarting import RestartingEngine
 
 logger = logging.getLogger(__name__)
 
-# Seconds that open requests get to finish by themselves once the server is asked to stop.
-GRACE_SECONDS = 5
-# Seconds after that to deliver the error that ends them.
+# Seconds to deliver the error that ends the requests which are still open when the server stops.
 DELIVERY_SECONDS = 2
-# Longer than common clients keep an idle connection, so that it is they who close it.
-KEEP_ALIVE_SECONDS = 60
+# How long a client may read nothing of what it was sent.
+SEND_SECONDS = 60.0
+# More than connections need; some systems permit a billion files, and some programs close that many.
+MAX_OPEN_FILES = 2**16
 # Files that the process has open beside connections, and some more.
 OWN_FILES = 48
 # Fewer connections than this are said.
@@ -67,13 +70,23 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(hint) from None
 
 
+def _raise_open_files_limit() -> int:
+    """Lets this process, and those it starts, open as many files as the system permits; returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
+
+
 def _most_connections() -> int:
     """How many connections may be open at once; a further one is answered with 503.
 
     Raises:
         ConfigError: None may.
     """
-    limit = raise_open_files_limit()
+    limit = _raise_open_files_limit()
     most, remedy = limit - OWN_FILES, "raise the limit (ulimit -Hn, LimitNOFILE of systemd)"
     if most < 1:
         raise ConfigError(
@@ -95,15 +108,21 @@ async def serve(
     port: int,
     *,
     served_model_names: list[str],
+    drain_seconds: float = 0.0,
+    send_seconds: float = SEND_SECONDS,
+    limits: QueueLimits | None = None,
     **application: Any,
 ) -> None:
     """Serves `engine` on `host`:`port` until SIGINT or SIGTERM; starts the engine and shuts it down.
 
     The server answers from the first moment; until the engine is ready, with 503. Garbage is collected from then on,
-    among what comes after the start. Port 0 takes a free port, which the log names. A second signal skips the grace
-    that open requests have.
+    among what comes after the start. Port 0 takes a free port, which the log names. After the first signal the
+    server takes no new requests, and open ones may finish; a second one ends these at once.
 
     Args:
+        drain_seconds: How long open requests may take to finish.
+        send_seconds: How long a client may read nothing of what it was sent.
+        limits: How much may wait.
         application: The other arguments of `create_app`.
 
     Raises:
@@ -113,11 +132,14 @@ async def serve(
             stopped.
     """
     listener = _listen(host, port)
-    app = create_app(engine, served_model_names=served_model_names, **application)
+    admission = Admission(lambda: engine.stats, limits)
+    app = create_app(engine, served_model_names=served_model_names, admission=admission, **application)
+    readers = SlowReaders(send_seconds, app.state.metrics.count_slow_reader)
     server = Server(
         uvicorn.Config(
             app,
-            http=HttpProtocol,
+            # It is called as a class would be.
+            http=cast(Any, partial(ReadProtocol, readers=readers)),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -126,7 +148,7 @@ async def serve(
             server_header=False,
             limit_concurrency=_most_connections(),
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=GRACE_SECONDS + DELIVERY_SECONDS,
+            timeout_graceful_shutdown=DELIVERY_SECONDS,
         )
     )
     stop, hurry = asyncio.Event(), asyncio.Event()
@@ -154,17 +176,36 @@ async def serve(
                 time.monotonic() - began,
             )
             await asyncio.wait((answering, stopping, failing), return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():
+                admission.is_draining = True
+                await _drain(server, drain_seconds, hurrying, failing)
             if failing.done():
                 raise EngineDeadError(engine.error)
     finally:
-        for task in (starting, stopping, failing):
+        for task in (starting, stopping, hurrying, failing):
             task.cancel()
-        await asyncio.gather(starting, stopping, failing, return_exceptions=True)
+        await asyncio.gather(starting, stopping, hurrying, failing, return_exceptions=True)
         server.should_exit = True
-        await asyncio.wait((answering, hurrying), timeout=GRACE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        hurrying.cancel()
         # Ends the requests that are still open with an error, which the server then delivers.
         await engine.shutdown()
         await answering
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+
+
+async def _drain(server: Server, seconds: float, *until: asyncio.Task[Any]) -> None:
+    """Waits for the requests that are open, for so long, or until one of the tasks is through.
+
+    The port stays open for probes, and for answers to those who ask meanwhile.
+    """
+    requests = set(server.server_state.tasks)
+    if not requests:
+        return
+    logger.info(
+        "stopping: %d requests are open and have %g s to finish; a second signal ends them at once",
+        len(requests),
+        seconds,
+    )
+    finishing = asyncio.create_task(asyncio.wait(requests))
+    await asyncio.wait((finishing, *until), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finishing.cancel()

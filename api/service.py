@@ -9,6 +9,8 @@ from hashlib import blake2b
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from api.admission import Admission
+from api.body import Bodies
 from api.errors import ApiError, engine_dead
 from api.metrics import Metrics
 from api.unknown_members import UnknownMembers
@@ -25,20 +27,27 @@ class Service:
     """The engine as the endpoints see it.
 
     Attributes:
+        admission: Which requests are taken in now.
         served_model_names: Names a request may give as `model`; answers carry the one it gave.
         takes_any_name: Whether it may give any other, too.
         created: When the server started, in seconds since 1970.
+        max_body_bytes: As `Bodies` takes it.
         unknown_members: What requests hold that nothing reads.
+        bodies: Those of requests that are being read.
     """
 
     engine: ServedEngine
     metrics: Metrics
+    admission: Admission
     served_model_names: list[str]
     takes_any_name: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+    max_body_bytes: int | None = None
     unknown_members: UnknownMembers = field(init=False)
+    bodies: Bodies = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bodies", Bodies(self.engine, self.max_body_bytes))
         object.__setattr__(self, "unknown_members", UnknownMembers(self.metrics))
 
     @property
@@ -47,10 +56,15 @@ class Service:
         return _fingerprint(self.engine.identity)
 
     def check_ready(self) -> None:
-        """Raises ApiError 503 with the cause unless the engine takes requests.
+        """Raises ApiError 503 with the cause unless requests are taken in.
 
-        One that is started again in the place of another takes them: they wait for it.
+        An engine that is started again in the place of another takes them: they wait for it.
         """
+        self.admission.check()
+        self.check_alive()
+
+    def check_alive(self) -> None:
+        """Raises ApiError 503 with the cause unless the engine lives, or another is started in its place."""
         match self.engine.status:
             case "starting":
                 raise ApiError(

@@ -26,6 +26,7 @@ INFO = EngineInfo(
     max_model_len=4096,
     vocab_size=49152,
     hidden_size=1,
+    max_num_seqs=256,
     default_params={},
     memory_plan="",
     num_cache_bytes=0,

@@ -66,8 +66,84 @@ def build_parser() -> argparse.ArgumentParser:
         default=24.0,
         help="hours for which a response is stored after it was made or gone on from (default: %(default)s)",
     )
+    parser.add_argument(
+        "--max-queued-requests",
+        type=_count,
+        help="most samples that wait for a place in the running batch; what comes then gets a 429 with Retry-After "
+        "(default: any number)",
+    )
+    parser.add_argument(
+        "--max-queued-tokens",
+        type=_count,
+        help="most tokens of prompts that wait to be computed, unless they are one request's (default: any number)",
+    )
+    parser.add_argument(
+        "--slo-ttft-ms",
+        type=_positive,
+        help="milliseconds in which a request must have its first token; one that is predicted to miss them gets a "
+        "429 with Retry-After (default: none)",
+    )
+    parser.add_argument(
+        "--queue-timeout",
+        type=_positive,
+        help="seconds after which a request that has no token yet gets a 503 with Retry-After (default: none)",
+    )
+    parser.add_argument(
+        "--send-timeout",
+        type=_positive,
+        default=60.0,
+        help="seconds for which a client may read nothing of what it was sent before it is hung up on "
+        "(default: %(default)g)",
+    )
+    parser.add_argument(
+        "--drain-timeout",
+        type=_seconds,
+        default=25.0,
+        help="seconds that open requests have to finish once SIGTERM or SIGINT asks the server to stop "
+        "(default: %(default)g)",
+    )
+    parser.add_argument(
+        "--max-body-size",
+        help="longest body of a request, e.g. 8MiB; default: 16 bytes a token of --max-model-len, 2MiB at least",
+    )
     add_engine_options(parser)
     return parser
+
+
+def _count(text: str) -> int:
+    """
+    Raises:
+        ArgumentTypeError: It is no number of at least 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    """
+    Raises:
+        ArgumentTypeError: It is no number above 0.
+    """
+    number = _seconds(text)
+    if number == 0.0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return number
+
+
+def _seconds(text: str) -> float:
+    """A time that may be 0, and infinite.
+
+    Raises:
+        ArgumentTypeError: It is none.
+    """
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0.0:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    return seconds
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

@@ -109,6 +109,11 @@ class EngineConfig:
     long_prefill_token_threshold: int | None = _option(
         None, "most tokens of one prompt in a step that others share; default: a quarter of the step"
     )
+    max_step_ms: float | None = _option(
+        None,
+        "longest time of a step that computes prompts beside sequences that decode, in milliseconds; default: 4 "
+        "times what it would take without the prompts",
+    )
     kv_cache_memory: str | int | None = _option(
         None, "size of the KV cache, e.g. 512MiB; default: a quarter of free memory, 4GiB at most, on a CPU"
     )
@@ -169,6 +174,8 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
             )
+        if self.max_step_ms is not None and not self.max_step_ms > 0.0:
+            raise ConfigError(f"max_step_ms must be above 0, got {self.max_step_ms}")
         if self.kv_cache_memory is not None:
             parse_bytes(self.kv_cache_memory)
 
@@ -259,6 +266,7 @@ class SchedulerConfig:
         max_num_seqs: Most sequences in a step.
         long_prefill_token_threshold: Most prompt tokens of one sequence in a step that others share.
         max_model_len: Longest sequence in tokens, prompt and output.
+        max_step_ms: As in `EngineConfig`.
         num_stages: Steps that may be in flight at a time, of different sequences: one for each pipeline stage.
     """
 
@@ -266,6 +274,7 @@ class SchedulerConfig:
     max_num_seqs: int
     long_prefill_token_threshold: int
     max_model_len: int
+    max_step_ms: float | None = None
     num_stages: int = 1
 
     @classmethod
@@ -283,5 +292,6 @@ class SchedulerConfig:
             max_num_seqs=num_seqs,
             long_prefill_token_threshold=config.long_prefill_token_threshold or max(1, num_tokens // 4),
             max_model_len=max_model_len,
+            max_step_ms=config.max_step_ms,
             num_stages=config.pipeline_parallel_size,
         )

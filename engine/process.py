@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import resource
 import signal
 import socket
 import sys
@@ -16,9 +15,6 @@ from collections import deque
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
-
-MAX_OPEN_FILES = 2**16
-"""More than a server's connections need; some systems permit a billion, and some programs close that many."""
 
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 """A second's, in which the kernel counts CPU time."""
@@ -40,16 +36,6 @@ def machine_name() -> str:
         return socket.gethostname()
     namespaces = (str(Path("/proc/self/ns", kind).readlink()) for kind in ("net", "pid"))
     return " ".join((boot_id.read_text().strip(), *namespaces))
-
-
-def raise_open_files_limit() -> int:
-    """Lets this process, and those it starts, open as many files as the system permits; returns how many."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else soft
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return wanted
 
 
 def follow_parent() -> None:

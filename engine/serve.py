@@ -31,7 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "open_metrics": options.pop("open_metrics"),
     }
     keys_file = options.pop("api_keys")
+    application["drain_seconds"] = options.pop("drain_timeout")
+    names_of_limits = ("max_queued_requests", "max_queued_tokens", "slo_ttft_ms", "queue_timeout")
+    limits = {name: options.pop(name) for name in names_of_limits}
+    application["send_seconds"] = options.pop("send_timeout")
     store, hours = options.pop("response_store_memory"), options.pop("response_store_hours")
+    max_body_size = options.pop("max_body_size")
     try:
         logs.configure(log_format)
         # For the engine's processes.
@@ -39,8 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         application |= {
             "response_store_bytes": parse_bytes(store, "response_store_memory"),
             "response_store_seconds": 3600 * hours,
+            "max_body_bytes": None if max_body_size is None else parse_bytes(max_body_size, "max_body_size"),
         }
-        _serve(EngineConfig(**options), host, port, names, keys_file, application)
+        _serve(EngineConfig(**options), host, port, names, keys_file, limits, application)
     except KeyboardInterrupt:
         return 130
     except EngineError as error:
@@ -55,6 +61,7 @@ def _serve(
     port: int,
     names: list[str],
     keys_file: str | None,
+    limits: dict[str, Any],
     application: dict[str, Any],
 ) -> None:
     check_api()
@@ -73,13 +80,21 @@ def _serve(
         child = await launch()
         try:
             try:
-                from api import read_keys, serve
+                from api import QueueLimits, read_keys, serve
                 from engine.router.restarting import RestartingEngine
             except ModuleNotFoundError as error:
                 raise missing_package(error, "serve") from error
             keys = [] if keys_file is None else read_keys(keys_file)
             engine = RestartingEngine(config, child=child)
-            await serve(engine, host, port, served_model_names=names, api_keys=keys, **application)
+            await serve(
+                engine,
+                host,
+                port,
+                served_model_names=names,
+                limits=QueueLimits(**limits),
+                api_keys=keys,
+                **application,
+            )
         finally:
             await child.end()
 

@@ -98,7 +98,7 @@ def test_the_api_knows_no_more_than_the_async_engine(path: Path) -> None:
         known = (
             "engine.frontend.async_engine", "engine.errors", "engine.config", "engine.core.outputs",
             "engine.core.stats", "engine.core.sampling_params", "engine.core.structured_outputs", "engine.tokenizer",
-            "engine.core.validation", "engine.core.step_trace", "engine.logs",
+            "engine.core.validation", "engine.core.limits", "engine.core.step_trace", "engine.logs",
             "engine.frontend.chat_format", "engine.frontend.tools", "engine.frontend.tool_formats",
             "engine.router.restarting", "engine.core.pooling_params",
         )  # fmt: skip

@@ -17,10 +17,12 @@ import triton.knobs
 
 from api.anthropic.conversation import REFUSED
 from api.anthropic.protocol import MessageRequest
+from api.limits import CONNECTION_LIMITS
 from api.metrics import Metrics
 from api.protocol import NEUTRAL_VALUES, ChatCompletionRequest, CompletionRequest, EmbeddingRequest
 from api.responses.protocol import NEUTRAL_VALUES as NEUTRAL_RESPONSE_VALUES
 from api.responses.protocol import ResponseRequest
+from engine.core.limits import LIMITS, Limit
 from engine.core.stats import EngineStats
 from engine.frontend.async_engine import ServedEngine
 from tests.test_architecture import FILES, GROUND, ORDER, ROOT
@@ -168,6 +170,12 @@ def test_the_table_of_parameters_is_complete() -> None:
     _, ignored = parameters.split("Accepted without effect:")
     ignored, _ = ignored.split("OpenAI's other fields")
     assert set(re.findall(r"`(\w+)`", ignored)) == fields - acted_on - NEUTRAL_VALUES.keys()
+
+
+@pytest.mark.parametrize(("heading", "limits"), [("A request", LIMITS), ("A connection", CONNECTION_LIMITS)])
+def test_the_tables_of_limits_say_what_the_code_does(heading: str, limits: tuple[Limit, ...]) -> None:
+    rows = re.findall(r"^\| `.*$", section(DOCS / "limits.md", heading), re.MULTILINE)
+    assert rows == [f"| `{limit.field}` | {limit.most:.15g} | {limit.what} |" for limit in limits]
 
 
 def test_the_table_of_embeddings_is_complete() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from msgspec import Struct
 
-from api.anthropic.conversation import form_field, read_conversation
+from api.anthropic.conversation import REFUSED, form_field, read_conversation
 from api.anthropic.events import (
     ENDS,
     AnswerBlock,
@@ -29,12 +28,11 @@ from api.anthropic.events import (
 )
 from api.anthropic.protocol import CountRequest, MessageRequest
 from api.anthropic.tools import is_served
-from api.body import json_response, read_body
-from api.conversation import begin_turn
+from api.body import Body, json_response
 from api.errors import ApiError
-from api.generation import Generation, TokenCounter, collect, generate, new_id
+from api.generation import Generation, TokenCounter, check_room, collect, generate, new_id
 from api.keys import client_of
-from api.protocol import decode_body
+from api.protocol import decode_body, without_ignored
 from api.request_fields import read_cache_salt
 from api.service import Service
 from api.streaming import event_stream, until_disconnect, with_beats
@@ -42,13 +40,14 @@ from api.unknown_members import find_unknown
 from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import SamplingParams
 from engine.core.structured_outputs import FIELD
+from engine.core.validation import CONTEXT_LENGTH_EXCEEDED
 from engine.errors import RequestError
 from engine.frontend.chat_format import ChatTurn
 
 PING_SECONDS = 5.0
 """Time between pings: while a prompt is computed there is nothing else to send, and clients hang up on silence."""
 
-Body = TypeVar("Body", bound=CountRequest)
+Asked = TypeVar("Asked", bound=CountRequest)
 
 
 class TokenCount(Struct):
@@ -96,11 +95,13 @@ class MessageJob:
 async def create_message(service: Service, http_request: Request) -> Response:
     """Answers one request, whole or as events."""
     service.check_ready()
-    request = await _read(service, http_request, MessageRequest)
+    async with service.bodies.receive(http_request) as body:
+        request = await _read(service, body, http_request.url.path, MessageRequest)
+        with named_as_here(request):
+            model = service.check_model(request.model)
+            params = _params(service, request)
+            turn = await body.work(lambda: read_conversation(request).turn(service.engine.chat_format))
     with named_as_here(request):
-        model = service.check_model(request.model)
-        params = _params(service, request)
-        turn = await begin_turn(service, read_conversation(request))
         room = service.engine.max_model_len - len(turn.prompt_token_ids)
         if room < 1:
             length, limit = len(turn.prompt_token_ids), service.engine.max_model_len - 1
@@ -128,25 +129,24 @@ async def create_message(service: Service, http_request: Request) -> Response:
 async def count_tokens(service: Service, http_request: Request) -> Response:
     """Answers with the number of tokens of the prompt."""
     service.check_ready()
-    request = await _read(service, http_request, CountRequest)
-    with named_as_here(request):
-        service.check_model(request.model)
-        turn = await begin_turn(service, read_conversation(request))
+    async with service.bodies.receive(http_request) as body:
+        request = await _read(service, body, http_request.url.path, CountRequest)
+        with named_as_here(request):
+            service.check_model(request.model)
+            turn = await body.work(lambda: read_conversation(request).turn(service.engine.chat_format))
     return json_response(TokenCount(len(turn.prompt_token_ids)))
 
 
-async def _read(service: Service, http_request: Request, kind: type[Body]) -> Body:
+async def _read(service: Service, body: Body, path: str, kind: type[Asked]) -> Asked:
     """The request; what it holds that nothing reads is counted."""
-    body = await read_body(http_request)
-    # In a thread: agents send long conversations.
-    request, unknown = await asyncio.to_thread(_decode, body, kind)
-    service.unknown_members.note(http_request.url.path, [*unknown, *_not_offered(request)])
+    request, unknown = await body.read(lambda data: _decode(data, kind))
+    service.unknown_members.note(path, [*unknown, *_not_offered(request)])
     return request
 
 
-def _decode(body: bytes, kind: type[Body]) -> tuple[Body, list[str]]:
-    request = decode_body(body, kind)
-    return request, list(find_unknown(decode_body(body, dict[str, Any]), kind))
+def _decode(data: bytearray, kind: type[Asked]) -> tuple[Asked, list[str]]:
+    kept = without_ignored(data, kind, (*REFUSED, "thread"))
+    return decode_body(kept, kind), list(find_unknown(decode_body(kept, dict[str, Any]), kind))
 
 
 def _not_offered(request: CountRequest) -> Iterator[str]:
@@ -178,6 +178,9 @@ def named_as_here(request: CountRequest) -> Iterator[None]:
         field = error.field or ""
         if field not in names:
             raise
+        if field == "prompt" and error.code == CONTEXT_LENGTH_EXCEEDED:
+            # In its own words, on which Claude Code shortens the conversation and tries again.
+            raise RequestError(str(error), names[field], error.code) from None
         text = str(error) if field in str(error) else f"{field}: {error}"
         raise RequestError(text.replace(field, names[field], 1), names[field], error.code) from None
 
@@ -197,6 +200,7 @@ async def _events(service: Service, job: MessageJob) -> AsyncGenerator[bytes, No
     """The message's beginning once the engine takes the request, blocks, and the message's end; pings meanwhile."""
     generation = job.generation
     await service.engine.check(generation.prompts[0], generation.params[0])
+    check_room(service, generation)
     counter, writer = TokenCounter(generation), job.writer()
     # What the cache has is known with the first token: until then, nothing.
     yield encode(MessageStart(job.message([], None, usage_of(counter))))

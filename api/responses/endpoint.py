@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
@@ -12,10 +11,10 @@ from typing import Any
 from fastapi import Request, Response
 from msgspec import Struct
 
-from api.body import json_response, read_body
+from api.body import json_response
 from api.conversation import Conversation, effort_arguments, verbosity_arguments
 from api.errors import ApiError, not_supported, to_api_error
-from api.generation import Generation, TokenCounter, generate, new_id
+from api.generation import Generation, TokenCounter, check_room, generate, new_id
 from api.keys import client_of
 from api.request_fields import read_cache_salt
 from api.responses import bodies
@@ -32,7 +31,8 @@ from api.responses.store import ResponseStore, StoredResponse
 from api.responses.tools import Toolbox, read_choice
 from api.service import Service
 from api.streaming import StreamEnds, event, event_stream, until_disconnect
-from engine.core.sampling_params import MAX_LOGPROBS, SamplingParams
+from engine.core.limits import MAX_LOGPROBS
+from engine.core.sampling_params import SamplingParams
 from engine.core.structured_outputs import FIELD, StructuredOutputs
 from engine.core.validation import CONTEXT_LENGTH_EXCEEDED
 from engine.errors import EngineError, RequestError
@@ -145,10 +145,11 @@ class Reading:
             read_form(self.request.text),
             _template_arguments(self.request),
         )
-        turn = conversation.turn(chat_format)
-        if len(turn.prompt_token_ids) > max_prompt_tokens and self.request.truncation == "auto":
-            turn = _truncated(conversation, chat_format, max_prompt_tokens) or turn
-        return turn, toolbox
+        if self.request.truncation != "auto":
+            return conversation.turn(chat_format), toolbox
+        turn = _turn_within(conversation, chat_format, max_prompt_tokens)
+        turn = turn or _truncated(conversation, chat_format, max_prompt_tokens)
+        return turn or conversation.turn(chat_format), toolbox
 
 
 class ResponsesApi:
@@ -165,6 +166,7 @@ class ResponsesApi:
         headers = {"x-request-id": job.generation.request_id}
         with named_as_here():
             await service.engine.check(job.generation.prompts[0], job.generation.params[0])
+        check_room(service, job.generation)
         writer, counter = job.writer(), TokenCounter(job.generation)
         if job.request.stream:
             events = self._events(job, writer, counter)
@@ -176,16 +178,16 @@ class ResponsesApi:
     async def _read(self, http_request: Request) -> ResponseJob:
         service, client = self._service, client_of(http_request)
         owner = client.owner
-        body = await read_body(http_request)
-        # In threads: agents send long conversations.
-        request, unknown = await asyncio.to_thread(decode_response_request, body)
-        model = service.check_model(request.model)
-        params = _params(service, request)
-        items = await asyncio.to_thread(_resolved, input_items(request.input), self._referred(owner, request))
-        reading = Reading(request, self._history(owner, request), items, unknown)
         limit = service.engine.max_model_len - 1
-        with named_as_here():
-            turn, toolbox = await asyncio.to_thread(reading.turn, service.engine.chat_format, limit)
+        async with service.bodies.receive(http_request) as body:
+            request, unknown = await body.read(decode_response_request)
+            model = service.check_model(request.model)
+            params = _params(service, request)
+            referred = self._referred(owner, request)
+            items = await body.work(lambda: _resolved(input_items(request.input), referred))
+            reading = Reading(request, self._history(owner, request), items, unknown)
+            with named_as_here():
+                turn, toolbox = await body.work(lambda: reading.turn(service.engine.chat_format, limit))
         service.unknown_members.note(PATH, reading.unknown)
         length = len(turn.prompt_token_ids)
         if length > limit:
@@ -361,6 +363,19 @@ def read_form(text: TextConfig | None) -> StructuredOutputs | None:
     raise ApiError(400, f"{field} must be {what}", param=field)
 
 
+def _turn_within(
+    conversation: Conversation, chat_format: ChatFormat, max_prompt_tokens: int
+) -> ChatTurn | None:
+    """The turn, unless its prompt is longer."""
+    try:
+        turn = conversation.turn(chat_format)
+    except RequestError as error:
+        if error.code == CONTEXT_LENGTH_EXCEEDED:
+            return None
+        raise
+    return turn if len(turn.prompt_token_ids) <= max_prompt_tokens else None
+
+
 def _truncated(
     conversation: Conversation, chat_format: ChatFormat, max_prompt_tokens: int
 ) -> ChatTurn | None:
@@ -371,16 +386,17 @@ def _truncated(
     messages = conversation.messages
     starts = [index for index, message in enumerate(messages) if message["role"] == "user"][1:]
 
-    def without(number: int) -> ChatTurn:
+    def without(number: int) -> ChatTurn | None:
         start = starts[number]
         kept = [message for message in messages[:start] if message["role"] == "system"]
-        return replace(conversation, messages=[*kept, *messages[start:]]).turn(chat_format)
+        shorter = replace(conversation, messages=[*kept, *messages[start:]])
+        return _turn_within(shorter, chat_format, max_prompt_tokens)
 
     low, high, best = 0, len(starts), None
     while low < high:
         middle = (low + high) // 2
         turn = without(middle)
-        if len(turn.prompt_token_ids) <= max_prompt_tokens:
+        if turn is not None:
             high, best = middle, turn
         else:
             low = middle + 1

@@ -11,7 +11,7 @@ from typing import Any
 from msgspec import Struct
 
 from api.errors import ApiError
-from api.protocol import Integer, check_neutral, convert_member, decode_body
+from api.protocol import Integer, check_neutral, convert_member, decode_body, without_ignored
 from api.unknown_members import find_unknown
 
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
@@ -233,16 +233,17 @@ ITEMS: dict[str, type[Item]] = {
 """Items by type; calls of tools that OpenAI knows are `BuiltInCall` and `BuiltInOutput`."""
 
 
-def decode_response_request(body: bytes) -> tuple[ResponseRequest, list[str]]:
+def decode_response_request(body: bytearray) -> tuple[ResponseRequest, list[str]]:
     """The request, and what it holds that nothing reads, but in `input` and `tools`.
 
     Raises:
         ApiError: 400, naming the field, for malformed JSON, wrong types, and what this server does not support.
     """
-    request = decode_body(body, ResponseRequest)
+    kept = without_ignored(body, ResponseRequest, NEUTRAL_VALUES)
+    request = decode_body(kept, ResponseRequest)
     check_neutral(request, NEUTRAL_VALUES)
     _check_one_of("truncation", request.truncation, ("auto", "disabled"))
-    unknown = list(find_unknown(decode_body(body, dict[str, Any]), ResponseRequest))
+    unknown = list(find_unknown(decode_body(kept, dict[str, Any]), ResponseRequest))
     unknown += [f"include[] {name}" for name in request.include or () if name not in INCLUDED]
     return request, unknown
 

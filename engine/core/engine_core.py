@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -41,6 +42,7 @@ class EngineCore(Generic[Model]):
     Args:
         model: Loaded; is closed with the engine.
         eos_token_ids: Tokens that end a sequence.
+        clock: Seconds, which steps take.
 
     Attributes:
         grammars: What keeps the forms of outputs; must know the tokenizer's vocabulary before the first of them.
@@ -50,7 +52,13 @@ class EngineCore(Generic[Model]):
         CheckpointError: The model recommends sampling parameters that no request could have.
     """
 
-    def __init__(self, config: EngineConfig, model: Model, eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: Model,
+        eos_token_ids: Collection[int],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         facts = model.facts
         self.model = model
         self.grammars = Grammars(facts.vocab_size, eos_token_ids)
@@ -65,11 +73,15 @@ class EngineCore(Generic[Model]):
         self.overlap = facts.is_asynchronous if config.overlap is None else config.overlap
         self.num_stages = config.pipeline_parallel_size
         self.on_plan: Callable[[Scheduler], None] | None = None
-        self._in_flight: deque[Sampled] = deque()
+        self._clock = clock
+        # With the time at which their planning began.
+        self._in_flight: deque[tuple[Sampled, float]] = deque()
+        self._collected = clock()
         self.info = EngineInfo(
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,
             hidden_size=facts.hidden_size,
+            max_num_seqs=self.scheduler.config.max_num_seqs,
             default_params=_default_params(facts.recommended_params),
             memory_plan=facts.memory_plan,
             num_cache_bytes=facts.num_cache_bytes,
@@ -113,27 +125,35 @@ class EngineCore(Generic[Model]):
         """Plans and launches a step and takes in a finished one; call while there is work."""
         if self.num_stages > 1:
             return self._step_in_stages()
+        began = self._clock()
         batch = self.scheduler.schedule()
         assert batch.rows or self._in_flight, "the scheduler has work but planned none of it"
         logits = self._execute(batch) if batch.rows else None
         outputs = self._collect()
         if batch.rows:
-            self._in_flight.append(self._sample(batch, logits))
+            self._in_flight.append((self._sample(batch, logits), began))
         return outputs if self.overlap else outputs + self._collect()
 
     def _step_in_stages(self) -> list[EngineOutput]:
         """Fills the stages with steps, and takes in the oldest."""
         while len(self._in_flight) < self.num_stages:
+            began = self._clock()
             batch = self.scheduler.schedule()
             if not batch.rows:
                 break
-            self._in_flight.append(self._sample(batch, self._execute(batch)))
+            self._in_flight.append((self._sample(batch, self._execute(batch)), began))
         assert self._in_flight, "the scheduler has work but planned none of it"
         return self._collect()
 
     def _collect(self) -> list[EngineOutput]:
         """Waits for the oldest step in flight, if there is one, and takes in what it drew."""
-        return self.scheduler.update(self._in_flight.popleft().read()) if self._in_flight else []
+        if not self._in_flight:
+            return []
+        sampled, began = self._in_flight.popleft()
+        results = sampled.read()
+        # Steps that overlap take the time between their ends.
+        since, self._collected = max(began, self._collected), self._clock()
+        return self.scheduler.update(results, self._collected - since)
 
     def _execute(self, batch: Batch) -> Logits | None:
         """The batch's logits; None if a row spoils it."""

@@ -9,14 +9,10 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
+from engine.core.limits import MAX_LOGPROBS, MAX_SAMPLES, SIZES
 from engine.core.structured_outputs import StructuredOutputs
 from engine.errors import RequestError
 
-MAX_LOGPROBS = 20
-MAX_SAMPLES = 128
-MAX_STOP_STRINGS = 16
-MAX_BAD_WORDS = 64
-MAX_BAD_WORD_CHARACTERS = 1024
 MAX_SEED = 2**63 - 1
 
 
@@ -106,11 +102,17 @@ def _strings(value: Any, name: str) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else _elements(value, name, "strings")
     if any(not isinstance(text, str) or not text for text in texts):
         raise RequestError(f"{name} must hold non-empty strings", name)
+    most = SIZES[name].characters
+    longest = max(map(len, texts), default=0)
+    if most is not None and longest > most:
+        raise RequestError(f"{name} takes strings of at most {most} characters, got one of {longest}", name)
     return texts
 
 
 def _ids(value: Any, name: str) -> tuple[int, ...]:
     ids = _elements(value, name, "token ids")
+    if set(map(type, ids)) <= {int}:
+        return ids
     if any(not isinstance(token_id, Integral) or isinstance(token_id, bool) for token_id in ids):
         raise RequestError(f"{name} must hold token ids, got {value!r}", name)
     return tuple(map(int, ids))
@@ -126,7 +128,15 @@ def _elements(value: Any, name: str, wanted: str) -> tuple[Any, ...]:
         return ()
     if isinstance(value, str | bytes | dict) or not isinstance(value, Iterable):
         raise RequestError(f"{name} must hold {wanted}, got {value!r}", name)
-    return tuple(value)
+    elements = tuple(value)
+    _check_size(len(elements), name)
+    return elements
+
+
+def _check_size(number: int, name: str) -> None:
+    size = SIZES[name]
+    if number > size.most:
+        raise RequestError(f"{name} takes at most {size.most} {size.what}, got {number}", name)
 
 
 def _biases(value: Any, name: str) -> dict[int, float]:
@@ -134,6 +144,7 @@ def _biases(value: Any, name: str) -> dict[int, float]:
         return {}
     if not isinstance(value, Mapping):
         raise RequestError(f"{name} must be a dictionary of numbers by token id, got {value!r}", name)
+    _check_size(len(value), name)
     for token_id, bias in value.items():
         if not isinstance(token_id, Integral) or not isinstance(bias, Real) or isinstance(bias, bool):
             raise RequestError(f"{name} must hold numbers by token id, got {bias!r} for {token_id!r}", name)
@@ -222,17 +233,8 @@ class SamplingParams:
         for name, read in _READERS.items():
             object.__setattr__(self, name, read(getattr(self, name), name))
         object.__setattr__(self, "structured_outputs", StructuredOutputs.read(self.structured_outputs))
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", "stop")
         if self.allowed_token_ids == ():
             raise RequestError("allowed_token_ids must hold at least one token id", "allowed_token_ids")
-        longest = max(map(len, self.bad_words), default=0)
-        if len(self.bad_words) > MAX_BAD_WORDS or longest > MAX_BAD_WORD_CHARACTERS:
-            raise RequestError(
-                f"bad_words takes at most {MAX_BAD_WORDS} strings of {MAX_BAD_WORD_CHARACTERS} characters, got "
-                f"{len(self.bad_words)}, the longest of {longest}",
-                "bad_words",
-            )
         for token_id, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
                 raise RequestError(

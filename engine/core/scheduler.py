@@ -13,6 +13,9 @@ one whose token is pending waits for it then.
 A request for a vector of its prompt ends once that is computed: the vector is what its last chunk brings instead of a
 token, and pending until then. A mean takes all states, and therefore finds none of its tokens in the prefix cache.
 
+A step that others' tokens wait for is bounded by time, too: it computes as much of prompts, beside the sequences that
+decode, as the prices allow that earlier steps had (`engine.core.step_costs`).
+
 A sequence whose output has a form is drawn under a mask, which a thread makes (`engine.core.grammar`). Where it is
 late, what the step draws of that sequence is dropped, and the sequence draws again in the next step.
 """
@@ -46,7 +49,8 @@ from engine.core.request import (
     Sequence,
     SequenceStatus,
 )
-from engine.core.stats import EngineStats
+from engine.core.stats import EngineStats, Load
+from engine.core.step_costs import StepCostModel, StepSize
 from engine.core.step_trace import Obstacle, StepTrace
 from engine.core.waiting import WaitingQueue
 
@@ -55,6 +59,17 @@ WATERMARK = 0.01
 
 MAX_HASHED_TOKENS = 2**14
 """Tokens of waiting prompts that one step hashes before it leaves the rest of them to the next: some milliseconds."""
+
+MAX_STRETCH = 4.0
+"""How many times as long a step may take for prompts beside sequences that decode as it would for these alone, where
+no time is given: three quarters of it are theirs then.
+"""
+
+MIN_PROMPT_TOKENS = 32
+"""Prompts get on by so many tokens in each step, whatever it takes."""
+
+SEATS_KEPT = 0.999
+"""What is left after each step of how long sequences have been seen to run."""
 
 MASK_SECONDS, LONELY_MASK_SECONDS = 0.005, 0.1
 """How long a step waits for the masks of its rows: where others draw, and where nobody does."""
@@ -109,6 +124,11 @@ class Scheduler:
         self.num_steps = 0
         self.num_scheduled_tokens = 0
         self.trace = StepTrace()
+        self.costs = StepCostModel()
+        # Time that sequences ran, and how many of them have ended.
+        self._seat_seconds, self._num_ends = 0.0, 0.0
+        # Whether the cache had no room for another.
+        self._is_full = False
         self._shares = FairShare()
         self._waiting = WaitingQueue(self._shares.served)
         self._in_flight: deque[list[PlannedRow]] = deque()
@@ -134,6 +154,24 @@ class Scheduler:
             num_preemptions=self.num_preemptions,
             num_steps=self.num_steps,
             num_scheduled_tokens=self.num_scheduled_tokens,
+            load=self._load(),
+        )
+
+    def _load(self) -> Load:
+        decoding = [s for s in self.running if s.num_remaining_tokens <= 1]
+        prefilling = [s for s in self.running if s.num_remaining_tokens > 1]
+        size = StepSize(0, len(decoding), sum(s.num_computed_tokens for s in decoding))
+        num_tokens = self.config.max_num_batched_tokens - len(decoding)
+        if decoding:
+            num_tokens = min(num_tokens, self._num_prompt_tokens(size, 0))
+        return Load(
+            step_costs=self.costs.costs,
+            decode_seconds=self.costs.costs.seconds(size),
+            num_step_tokens=max(1, num_tokens),
+            num_prompt_step_tokens=max(1, min(num_tokens, self.config.long_prefill_token_threshold)),
+            num_prefilled_tokens=sum(s.num_computed_tokens for s in prefilling),
+            num_seats=max(1, len(self.running)) if self._is_full else self.config.max_num_seqs,
+            seat_seconds=self._seat_seconds / (self._num_ends + 1.0),
         )
 
     def add(self, request: Request) -> None:
@@ -183,20 +221,19 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         num_preemptions = self.num_preemptions
         max_rows = -(-(len(self.running) + len(self._waiting)) // self.config.num_stages)
-        for sequence in sorted(self.running, key=lambda s: (s.num_remaining_tokens > 1, *s.order)):
-            if sequence.status is not SequenceStatus.RUNNING or budget == 0 or self._is_through(sequence):
-                continue
-            if len(plan) == max_rows or (self.config.num_stages > 1 and sequence.num_pending_tokens):
-                continue
-            num_tokens = self._chunk(sequence.num_remaining_tokens, budget)
-            budget += self._make_room(sequence, sequence.num_computed_tokens + num_tokens, plan)
-            if sequence.status is SequenceStatus.RUNNING:
-                plan[sequence] = num_tokens
-                budget -= num_tokens
+        running = sorted(self.running, key=lambda s: s.order)
+        budget = self._go_on(plan, [s for s in running if s.num_remaining_tokens <= 1], budget, max_rows)
+        prefilling = [s for s in running if s.num_remaining_tokens > 1]
+        if plan:
+            size = StepSize(0, len(plan), sum(s.num_computed_tokens for s in plan))
+            start = prefilling[0].num_computed_tokens if prefilling else 0
+            budget = min(budget, self._num_prompt_tokens(size, start))
+        budget = self._go_on(plan, prefilling, budget, max_rows)
         for sequence, num_tokens in plan.items():
             self._charge(sequence, num_tokens)
         obstacle: Obstacle = "preemption"
-        if num_preemptions == self.num_preemptions:
+        self._is_full = num_preemptions != self.num_preemptions
+        if not self._is_full:
             obstacle = self._admit(plan, budget, max_rows)
         rows = [self._row(sequence, num_tokens) for sequence, num_tokens in plan.items()]
         if rows:
@@ -208,6 +245,32 @@ class Scheduler:
                 ]
             )
         return Batch(rows)
+
+    def _go_on(self, plan: dict[Sequence, int], running: list[Sequence], budget: int, max_rows: int) -> int:
+        """Plans the next tokens of running sequences. Returns what they leave of the budget."""
+        for sequence in running:
+            if sequence.status is not SequenceStatus.RUNNING or budget == 0 or self._is_through(sequence):
+                continue
+            if len(plan) == max_rows or (self.config.num_stages > 1 and sequence.num_pending_tokens):
+                continue
+            num_tokens = self._chunk(sequence.num_remaining_tokens, budget)
+            budget += self._make_room(sequence, sequence.num_computed_tokens + num_tokens, plan)
+            if sequence.status is SequenceStatus.RUNNING:
+                plan[sequence] = num_tokens
+                budget -= num_tokens
+        return budget
+
+    def _num_prompt_tokens(self, decodes: StepSize, start: int) -> int:
+        """How many tokens of prompts a step may compute beside sequences that decode, by its time.
+
+        Args:
+            decodes: What these compute.
+            start: How many tokens of the first prompt are computed.
+        """
+        costs = self.costs.costs
+        alone, limit = costs.seconds(decodes), self.config.max_step_ms
+        seconds = MAX_STRETCH * alone if limit is None else limit / 1000
+        return max(MIN_PROMPT_TOKENS, costs.num_prompt_tokens(max(0.0, seconds - alone), start))
 
     def requests_in_flight(self) -> list[str]:
         """Ids of the requests in the steps that are planned and not taken in."""
@@ -243,12 +306,21 @@ class Scheduler:
             rows.append(replace(row, token_ids=known) if len(known) == len(row.token_ids) else row)
         return Batch(rows)
 
-    def update(self, results: list[RowResult]) -> list[EngineOutput]:
-        """Takes in what the oldest step in flight computed, one entry a row."""
+    def update(self, results: list[RowResult], seconds: float | None = None) -> list[EngineOutput]:
+        """Takes in what the oldest step in flight computed, one entry a row.
+
+        Args:
+            seconds: What it took, if that was measured.
+        """
         outputs: list[EngineOutput] = []
         advanced: list[Grammar] = []
         self.trace.done()
-        for row, result in zip(self._in_flight.popleft(), results, strict=True):
+        rows = self._in_flight.popleft()
+        if seconds is not None:
+            self.costs.observe(_size(rows), seconds)
+            self._seat_seconds = SEATS_KEPT * self._seat_seconds + seconds * len(self.running)
+            self._num_ends *= SEATS_KEPT
+        for row, result in zip(rows, results, strict=True):
             sequence = row.sequence
             if sequence.status is SequenceStatus.FINISHED:
                 continue  # it ended while this step was in flight
@@ -350,6 +422,7 @@ class Scheduler:
                 self.trace.note(sequence, "prefix")
                 continue
             if not self._has_room(sequence, prefix):
+                self._is_full = True
                 return "blocks"
             self._waiting.pop()
             if reads_cache:
@@ -543,6 +616,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> None:
         if sequence.status is SequenceStatus.RUNNING:
             self._stop(sequence)
+            self._num_ends += 1
         if sequence.status is not SequenceStatus.FINISHED:
             self.trace.note(sequence, "ended")
         was_waiting = sequence.status is SequenceStatus.WAITING
@@ -564,3 +638,15 @@ class Scheduler:
         self.kv_cache.free(sequence)
         self.running.remove(sequence)
         self._free_slots.append(sequence.slot)
+
+
+def _size(rows: list[PlannedRow]) -> StepSize:
+    num_tokens = [row.end - row.start for row in rows]
+    return StepSize(
+        num_prompt_tokens=sum(num for num in num_tokens if num > 1),
+        num_decodes=sum(num == 1 for num in num_tokens),
+        # Each token reads itself and those before it.
+        num_reads=sum(
+            num * (2 * row.start + num + 1) // 2 for row, num in zip(rows, num_tokens, strict=True)
+        ),
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+from engine.core.step_costs import StepCosts
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -14,6 +16,7 @@ class EngineInfo:
     """What a started engine tells those who send it requests.
 
     Attributes:
+        max_num_seqs: Most sequences in a step.
         default_params: Sampling parameters that the model's generation_config.json recommends.
         memory_plan: For people.
         num_cache_bytes: Size of a rank's KV cache, where the free memory decides on it; None elsewhere.
@@ -23,6 +26,7 @@ class EngineInfo:
     max_model_len: int
     vocab_size: int
     hidden_size: int
+    max_num_seqs: int
     default_params: dict[str, Any]
     memory_plan: str
     num_cache_bytes: int | None
@@ -35,6 +39,29 @@ class EngineInfo:
         """
         size = config.kv_cache_memory if self.num_cache_bytes is None else self.num_cache_bytes
         return replace(config, max_model_len=self.max_model_len, kv_cache_memory=size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What the time depends on that a request waits, as of the last step.
+
+    Attributes:
+        step_costs: What steps cost.
+        decode_seconds: What a step takes of those that decode now, without prompts.
+        num_step_tokens: Most tokens of prompts in a step beside these.
+        num_prompt_step_tokens: Most of one prompt.
+        num_prefilled_tokens: Tokens computed or found of prompts that are not through.
+        num_seats: Sequences that can run at a time.
+        seat_seconds: Mean time that a sequence runs; 0 as long as nothing is known.
+    """
+
+    step_costs: StepCosts = StepCosts()
+    decode_seconds: float = 0.0
+    num_step_tokens: int = 1
+    num_prompt_step_tokens: int = 1
+    num_prefilled_tokens: int = 0
+    num_seats: int = 1
+    seat_seconds: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,6 +78,7 @@ class EngineStats:
         num_scheduled_tokens: Tokens computed in all steps, cumulative.
         num_kernel_compilations: Kernels compiled since the engine has started, cumulative.
         starved_seconds: Time in which the engine was ready to run and other programs had the CPUs, cumulative.
+        load: What a request has to wait for.
     """
 
     num_requests_running: int = 0
@@ -63,3 +91,4 @@ class EngineStats:
     num_scheduled_tokens: int = 0
     num_kernel_compilations: int = 0
     starved_seconds: float = 0.0
+    load: Load = field(default_factory=Load)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.core.limits import MAX_FORM_BYTES
 from engine.errors import RequestError
 
 FIELD = "structured_outputs"
@@ -29,7 +30,7 @@ class StructuredOutputs:
             each place; None allows any.
 
     Raises:
-        RequestError: It is no form, or more than one, or a value is of another type.
+        RequestError: It is no form, or more than one, or a value is of another type, or it is too long.
     """
 
     json: str | dict[str, Any] | None = None
@@ -55,6 +56,10 @@ class StructuredOutputs:
             raise RequestError(f"{FIELD} takes one of {', '.join(FORMS)}; found {found}", FIELD)
         if self.whitespace_pattern is not None and given[0] not in ("json", "json_object"):
             raise RequestError(f"{FIELD}.whitespace_pattern goes with json or json_object alone", FIELD)
+        texts = (self.json, self.regex, self.grammar, self.whitespace_pattern, *self.choice)
+        size = sum(len(str(text).encode("utf-8", "surrogatepass")) for text in texts if text is not None)
+        if size > MAX_FORM_BYTES:
+            raise RequestError(f"{FIELD}: {size} bytes; at most {MAX_FORM_BYTES} are taken", FIELD)
 
     @staticmethod
     def read(value: Any) -> StructuredOutputs | None:

@@ -21,16 +21,22 @@ def validate_request(
     eos_token_ids: Collection[int],
     clips_max_tokens: bool,
     bad_words: Collection[TokenSequence] = (),
+    max_num_seqs: int | None = None,
 ) -> None:
     """Checks what depends on the model; `SamplingParams` has checked the rest.
 
     Args:
         clips_max_tokens: A sequence that wants more than fits beside its prompt gets what fits.
         bad_words: As in `Request`.
+        max_num_seqs: Most samples that a request among others may have; None: there are no others.
 
     Raises:
         RequestError: Names the field, the value and the limit.
     """
+    if max_num_seqs is not None and params.n > max_num_seqs:
+        raise RequestError(
+            f"n is {params.n}; a step has room for {max_num_seqs} samples (--max-num-seqs)", "n"
+        )
     if not prompt_token_ids:
         raise RequestError("prompt must hold at least one token", "prompt")
     if len(prompt_token_ids) + (params.max_tokens != 0) > max_model_len:
@@ -115,8 +121,7 @@ def _check_bans(
 def _check_ids(
     field: str, token_ids: list[int] | tuple[int, ...] | dict[int, float], vocab_size: int
 ) -> None:
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise RequestError(
-                f"{field} holds token id {token_id}; the vocabulary has ids 0 to {vocab_size - 1}", field
-            )
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return
+    wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+    raise RequestError(f"{field} holds token id {wrong}; the vocabulary has ids 0 to {vocab_size - 1}", field)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from engine.config import EngineConfig, SchedulerConfig
 from engine.core.batch import Batch, BatchRow, Draw, Pool, Pooling, Scoring
 from engine.core.kv_cache import NULL_BLOCK
-from engine.core.sampling_params import EXAMPLES, MAX_LOGPROBS, SamplingParams
+from engine.core.limits import MAX_LOGPROBS
+from engine.core.sampling_params import EXAMPLES, SamplingParams
 from engine.executor.options import resolve_cache_dtype, resolve_dtype
 from engine.executor.triton_executor import TritonExecutor
 from engine.kernels.attention.kv_layer import KVCache

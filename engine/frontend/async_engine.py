@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import engine.errors
 from engine.cache_directory import caching_in
 from engine.config import EngineConfig
+from engine.core.bans import TokenSequence
 from engine.core.outputs import EmbeddingRequestOutput, RequestOutput
 from engine.core.pooling_params import PoolingParams
 from engine.core.random import request_seed
@@ -54,6 +55,9 @@ from engine.process import ProcessClock, exit_cause
 from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 Result = TypeVar("Result")
+
+MAX_UNREAD_OUTPUTS = 4096
+"""Outputs of a request that are kept for who does not take them: what a client that stops reading costs at most."""
 
 
 class ServedEngine(Protocol):
@@ -191,6 +195,7 @@ class AsyncEngine:
                 self.chat_format = await _in_daemon_thread(
                     lambda: ChatFormat(self.tokenizer, self.config.tool_format, self.config.reasoning_format)
                 )
+                await _in_daemon_thread(lambda: self.tokenizer.bound)
             else:
                 self.tokenizer, self.chat_format = like.tokenizer, like.chat_format
             # An engine that has failed meanwhile has said why.
@@ -217,6 +222,7 @@ class AsyncEngine:
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
         self.hidden_size, self.default_params = info.hidden_size, info.default_params
         self.identity, self.info = info.identity, info
+        self.tokenizer.max_tokens = info.max_model_len
         self._forms = FormChecker(self.tokenizer, self.vocab_size)
         self.status = "ready"
         self._tasks.append(asyncio.create_task(self._receive_outputs()))
@@ -241,7 +247,8 @@ class AsyncEngine:
             self.vocab_size,
             self.tokenizer.eos_token_ids,
             self.config.clip_max_tokens,
-            self.tokenizer.encode_bad_words(params.bad_words),
+            await self._bad_words(params),
+            self.info.max_num_seqs,
         )
         if params.structured_outputs is not None:
             await self._prepare(params.structured_outputs)
@@ -270,8 +277,7 @@ class AsyncEngine:
             EngineDeadError: The engine has ended; names the cause.
         """
         self._check_ready()
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        bad_words = self.tokenizer.encode_bad_words(params.bad_words)
+        token_ids = await self._encoded(prompt)
         await self.check(token_ids, params)
         request = Request(
             request_id=request_id,
@@ -280,7 +286,7 @@ class AsyncEngine:
             seed=request_seed(params.seed, self.config.seed, self._arrivals),
             priority=priority,
             resumed_token_ids=list(resumed_token_ids),
-            bad_words=bad_words,
+            bad_words=await self._bad_words(params),
             cache_salt=cache_salt,
             owner=owner,
         )
@@ -354,6 +360,16 @@ class AsyncEngine:
         self._tracing.append(future)
         await self._send(GetTrace(seconds))
         return [await future]
+
+    async def _encoded(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return await asyncio.to_thread(self.tokenizer.encode, prompt)
+        return prompt
+
+    async def _bad_words(self, params: SamplingParams) -> tuple[TokenSequence, ...]:
+        if not params.bad_words:
+            return ()
+        return await asyncio.to_thread(self.tokenizer.encode_bad_words, params.bad_words)
 
     async def _prepare(self, structured: StructuredOutputs) -> None:
         """Checks a form, in a thread, and lets the engine know the vocabulary, once.
@@ -454,9 +470,7 @@ class AsyncEngine:
                 case Outputs(outputs, stats):
                     self.stats = stats
                     for output in outputs:
-                        queue = self._queues.get(output.request_id)
-                        if queue is not None:
-                            queue.put_nowait(output)
+                        await self._hand_on(output)
                 case Traced(trace):
                     future = self._tracing.popleft()
                     if not future.done():
@@ -464,6 +478,20 @@ class AsyncEngine:
                 case Died(reason):
                     self._die(reason)
                     return
+
+    async def _hand_on(self, output: EngineOutput) -> None:
+        queue = self._queues.get(output.request_id)
+        if queue is None or queue.qsize() > MAX_UNREAD_OUTPUTS:
+            return
+        if queue.qsize() == MAX_UNREAD_OUTPUTS:
+            await self._abort(output.request_id)
+            output = EngineOutput(
+                request_id=output.request_id,
+                index=output.index,
+                finish_reason="error",
+                error=f"the client has left {MAX_UNREAD_OUTPUTS} outputs unread",
+            )
+        queue.put_nowait(output)
 
     def _die(self, reason: str) -> None:
         if self.status == "dead":

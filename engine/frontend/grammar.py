@@ -10,16 +10,11 @@ from functools import cached_property
 from typing import Any
 
 from engine.core.grammar import lark_of
+from engine.core.limits import MAX_FORM_LEVELS
 from engine.core.matcher import TokenTrie, Vocabulary, grammar_problem
 from engine.core.structured_outputs import FIELD, StructuredOutputs
 from engine.errors import RequestError
 from engine.tokenizer.tokenizer import Tokenizer
-
-MAX_BYTES = 2**18
-"""Longest form."""
-
-MAX_DEPTH = 64
-"""Deepest nesting of a JSON Schema's values."""
 
 MAX_TRIALS = 2000
 """Most parts of a JSON Schema that are looked at to find the one at fault."""
@@ -76,10 +71,6 @@ class FormChecker:
                 del self._problems[next(iter(self._problems))]
 
     def _problem(self, structured: StructuredOutputs) -> str | None:
-        texts = (structured.json, structured.regex, structured.grammar, structured.whitespace_pattern)
-        size = sum(len(str(text).encode()) for text in (*texts, *structured.choice) if text is not None)
-        if size > MAX_BYTES:
-            return f"{size} bytes; at most {MAX_BYTES} are taken"
         if structured.json is not None:
             problem = _shape_problem(structured.schema)
             if problem is not None:
@@ -151,8 +142,8 @@ def _shape_problem(schema: Any) -> str | None:
     stack = [(schema, 1, "$")]
     while stack:
         value, depth, path = stack.pop()
-        if depth > MAX_DEPTH:
-            return f"the schema is nested more than {MAX_DEPTH} deep at {path}"
+        if depth > MAX_FORM_LEVELS:
+            return f"the schema is nested more than {MAX_FORM_LEVELS} deep at {path}"
         items: Any = ()
         if isinstance(value, dict):
             items = ((one, f"{path}.{key}") for key, one in value.items())

@@ -8,14 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from engine.core.limits import MAX_TOOLS, MAX_TOOLS_BYTES
 from engine.errors import RequestError
 from engine.frontend.tool_formats.format import Tool
-
-MAX_TOOLS = 128
-"""As OpenAI's."""
-
-MAX_BYTES = 2**18
-"""Most that tools may take as JSON, all together."""
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _KNOWN = {
@@ -76,8 +71,8 @@ def check_extent(tools: Sequence[Any], field: str) -> None:
     if len(tools) > MAX_TOOLS:
         raise RequestError(f"{field} holds {len(tools)} tools; at most {MAX_TOOLS} are taken", field)
     size = len(json.dumps(tools, default=str, ensure_ascii=False).encode())
-    if size > MAX_BYTES:
-        raise RequestError(f"{field} has {size} bytes; at most {MAX_BYTES} are taken", field)
+    if size > MAX_TOOLS_BYTES:
+        raise RequestError(f"{field} has {size} bytes; at most {MAX_TOOLS_BYTES} are taken", field)
 
 
 def _read_all(tools: Any, field: str, read_one: Callable[[Any, str], Tool]) -> list[Tool]:

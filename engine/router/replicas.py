@@ -20,6 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from engine.config import EngineConfig
+from engine.core.bans import TokenSequence
 from engine.core.outputs import EmbeddingRequestOutput, RequestOutput
 from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
@@ -56,6 +57,7 @@ class ReplicaInfo:
     max_model_len: int
     vocab_size: int
     hidden_size: int
+    max_num_seqs: int
     default_params: dict[str, Any]
     clips_max_tokens: bool
     identity: str
@@ -82,6 +84,7 @@ class Replica:
             engine.max_model_len,
             engine.vocab_size,
             engine.hidden_size,
+            engine.info.max_num_seqs,
             engine.default_params,
             engine.config.clip_max_tokens,
             engine.identity,
@@ -178,6 +181,9 @@ class Replicas:
 
     async def check(self, prompt: list[int], params: SamplingParams) -> None:
         """As `AsyncEngine.check`, but for the form, which a replica checks."""
+        bad_words: tuple[TokenSequence, ...] = ()
+        if params.bad_words:
+            bad_words = await asyncio.to_thread(self.tokenizer.encode_bad_words, params.bad_words)
         validate_request(
             prompt,
             params,
@@ -185,7 +191,8 @@ class Replicas:
             self.vocab_size,
             self.tokenizer.eos_token_ids,
             self._clips_max_tokens,
-            self.tokenizer.encode_bad_words(params.bad_words),
+            bad_words,
+            self._max_num_seqs,
         )
 
     async def generate(
@@ -204,7 +211,9 @@ class Replicas:
             RequestError: The request cannot be served as asked.
             EngineDeadError: Several replicas have died under the request.
         """
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        token_ids = (
+            await asyncio.to_thread(self.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
+        )
         await self.check(token_ids, params)
         request = OpenRequest(
             request_id,
@@ -288,12 +297,14 @@ class Replicas:
             self.chat_format = await asyncio.to_thread(
                 ChatFormat, self.tokenizer, self.config.tool_format, self.config.reasoning_format
             )
+            await asyncio.to_thread(lambda: self.tokenizer.bound)
             info = await self._handle.info.remote()
         except Exception as error:
             self.status, self.error = "dead", f"{type(error).__name__}: {_first_line(error)}"
             raise
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
-        self._clips_max_tokens = info.clips_max_tokens
+        self._clips_max_tokens, self._max_num_seqs = info.clips_max_tokens, info.max_num_seqs
+        self.tokenizer.max_tokens = info.max_model_len
         self.hidden_size, self.default_params = info.hidden_size, info.default_params
         self.identity = info.identity
         while True:
@@ -327,7 +338,7 @@ async def _survive(error: Exception, request_id: str, name: str, num_losses: int
 
 
 def _sum(stats: list[EngineStats]) -> EngineStats:
-    names = [field.name for field in fields(EngineStats)]
+    names = [field.name for field in fields(EngineStats) if field.name != "load"]
     total = EngineStats(**{name: sum(getattr(one, name) for one in stats) for name in names})
     total.kv_cache_usage_perc /= max(1, len(stats))
     return total

@@ -148,7 +148,9 @@ class RestartingEngine:
             EngineDeadError: Engines have died too often.
         """
         self._check_alive()
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        token_ids = (
+            await asyncio.to_thread(self.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
+        )
         request = OpenRequest(
             request_id,
             token_ids,

@@ -1,8 +1,15 @@
-"""Chat templates: Jinja set up as Hugging Face's models expect it, in a sandbox."""
+"""Chat templates: Jinja set up as Hugging Face's models expect it, in a sandbox.
+
+A template is a program over what a client sends. It may run for so long and write so much, and `range` has Jinja's
+own limit; what it writes is taken piece by piece, so that one that writes without end is stopped, too.
+"""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
 from datetime import datetime
 from functools import cached_property
 from typing import Any, NoReturn
@@ -10,12 +17,42 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.core.limits import MAX_RENDERED_CHARACTERS, MAX_RENDERING_SECONDS
 from engine.errors import RequestError
 
 # Its blank tells whether a template trims what it gets. No client writes code points for private use.
 _MARK = "\ue000end of the content\ue000 "
+
+
+_deadline: ContextVar[float] = ContextVar("deadline", default=float("inf"))
+"""Until when the rendering of this thread may run, in seconds of its own CPU time: a busy machine costs none."""
+
+
+def _check_time() -> None:
+    if time.thread_time() > _deadline.get():
+        raise TemplateError(f"it ran for {MAX_RENDERING_SECONDS:g} s, and was stopped")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Looks at the clock whenever a template reaches into what it was given, or calls something.
+
+    A loop that does neither does not depend on what a client sends.
+    """
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        _check_time()
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        _check_time()
+        return super().getitem(obj, argument)
+
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        _check_time()
+        return super().call(context, function, *args, **kwargs)
 
 
 class ChatTemplate:
@@ -29,7 +66,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, variables: dict[str, Any]) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
         )
         environment.filters["tojson"] = _to_json
@@ -45,13 +82,16 @@ class ChatTemplate:
         """The prompt for `messages`.
 
         Raises:
-            RequestError: The messages are not what the template takes.
+            RequestError: The messages are not what the template takes, or keep it busy for too long.
         """
+        running = _deadline.set(time.thread_time() + MAX_RENDERING_SECONDS)
         try:
-            return self._template.render(messages=messages, **{**self.variables, **arguments})
+            return _joined(self._template.generate(messages=messages, **{**self.variables, **arguments}))
         except Exception as error:  # the template is a program over the client's data: it may raise anything
             reason = str(error) or type(error).__name__
             raise RequestError(f"the chat template cannot render messages: {reason}", "messages") from error
+        finally:
+            _deadline.reset(running)
 
     def render_open(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
         """The prompt up to the end of the last message's content, for the model to go on with.
@@ -94,6 +134,21 @@ class ChatTemplate:
         return (
             all(word in rendered for word in words) and "'text'" not in rendered and '"text"' not in rendered
         )
+
+
+def _joined(pieces: Iterator[str]) -> str:
+    """
+    Raises:
+        TemplateError: There are too many, or they take too long.
+    """
+    kept, size = [], 0
+    for piece in pieces:
+        _check_time()
+        size += len(piece)
+        if size > MAX_RENDERED_CHARACTERS:
+            raise TemplateError(f"it wrote more than {MAX_RENDERED_CHARACTERS} characters")
+        kept.append(piece)
+    return "".join(kept)
 
 
 class _GenerationBlock(Extension):

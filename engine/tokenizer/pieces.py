@@ -59,7 +59,7 @@ class PieceDecoder:
         """Take over one step of the decoder, as tokenizer.json describes it."""
         kind = step["type"]
         if kind == "ByteLevel":
-            self._byte_of_char = _byte_level_alphabet()
+            self._byte_of_char = byte_level_alphabet()
         elif kind == "Metaspace":
             self._space = step["replacement"]
             self._strips_space = step["prepend_scheme"] != "never"
@@ -73,7 +73,7 @@ class PieceDecoder:
             raise CheckpointError(f"the tokenizer's decoder step {json.dumps(step)} is not supported")
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """GPT-2's alphabet: printable Latin-1 bytes are themselves, the others follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(0x100)) - set(printable))

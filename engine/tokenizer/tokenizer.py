@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from engine.core.matcher import Vocabulary
+from engine.core.validation import CONTEXT_LENGTH_EXCEEDED
 from engine.errors import RequestError
+from engine.tokenizer.bounds import TextBound, text_bound
 from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.files import TokenizerSettings, byte_tokenizer, has_tokenizer, read_tokenizer
 from engine.tokenizer.pieces import PieceDecoder
@@ -25,13 +27,17 @@ class Tokenizer:
         bos_token_id: The beginning-of-sequence token, if the model has one.
         eos_token_ids: Every token that ends a generation.
         special_token_ids: The tokens that `skip_special_tokens` leaves out of text.
+        max_tokens: Text that is longer for certain is refused before it is tokenized; None: none is.
     """
+
+    max_tokens: int | None = None
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
         self._backend = backend
         self._settings = settings
         self._pieces = PieceDecoder(backend)
         self._bytes: dict[int, bytes] = {}
+        self._bad_words = lru_cache(16)(self._encode_bad_words)
         named = {role: backend.token_to_id(text) for role, text in settings.special_tokens.items()}
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(
@@ -58,17 +64,24 @@ class Tokenizer:
         Args:
             add_special_tokens: Add BOS (or whatever the model adds) as the tokenizer's own rule says.
 
+        Other threads run meanwhile, however long the text is.
+
         Raises:
-            RequestError: The text is not valid Unicode.
+            RequestError: The text is not valid Unicode, or has more than `max_tokens` for certain.
         """
         return self._encode(text, add_special_tokens, "prompt")
 
     def encode_bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of words that an output may not have, each as it begins a text and as it follows a space.
 
+        Those of the latest requests are remembered: each prompt of a request asks for them.
+
         Raises:
             RequestError: A word has no tokens, or is not valid Unicode.
         """
+        return self._bad_words(tuple(words))
+
+    def _encode_bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         found: dict[tuple[int, ...], None] = {}
         for word in words:
             bare = word.lstrip(" ")
@@ -151,9 +164,29 @@ class Tokenizer:
 
     def _encode(self, text: str, add_special_tokens: bool, field: str) -> list[int]:
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            self._check_length(text, field)
+            # A batch, even of one: only that lets go of the interpreter's lock.
+            [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError) as error:
             raise RequestError("the text is not valid Unicode: it has a lone surrogate", field) from error
+        return encoding.ids
+
+    def _check_length(self, text: str, field: str) -> None:
+        if self.max_tokens is None or self.bound is None:
+            return
+        least = self.bound.least_tokens(text)
+        if least > self.max_tokens:
+            raise RequestError(
+                f"prompt is too long: {least} tokens > {self.max_tokens} maximum, at the least: no token stands for "
+                f"more than {self.bound.bytes_per_token} bytes",
+                field,
+                CONTEXT_LENGTH_EXCEEDED,
+            )
+
+    @cached_property
+    def bound(self) -> TextBound | None:
+        """How much text a token stands for, where that is known; takes up to a second the first time."""
+        return text_bound(self._backend)
 
     @cached_property
     def _templates(self) -> dict[str, ChatTemplate]:

@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 
-from api.body import MAX_BODY_BYTES
+from api.limits import default_max_body_bytes
 from tests.api.conftest import ServerProcess
 
 COMPLETION = {"model": "llama", "prompt": "hello", "max_tokens": 1}
@@ -49,7 +49,7 @@ BAD_COMPLETIONS = [
     ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
     ({"seed": 2**64}, "seed", "9223372036854775807"),
     ({"stop": [""]}, "stop", "non-empty"),
-    ({"stop": ["a"] * 17}, "stop", "16"),
+    ({"stop": ["a"] * 65}, "stop", "64"),
     ({"stop": [1]}, "stop[0]", "expected str"),
     ({"logprobs": 21}, "logprobs", "between 0 and 20"),
     ({"logprobs": True}, "logprobs", "expected int"),
@@ -235,10 +235,11 @@ def test_other_paths_and_methods_are_refused(http: httpx.Client, method: str, pa
 
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_body_that_is_too_large_is_413(http: httpx.Client, declared: bool) -> None:
-    body = b" " * (MAX_BODY_BYTES + 1)
+    limit = default_max_body_bytes(8192)
+    body = b" " * (limit + 1)
     parts = (body[start : start + 2**20] for start in range(0, len(body), 2**20))
     response = http.post("/v1/completions", content=body if declared else parts)
-    assert str(MAX_BODY_BYTES) in str(error_of(response, 413)["message"])
+    assert str(limit) in str(error_of(response, 413)["message"])
     assert http.post("/v1/completions", json=COMPLETION).status_code == 200
 
 

@@ -40,7 +40,7 @@ def test_a_failed_start_is_the_last_thing_on_the_screen(tmp_path: Path) -> None:
 def test_a_signal_ends_open_streams_with_an_error(
     tmp_path: Path, small_model: Path, number: signal.Signals
 ) -> None:
-    with start_server(tmp_path, "--model", str(small_model)) as server:
+    with start_server(tmp_path, "--model", str(small_model), "--drain-timeout", "0") as server:
         server.wait_until_ready()
         with httpx.stream(
             "POST", f"{server.url}/v1/completions", json=STREAM, timeout=STOP_SECONDS
@@ -54,6 +54,54 @@ def test_a_signal_ends_open_streams_with_an_error(
         assert done == "data: [DONE]"
         assert server.process.wait(STOP_SECONDS) == 0
         assert not any(child.is_running() for child in children)
+
+
+def test_sigterm_lets_open_requests_finish_and_a_second_signal_ends_them(
+    tmp_path: Path, small_model: Path
+) -> None:
+    with start_server(tmp_path, "--model", str(small_model), "--drain-timeout", "1000") as server:
+        server.wait_until_ready()
+        url = f"{server.url}/v1/completions"
+        short = {**STREAM, "max_tokens": 200}
+        with (
+            httpx.stream("POST", url, json=STREAM, timeout=STOP_SECONDS) as endless,
+            httpx.stream("POST", url, json=short, timeout=STOP_SECONDS) as ending,
+        ):
+            endless_lines = (line for line in endless.iter_lines() if line)
+            lines = (line for line in ending.iter_lines() if line)
+            next(endless_lines), next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            while (ready := httpx.get(f"{server.url}/ready")).status_code == 200:
+                pass
+            assert (ready.status_code, ready.json()["error"]["code"]) == (503, "draining")
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            refused = httpx.post(url, json=short)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert int(refused.headers["retry-after"]) > 0
+            *_, last, done = lines
+            assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+            assert done == "data: [DONE]"
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            server.process.send_signal(signal.SIGINT)
+            *_, error, done = endless_lines
+            assert "message" in json.loads(error.removeprefix("data: "))["error"]
+            assert done == "data: [DONE]"
+        assert server.process.wait(STOP_SECONDS) == 0
+
+
+def test_a_server_ends_once_its_last_request_has(tmp_path: Path, small_model: Path) -> None:
+    with start_server(tmp_path, "--model", str(small_model), "--drain-timeout", "1000") as server:
+        server.wait_until_ready()
+        body = {**STREAM, "max_tokens": 200}
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json=body, timeout=STOP_SECONDS
+        ) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            *_, last, _ = lines
+        assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert server.process.wait(STOP_SECONDS) == 0
 
 
 def test_a_stream_outlives_the_engine(tmp_path: Path, small_model: Path) -> None:

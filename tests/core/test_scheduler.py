@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +26,8 @@ from engine.core.request import (
     SequenceStatus,
 )
 from engine.core.sampling_params import SamplingParams
-from engine.core.scheduler import MAX_HASHED_TOKENS, Scheduler
+from engine.core.scheduler import MAX_HASHED_TOKENS, MIN_PROMPT_TOKENS, Scheduler
+from engine.core.step_costs import StepCosts
 from tests.core.test_kv_cache import free_list
 
 EOS = 7
@@ -114,6 +116,20 @@ def test_running_streams_keep_their_pace_beside_a_long_prompt() -> None:
     scheduler.add(make_request("long", prompt_of(40, 200)))
     plans = [sizes(step(scheduler)[0]) for _ in range(5)]
     assert plans == [[1, 8]] * 5
+
+
+@pytest.mark.parametrize(("max_step_ms", "num_tokens"), [(None, 150), (120.5, 70), (1.0, MIN_PROMPT_TOKENS)])
+def test_prompts_beside_streams_take_a_bounded_time(max_step_ms: float | None, num_tokens: int) -> None:
+    """A millisecond for each token of a prompt, and 50 for a stream: prompts take three quarters, or what is left."""
+    scheduler = make_scheduler(num_blocks=1000, max_num_batched_tokens=512, threshold=512)
+    scheduler.config = replace(scheduler.config, max_step_ms=max_step_ms)
+    scheduler.costs.costs = StepCosts(prompt_token=1e-3, decode=50e-3)
+    scheduler.add(make_request("first", prompt_of(600), max_tokens=100))
+    # Nobody waits for this one.
+    assert sizes(step(scheduler)[0]) == [512]
+    step(scheduler)
+    scheduler.add(make_request("second", prompt_of(600, 1000)))
+    assert sizes(step(scheduler)[0]) == [1, num_tokens]
 
 
 def test_decodes_come_before_prefills_in_the_budget() -> None:

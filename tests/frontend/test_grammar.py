@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 
 from engine.core.grammar import Grammars
+from engine.core.limits import MAX_FORM_BYTES, MAX_FORM_LEVELS
 from engine.core.structured_outputs import StructuredOutputs
 from engine.errors import RequestError
-from engine.frontend.grammar import MAX_BYTES, MAX_DEPTH, FormChecker
+from engine.frontend.grammar import FormChecker
 from engine.loading.resolve import resolve_model
 from engine.tokenizer.files import TokenizerSettings, byte_tokenizer
 from engine.tokenizer.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
@@ -202,10 +203,12 @@ def test_a_refusal_names_the_innermost_schema(checker: FormChecker) -> None:
 
 def test_size_and_nesting_have_limits(checker: FormChecker) -> None:
     nested: Any = {}
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_FORM_LEVELS + 1):
         nested = {"items": nested}
     assert "nested more than 64 deep at $.items.items" in str(refusal(checker, nested))
-    assert f"at most {MAX_BYTES} are taken" in str(refusal(checker, {"description": "x" * MAX_BYTES}))
+    assert f"at most {MAX_FORM_BYTES} are taken" in str(
+        refusal(checker, {"description": "x" * MAX_FORM_BYTES})
+    )
     # Its branches would multiply.
     many = {"anyOf": [{"properties": {f"p{number}": {"pattern": f"a{number}b"}}} for number in range(12)]}
     assert "too large" in str(refusal(checker, {"allOf": [many] * 12}))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 import httpx
 import uvicorn
 
+from api.admission import Admission, QueueLimits
 from api.app import create_app
-from api.server import Server
+from api.server import SEND_SECONDS, Server
+from api.slow_readers import ReadProtocol, SlowReaders
 from engine.config import EngineConfig
 from engine.core.outputs import (
     CompletionOutput,
@@ -128,10 +131,22 @@ class ScriptedEngine:
 
 
 @asynccontextmanager
-async def serving(engine: ScriptedEngine) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a server that runs in this event loop in front of `engine`."""
-    app = create_app(cast(Any, engine), served_model_names=["scripted"])
-    server = Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None))
+async def serving(
+    engine: ScriptedEngine,
+    limits: QueueLimits | None = None,
+    send_seconds: float = SEND_SECONDS,
+    **application: Any,
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server that runs in this event loop in front of `engine`.
+
+    Args:
+        application: Further arguments of `create_app`.
+    """
+    admission = Admission(lambda: engine.stats, limits)
+    app = create_app(cast(Any, engine), served_model_names=["scripted"], admission=admission, **application)
+    readers = SlowReaders(send_seconds, app.state.metrics.count_slow_reader)
+    http = cast(Any, partial(ReadProtocol, readers=readers))
+    server = Server(uvicorn.Config(app, http=http, port=0, lifespan="off", log_config=None))
     task = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)

@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from engine.errors import RequestError
 from engine.loading.resolve import resolve_model
+from engine.tokenizer import chat_template
 from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.files import TokenizerSettings, read_tokenizer
 from engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -253,3 +254,29 @@ def test_additional_templates(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.apply_chat_template(MESSAGES) == "plain"
     assert tokenizer.apply_chat_template(MESSAGES, tools=TOOLS) == "tools"
+
+
+def test_a_template_has_so_much_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDERING_SECONDS", 0.05)
+    pairs = "{% for a in messages %}{% for b in messages %}{% if a.role == b.x %}y{% endif %}"
+    template = ChatTemplate(pairs + "{% endfor %}{% endfor %}", {})
+    assert template.render([{"role": "user"}] * 10) == ""
+    with pytest.raises(RequestError, match=r"ran for 0\.05 s") as raised:
+        template.render([{"role": "user"}] * 100_000)
+    assert raised.value.field == "messages"
+    # The time of one rendering is not another's.
+    assert template.render([{"role": "user"}] * 10) == ""
+
+
+@pytest.mark.parametrize("source", ["{% for a in range(n) %}some text{% endfor %}", "{{ text }}"])
+def test_a_template_writes_no_more_than_so_much(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDERED_CHARACTERS", 900)
+    template = ChatTemplate(source, {})
+    assert len(template.render([], n=100, text="some text" * 100)) == 900
+    with pytest.raises(RequestError, match="more than 900 characters"):
+        template.render([], n=101, text="some text" * 101)
+
+
+def test_a_template_counts_to_no_more_than_so_much() -> None:
+    with pytest.raises(RequestError, match="Range too big"):
+        ChatTemplate("{% for a in range(n) %}{% endfor %}", {}).render([], n=10**9)
