@@ -2,6 +2,7 @@
 
 from api.admission import QueueLimits
 from api.app import create_app
+from api.keys import read_keys
 from api.server import serve
 
-__all__ = ["QueueLimits", "create_app", "serve"]
+__all__ = ["QueueLimits", "create_app", "read_keys", "serve"]

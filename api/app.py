@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.admission import Admission
 from api.anthropic.conversation import REFUSED
@@ -34,8 +31,9 @@ from api.body import json_response
 from api.chat import create_chat_completion
 from api.completions import create_completion
 from api.embeddings import create_embeddings
-from api.errors import ApiError, add_error_handlers, error_response
+from api.errors import ApiError, add_error_handlers
 from api.http import HeadMiddleware, RequestIdMiddleware
+from api.keys import ApiKey, KeyMiddleware, KeyRing
 from api.metrics import Metrics
 from api.openapi import BODY_ERRORS, Operation, described, openapi
 from api.protocol import (
@@ -54,12 +52,16 @@ from api.responses.store import STORE_BYTES, STORE_SECONDS, ResponseStore
 from api.routing import EndpointRoute
 from api.service import VERSION, Service
 from api.tokenization import apply_template, detokenize, tokenize
+from api.trace import create_trace
 
 if TYPE_CHECKING:
     from engine.frontend.async_engine import ServedEngine
 
-OPEN_PATHS = ("/health", "/ready", "/ping", "/version", "/metrics", "/openapi.json", "/docs")
-"""What needs no key."""
+OPEN_PATHS = ("/health", "/ready", "/ping", "/openapi.json", "/docs")
+"""What needs no key; all that is not named does."""
+
+METRICS_PATHS = ("/metrics", "/version")
+"""What needs none under --open-metrics."""
 
 ANY_NAME = "*"
 """Among the served names: requests may give any."""
@@ -80,6 +82,7 @@ DETOKENIZE = Operation("The text of tokens", (DetokenizeRequest,), Prompt, error
 HEALTH = Operation("Whether it lives", (), Status, errors=(503,))
 READY = Operation("Whether it takes requests now", (), Status, errors=(503,))
 PING = Operation("As /health", (), Status, errors=(503,))
+TRACE = Operation("The last steps, as Perfetto reads them", (), dict, errors=(400, 503))
 APPLY_TEMPLATE = Operation("The prompt of a chat", (ChatCompletionRequest,), Prompt, errors=BODY_ERRORS)
 REFUSED_OF_MESSAGES: dict[str, tuple[Any, ...]] = dict.fromkeys(REFUSED, ())
 RESPONSES = Operation("Answers, as OpenAI's Responses API does", (ResponseRequest,), dict, errors=BODY_ERRORS)
@@ -94,43 +97,14 @@ COUNT_TOKENS = Operation(
 )
 
 
-class ApiKeyMiddleware:
-    """Lets requests pass that carry the key, or go to OPEN_PATHS.
-
-    As their bearer token, "bearer" in any case (RFC 9110, 11.1), as OpenAI's clients send it, or in the header
-    X-Api-Key, as Anthropic's do.
-    """
-
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app = app
-        self._key = api_key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
-            error = ApiError(
-                401,
-                "a valid API key is needed in the header Authorization: Bearer <key>",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
-            await error_response(error, scope["path"])(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        headers = Headers(scope=scope)
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = [token.strip(" ")] if scheme.lower() == "bearer" else []
-        given.append(headers.get("x-api-key", ""))
-        return any(secrets.compare_digest(key.encode("latin-1"), self._key) for key in given)
-
-
 def create_app(
     engine: ServedEngine,
     *,
     served_model_names: list[str],
     admission: Admission | None = None,
     api_key: str | None = None,
+    api_keys: Sequence[ApiKey] = (),
+    open_metrics: bool = False,
     cors_origins: Sequence[str] = (),
     response_store_bytes: int = STORE_BYTES,
     response_store_seconds: float = STORE_SECONDS,
@@ -141,7 +115,8 @@ def create_app(
     Args:
         served_model_names: Names that requests may give as `model`, "*" for any; the first stands in metrics.
         admission: Which requests are taken in; by default all that the engine takes.
-        api_key: If set, what all paths but OPEN_PATHS ask for.
+        api_key: If set, what all paths but OPEN_PATHS ask for: this, or one of `api_keys`, which have limits.
+        open_metrics: Whether METRICS_PATHS need no key either.
         cors_origins: Whose pages may ask from a browser, "*" for all; none by default.
         response_store_bytes, response_store_seconds: How many responses are kept, and how long after their last use.
         max_body_bytes: The longest body of a request; None: near what the longest sequence can need.
@@ -149,8 +124,9 @@ def create_app(
     app = FastAPI(openapi_url=None)
     app.router.route_class = EndpointRoute
     add_error_handlers(app)
-    if api_key is not None:
-        app.add_middleware(ApiKeyMiddleware, api_key=api_key)
+    keys = KeyRing(api_key, api_keys)
+    open_paths = (*OPEN_PATHS, *METRICS_PATHS) if open_metrics else OPEN_PATHS
+    app.add_middleware(KeyMiddleware, keys=keys, open_paths=open_paths)
     if cors_origins:
         # Outside the key's: a browser asks without it whether it may ask.
         app.add_middleware(
@@ -161,7 +137,7 @@ def create_app(
             expose_headers=["x-request-id"],
         )
     app.add_middleware(HeadMiddleware)
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RequestIdMiddleware, quiet_paths=(*OPEN_PATHS, *METRICS_PATHS))
     names = [name for name in served_model_names if name != ANY_NAME] or [engine.config.model]
     if admission is None:
         admission = Admission(lambda: engine.stats)
@@ -179,8 +155,8 @@ def create_app(
     _add_messages(app, service)
     _add_tokenization(app, service)
     _add_models(app, service)
-    _add_operations(app, service)
-    _add_documentation(app, has_key=api_key is not None)
+    _add_operations(app, service, keys)
+    _add_documentation(app, open_paths, has_key=not keys.is_open)
     return app
 
 
@@ -263,7 +239,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return json_response(anthropic_model(model) if is_anthropics(request) else model)
 
 
-def _add_operations(app: FastAPI, service: Service) -> None:
+def _add_operations(app: FastAPI, service: Service, keys: KeyRing) -> None:
     """What those ask who run the server."""
 
     @app.get("/health", **described(HEALTH))
@@ -288,11 +264,15 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/debug/trace", **described(TRACE))
+    async def trace(request: Request) -> Response:
+        return await create_trace(service, request, sees_all=not keys.has_several)
 
-def _add_documentation(app: FastAPI, has_key: bool) -> None:
+
+def _add_documentation(app: FastAPI, open_paths: Sequence[str], has_key: bool) -> None:
     @app.get("/openapi.json", **described(Operation("This document", (), dict)))
     async def document() -> Response:
-        text = openapi(app.routes, OPEN_PATHS, has_key, extra=(Message,))
+        text = openapi(app.routes, open_paths, has_key, extra=(Message,))
         return Response(text, media_type="application/json")
 
     @app.get("/docs", **described(Operation("This document, for people", media_type="text/html")))

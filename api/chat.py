@@ -23,6 +23,7 @@ from api.generation import (
     generate,
     note_prompt_logprobs,
 )
+from api.keys import Client, client_of
 from api.logprobs import chat_logprobs, prompt_logprobs_of
 from api.openai_messages import named_as_in_chat, read_conversation
 from api.protocol import ChatCompletionRequest, decode_request
@@ -76,7 +77,7 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
     """Answers one request, whole or as events."""
     service.check_ready()
     async with service.bodies.receive(http_request) as body:
-        job = await body.read(lambda data: _read_job(service, data))
+        job = await body.read(lambda data: _read_job(service, client_of(http_request), data))
     outputs = generate(service, job.generation)
     if job.params.prompt_logprobs is not None:
         outputs = note_prompt_logprobs(outputs, job.prompt_logprobs)
@@ -88,7 +89,7 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
         return json_response(completion, headers)
 
 
-def _read_job(service: Service, body: bytearray) -> ChatJob:
+def _read_job(service: Service, client: Client, body: bytearray) -> ChatJob:
     request = decode_request(body, ChatCompletionRequest)
     model = service.check_model(request.model)
     params = _params(service, request)
@@ -96,10 +97,11 @@ def _read_job(service: Service, body: bytearray) -> ChatJob:
         turn = read_conversation(request, params.structured_outputs).turn(service.engine.chat_format)
         generation = Generation(
             answer_id(request, "chatcmpl-"),
+            client,
             model,
             [truncated(request, turn.prompt_token_ids, service.engine.max_model_len, params.max_tokens)],
             [turn.params(params)],
-            request.priority or 0,
+            client.priority(request.priority),
             read_cache_salt(request.cache_salt),
             timeout=read_timeout(request.timeout),
         )

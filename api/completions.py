@@ -21,6 +21,7 @@ from api.generation import (
     generate,
     note_prompt_logprobs,
 )
+from api.keys import Client, client_of
 from api.logprobs import CompletionLogprobsFormatter, EchoedPrompt, prompt_logprobs_of
 from api.prompts import Prompt, encode_prompts, split_prompts
 from api.protocol import CompletionRequest, decode_request
@@ -64,7 +65,7 @@ async def create_completion(service: Service, http_request: Request) -> Response
     """Answers one request, whole or as events."""
     service.check_ready()
     async with service.bodies.receive(http_request) as body:
-        job = await body.read(lambda data: _read_job(service, data))
+        job = await body.read(lambda data: _read_job(service, client_of(http_request), data))
     outputs = generate(service, job.generation)
     if job.params.prompt_logprobs is not None:
         outputs = note_prompt_logprobs(outputs, job.prompt_logprobs)
@@ -76,7 +77,7 @@ async def create_completion(service: Service, http_request: Request) -> Response
         return json_response(completion, headers)
 
 
-def _read_job(service: Service, body: bytearray) -> CompletionJob:
+def _read_job(service: Service, client: Client, body: bytearray) -> CompletionJob:
     request = decode_request(body, CompletionRequest)
     model = service.check_model(request.model)
     shows_prompt = request.prompt_logprobs is not None or request.echo
@@ -93,10 +94,11 @@ def _read_job(service: Service, body: bytearray) -> CompletionJob:
     kept = [truncated(request, one, service.engine.max_model_len, params.max_tokens) for one in token_ids]
     generation = Generation(
         answer_id(request, "cmpl-"),
+        client,
         model,
         kept,
         _fitted(service, max_tokens, params, kept),
-        request.priority or 0,
+        client.priority(request.priority),
         read_cache_salt(request.cache_salt),
         timeout=read_timeout(request.timeout),
     )

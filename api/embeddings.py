@@ -13,6 +13,7 @@ from api.bodies import Embedding, EmbeddingList, EmbeddingUsage
 from api.body import json_response
 from api.errors import ApiError
 from api.generation import check_queue, new_id
+from api.keys import Client, client_of
 from api.prompts import encode_prompts, split_prompts
 from api.protocol import EmbeddingRequest, decode_request
 from api.request_fields import truncated
@@ -28,10 +29,14 @@ class EmbeddingJob:
     """A checked request.
 
     Attributes:
+        client: Who asks.
+        priority: Lower goes first.
         prompts: Token ids.
     """
 
     request: EmbeddingRequest
+    client: Client
+    priority: int
     model: str
     prompts: list[list[int]]
     params: PoolingParams
@@ -41,7 +46,7 @@ async def create_embeddings(service: Service, http_request: Request) -> Response
     """Answers one request."""
     service.check_ready()
     async with service.bodies.receive(http_request) as body:
-        job = await body.read(lambda data: _read_job(service, data))
+        job = await body.read(lambda data: _read_job(service, client_of(http_request), data))
     request_id = new_id("embd-")
     embeddings = await until_disconnect(http_request.receive, _embed(service, job, request_id))
     num_tokens = sum(map(len, job.prompts))
@@ -51,7 +56,7 @@ async def create_embeddings(service: Service, http_request: Request) -> Response
     return json_response(answer, {"x-request-id": request_id})
 
 
-def _read_job(service: Service, body: bytearray) -> EmbeddingJob:
+def _read_job(service: Service, client: Client, body: bytearray) -> EmbeddingJob:
     request = decode_request(body, EmbeddingRequest)
     model = service.check_model(request.model)
     params = PoolingParams(
@@ -72,7 +77,7 @@ def _read_job(service: Service, body: bytearray) -> EmbeddingJob:
         ]
     except RequestError as error:
         raise RequestError(f"input: {error}", "input", error.code) from None
-    return EmbeddingJob(request, model, prompts, params)
+    return EmbeddingJob(request, client, client.priority(request.priority), model, prompts, params)
 
 
 def _base64(embedding: list[float]) -> str:
@@ -92,8 +97,9 @@ async def _embed(service: Service, job: EmbeddingJob, request_id: str) -> list[l
     async def one(index: int, prompt: list[int]) -> list[float]:
         place = service.admission.enter(len(prompt), 1)
         try:
+            job.client.charge(len(prompt))
             embedding = service.engine.embed(
-                prompt, job.params, f"{request_id}-{index}", job.request.priority or 0
+                prompt, job.params, f"{request_id}-{index}", job.priority, owner=job.client.owner
             )
             output = await service.metrics.observe_embedding(embedding, len(prompt))
         finally:

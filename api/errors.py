@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from engine.errors import EngineDeadError, RequestError
+from engine.logs import note_request
 
 
 class ApiError(Exception):
@@ -133,6 +134,8 @@ def error_shape(path: str) -> ErrorShape:
 
 
 def error_response(error: ApiError, path: str) -> Response:
+    if error.code is not None:
+        note_request(code=error.code)
     return Response(
         msgspec.json.encode(error_shape(path)(error)),
         status_code=error.status,

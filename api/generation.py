@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from api.admission import Place
 from api.errors import ApiError
+from api.keys import Client
 from api.service import Service
 from engine.core.outputs import CompletionOutput, Logprob, RequestOutput
 from engine.core.sampling_params import SamplingParams
@@ -27,16 +28,18 @@ class Generation:
     Attributes:
         created: When, in seconds since 1970.
         model: The name to answer under.
+        client: Who asks.
         prompts: Token ids.
         params: One for each prompt; all have the same n.
         priority: Lower goes first.
         cache_salt: As in `engine.core.request.Request`.
         timeout: Seconds after the arrival in which it must have ended; None: any.
-        key: Its name inside the engine: clients may choose the request's id, and the same one twice.
+        key: Its name inside the engine: the request's id with an addition, as clients may choose the same one twice.
         arrival: When, in seconds of `time.perf_counter`.
     """
 
     request_id: str
+    client: Client
     model: str
     prompts: Sequence[list[int]]
     params: Sequence[SamplingParams]
@@ -44,8 +47,11 @@ class Generation:
     cache_salt: str = ""
     timeout: float | None = None
     created: int = field(default_factory=lambda: int(time.time()))
-    key: str = field(default_factory=lambda: new_id("request-"))
+    key: str = field(init=False)
     arrival: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", f"{self.request_id}#{uuid.uuid4().hex[:16]}")
 
     @property
     def num_samples(self) -> int:
@@ -142,8 +148,14 @@ async def _outputs(service: Service, generation: Generation, index: int) -> Prom
         check_room(service, generation)
     place = admission.enter(len(prompt), generation.num_samples)
     service.metrics.observe_prediction(admission.margin * place.predicted)
+    generation.client.charge(len(prompt))
     stream = service.engine.generate(
-        prompt, params, f"{generation.key}-{index}", generation.priority, cache_salt=generation.cache_salt
+        prompt,
+        params,
+        f"{generation.key}-{index}",
+        generation.priority,
+        cache_salt=generation.cache_salt,
+        owner=generation.client.owner,
     )
     try:
         with service.metrics.observing(len(prompt), params.n) as observe:
@@ -152,6 +164,7 @@ async def _outputs(service: Service, generation: Generation, index: int) -> Prom
                     observe(output)
                     if output.error is not None:
                         raise ApiError(500, output.error, code="generation_failed")
+                    generation.client.charge(sum(len(sample.token_ids) for sample in output.outputs))
                     if output.outputs:
                         admission.begin(place)
                     if output.finished:

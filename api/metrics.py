@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160, 640)
 TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 80)
+LAG_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 REQUEST_BUCKETS = (0.1, 0.3, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960, 1920)
 
 
@@ -144,6 +145,11 @@ class Metrics:
         self._whole_request = self._histogram(
             "e2e_request_latency_seconds", "Arrival to end of a finished sample", REQUEST_BUCKETS
         )
+        self._loop_lag = self._histogram(
+            "api_event_loop_lag_seconds",
+            "How late the event loop of the API's process is, twice a second",
+            LAG_BUCKETS,
+        )
         self._success = Counter(
             "engine_request_success",
             "Ended samples by the reason of their end",
@@ -180,6 +186,9 @@ class Metrics:
             f"engine_{name}", help_text, ["model_name"], buckets=buckets, registry=self.registry
         )
         return histogram.labels(self._model_name)
+
+    def observe_loop_lag(self, seconds: float) -> None:
+        self._loop_lag.observe(seconds)
 
     def count_refusal(self, reason: str) -> None:
         self._refused.labels(self._model_name, reason).inc()

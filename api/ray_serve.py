@@ -20,7 +20,8 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from api import create_app
+from api import create_app, read_keys
+from api.keys import ApiKey
 from engine.arguments import read_words
 from engine.config import EngineConfig
 from engine.errors import ConfigError
@@ -39,7 +40,7 @@ class Ingress:
 
     Args:
         options: The fields of EngineConfig.
-        api_key: As in `api.create_app`.
+        api_key, api_keys, open_metrics: As in `api.create_app`.
     """
 
     def __init__(
@@ -47,13 +48,20 @@ class Ingress:
         options: dict[str, Any],
         served_model_names: list[str],
         api_key: str | None,
+        api_keys: list[ApiKey],
+        open_metrics: bool,
         handle: DeploymentHandle,
     ) -> None:
         self._engine = Replicas(EngineConfig(**options), handle)
-        self._names, self._api_key = served_model_names, api_key
+        self._names = served_model_names
+        self._access: dict[str, Any] = {
+            "api_key": api_key,
+            "api_keys": api_keys,
+            "open_metrics": open_metrics,
+        }
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self._engine, served_model_names=self._names, api_key=self._api_key)
+        return create_app(self._engine, served_model_names=self._names, **self._access)
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
@@ -61,8 +69,8 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
     Args:
         arguments: Options of EngineConfig, true or false for what is on or off; served_model_name (several with
-            commas), api_key, and its own: replicas; max_replicas, up to which Ray Serve adds some while more than
-            target_queued_tokens wait at each.
+            commas), api_key, api_keys, open_metrics, and its own: replicas; max_replicas, up to which Ray Serve adds
+            some while more than target_queued_tokens wait at each.
 
     Raises:
         ConfigError: An option that cannot work.
@@ -72,6 +80,9 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     max_replicas = _count(given, "max_replicas", num_replicas)
     target = _count(given, "target_queued_tokens", 8192)
     names, api_key = given.pop("served_model_name", ""), given.pop("api_key", None)
+    keys_file, open_metrics = given.pop("api_keys", None), given.pop("open_metrics", "false")
+    if open_metrics not in ("true", "false"):
+        raise ConfigError(f"open_metrics must be true or false, got {open_metrics!r}")
     config = EngineConfig.from_options(**read_words(given))
     options = asdict(config)
     scaling: dict[str, Any] = {"num_replicas": num_replicas}
@@ -97,7 +108,12 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         **scaling,
     ).bind(options)
     return serve.deployment(Ingress, max_ongoing_requests=MAX_OPEN_REQUESTS).bind(
-        options, names.split(",") if names else [config.model], api_key, replicas
+        options,
+        names.split(",") if names else [config.model],
+        api_key,
+        [] if keys_file is None else read_keys(keys_file),
+        open_metrics == "true",
+        replicas,
     )
 
 

@@ -21,6 +21,7 @@ from api.admission import Admission, QueueLimits
 from api.app import create_app
 from api.limits import KEEP_ALIVE_SECONDS
 from api.slow_readers import ReadProtocol, SlowReaders
+from api.watchdog import watch_loop
 from engine.errors import ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ async def serve(
     stopping = asyncio.create_task(stop.wait())
     hurrying = asyncio.create_task(hurry.wait())
     failing = asyncio.create_task(engine.failed.wait())
+    watching = asyncio.create_task(watch_loop(app.state.metrics.observe_loop_lag))
     try:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
@@ -187,6 +189,8 @@ async def serve(
         # Ends the requests that are still open with an error, which the server then delivers.
         await engine.shutdown()
         await answering
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
 async def _drain(server: Server, seconds: float, *until: asyncio.Task[Any]) -> None:

@@ -1,7 +1,7 @@
 """What a long queue costs the scheduler: `python -m benchmarks.queue`.
 
-The scheduler runs without a model. Prints the time of a step with few and with many requests waiting, of each abort
-where many wait, and of the first steps where all wait for one long prompt.
+The scheduler runs without a model. Prints the time of a step with few and with many requests waiting, also of many
+owners and priorities, of each abort where many wait, and of the first steps where all wait for one long prompt.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ def make_scheduler() -> Scheduler:
     return Scheduler(config, cache, [0], b"", True, Grammars(320, [0]))
 
 
-def add(scheduler: Scheduler, name: str, prompt: list[int]) -> None:
+def add(scheduler: Scheduler, name: str, prompt: list[int], owner: str = "", priority: int = 0) -> None:
     params = SamplingParams(max_tokens=1000, ignore_eos=True)
-    scheduler.add(Request(request_id=name, prompt_token_ids=prompt, params=params, seed=0))
+    scheduler.add(
+        Request(
+            request_id=name, prompt_token_ids=prompt, params=params, seed=0, owner=owner, priority=priority
+        )
+    )
 
 
 def step(scheduler: Scheduler) -> float:
@@ -50,11 +54,12 @@ def step(scheduler: Scheduler) -> float:
     return time.perf_counter() - began
 
 
-def with_waiting(num_waiting: int) -> Scheduler:
+def with_waiting(num_waiting: int, num_owners: int = 1, num_priorities: int = 1) -> Scheduler:
     """Streams that decode in all places, and requests that wait for one."""
     scheduler = make_scheduler()
     for index in range(NUM_STREAMS + num_waiting):
-        add(scheduler, str(index), [index + 1] * 8)
+        priority = max(0, index - NUM_STREAMS) % num_priorities
+        add(scheduler, str(index), [index + 1] * 8, str(index % num_owners), priority)
     for _ in range(4):
         step(scheduler)
     assert scheduler.stats.num_requests_waiting == num_waiting
@@ -65,11 +70,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--waiting", type=int, default=50_000, help="requests that wait")
     num_waiting = parser.parse_args().waiting
-    few, many = with_waiting(50), with_waiting(num_waiting)
-    pairs = [(step(few), step(many)) for _ in range(200)]
-    times = [median(column) * 1e3 for column in zip(*pairs, strict=True)]
+    few, many, shared = with_waiting(50), with_waiting(num_waiting), with_waiting(num_waiting, 1000, 10)
+    runs = [(step(few), step(many), step(shared)) for _ in range(200)]
+    times = [median(column) * 1e3 for column in zip(*runs, strict=True)]
     print(f"a step of {NUM_STREAMS} streams: {times[0]:.3f} ms with 50 waiting")
-    print(f"{num_waiting} waiting: {times[1]:.3f} ms, {times[1] / times[0]:.2f} times as long")
+    for what, seconds in (("", times[1]), (", of 1000 owners and 10 priorities", times[2])):
+        print(f"{num_waiting} waiting{what}: {seconds:.3f} ms, {seconds / times[0]:.2f} times as long")
     names = [str(NUM_STREAMS + index) for index in range(num_waiting)]
     random.Random(0).shuffle(names)
     began = time.perf_counter()

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from engine.config import EngineConfig, option_types
 from engine.errors import ConfigError
+from engine.logs import LogFormat
 
 USAGE = "%(prog)s [options]"
 """What an error shows before it: the options are too many to be read there."""
@@ -32,11 +33,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--api-key", help="key that requests must carry; default: $ENGINE_API_KEY, if set")
     parser.add_argument(
+        "--api-keys",
+        metavar="FILE",
+        help="TOML file of keys that requests may carry besides --api-key, each with a name and limits of its own; "
+        "default: none",
+    )
+    parser.add_argument(
+        "--open-metrics",
+        action="store_true",
+        help="/metrics and /version need no key; by default they do, where there is one",
+    )
+    parser.add_argument(
         "--cors-origins",
         nargs="+",
         default=[],
         metavar="ORIGIN",
         help="origins whose pages may ask from a browser, e.g. http://localhost:3000, or '*' for all; default: none",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=get_args(LogFormat),
+        help="lines of the log as text, or as JSON, an object each; default: $ENGINE_LOG_FORMAT, or text",
     )
     parser.add_argument(
         "--response-store-memory",

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-GROUND = ("errors", "cache_directory", "process", "quant_spec", "config", "arguments", "installation")
+GROUND = ("errors", "cache_directory", "process", "quant_spec", "config", "arguments", "installation", "logs")
 """Files flat in engine/ that import nothing but each other."""
 
 ORDER = (
@@ -98,7 +98,7 @@ def test_the_api_knows_no_more_than_the_async_engine(path: Path) -> None:
         known = (
             "engine.frontend.async_engine", "engine.errors", "engine.config", "engine.core.outputs",
             "engine.core.stats", "engine.core.sampling_params", "engine.core.structured_outputs", "engine.tokenizer",
-            "engine.core.validation", "engine.core.limits",
+            "engine.core.validation", "engine.core.limits", "engine.core.step_trace", "engine.logs",
             "engine.frontend.chat_format", "engine.frontend.tools", "engine.frontend.tool_formats",
             "engine.router.restarting", "engine.core.pooling_params",
         )  # fmt: skip

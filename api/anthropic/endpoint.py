@@ -31,6 +31,7 @@ from api.anthropic.tools import is_served
 from api.body import Body, json_response
 from api.errors import ApiError
 from api.generation import Generation, TokenCounter, check_room, collect, generate, new_id
+from api.keys import client_of
 from api.protocol import decode_body, without_ignored
 from api.request_fields import read_cache_salt
 from api.service import Service
@@ -108,7 +109,16 @@ async def create_message(service: Service, http_request: Request) -> Response:
             raise ApiError(400, f"prompt is too long: {length} tokens > {limit} maximum", param="messages")
         params = replace(turn.params(params), max_tokens=min(params.max_tokens or 1, room))
         salt = read_cache_salt(request.cache_salt)
-        generation = Generation(new_id("msg_"), model, [turn.prompt_token_ids], [params], cache_salt=salt)
+        client = client_of(http_request)
+        generation = Generation(
+            new_id("msg_"),
+            client,
+            model,
+            [turn.prompt_token_ids],
+            [params],
+            client.priority(None),
+            salt,
+        )
         job = MessageJob(request, generation, turn, is_clipped=request.max_tokens > room)
         headers = {"x-request-id": generation.request_id}
         if request.stream:

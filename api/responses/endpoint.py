@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
@@ -16,6 +15,7 @@ from api.body import json_response
 from api.conversation import Conversation, effort_arguments, verbosity_arguments
 from api.errors import ApiError, not_supported, to_api_error
 from api.generation import Generation, TokenCounter, check_room, generate, new_id
+from api.keys import client_of
 from api.request_fields import read_cache_salt
 from api.responses import bodies
 from api.responses.events import ResponseWriter
@@ -54,7 +54,7 @@ class ResponseJob:
     """A checked request.
 
     Attributes:
-        owner: Who may see the response; see `owner_of`.
+        owner: Who may see the response; see `api.keys.Client`.
         input_items: As they were given, with stored ones in place of references to them.
     """
 
@@ -176,7 +176,8 @@ class ResponsesApi:
         )
 
     async def _read(self, http_request: Request) -> ResponseJob:
-        service, owner = self._service, owner_of(http_request)
+        service, client = self._service, client_of(http_request)
+        owner = client.owner
         limit = service.engine.max_model_len - 1
         async with service.bodies.receive(http_request) as body:
             request, unknown = await body.read(decode_response_request)
@@ -201,10 +202,11 @@ class ResponsesApi:
         params = replace(turn.params(params), max_tokens=min(request.max_output_tokens or room, room))
         generation = Generation(
             new_id("resp_"),
+            client,
             model,
             [turn.prompt_token_ids],
             [params],
-            request.priority or 0,
+            client.priority(request.priority),
             read_cache_salt(request.cache_salt),
         )
         return ResponseJob(request, owner, reading.input_items, generation, turn, toolbox)
@@ -283,7 +285,7 @@ class ResponsesApi:
 
     async def delete(self, http_request: Request, response_id: str) -> Response:
         self._stored(http_request, response_id)
-        self._store.delete(owner_of(http_request), response_id)
+        self._store.delete(client_of(http_request).owner, response_id)
         return json_response(bodies.DeletedResponse(response_id))
 
     async def list_input_items(self, http_request: Request, response_id: str) -> Response:
@@ -292,7 +294,7 @@ class ResponsesApi:
         return json_response(_page(stored.read_input(), http_request))
 
     def _stored(self, http_request: Request, response_id: str) -> StoredResponse:
-        stored = self._store.get(owner_of(http_request), response_id)
+        stored = self._store.get(client_of(http_request).owner, response_id)
         if stored is None:
             raise ApiError(404, f"Response with id '{response_id}' not found.")
         return stored
@@ -303,15 +305,6 @@ def _resolved(items: list[dict[str, Any]], referred: dict[str, StoredResponse]) 
     responses = {id(one): one for one in referred.values()}
     known = {item["id"]: item for one in responses.values() for item in one.read_items()}
     return [known[str(item.get("id"))] if item.get("type") == "item_reference" else item for item in items]
-
-
-def owner_of(http_request: Request) -> str:
-    """A digest of the key that the request carries; "" without one."""
-    headers = http_request.headers
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    key = token.strip(" ") if scheme.lower() == "bearer" else ""
-    key = key or headers.get("x-api-key", "")
-    return hashlib.sha256(key.encode("latin-1")).hexdigest() if key else ""
 
 
 def _encoded(one: dict[str, Any]) -> bytes:

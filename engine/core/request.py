@@ -19,7 +19,9 @@ class Request:
 
     Attributes:
         seed: The request's own seed, or the one it was given at arrival.
-        priority: Smaller is served earlier; equal priorities in order of arrival.
+        priority: Smaller is served earlier; see `engine.core.waiting` for the order among equal ones, and for how
+            long those wait that are larger.
+        owner: Whose request it is: owners share what is computed evenly, as `engine.core.fair_share` counts it.
         resumed_token_ids: Of a request that another engine has begun: what it drew for each sample, None where the
             sample has ended. The tokens count as output; draws and penalties go on as if this engine had drawn them.
         pooling: What is asked for is a vector of the prompt, made in this way; None for tokens.
@@ -32,6 +34,7 @@ class Request:
     params: SamplingParams
     seed: int
     priority: int = 0
+    owner: str = ""
     resumed_token_ids: list[list[int] | None] = field(default_factory=list)
     cache_salt: str = ""
     bad_words: tuple[TokenSequence, ...] = ()
@@ -187,6 +190,9 @@ class Sequence:
         cache_salt: Start of the hash chain.
         num_entered_blocks, num_coming_blocks: While it runs, leading blocks that it has entered in the prefix cache,
             and those that it will have when its prompt is through.
+        num_served_tokens: Leading tokens that were computed, whatever was lost since; its owner was charged for those
+            that no cache had.
+        priority: The request's, or that of others which it was admitted before; see `engine.core.waiting`.
         slot, admission: As in `BatchRow`, while the sequence runs.
     """
 
@@ -208,12 +214,15 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     num_entered_blocks: int = 0
     num_coming_blocks: int = 0
+    num_served_tokens: int = 0
+    priority: int = field(init=False)
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int = 0
     admission: int = 0
 
     def __post_init__(self) -> None:
         self.token_ids = self.request.prompt_token_ids + (self.request.resumed(self.index) or [])
+        self.priority = self.request.priority
         params = self.request.params
         if params.structured_outputs or params.allowed_token_ids is not None or params.bad_words:
             params = replace(params, structured_outputs=None, allowed_token_ids=None, bad_words=())
@@ -221,6 +230,10 @@ class Sequence:
         # They are the prompt's: its first sample brings them. One that goes on elsewhere has brought them there.
         has_all = params.prompt_logprobs is None or self.leader is not None or self.request.has_begun
         self.num_scored_tokens = self.num_prompt_tokens if has_all else 1
+
+    @property
+    def owner(self) -> str:
+        return self.request.owner
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -245,5 +258,5 @@ class Sequence:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Who goes first: priority, then arrival."""
-        return (self.request.priority, self.arrival)
+        """Who goes first among those that run: priority, then arrival."""
+        return (self.priority, self.arrival)

@@ -2,8 +2,8 @@
 
 One number rules it: each sequence's `num_computed_tokens` chases its `num_tokens`. A step has a budget of
 tokens. Running sequences come first, those that decode before those that prefill; then waiting ones, unless
-somebody was preempted in this step. Where blocks run out, the last in order is preempted: its blocks are
-released and it is computed again when there is room.
+somebody was preempted in this step. Where blocks run out, the last in order is preempted, of those with the lowest
+priority whose owner runs most: its blocks are released and it is computed again when there is room.
 
 The next step may be planned before the tokens of the one in flight are known: planning needs their number, not
 their values. A sequence whose pending token turns out to end it has then one token too many in flight, which
@@ -23,7 +23,7 @@ late, what the step draws of that sequence is dropped, and the sequence draws ag
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
@@ -33,6 +33,7 @@ from typing import Any
 from engine.config import SchedulerConfig
 from engine.core.bans import bitmask_of, completing_tokens
 from engine.core.batch import PENDING, Batch, BatchRow, Draw, Pool, Scoring
+from engine.core.fair_share import FairShare
 from engine.core.grammar import Grammar, Grammars, Mask
 from engine.core.kv_cache import KVCacheManager
 from engine.core.outputs import FinishReason
@@ -50,6 +51,7 @@ from engine.core.request import (
 )
 from engine.core.stats import EngineStats, Load
 from engine.core.step_costs import StepCostModel, StepSize
+from engine.core.step_trace import Obstacle, StepTrace
 from engine.core.waiting import WaitingQueue
 
 WATERMARK = 0.01
@@ -116,12 +118,14 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_steps = 0
         self.num_scheduled_tokens = 0
+        self.trace = StepTrace()
         self.costs = StepCostModel()
         # Time that sequences ran, and how many of them have ended.
         self._seat_seconds, self._num_ends = 0.0, 0.0
         # Whether the cache had no room for another.
         self._is_full = False
-        self._waiting = WaitingQueue()
+        self._shares = FairShare()
+        self._waiting = WaitingQueue(self._shares.served)
         self._in_flight: deque[list[PlannedRow]] = deque()
         self._late_masks: set[Future[Mask]] = set()
         self._free_slots = list(reversed(range(config.max_num_seqs)))
@@ -172,6 +176,7 @@ class Scheduler:
             salt += hashlib.blake2b(request.cache_salt.encode(), digest_size=16).digest()
         if not self.enable_prefix_caching:
             salt += f"{request.request_id}/{next(self._arrivals)}".encode()
+        self._shares.enter(request.owner)
         leader = None
         ids = request.params.allowed_token_ids
         allowed = None if ids is None else bitmask_of(ids, self.grammars.vocab_size)
@@ -182,6 +187,7 @@ class Scheduler:
             sequence = Sequence(request, index, next(self._arrivals), salt, leader, allowed=allowed)
             leader = leader or sequence
             sequences.append(sequence)
+            self.trace.begin(sequence)
             self._waiting.push(sequence)
         self.requests[request.request_id] = sequences
 
@@ -199,6 +205,7 @@ class Scheduler:
         for request_id in list(self.requests):
             self.abort(request_id)
         self._in_flight.clear()
+        self.trace.reset()
 
     def schedule(self) -> Batch:
         """Plans the next step, perhaps while one is in flight.
@@ -217,11 +224,15 @@ class Scheduler:
             start = prefilling[0].num_computed_tokens if prefilling else 0
             budget = min(budget, self._num_prompt_tokens(size, start))
         budget = self._go_on(plan, prefilling, budget, max_rows)
+        for sequence, num_tokens in plan.items():
+            self._charge(sequence, num_tokens)
+        obstacle: Obstacle = "preemption"
         self._is_full = num_preemptions != self.num_preemptions
         if not self._is_full:
-            self._admit(plan, budget, max_rows)
+            obstacle = self._admit(plan, budget, max_rows)
         rows = [self._row(sequence, num_tokens) for sequence, num_tokens in plan.items()]
         if rows:
+            self.trace.plan(plan, obstacle, self._waiting.first())
             self._in_flight.append(
                 [
                     PlannedRow(sequence, row.start, row.start + len(row.token_ids), row.admission, row.draw)
@@ -303,6 +314,7 @@ class Scheduler:
         """
         outputs: list[EngineOutput] = []
         advanced: list[Grammar] = []
+        self.trace.done()
         rows = self._in_flight.popleft()
         if seconds is not None:
             self.costs.observe(_size(rows), seconds)
@@ -353,21 +365,30 @@ class Scheduler:
         """
         num_returned = 0
         while not self.kv_cache.extend(sequence, num_tokens):
-            victim = max(self.running, key=lambda s: s.order)
+            victim = self._last_running()
             self._preempt(victim)
             num_returned += plan.pop(victim, 0)
             if victim is sequence:
                 break
         return num_returned
 
+    def _last_running(self) -> Sequence:
+        """Who gives way first. Of one owner's sequences and of two owners' only ones that is who came later, so that
+        who came first of all goes on to its end.
+        """
+        num_running = Counter(sequence.owner for sequence in self.running)
+        return max(self.running, key=lambda s: (s.priority, num_running[s.owner], s.arrival))
+
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
         sequence.status = SequenceStatus.WAITING
         self._waiting.push(sequence)
+        self.trace.note(sequence, "preempted")
         self.num_preemptions += 1
 
-    def _admit(self, plan: dict[Sequence, int], budget: int, max_rows: int) -> None:
-        """Starts waiting sequences in order, as long as the budget lasts and their whole prompts have room.
+    def _admit(self, plan: dict[Sequence, int], budget: int, max_rows: int) -> Obstacle:
+        """Starts waiting sequences in order, as long as the budget lasts and their whole prompts have room. Returns
+        what keeps the next one.
 
         Those that wait for something else are left out until it is there or lost, and cost nothing meanwhile.
         """
@@ -377,12 +398,14 @@ class Scheduler:
         while budget > 0 and len(plan) < max_rows and len(self.running) < self.config.max_num_seqs:
             sequence = self._waiting.first()
             if sequence is None or num_hashed > MAX_HASHED_TOKENS:
-                break
+                return "" if sequence is None else "hashing"
             if sequence.num_pending_tokens:
                 self._waiting.park(sequence)
+                self.trace.note(sequence, "pending")
                 continue
             if sequence.leader and self._is_prefilling(sequence.leader):
                 self._waiting.park(sequence.leader)
+                self.trace.note(sequence, "leader")
                 continue
             num_hashed -= len(sequence.block_hashes) * self.kv_cache.block_size
             reads_cache = sequence.request.pooling != "mean"
@@ -396,10 +419,11 @@ class Scheduler:
             coming = self.kv_cache.last_coming(sequence, len(prefix)) if may_wait else None
             if coming is not None:
                 self._waiting.park(coming)
+                self.trace.note(sequence, "prefix")
                 continue
             if not self._has_room(sequence, prefix):
                 self._is_full = True
-                break
+                return "blocks"
             self._waiting.pop()
             if reads_cache:
                 self.kv_cache.adopt_prefix(sequence, prefix)
@@ -415,6 +439,14 @@ class Scheduler:
             self.kv_cache.extend(sequence, sequence.num_computed_tokens + num_tokens)
             plan[sequence] = num_tokens
             budget -= num_tokens
+            self._charge(sequence, num_tokens)
+        return "budget" if budget == 0 else "places"
+
+    def _charge(self, sequence: Sequence, num_tokens: int) -> None:
+        """Counts what is computed of a sequence for the first time as served to its owner."""
+        start = max(sequence.num_computed_tokens, sequence.num_served_tokens)
+        sequence.num_served_tokens = max(start, sequence.num_computed_tokens + num_tokens)
+        self._shares.charge(sequence.owner, sequence.num_served_tokens - start)
 
     def _is_prefilling(self, sequence: Sequence) -> bool:
         """Whether its first token is still to come; until then its prompt's blocks cannot be found."""
@@ -585,6 +617,8 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self._stop(sequence)
             self._num_ends += 1
+        if sequence.status is not SequenceStatus.FINISHED:
+            self.trace.note(sequence, "ended")
         was_waiting = sequence.status is SequenceStatus.WAITING
         sequence.status = SequenceStatus.FINISHED
         if was_waiting:
@@ -593,8 +627,9 @@ class Scheduler:
         self._waiting.release(sequence)
         request_id = sequence.request.request_id
         siblings = self.requests.get(request_id, [])
-        if all(sibling.status is SequenceStatus.FINISHED for sibling in siblings):
-            self.requests.pop(request_id, None)
+        if siblings and all(sibling.status is SequenceStatus.FINISHED for sibling in siblings):
+            del self.requests[request_id]
+            self._shares.leave(sequence.owner)
 
     def _stop(self, sequence: Sequence) -> None:
         """Takes back what a running sequence holds. A step in flight may still write to its blocks: whoever gets

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import dataclasses
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import count
 from typing import Any, Literal, Protocol, TypeVar
@@ -21,6 +22,7 @@ from engine.core.random import request_seed
 from engine.core.request import EngineOutput, Request
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineInfo, EngineStats
+from engine.core.step_trace import Trace
 from engine.core.structured_outputs import StructuredOutputs
 from engine.core.validation import validate_embedding, validate_request
 from engine.errors import EngineDeadError, EngineError, EngineStartError
@@ -36,12 +38,14 @@ from engine.frontend.messages import (
     Died,
     EndTokens,
     FromEngine,
+    GetTrace,
     Learn,
     Outputs,
     Ready,
     Start,
     StartFailed,
     ToEngine,
+    Traced,
     beat_decoder,
     encode,
     from_engine_decoder,
@@ -97,11 +101,20 @@ class ServedEngine(Protocol):
         priority: int = 0,
         *,
         cache_salt: str = "",
+        owner: str = "",
     ) -> AsyncGenerator[RequestOutput]: ...
 
     async def embed(
-        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: PoolingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        owner: str = "",
     ) -> EmbeddingRequestOutput: ...
+
+    async def traces(self, seconds: float) -> list[Trace]: ...
 
 
 class AsyncEngine:
@@ -147,6 +160,7 @@ class AsyncEngine:
         self.stats = EngineStats()
         self.ended = asyncio.Event()
         self._inboxes: dict[str, Inbox[EngineOutput]] = {}
+        self._tracing: deque[asyncio.Future[Trace]] = deque()
         self._arrivals = count()
         self._forms: FormChecker
         self._teaching: asyncio.Task[None] | None = None
@@ -248,6 +262,7 @@ class AsyncEngine:
         priority: int = 0,
         resumed_token_ids: Sequence[list[int] | None] = (),
         cache_salt: str = "",
+        owner: str = "",
     ) -> AsyncGenerator[RequestOutput]:
         """Streams what a request adds, step by step; closing the generator aborts the request.
 
@@ -256,7 +271,7 @@ class AsyncEngine:
             request_id: Unique among the open requests.
             priority: Smaller is served earlier.
             resumed_token_ids: As in `Request`, for a request that another engine has begun; `params` hold its seed.
-            cache_salt: As in `Request`.
+            cache_salt, owner: As in `Request`.
 
         Raises:
             RequestError: The request cannot be served as asked.
@@ -274,6 +289,7 @@ class AsyncEngine:
             resumed_token_ids=list(resumed_token_ids),
             bad_words=await self._bad_words(params),
             cache_salt=cache_salt,
+            owner=owner,
         )
         processor = OutputProcessor(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
         inbox = self._open_inbox(request_id)
@@ -296,13 +312,19 @@ class AsyncEngine:
                 await self._abort(request_id)
 
     async def embed(
-        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: PoolingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        owner: str = "",
     ) -> EmbeddingRequestOutput:
         """The embedding of a prompt; whoever stops waiting for it aborts the request.
 
         Args:
             prompt: Token ids; errors call them "input".
-            request_id, priority: As of `generate`.
+            request_id, priority, owner: As of `generate`.
 
         Raises:
             RequestError: The request cannot be served as asked.
@@ -310,7 +332,7 @@ class AsyncEngine:
         """
         self._check_ready()
         validate_embedding(prompt, params, self.max_model_len, self.vocab_size, self.hidden_size, "input")
-        request = embedding_request(request_id, prompt, params, priority)
+        request = embedding_request(request_id, prompt, params, priority, owner)
         inbox = self._open_inbox(request_id)
         is_finished = False
         try:
@@ -322,6 +344,18 @@ class AsyncEngine:
             del self._inboxes[request_id]
             if not is_finished and self.status == "ready":
                 await self._abort(request_id)
+
+    async def traces(self, seconds: float) -> list[Trace]:
+        """What the engine's last steps did, in a list of one.
+
+        Raises:
+            EngineDeadError: The engine has ended.
+        """
+        self._check_ready()
+        future: asyncio.Future[Trace] = asyncio.get_running_loop().create_future()
+        self._tracing.append(future)
+        await self._send(GetTrace(seconds))
+        return [await future]
 
     async def _encoded(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -439,6 +473,10 @@ class AsyncEngine:
                     self.stats = stats
                     for output in outputs:
                         await self._hand_on(output)
+                case Traced(trace):
+                    future = self._tracing.popleft()
+                    if not future.done():
+                        future.set_result(trace)
                 case Died(reason):
                     self._die(reason)
                     return
@@ -464,6 +502,9 @@ class AsyncEngine:
         self.ended.set()
         for inbox in self._inboxes.values():
             inbox.close(EngineDeadError(reason))
+        for future in self._tracing:
+            if not future.done():
+                future.set_exception(EngineDeadError(reason))
 
 
 async def _in_daemon_thread(function: Callable[[], Result]) -> Result:

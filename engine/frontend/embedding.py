@@ -11,7 +11,7 @@ from engine.core.sampling_params import SamplingParams
 
 
 def embedding_request(
-    request_id: str, prompt_token_ids: list[int], params: PoolingParams, priority: int = 0
+    request_id: str, prompt_token_ids: list[int], params: PoolingParams, priority: int = 0, owner: str = ""
 ) -> Request:
     """A request for a prompt's vector, of which nothing is drawn."""
     return Request(
@@ -20,6 +20,7 @@ def embedding_request(
         params=SamplingParams(),
         seed=0,
         priority=priority,
+        owner=owner,
         pooling=params.pooling,
     )
 

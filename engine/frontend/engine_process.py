@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 import zmq
 
+from engine import logs
 from engine.cache_directory import cache_directory, caching_in
 from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
@@ -35,11 +35,13 @@ from engine.frontend.messages import (
     Alive,
     Died,
     EndTokens,
+    GetTrace,
     Learn,
     Outputs,
     Ready,
     Start,
     StartFailed,
+    Traced,
     encode,
     to_engine_decoder,
 )
@@ -55,7 +57,7 @@ def main(address: str, beats: str, limits: Limits | None = None) -> int:
     follow_parent()
     # A service manager may signal every process it knows; the parent decides what that means.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logs.configure(os.environ.get("ENGINE_LOG_FORMAT"))
     # What a start makes stays: looking through it for garbage, again and again, takes a tenth of the time.
     gc.disable()
     progress = Progress(Limits() if limits is None else limits)
@@ -221,6 +223,8 @@ def _run(core: EngineCore[Any], socket: zmq.Socket[bytes], progress: Progress) -
                     core.abort(request_id, index)
                     if not core.has_work:
                         socket.send(encode(Outputs([], core.stats)))
+                case GetTrace(seconds):
+                    socket.send(encode(Traced(core.scheduler.trace.last(seconds))))
         outputs = progress.step()
         stats = core.stats
         stats.starved_seconds = progress.starved_seconds

@@ -9,6 +9,7 @@ import msgspec
 from engine.core.matcher import Vocabulary
 from engine.core.request import EngineOutput, Request
 from engine.core.stats import EngineInfo, EngineStats
+from engine.core.step_trace import Trace
 
 
 class Start(msgspec.Struct, tag=True, kw_only=True):
@@ -49,6 +50,12 @@ class Abort(msgspec.Struct, tag=True):
     index: int | None = None
 
 
+class GetTrace(msgspec.Struct, tag=True):
+    """Asks for the trace of the last seconds; `Traced` answers, in the order of the questions."""
+
+    seconds: float
+
+
 class Ready(msgspec.Struct, tag=True):
     """The engine takes requests."""
 
@@ -74,6 +81,12 @@ class Outputs(msgspec.Struct, tag=True):
     stats: EngineStats
 
 
+class Traced(msgspec.Struct, tag=True):
+    """What was asked for by `GetTrace`."""
+
+    trace: Trace
+
+
 class Alive(msgspec.Struct, tag=True):
     """The engine's process lives; sent each second, on a socket of its own."""
 
@@ -84,8 +97,8 @@ class Died(msgspec.Struct, tag=True):
     reason: str
 
 
-ToEngine = Start | EndTokens | Learn | Add | Abort
-FromEngine = Ready | StartFailed | Outputs | Died
+ToEngine = Start | EndTokens | Learn | Add | Abort | GetTrace
+FromEngine = Ready | StartFailed | Outputs | Traced | Died
 Beat = Alive | Died
 
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

@@ -30,7 +30,7 @@ class Resumable:
         params: With the seed that the request has.
         resumed_token_ids: As in `engine.core.request.Request`.
         lost: Names of replicas that it was sent to and that have died.
-        cache_salt: As in `engine.core.request.Request`.
+        cache_salt, owner: As in `engine.core.request.Request`.
     """
 
     request_id: str
@@ -40,6 +40,7 @@ class Resumable:
     resumed_token_ids: list[list[int] | None] = field(default_factory=list)
     lost: tuple[str, ...] = ()
     cache_salt: str = ""
+    owner: str = ""
 
     @property
     def num_output_tokens(self) -> int:

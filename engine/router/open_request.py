@@ -43,6 +43,7 @@ class OpenRequest:
     params: SamplingParams
     priority: int = 0
     cache_salt: str = ""
+    owner: str = ""
     prompt: str | None = None
     sent: list[list[int] | None] = field(init=False)
     num_cached_tokens: int | None = None

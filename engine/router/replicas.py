@@ -25,6 +25,7 @@ from engine.core.outputs import EmbeddingRequestOutput, RequestOutput
 from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
+from engine.core.step_trace import Trace
 from engine.core.validation import validate_embedding, validate_request
 from engine.errors import EngineDeadError
 from engine.frontend.async_engine import AsyncEngine
@@ -92,6 +93,9 @@ class Replica:
     async def stats(self) -> EngineStats:
         return self._engine.stats
 
+    async def traces(self, seconds: float) -> list[Trace]:
+        return await self._engine.traces(seconds)
+
     async def check_health(self) -> None:
         """Ray Serve replaces a replica whose engine is dead."""
         if self._engine.status == "dead":
@@ -113,6 +117,7 @@ class Replica:
             request.priority,
             request.resumed_token_ids,
             request.cache_salt,
+            request.owner,
         )
         try:
             async for output in outputs:
@@ -134,7 +139,9 @@ class Replica:
         key = f"{request.request_id}-{len(request.lost)}"
         self._waiting[key] = len(request.prompt_token_ids)
         try:
-            output = await self._engine.embed(request.prompt_token_ids, params, key, request.priority)
+            output = await self._engine.embed(
+                request.prompt_token_ids, params, key, request.priority, owner=request.owner
+            )
             yield replace(output, prompt_token_ids=[])
         finally:
             del self._waiting[key]
@@ -196,6 +203,7 @@ class Replicas:
         priority: int = 0,
         *,
         cache_salt: str = "",
+        owner: str = "",
     ) -> AsyncGenerator[RequestOutput]:
         """As `AsyncEngine.generate`; goes on at another replica if one dies.
 
@@ -208,7 +216,12 @@ class Replicas:
         )
         await self.check(token_ids, params)
         request = OpenRequest(
-            request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority, cache_salt
+            request_id,
+            token_ids,
+            seeded(params, self.config.seed, self._arrivals),
+            priority,
+            cache_salt,
+            owner,
         )
         lost: tuple[str, ...] = ()
         for num_losses in count(1):
@@ -221,6 +234,7 @@ class Replicas:
                 request.resumed_token_ids,
                 lost,
                 cache_salt=cache_salt,
+                owner=owner,
             )
             stream = self._handle.options(stream=True).generate.remote(resumable)
             try:
@@ -238,7 +252,13 @@ class Replicas:
             lost = (*lost, name)
 
     async def embed(
-        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: PoolingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        owner: str = "",
     ) -> EmbeddingRequestOutput:
         """As `AsyncEngine.embed`; begins anew at another replica if one dies.
 
@@ -247,7 +267,7 @@ class Replicas:
             EngineDeadError: Several replicas have died under the request.
         """
         validate_embedding(prompt, params, self.max_model_len, self.vocab_size, self.hidden_size, "input")
-        request = Resumable(request_id, prompt, SamplingParams(max_tokens=1), priority)
+        request = Resumable(request_id, prompt, SamplingParams(max_tokens=1), priority, owner=owner)
         for num_losses in count(1):
             name = ""
             stream = self._handle.options(stream=True).embed.remote(request, params)
@@ -262,6 +282,13 @@ class Replicas:
                 stream.cancel()
             request = replace(request, lost=(*request.lost, name))
         raise AssertionError("unreachable")
+
+    async def traces(self, seconds: float) -> list[Trace]:
+        """As `AsyncEngine.traces`, of every replica that answers."""
+        answers = await self._handle.broadcast("traces", seconds).results_async(
+            timeout_s=10 * STATS_SECONDS, return_exceptions=True
+        )
+        return [trace for answer in answers if isinstance(answer, list) for trace in answer]
 
     async def _watch(self) -> None:
         try:

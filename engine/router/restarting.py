@@ -24,6 +24,7 @@ from engine.core.outputs import EmbeddingOutput, EmbeddingRequestOutput, Request
 from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
+from engine.core.step_trace import Trace
 from engine.errors import EngineDeadError, EngineError
 from engine.executor.ranks.limits import Limits
 from engine.frontend.async_engine import AsyncEngine
@@ -138,6 +139,7 @@ class RestartingEngine:
         priority: int = 0,
         *,
         cache_salt: str = "",
+        owner: str = "",
     ) -> AsyncGenerator[RequestOutput]:
         """As `AsyncEngine.generate`; goes on where the engine has died and another is there.
 
@@ -150,7 +152,12 @@ class RestartingEngine:
             await asyncio.to_thread(self.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
         )
         request = OpenRequest(
-            request_id, token_ids, seeded(params, self.config.seed, self._arrivals), priority, cache_salt
+            request_id,
+            token_ids,
+            seeded(params, self.config.seed, self._arrivals),
+            priority,
+            cache_salt,
+            owner,
         )
         request.prompt = prompt if isinstance(prompt, str) else None
         with self._opened(request):
@@ -166,6 +173,7 @@ class RestartingEngine:
                     priority,
                     request.resumed_token_ids,
                     request.cache_salt,
+                    owner,
                 )
                 # Where the engine has died, `_keep` sees it, too, and says how it goes on.
                 with contextlib.suppress(EngineDeadError):
@@ -177,7 +185,13 @@ class RestartingEngine:
                             yield output
 
     async def embed(
-        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: PoolingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        owner: str = "",
     ) -> EmbeddingRequestOutput:
         """As `AsyncEngine.embed`; begins anew where the engine has died and another is there.
 
@@ -192,7 +206,11 @@ class RestartingEngine:
                 if request in self._guilty:
                     return EmbeddingRequestOutput(request_id, None, prompt, EmbeddingOutput([]), error=GUILTY)
                 with contextlib.suppress(EngineDeadError):
-                    return await engine.embed(prompt, params, request_id, priority)
+                    return await engine.embed(prompt, params, request_id, priority, owner=owner)
+
+    async def traces(self, seconds: float) -> list[Trace]:
+        """As `AsyncEngine.traces`, of the engine that runs."""
+        return await self._engine.traces(seconds)
 
     @contextlib.contextmanager
     def _opened(self, request: OpenRequest) -> Iterator[None]:

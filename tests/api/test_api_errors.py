@@ -221,7 +221,7 @@ def test_v1_needs_the_key(server: ServerProcess, headers: dict[str, str], method
     assert error_of(response, 401)["code"] == "invalid_api_key"
 
 
-@pytest.mark.parametrize("path", ["/health", "/version", "/metrics"])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/ping"])
 def test_other_paths_need_no_key(server: ServerProcess, path: str) -> None:
     assert httpx.get(server.url + path).status_code == 200
 

@@ -63,6 +63,7 @@ class Speaking(ScriptedEngine):
         priority: int = 0,
         *,
         cache_salt: str = "",
+        owner: str = "",
     ) -> Any:
         request = Request(request_id=request_id, prompt_token_ids=prompt, params=params, seed=0)
         processor = OutputProcessor(request, None, cast(Any, self.tokenizer))

@@ -11,7 +11,7 @@ import pytest
 from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
-from api.app import OPEN_PATHS, create_app
+from api.app import create_app
 from api.protocol import NEUTRAL_VALUES, ChatCompletionRequest, CompletionRequest
 from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import SAMPLING_PARAMETERS
@@ -104,22 +104,39 @@ def test_every_field_has_its_type_and_range(document: dict[str, Any], kind: type
             assert bounds.high is None or number["maximum"] == bounds.high
 
 
-def test_paths_without_a_key_are_the_open_ones(app: Any, document: dict[str, Any]) -> None:
+@pytest.mark.parametrize("open_metrics", [False, True])
+def test_paths_without_a_key_are_the_open_ones(open_metrics: bool) -> None:
+    app = app_of(ScriptedEngine(silent), api_key="key", open_metrics=open_metrics)
+    document = TestClient(app).get("/openapi.json").json()
+    open_paths = {"/health", "/ready", "/ping", "/openapi.json", "/docs"}
+    if open_metrics:
+        open_paths |= {"/metrics", "/version"}
     keyless = {
         path
         for path, said in document["paths"].items()
         if any("security" not in one for one in said.values())
     }
-    assert keyless == set(OPEN_PATHS)
+    assert keyless == open_paths
     client = TestClient(app)
     for route in routes_of(app):
         path = route.path.replace("{name:path}", "scripted")
         for method in route.methods:
             status = client.request(method, path, json=BODIES.get(path)).status_code
-            assert status == (200 if path in OPEN_PATHS else 401)
+            assert status == (200 if path in open_paths else 401)
             answer = client.request(method, path, json=BODIES.get(path), headers={"x-api-key": "key"})
             # There is no response of such an id.
             assert answer.status_code == (404 if "{" in path else 200), answer.text
+    # What is no route tells nobody so.
+    for path in (
+        "/",
+        "/v2",
+        "/health/",
+        "/docs/x",
+        "/HEALTH",
+        "//health",
+        "/metrics/",
+    ):
+        assert client.get(path).status_code == 401, path
 
 
 def test_the_page_needs_no_network(app: Any) -> None:

@@ -28,7 +28,6 @@ from engine.core.request import (
 from engine.core.sampling_params import SamplingParams
 from engine.core.scheduler import MAX_HASHED_TOKENS, MIN_PROMPT_TOKENS, Scheduler
 from engine.core.step_costs import StepCosts
-from engine.core.waiting import WaitingQueue
 from tests.core.test_kv_cache import free_list
 
 EOS = 7
@@ -449,36 +448,3 @@ def test_one_step_hashes_a_bounded_part_of_the_queue() -> None:
         step(scheduler)
         num_hashed.append(sum(len(sequence.block_hashes) * BLOCK_SIZE for sequence in waiting))
     assert num_hashed == [5 * length, 10 * length, 12 * length]
-
-
-class CountedSequence(Sequence):
-    """Counts how often a queue looks at it."""
-
-    num_reads = 0
-
-    @property
-    def status(self) -> SequenceStatus:
-        CountedSequence.num_reads += 1
-        return self.known
-
-    @status.setter
-    def status(self, status: SequenceStatus) -> None:
-        self.known = status
-
-
-def test_the_end_of_one_costs_no_more_where_many_wait() -> None:
-    queue = WaitingQueue()
-    sequences = [CountedSequence(make_request(str(i), [1]), 0, i, b"") for i in range(4000)]
-    for sequence in sequences:
-        queue.push(sequence)
-    for _ in range(1000):
-        queue.park("a block")
-    CountedSequence.num_reads = 0
-    for number, sequence in enumerate(random.Random(0).sample(sequences, len(sequences))):
-        sequence.status = SequenceStatus.FINISHED
-        queue.end(sequence)
-        assert len(queue) == len(sequences) - number - 1
-        assert len(queue._ready) <= 2 * len(queue) + 1
-    assert CountedSequence.num_reads <= 2 * len(sequences)
-    queue.release("a block")
-    assert queue.first() is None

@@ -25,6 +25,7 @@ from engine.core.outputs import (
 from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats
+from engine.core.step_trace import Trace
 from engine.core.validation import validate_request
 from engine.frontend.chat_format import ChatFormat
 
@@ -87,6 +88,7 @@ class ScriptedEngine:
         priority: int = 0,
         *,
         cache_salt: str = "",
+        owner: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         await self.check(prompt, params)
         self.num_opened += 1
@@ -99,7 +101,13 @@ class ScriptedEngine:
             self._close()
 
     async def embed(
-        self, prompt: list[int], params: PoolingParams, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: PoolingParams,
+        request_id: str,
+        priority: int = 0,
+        *,
+        owner: str = "",
     ) -> EmbeddingRequestOutput:
         """The last of the script's token ids as a vector."""
         self.num_opened += 1
@@ -112,6 +120,9 @@ class ScriptedEngine:
             return EmbeddingRequestOutput(request_id, None, prompt, EmbeddingOutput(numbers), error=error)
         finally:
             self._close()
+
+    async def traces(self, seconds: float) -> list[Trace]:
+        return [Trace(now=0)]
 
     def _close(self) -> None:
         self.num_closed += 1

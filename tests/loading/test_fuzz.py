@@ -1,4 +1,6 @@
-"""Damaged files: each ends in one line that names the file, or loads; none in a traceback, a crash or a wait."""
+"""Damaged files: each ends in one line that names the file, or loads; none in a traceback, a crash or a wait, nor
+takes memory as its numbers say.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import copy
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import struct
@@ -15,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -51,6 +55,9 @@ VALUES: list[Any] = [
 
 Mutation = tuple[str, Callable[[], None]]
 
+MEMORY = 2**29
+"""How many bytes loading may take."""
+
 EVERY = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 """A sample of the mutations, and all of them."""
 
@@ -72,6 +79,9 @@ def survivors(path: Path, mutations: Iterator[Mutation], every: int) -> list[str
         os.close(read)
         # Threads do not survive a fork: what C or torch would ask others for, this process does itself.
         torch.set_num_threads(1)
+        # These models are small: what takes more has believed a number of the file.
+        limit = psutil.Process().memory_info().data + MEMORY
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         with os.fdopen(write, "w") as report:
             for name, mutate in islice(mutations, 0, None, every):
                 report.write(f"?{name}\n")

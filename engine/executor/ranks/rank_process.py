@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import zmq
 
+from engine import logs
 from engine.cache_directory import caching_in
 from engine.config import EngineConfig
 from engine.core.batch import Batch
@@ -51,7 +53,7 @@ def main(orders: str, reports: str) -> int:
     follow_parent()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logs.configure(os.environ.get("ENGINE_LOG_FORMAT"), logging.WARNING)
     follow(Link(orders), Link(reports))
     return 1
 
