@@ -86,7 +86,7 @@ test-oldest-triton: .triton-3.6
 
 chaos: install  ## kills and attacks, with figures
 	$(PYTHON) -m tests.chaos
-	$(PYTHON) -m benchmarks.chaos
+	$(PYTHON) -m benchmarks.attacks
 
 # Agents that people use, headless, against an engine whose answers a script says.
 agents: .agents
@@ -98,7 +98,6 @@ agents: .agents
 	npm install --prefix $@ --no-audit --no-fund
 	touch $@
 
-# Attacks, each beside a stream that must not feel it: seconds, the longest gap, memory.
 bench: install
 	$(PYTHON) -m benchmarks.throughput --model $(MODEL) --quant none --quant int8 --quant int4
 

@@ -1,10 +1,10 @@
 """Which requests are taken in: what waits is bounded, and whoever would wait too long is told so at once.
 
 A prediction is made of what the engine says of itself after each step (`engine.core.stats.Load`) and of what this
-server has sent it: the prompts ahead have to be computed, and a sequence needs a seat among those that run.
+server has sent it: the prompts ahead have to be computed, and a sequence needs a slot among those that run.
 
     seconds = max(steps · what they take without prompts + what the prompts take,
-                  seats that must be left first · how often one is)
+                  slots that must be left first · how often one is)
 
 Where it was wrong lately, a margin says by how much: of a hundred requests one may wait longer than margin · seconds.
 """
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from api.errors import ApiError
+from api.errors import ApiError, retry_later
 from engine.core.stats import EngineStats
 
 RETRY_SECONDS = 5
@@ -35,7 +35,7 @@ class QueueLimits:
     """How much may wait; None: any.
 
     Attributes:
-        max_queued_requests: Samples that wait for a seat, at most.
+        max_queued_requests: Samples that wait for a slot, at most.
         max_queued_tokens: Tokens of prompts that are not computed, at most, unless they are one request's.
         slo_ttft_ms: Milliseconds in which a request must be predicted to have its first token.
         queue_timeout: Seconds after which a request ends that has no token.
@@ -48,7 +48,7 @@ class QueueLimits:
 
     @property
     def ttft(self) -> float | None:
-        """The milliseconds in seconds."""
+        """`slo_ttft_ms` in seconds."""
         return None if self.slo_ttft_ms is None else self.slo_ttft_ms / 1000
 
 
@@ -92,10 +92,11 @@ class Admission:
         self._stats, self._clock = stats, clock
         self._limits = QueueLimits() if limits is None else limits
         # Of prompts without a token: tokens, keys that these read, samples. And samples of those that have some.
-        self._num_tokens, self._num_reads, self._num_queued, self._num_seated = 0, 0, 0, 0
+        self._num_tokens, self._num_reads, self._num_queued, self._num_running = 0, 0, 0, 0
 
     def check(self) -> None:
-        """
+        """Refuses everything while the server drains.
+
         Raises:
             ApiError: 503, the server is being stopped.
         """
@@ -122,9 +123,9 @@ class Admission:
             )
 
         own_reads = own * num_tokens / 2
-        num_missing = self._num_seated + self._num_queued + num_samples - load.num_seats
-        seat = max(0, num_missing) * load.seat_seconds / load.num_seats
-        return max(seconds(ahead + own, share * self._num_reads + own_reads), seat + seconds(own, own_reads))
+        num_missing = self._num_running + self._num_queued + num_samples - load.num_slots
+        slot = max(0, num_missing) * load.slot_seconds / load.num_slots
+        return max(seconds(ahead + own, share * self._num_reads + own_reads), slot + seconds(own, own_reads))
 
     def check_room(self, lengths: Sequence[int], num_samples: int) -> None:
         """Refuses a request for which the queue has no room, or that would wait too long.
@@ -138,13 +139,13 @@ class Admission:
         Raises:
             ApiError: 429, with the time after which there may be room.
         """
-        num_open = self._num_seated + self._num_queued
+        num_open = self._num_running + self._num_queued
         if not num_open:
             return
         limits, load = self._limits, self._stats().load
         num_new, num_tokens = len(lengths) * num_samples, sum(lengths)
-        num_waiting, most = max(0, num_open - load.num_seats), limits.max_queued_requests
-        if most is not None and num_open + num_new - load.num_seats > most:
+        num_waiting, most = max(0, num_open - load.num_slots), limits.max_queued_requests
+        if most is not None and num_open + num_new - load.num_slots > most:
             raise _refusal(
                 f"{num_waiting} requests wait, and --max-queued-requests is {most}",
                 "queue_full",
@@ -196,7 +197,7 @@ class Admission:
             return
         place.has_begun = True
         self._count_queued(place, -1)
-        self._num_seated += place.num_samples
+        self._num_running += place.num_samples
         limit = self._limits.ttft
         # Who hardly waits tells nothing of those who nearly wait too long.
         if limit is not None and place.predicted > limit / 4:
@@ -210,7 +211,7 @@ class Admission:
             return
         place.has_left = True
         if place.has_begun:
-            self._num_seated -= place.num_samples
+            self._num_running -= place.num_samples
         else:
             self._count_queued(place, -1)
 
@@ -221,5 +222,4 @@ class Admission:
 
 
 def _refusal(why: str, code: str, seconds: float, status: int = 429) -> ApiError:
-    retry = max(1, math.ceil(min(seconds, MOST_RETRY_SECONDS)))
-    return ApiError(status, f"{why}; try again in {retry} s", code=code, headers={"retry-after": str(retry)})
+    return retry_later(status, why, code, min(seconds, MOST_RETRY_SECONDS))

@@ -69,10 +69,10 @@ ANY_NAME = "*"
 DOCS_PAGE = Path(__file__).with_name("docs.html")
 
 COMPLETIONS = Operation(
-    "Goes on with prompts", (CompletionRequest,), Completion, chunk=Completion, errors=BODY_ERRORS
+    "Goes on with prompts", (CompletionRequest,), Completion, chunk=Completion, errors=(*BODY_ERRORS, 408)
 )
 CHAT_COMPLETIONS = Operation(
-    "Answers a chat", (ChatCompletionRequest,), ChatCompletion, chunk=ChatChunk, errors=BODY_ERRORS
+    "Answers a chat", (ChatCompletionRequest,), ChatCompletion, chunk=ChatChunk, errors=(*BODY_ERRORS, 408)
 )
 EMBEDDINGS = Operation("The vectors of prompts", (EmbeddingRequest,), EmbeddingList, errors=BODY_ERRORS)
 TOKENIZE = Operation(
@@ -86,7 +86,7 @@ TRACE = Operation("The last steps, as Perfetto reads them", (), dict, errors=(40
 APPLY_TEMPLATE = Operation("The prompt of a chat", (ChatCompletionRequest,), Prompt, errors=BODY_ERRORS)
 REFUSED_OF_MESSAGES: dict[str, tuple[Any, ...]] = dict.fromkeys(REFUSED, ())
 RESPONSES = Operation("Answers, as OpenAI's Responses API does", (ResponseRequest,), dict, errors=BODY_ERRORS)
-STORED_RESPONSE = Operation("Of a response that is kept", (), dict, errors=(400, 404, 503))
+STORED_RESPONSE = Operation("A response that is kept", (), dict, errors=(400, 404, 503))
 MESSAGES = Operation("Answers, as Anthropic's Messages API does", (MessageRequest,), dict, errors=BODY_ERRORS)
 COUNT_TOKENS = Operation(
     "How many tokens a conversation has",

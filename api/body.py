@@ -17,7 +17,7 @@ import msgspec
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
-from api.errors import ApiError, ClientDisconnected
+from api.errors import ApiError, ClientDisconnected, retry_later
 from api.limits import BODIES_AT_A_TIME, default_max_body_bytes
 
 if TYPE_CHECKING:
@@ -111,12 +111,8 @@ class Bodies:
     def _take(self, num_bytes: int) -> None:
         most = BODIES_AT_A_TIME * self.max_bytes
         if self._num_bytes + num_bytes > most:
-            raise ApiError(
-                503,
-                f"long bodies on their way have {most} bytes together, which is the most; try again shortly",
-                code="overloaded",
-                headers={"retry-after": "1"},
-            )
+            why = f"long bodies on their way have {most} bytes together, which is the most"
+            raise retry_later(503, why, "overloaded", 1)
         self._num_bytes += num_bytes
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from api.errors import ApiError, openai_error
+from api.errors import ApiError, error_shape
 from api.limits import (
     BODY_SECONDS,
     HEAD_SECONDS,
@@ -49,6 +49,7 @@ class HttpProtocol(HttpToolsProtocol):
     _num_headers = 0
     _too_many = ""
     _timer: asyncio.TimerHandle | None = None
+    url = b""
     _running: Any = None
     """The exchange that is under way, or was the last."""
 
@@ -192,7 +193,8 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             is_next = self.cycle is self._running and not self.cycle.response_started
         if is_next:
-            body = msgspec.json.encode(openai_error(ApiError(status, message)))
+            path = self.url.decode("latin-1").partition("?")[0]
+            body = msgspec.json.encode(error_shape(path)(ApiError(status, message)))
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             self.transport.write(head.encode() + body)

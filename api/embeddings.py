@@ -112,6 +112,7 @@ async def _embed(service: Service, job: EmbeddingJob, request_id: str) -> list[l
     try:
         return await asyncio.wait_for(asyncio.gather(*tasks), service.admission.queue_timeout)
     except TimeoutError:
+        service.metrics.count_refusal("queue_timeout")
         raise service.admission.waited_too_long() from None
     finally:
         for task in tasks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -48,6 +49,12 @@ def not_supported(what: str, field: str | None = None) -> ApiError:
     return ApiError(
         400, f"{what} is not supported by this server", param=field or what, code="unsupported_parameter"
     )
+
+
+def retry_later(status: int, why: str, code: str, seconds: float) -> ApiError:
+    """The error for what may be taken in after so many seconds, which Retry-After tells."""
+    wait = max(1, math.ceil(seconds))
+    return ApiError(status, f"{why}; try again in {wait} s", code=code, headers={"retry-after": str(wait)})
 
 
 def engine_dead() -> ApiError:

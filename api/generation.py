@@ -158,7 +158,7 @@ async def _outputs(service: Service, generation: Generation, index: int) -> Prom
         owner=generation.client.owner,
     )
     try:
-        with service.metrics.observing(len(prompt), params.n) as observe:
+        with service.metrics.observing(generation.arrival, len(prompt), params.n) as observe:
             async with aclosing(stream):
                 while (output := await _next(service, generation, stream, place)) is not None:
                     observe(output)
@@ -192,6 +192,7 @@ async def _next(
         )
     except TimeoutError:
         if seconds == longest:
+            service.metrics.count_refusal("queue_timeout")
             raise service.admission.waited_too_long() from None
         raise ApiError(
             408,

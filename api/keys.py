@@ -16,7 +16,6 @@ what it had too much is waited for by the next.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 import tomllib
 from collections.abc import Callable, Sequence
@@ -28,11 +27,11 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.errors import ApiError, error_response
+from api.errors import ApiError, error_response, retry_later
 from engine.errors import ConfigError
 from engine.logs import note_request
 
-Limit = Annotated[int, msgspec.Meta(ge=1, le=10**12)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=10**12)]
 
 
 class ApiKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,9 +45,9 @@ class ApiKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]{1,64}$")]
     sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F]{64}$")]
-    requests_per_minute: Limit | None = None
-    tokens_per_minute: Limit | None = None
-    concurrent_requests: Limit | None = None
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    concurrent_requests: Positive | None = None
     priorities: tuple[int, int] | None = None
 
 
@@ -81,7 +80,7 @@ def read_keys(path: str) -> list[ApiKey]:
     return keys
 
 
-class Allowance:
+class TokenBucket:
     """So many units a minute: a minute's worth may be taken at once, and comes back evenly.
 
     Args:
@@ -120,9 +119,9 @@ class Client:
         self._num_open = 0
         self._requests = self._tokens = None
         if key is not None and key.requests_per_minute is not None:
-            self._requests = Allowance(key.requests_per_minute, clock)
+            self._requests = TokenBucket(key.requests_per_minute, clock)
         if key is not None and key.tokens_per_minute is not None:
-            self._tokens = Allowance(key.tokens_per_minute, clock)
+            self._tokens = TokenBucket(key.tokens_per_minute, clock)
 
     @property
     def has_name(self) -> bool:
@@ -174,22 +173,17 @@ class Client:
             return
         if key.concurrent_requests is not None and self._num_open >= key.concurrent_requests:
             raise self._refusal("concurrent_requests", f"{key.concurrent_requests} requests at a time", 1.0)
-        for allowance, name, limit, what in (
+        for bucket, name, limit, what in (
             (self._requests, "requests_per_minute", key.requests_per_minute, "requests"),
             (self._tokens, "tokens_per_minute", key.tokens_per_minute, "tokens"),
         ):
-            seconds = 0.0 if allowance is None else allowance.seconds_to_one()
+            seconds = 0.0 if bucket is None else bucket.seconds_to_one()
             if seconds > 0.0:
                 raise self._refusal(name, f"{limit} {what} a minute", seconds)
 
     def _refusal(self, name: str, limit: str, seconds: float) -> ApiError:
-        wait = max(1, math.ceil(seconds))
-        return ApiError(
-            429,
-            f"the API key {self.owner} may have {limit} ({name}); try again in {wait} s",
-            code="rate_limit_exceeded",
-            headers={"retry-after": str(wait)},
-        )
+        why = f"the API key {self.owner} may have {limit} ({name})"
+        return retry_later(429, why, "rate_limit_exceeded", seconds)
 
 
 class KeyRing:
@@ -241,7 +235,7 @@ class KeyMiddleware:
         if client is None:
             error = ApiError(
                 401,
-                "a valid API key is needed in the header Authorization: Bearer <key>",
+                "a valid API key is needed in the header Authorization: Bearer <key>, or in X-Api-Key",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )

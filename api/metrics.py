@@ -204,10 +204,14 @@ class Metrics:
 
     @contextmanager
     def observing(
-        self, num_prompt_tokens: int, num_samples: int
+        self, arrival: float, num_prompt_tokens: int, num_samples: int
     ) -> Iterator[Callable[[RequestOutput], None]]:
-        """Measures one request, which begins now; what it yields is to be called with each output of it."""
-        times = RequestTimes(arrival=time.perf_counter())
+        """Measures one request; what it yields is to be called with each output of it.
+
+        Args:
+            arrival: When it came, in seconds of `time.perf_counter`.
+        """
+        times = RequestTimes(arrival)
         reason = "abort"
 
         def observe(output: RequestOutput) -> None:

@@ -49,7 +49,7 @@ class Operation:
         return [one for one in (*self.body, self.answer, self.chunk) if one is not None]
 
 
-BODY_ERRORS = (400, 404, 413, 415, 503)
+BODY_ERRORS = (400, 404, 413, 415, 429, 503)
 """Statuses of the errors of routes that read a body with a model's name."""
 
 

@@ -20,7 +20,7 @@ import uvicorn
 from api.admission import Admission, QueueLimits
 from api.app import create_app
 from api.limits import KEEP_ALIVE_SECONDS
-from api.slow_readers import ReadProtocol, SlowReaders
+from api.slow_readers import SlowReaderProtocol, SlowReaders
 from api.watchdog import watch_loop
 from engine.errors import ConfigError, EngineDeadError
 
@@ -139,14 +139,15 @@ async def serve(
         uvicorn.Config(
             app,
             # It is called as a class would be.
-            http=cast(Any, partial(ReadProtocol, readers=readers)),
+            http=cast(Any, partial(SlowReaderProtocol, readers=readers)),
             ws="none",
             lifespan="off",
             log_config=None,
             log_level="warning",
             access_log=False,
             server_header=False,
-            limit_concurrency=_most_connections(),
+            # It refuses the one that reaches this number.
+            limit_concurrency=_most_connections() + 1,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=DELIVERY_SECONDS,
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from api.admission import Admission
 from api.body import Bodies
-from api.errors import ApiError, engine_dead
+from api.errors import ApiError, engine_dead, retry_later
 from api.metrics import Metrics
 from api.unknown_members import UnknownMembers
 
@@ -67,12 +67,7 @@ class Service:
         """Raises ApiError 503 with the cause unless the engine lives, or another is started in its place."""
         match self.engine.status:
             case "starting":
-                raise ApiError(
-                    503,
-                    "the model is still loading; try again shortly",
-                    code="starting",
-                    headers={"retry-after": "2"},
-                )
+                raise retry_later(503, "the model is still loading", "starting", 2)
             case "dead":
                 raise engine_dead()
 

@@ -23,7 +23,7 @@ class SlowReaders:
     on_drop: Callable[[], None]
 
 
-class ReadProtocol(HttpProtocol):
+class SlowReaderProtocol(HttpProtocol):
     """Hangs up on clients that do not read; no more than a piece of an answer is written while some is unread."""
 
     def __init__(self, *arguments: Any, readers: SlowReaders, **options: Any) -> None:

@@ -56,7 +56,7 @@ async def create_trace(service: Service, http_request: Request, sees_all: bool) 
         raise ApiError(
             400, f"seconds must be above 0 and at most {MAX_SECONDS:g}, got {text!r}", param="seconds"
         )
-    service.check_ready()
+    service.check_alive()
     owner = None if sees_all else client_of(http_request).owner
     traces = await service.engine.traces(seconds)
     # In a thread: there may be many rows.

@@ -24,7 +24,7 @@ ToolFormatName = Literal[
 ]  # fmt: skip
 ReasoningFormatName = Literal["auto", "none", "think", "mistral", "gemma4", "harmony"]
 
-MAX_STEP_STRETCH = 4.0
+MAX_STEP_SLOWDOWN = 4.0
 """How many times as long as without its prompts a step takes at most: three quarters of it are the prompts' then."""
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -270,7 +270,7 @@ class SchedulerConfig:
         long_prefill_token_threshold: Most prompt tokens of one sequence in a step that others share.
         max_model_len: Longest sequence in tokens, prompt and output.
         max_step_ms: As in `EngineConfig`.
-        max_step_stretch: How many times as long as without its prompts a step may take where no time is given; None:
+        max_step_slowdown: How many times as long as without its prompts a step may take where no time is given; None:
             any, as tokens would depend on the time that steps take.
         num_stages: Steps that may be in flight at a time, of different sequences: one for each pipeline stage.
     """
@@ -280,7 +280,7 @@ class SchedulerConfig:
     long_prefill_token_threshold: int
     max_model_len: int
     max_step_ms: float | None = None
-    max_step_stretch: float | None = MAX_STEP_STRETCH
+    max_step_slowdown: float | None = MAX_STEP_SLOWDOWN
     num_stages: int = 1
 
     @classmethod
@@ -301,6 +301,6 @@ class SchedulerConfig:
             long_prefill_token_threshold=config.long_prefill_token_threshold or max(1, num_tokens // 4),
             max_model_len=max_model_len,
             max_step_ms=config.max_step_ms,
-            max_step_stretch=MAX_STEP_STRETCH if is_chunk_invariant else None,
+            max_step_slowdown=MAX_STEP_SLOWDOWN if is_chunk_invariant else None,
             num_stages=config.pipeline_parallel_size,
         )

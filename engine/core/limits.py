@@ -38,7 +38,7 @@ MAX_RENDERING_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One of them, for people.
+    """A limit in words, as docs/limits.md shows it.
 
     Attributes:
         field: Of a request, or a part of one.

@@ -51,7 +51,7 @@ from engine.core.request import (
 )
 from engine.core.stats import EngineStats, Load
 from engine.core.step_costs import StepCostModel, StepSize
-from engine.core.step_trace import Obstacle, StepTrace
+from engine.core.step_trace import StepTrace, WaitReason
 from engine.core.waiting import WaitingQueue
 
 WATERMARK = 0.01
@@ -63,7 +63,7 @@ MAX_HASHED_TOKENS = 2**14
 MIN_PROMPT_TOKENS = 32
 """Prompts get on by so many tokens in each step, whatever it takes."""
 
-SEATS_KEPT = 0.999
+SLOT_TIME_KEPT = 0.999
 """What is left after each step of how long sequences have been seen to run."""
 
 MASK_SECONDS, LONELY_MASK_SECONDS = 0.005, 0.1
@@ -121,7 +121,7 @@ class Scheduler:
         self.trace = StepTrace()
         self.costs = StepCostModel()
         # Time that sequences ran, and how many of them have ended.
-        self._seat_seconds, self._num_ends = 0.0, 0.0
+        self._slot_seconds, self._num_ends = 0.0, 0.0
         # Whether the cache had no room for another.
         self._is_full = False
         self._shares = FairShare()
@@ -165,8 +165,8 @@ class Scheduler:
             num_step_tokens=max(1, num_tokens),
             num_prompt_step_tokens=max(1, min(num_tokens, self.config.long_prefill_token_threshold)),
             num_prefilled_tokens=sum(s.num_computed_tokens for s in prefilling),
-            num_seats=max(1, len(self.running)) if self._is_full else self.config.max_num_seqs,
-            seat_seconds=self._seat_seconds / (self._num_ends + 1.0),
+            num_slots=max(1, len(self.running)) if self._is_full else self.config.max_num_seqs,
+            slot_seconds=self._slot_seconds / (self._num_ends + 1.0),
         )
 
     def add(self, request: Request) -> None:
@@ -226,7 +226,7 @@ class Scheduler:
         budget = self._go_on(plan, prefilling, budget, max_rows)
         for sequence, num_tokens in plan.items():
             self._charge(sequence, num_tokens)
-        obstacle: Obstacle = "preemption"
+        obstacle: WaitReason = "preemption"
         self._is_full = num_preemptions != self.num_preemptions
         if not self._is_full:
             obstacle = self._admit(plan, budget, max_rows)
@@ -263,7 +263,7 @@ class Scheduler:
             start: How many tokens of the first prompt are computed.
         """
         costs = self.costs.costs
-        alone, stretch = costs.seconds(decodes), self.config.max_step_stretch
+        alone, stretch = costs.seconds(decodes), self.config.max_step_slowdown
         if self.config.max_step_ms is not None:
             seconds = self.config.max_step_ms / 1000
         elif stretch is not None:
@@ -318,8 +318,8 @@ class Scheduler:
         rows = self._in_flight.popleft()
         if seconds is not None:
             self.costs.observe(_size(rows), seconds)
-            self._seat_seconds = SEATS_KEPT * self._seat_seconds + seconds * len(self.running)
-            self._num_ends *= SEATS_KEPT
+            self._slot_seconds = SLOT_TIME_KEPT * self._slot_seconds + seconds * len(self.running)
+            self._num_ends *= SLOT_TIME_KEPT
         for row, result in zip(rows, results, strict=True):
             sequence = row.sequence
             if sequence.status is SequenceStatus.FINISHED:
@@ -386,7 +386,7 @@ class Scheduler:
         self.trace.note(sequence, "preempted")
         self.num_preemptions += 1
 
-    def _admit(self, plan: dict[Sequence, int], budget: int, max_rows: int) -> Obstacle:
+    def _admit(self, plan: dict[Sequence, int], budget: int, max_rows: int) -> WaitReason:
         """Starts waiting sequences in order, as long as the budget lasts and their whole prompts have room. Returns
         what keeps the next one.
 

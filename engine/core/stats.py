@@ -51,8 +51,8 @@ class Load:
         num_step_tokens: Most tokens of prompts in a step beside these.
         num_prompt_step_tokens: Most of one prompt.
         num_prefilled_tokens: Tokens computed or found of prompts that are not through.
-        num_seats: Sequences that can run at a time.
-        seat_seconds: Mean time that a sequence runs; 0 as long as nothing is known.
+        num_slots: Sequences that can run at a time.
+        slot_seconds: Mean time that a sequence runs; 0 as long as nothing is known.
     """
 
     step_costs: StepCosts = StepCosts()
@@ -60,8 +60,8 @@ class Load:
     num_step_tokens: int = 1
     num_prompt_step_tokens: int = 1
     num_prefilled_tokens: int = 0
-    num_seats: int = 1
-    seat_seconds: float = 0.0
+    num_slots: int = 1
+    slot_seconds: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)

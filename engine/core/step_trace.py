@@ -17,12 +17,12 @@ from engine.core.request import Sequence
 
 MAX_BYTES = 4 * 2**20
 
-Obstacle = Literal["", "blocks", "budget", "places", "hashing", "preemption"]
+WaitReason = Literal["", "blocks", "budget", "places", "hashing", "preemption"]
 """What keeps the first of those that wait from running: nothing; its blocks are not free; the step's tokens, or the
 places in the batch, are taken; other prompts' blocks had to be hashed; somebody was preempted in this step.
 """
 
-Moment = Literal["prefix", "leader", "pending", "preempted", "ended"]
+SequenceEvent = Literal["prefix", "leader", "pending", "preempted", "ended"]
 """What happens to one sequence: it waits for a prefix that another computes, for the prompt of its request's first
 sample, for a token that is in flight; it is preempted; it has ended.
 """
@@ -42,18 +42,18 @@ class TracedStep:
     planned: int
     done: int
     rows: bytes
-    obstacle: Obstacle
+    obstacle: WaitReason
     head: int
     priority: int
 
 
 @dataclass(slots=True)
-class TracedMoment:
+class TracedEvent:
     """What happened to a sequence."""
 
     at: int
     number: int
-    what: Moment
+    what: SequenceEvent
 
 
 @dataclass(slots=True)
@@ -82,15 +82,15 @@ class Trace:
 
     now: int
     steps: list[TracedStep] = field(default_factory=list)
-    moments: list[TracedMoment] = field(default_factory=list)
+    moments: list[TracedEvent] = field(default_factory=list)
     sequences: list[TracedSequence] = field(default_factory=list)
 
 
-Entry = TracedStep | TracedMoment | TracedSequence
+Entry = TracedStep | TracedEvent | TracedSequence
 
 
 class StepTrace:
-    """The ring.
+    """What the last steps were and what sequences waited for, in a ring of bounded size.
 
     Attributes:
         num_bytes: About what its entries take; sequences that live come to it.
@@ -99,7 +99,7 @@ class StepTrace:
     def __init__(self, max_bytes: int = MAX_BYTES, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self.num_bytes = 0
         self._max_bytes, self._clock = max_bytes, clock
-        # With its size, and when it was whole.
+        # Each with its size and the time when it was whole.
         self._entries: deque[tuple[int, int, Entry]] = deque()
         self._live: dict[int, TracedSequence] = {}
         self._in_flight: deque[TracedStep] = deque()
@@ -118,24 +118,24 @@ class StepTrace:
             at,
         )
 
-    def note(self, sequence: Sequence, what: Moment) -> None:
+    def note(self, sequence: Sequence, what: SequenceEvent) -> None:
         """Notes what happens to a sequence."""
         at = self._clock()
         if what != "ended":
-            self._append(at, 150, TracedMoment(at, sequence.arrival, what))
+            self._append(at, 150, TracedEvent(at, sequence.arrival, what))
             return
         traced = self._live.pop(sequence.arrival, None)
         if traced is not None:
             traced.ended = at
             self._append(at, 300 + len(traced.request_id) + len(traced.owner), traced)
 
-    def plan(self, rows: Mapping[Sequence, int], obstacle: Obstacle, head: Sequence | None) -> None:
+    def plan(self, rows: Mapping[Sequence, int], obstacle: WaitReason, head: Sequence | None) -> None:
         """Notes a step that is about to run."""
         numbers = array("q")
         for sequence, num_tokens in rows.items():
             numbers.append(sequence.arrival)
             numbers.append(num_tokens)
-        why: tuple[Obstacle, int, int] = ("", -1, 0)
+        why: tuple[WaitReason, int, int] = ("", -1, 0)
         if head is not None:
             why = obstacle, head.arrival, head.priority
         step = TracedStep(self._clock(), 0, numbers.tobytes(), *why)
@@ -161,7 +161,7 @@ class StepTrace:
             match entry:
                 case TracedStep():
                     trace.steps.append(entry)
-                case TracedMoment():
+                case TracedEvent():
                     trace.moments.append(entry)
                 case TracedSequence():
                     trace.sequences.append(entry)

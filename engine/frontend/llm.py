@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from tqdm import tqdm
@@ -64,12 +65,12 @@ class LLM:
         with caching_in(self.config.cache_dir):
             path = resolve_model(self.config.model)
             self.tokenizer = load_tokenizer(path, may_stand_in=self.config.load_format == "dummy")
-        core = start_engine(self.config, path, self.tokenizer.eos_token_ids)
+        core = _start(self.config, path, self.tokenizer.eos_token_ids)
         # The next engine's options: nothing here keeps the first one.
         pinned, ends = core.info.pinned(self.config), self.tokenizer.eos_token_ids
         self._steps = StepThread(
             core,
-            lambda: start_engine(pinned, path, ends),
+            lambda: _start(pinned, path, ends),
             RestartLimit(self.config.max_restarts, self.config.restart_window),
         )
         print(core.info.memory_plan, file=sys.stderr)
@@ -374,6 +375,13 @@ class LLM:
                 progress.update(call.num_finished - progress.n)
 
             self._steps.run(call, show)
+
+
+def _start(config: EngineConfig, path: Path, eos_token_ids: Collection[int]) -> EngineCore[Any]:
+    core = start_engine(config, path, eos_token_ids)
+    # Nobody waits for the next token here: prompts get on as fast as they can.
+    core.scheduler.config = replace(core.scheduler.config, max_step_slowdown=None)
+    return core
 
 
 def _one_of(params: ParamsOfPrompts, sampling_params: ParamsOfPrompts) -> ParamsOfPrompts:

@@ -31,8 +31,8 @@ LOAD = Load(
     step_costs=StepCosts(prompt_token=0.5),
     num_step_tokens=10,
     num_prompt_step_tokens=10,
-    num_seats=1,
-    seat_seconds=30.0,
+    num_slots=1,
+    slot_seconds=30.0,
 )
 
 
@@ -45,7 +45,7 @@ async def script(prompt: list[int], params: SamplingParams) -> AsyncGenerator[Co
 
 @asynccontextmanager
 async def full(limits: QueueLimits) -> AsyncIterator[tuple[httpx.AsyncClient, list[asyncio.Task[Any]]]]:
-    """A server with one seat, which is taken, and one request of ten tokens that waits."""
+    """A server with one slot, which is taken, and one request of ten tokens that waits."""
     engine = ScriptedEngine(script)
     engine.stats = EngineStats(load=LOAD)
     async with serving(engine, limits) as client:
@@ -81,7 +81,7 @@ async def test_a_full_queue_is_429_at_once(path: str, body: dict[str, Any], stre
     ("limits", "fitting", "refused", "words"),
     [
         (QueueLimits(max_queued_tokens=12), 2, 3, "--max-queued-tokens is 12"),
-        # 60 s for seats and half of one for each token, with a margin of a half.
+        # 60 s for slots and half of one for each token, with a margin of a half.
         (QueueLimits(slo_ttft_ms=92_000), 2, 10, "predicted after 97.5 s, and --slo-ttft-ms is 92000"),
     ],
 )

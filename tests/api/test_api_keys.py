@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from api.app import create_app
 from api.errors import ApiError
-from api.keys import Allowance, ApiKey, Client, KeyRing, read_keys
+from api.keys import ApiKey, Client, KeyRing, TokenBucket, read_keys
 from engine.core.outputs import CompletionOutput
 from engine.errors import ConfigError
 from tests.api.test_openapi import BODIES
@@ -140,7 +140,7 @@ def test_tokens_a_minute(stream: bool) -> None:
 
 def test_an_allowance_comes_back_evenly() -> None:
     now = 100.0
-    allowance = Allowance(30, lambda: now)
+    allowance = TokenBucket(30, lambda: now)
     allowance.take(30)
     assert allowance.seconds_to_one() == pytest.approx(2.0)
     now += 1.5

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.chaos import ATTACKS, Attack, ControlStream, Target, carry_out
+from benchmarks.attacks import ATTACKS, Attack, ControlStream, Target, carry_out
 from tests.api.conftest import API_KEY, start_server
 
 pytestmark = pytest.mark.process

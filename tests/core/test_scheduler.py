@@ -131,7 +131,7 @@ def test_prompts_beside_streams_take_a_bounded_time(max_step_ms: float | None, n
     scheduler.add(make_request("second", prompt_of(600, 1000)))
     assert sizes(step(scheduler)[0]) == [1, num_tokens]
     if max_step_ms is None:
-        scheduler.config = replace(scheduler.config, max_step_stretch=None)
+        scheduler.config = replace(scheduler.config, max_step_slowdown=None)
         assert sizes(step(scheduler)[0]) == [1, 600 - num_tokens]
 
 

@@ -14,7 +14,7 @@ import uvicorn
 from api.admission import Admission, QueueLimits
 from api.app import create_app
 from api.server import SEND_SECONDS, Server
-from api.slow_readers import ReadProtocol, SlowReaders
+from api.slow_readers import SlowReaderProtocol, SlowReaders
 from engine.config import EngineConfig
 from engine.core.outputs import (
     CompletionOutput,
@@ -145,7 +145,7 @@ async def serving(
     admission = Admission(lambda: engine.stats, limits)
     app = create_app(cast(Any, engine), served_model_names=["scripted"], admission=admission, **application)
     readers = SlowReaders(send_seconds, app.state.metrics.count_slow_reader)
-    http = cast(Any, partial(ReadProtocol, readers=readers))
+    http = cast(Any, partial(SlowReaderProtocol, readers=readers))
     server = Server(uvicorn.Config(app, http=http, port=0, lifespan="off", log_config=None))
     task = asyncio.create_task(server.serve())
     while not server.started:

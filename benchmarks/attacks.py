@@ -424,7 +424,7 @@ async def _main(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks", description=__doc__)
     parser.add_argument("--only", default="", help="attacks whose names hold this")
     parser.add_argument("--option", nargs="*", default=[], help="further options of engine.serve")
     try:
