@@ -57,6 +57,7 @@ class Place:
     """A prompt that was taken in.
 
     Attributes:
+        num_samples: Those that are not through.
         predicted: Seconds to its first token, without the margin.
         entered: When it came.
     """
@@ -147,7 +148,7 @@ class Admission:
         num_waiting, most = max(0, num_open - load.num_slots), limits.max_queued_requests
         if most is not None and num_open + num_new - load.num_slots > most:
             raise _refusal(
-                f"{num_waiting} requests wait, and --max-queued-requests is {most}",
+                f"{num_waiting} requests wait, this adds {num_new}, and --max-queued-requests is {most}",
                 "queue_full",
                 self.predict(1),
             )
@@ -204,6 +205,11 @@ class Admission:
             is_beyond = self._clock() - place.entered > self.margin * place.predicted
             self.margin += MARGIN_STEP * (is_beyond - SHARE_BEYOND)
             self.margin = min(max(self.margin, LEAST_MARGIN), MOST_MARGIN)
+
+    def end_samples(self, place: Place, num_samples: int) -> None:
+        """Notes that samples of a prompt that has begun are through, whose siblings may run on."""
+        self._num_running -= num_samples
+        place.num_samples -= num_samples
 
     def leave(self, place: Place) -> None:
         """Counts a prompt out that has ended; may be called twice."""

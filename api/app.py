@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,9 +265,11 @@ def _add_operations(app: FastAPI, service: Service, keys: KeyRing) -> None:
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    turn = asyncio.Lock()
+
     @app.get("/debug/trace", **described(TRACE))
     async def trace(request: Request) -> Response:
-        return await create_trace(service, request, sees_all=not keys.has_several)
+        return await create_trace(service, request, turn, sees_all=not keys.has_several)
 
 
 def _add_documentation(app: FastAPI, open_paths: Sequence[str], has_key: bool) -> None:

@@ -28,11 +28,12 @@ LONG_BODY_BYTES = 64 * 2**10
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Body:
     """A body that has come.
 
     Attributes:
+        data: Its bytes; none once the request has been read, which may run for long.
         turn: Long bodies wait for it; None: this one is short.
     """
 
@@ -94,7 +95,13 @@ class Bodies:
                     self._take(len(data) + len(part) - taken)
                     taken = len(data) + len(part)
                 data += part
-            yield Body(data, self._turn if len(data) > LONG_BODY_BYTES else None)
+            body = Body(data, self._turn if len(data) > LONG_BODY_BYTES else None)
+            del data
+            try:
+                yield body
+            finally:
+                # Not cleared: a thread may still read it.
+                body.data = bytearray()
         except ClientDisconnect:
             raise ClientDisconnected from None
         finally:

@@ -135,7 +135,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._is_in_head = True
-        self._overhead = 0
+        self._overhead = self._behind_head = 0
         self._stop_waiting()
         super().on_message_complete()
 

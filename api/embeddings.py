@@ -93,17 +93,17 @@ async def _embed(service: Service, job: EmbeddingJob, request_id: str) -> list[l
         ApiError: 500, a prompt failed inside the engine; 429, too much waits already; 503, it has waited too long.
     """
     check_queue(service, job.prompts, 1)
+    places = [service.admission.enter(len(prompt), 1) for prompt in job.prompts]
 
     async def one(index: int, prompt: list[int]) -> list[float]:
-        place = service.admission.enter(len(prompt), 1)
         try:
-            job.client.charge(len(prompt))
             embedding = service.engine.embed(
-                prompt, job.params, f"{request_id}-{index}", job.priority, owner=job.client.owner
+                prompt, job.params, f"{request_id}-{index}", job.priority, owner=job.client.share
             )
             output = await service.metrics.observe_embedding(embedding, len(prompt))
+            job.client.charge(len(prompt))
         finally:
-            service.admission.leave(place)
+            service.admission.leave(places[index])
         if output.error is not None:
             raise ApiError(500, output.error, code="generation_failed")
         return output.outputs.embedding
@@ -118,3 +118,6 @@ async def _embed(service: Service, job: EmbeddingJob, request_id: str) -> list[l
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # One that was cancelled before it began has not left.
+        for place in places:
+            service.admission.leave(place)

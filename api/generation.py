@@ -140,22 +140,31 @@ def generate(service: Service, generation: Generation) -> PromptOutputs:
     return _outputs(service, generation, 0)
 
 
-async def _outputs(service: Service, generation: Generation, index: int) -> PromptOutputs:
-    """As `generate`, of one prompt."""
+def _enter(service: Service, generation: Generation) -> list[Place]:
+    """Counts the prompts in, if there is room: before anybody else is asked, so that the bound holds.
+
+    Raises:
+        ApiError: 429, too much waits already.
+    """
+    check_room(service, generation)
+    return [service.admission.enter(len(prompt), generation.num_samples) for prompt in generation.prompts]
+
+
+async def _outputs(
+    service: Service, generation: Generation, index: int, place: Place | None = None
+) -> PromptOutputs:
+    """As `generate`, of one prompt; without a place, of the only one."""
     prompt, params = generation.prompts[index], generation.params[index]
-    admission = service.admission
-    if len(generation.prompts) == 1:
-        check_room(service, generation)
-    place = admission.enter(len(prompt), generation.num_samples)
-    service.metrics.observe_prediction(admission.margin * place.predicted)
-    generation.client.charge(len(prompt))
+    admission, client, is_taken = service.admission, generation.client, False
+    if place is None:
+        (place,) = _enter(service, generation)
     stream = service.engine.generate(
         prompt,
         params,
         f"{generation.key}-{index}",
         generation.priority,
         cache_salt=generation.cache_salt,
-        owner=generation.client.owner,
+        owner=client.share,
     )
     try:
         with service.metrics.observing(generation.arrival, len(prompt), params.n) as observe:
@@ -164,9 +173,16 @@ async def _outputs(service: Service, generation: Generation, index: int) -> Prom
                     observe(output)
                     if output.error is not None:
                         raise ApiError(500, output.error, code="generation_failed")
-                    generation.client.charge(sum(len(sample.token_ids) for sample in output.outputs))
+                    if not is_taken:
+                        is_taken = True
+                        client.charge(len(prompt))
+                        service.metrics.observe_prediction(admission.margin * place.predicted)
                     if output.outputs:
+                        client.charge(sum(len(sample.token_ids) for sample in output.outputs))
                         admission.begin(place)
+                        num_ended = sum(sample.finish_reason is not None for sample in output.outputs)
+                        if num_ended:
+                            admission.end_samples(place, num_ended)
                     if output.finished:
                         admission.leave(place)
                     yield index, output
@@ -214,8 +230,8 @@ async def note_prompt_logprobs(outputs: PromptOutputs, noted: dict[int, PromptLo
 
 async def _merge(service: Service, generation: Generation) -> PromptOutputs:
     """As `generate`, of several prompts; None in the queue is the end of one."""
-    check_room(service, generation)
-    streams = [_outputs(service, generation, index) for index in range(len(generation.prompts))]
+    places = _enter(service, generation)
+    streams = [_outputs(service, generation, index, place) for index, place in enumerate(places)]
     queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(len(streams))
 
     async def pump(stream: PromptOutputs) -> None:
@@ -242,6 +258,9 @@ async def _merge(service: Service, generation: Generation) -> PromptOutputs:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # A task that was cancelled before it began has left nothing.
+        for place in places:
+            service.admission.leave(place)
 
 
 async def collect(

@@ -62,7 +62,7 @@ def read_keys(path: str) -> list[ApiKey]:
         ConfigError: It cannot be read, or says what no key may have.
     """
     try:
-        keys = msgspec.convert(tomllib.loads(Path(path).read_text()), _KeyFile).keys
+        keys = msgspec.convert(tomllib.loads(Path(path).read_text(encoding="utf-8")), _KeyFile).keys
     except OSError as error:
         raise ConfigError(f"api_keys: {path} cannot be read: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
@@ -109,12 +109,19 @@ class Client:
     Args:
         owner: The key's name, or what else stands for the key: clients with the same see the same stored responses.
         key: What they may ask for; None: everything.
+        share: Whose share of the engine their requests take; None: the owner's.
     """
 
     def __init__(
-        self, owner: str, key: ApiKey | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        owner: str,
+        key: ApiKey | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        share: str | None = None,
     ) -> None:
         self.owner = owner
+        self.share = owner if share is None else share
         self._key = key
         self._num_open = 0
         self._requests = self._tokens = None
@@ -216,7 +223,8 @@ class KeyRing:
         given.append(headers.get("x-api-key", ""))
         digests = [hashlib.sha256(key.encode("latin-1")).hexdigest() for key in given if key]
         if self.is_open:
-            return Client(digests[0] if digests else "")
+            # Anybody could make up keys, and with each of them a share of the engine.
+            return Client(digests[0] if digests else "", share="")
         return next((self._clients[digest] for digest in digests if digest in self._clients), None)
 
 

@@ -35,7 +35,7 @@ class SlowReaderProtocol(HttpProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._look()
+        self._begin_looking()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -43,12 +43,16 @@ class SlowReaderProtocol(HttpProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._looking is None:
-            self._look()
+        self._begin_looking()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop_looking()
+
+    def _begin_looking(self) -> None:
+        # What was unread before is no measure: more has been written since.
+        self._stop_looking()
+        self._look()
 
     def _look(self) -> None:
         """Hangs up on a client that has read nothing since the last look."""

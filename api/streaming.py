@@ -93,44 +93,34 @@ async def event_stream(
     return EventStream(first, events, headers, ends)
 
 
-async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(events)
+async def _next(items: AsyncGenerator[Result, None]) -> Result:
+    return await anext(items)
 
 
 async def with_beats(
     items: AsyncGenerator[Result, None], seconds: float
 ) -> AsyncGenerator[Result | None, None]:
     """The items as they come, and None every so many seconds: a stream that waits for one says that it lives."""
-    queue: asyncio.Queue[tuple[Result | None, Exception | None, bool]] = asyncio.Queue()
-
-    async def pump() -> None:
-        error = None
-        try:
-            async with aclosing(items):
-                async for item in items:
-                    queue.put_nowait((item, None, False))
-        except Exception as raised:
-            error = raised
-        queue.put_nowait((None, error, True))
-
-    async def beat() -> None:
-        while True:
-            await asyncio.sleep(seconds)
-            queue.put_nowait((None, None, False))
-
-    tasks = [asyncio.create_task(pump()), asyncio.create_task(beat())]
+    coming: asyncio.Task[Result] | None = None
     try:
         while True:
-            item, error, is_last = await queue.get()
-            if error is not None:
-                raise error
-            if is_last:
+            if coming is None:
+                coming = asyncio.create_task(_next(items))
+            await asyncio.wait({coming}, timeout=seconds)
+            if not coming.done():
+                yield None
+                continue
+            done, coming = coming, None
+            try:
+                item = done.result()
+            except StopAsyncIteration:
                 return
             yield item
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if coming is not None:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+        await items.aclose()
 
 
 class EventStream(Response):

@@ -16,12 +16,15 @@ from typing import Any
 import msgspec
 from fastapi import Request, Response
 
-from api.errors import ApiError
+from api.errors import ApiError, retry_later
 from api.keys import client_of
 from api.service import Service
 from engine.core.step_trace import Trace, TracedSequence
 
 MAX_SECONDS = 600.0
+
+MAX_PRIORITIES, LARGEST = 16, 2**63
+"""How many priorities are told apart, and what stands for the others."""
 
 REASONS = {
     "blocks": "no blocks are free",
@@ -41,10 +44,13 @@ PRIORITY = "smaller priorities go first"
 Event = dict[str, Any]
 
 
-async def create_trace(service: Service, http_request: Request, sees_all: bool) -> Response:
+async def create_trace(
+    service: Service, http_request: Request, turn: asyncio.Lock, sees_all: bool
+) -> Response:
     """Answers with the trace of the last seconds.
 
     Args:
+        turn: One trace is made at a time: it takes a second of a core.
         sees_all: Whether the ids of all requests are shown; else those of the key's own.
     """
     text = http_request.query_params.get("seconds", "30")
@@ -57,10 +63,13 @@ async def create_trace(service: Service, http_request: Request, sees_all: bool) 
             400, f"seconds must be above 0 and at most {MAX_SECONDS:g}, got {text!r}", param="seconds"
         )
     service.check_alive()
-    owner = None if sees_all else client_of(http_request).owner
-    traces = await service.engine.traces(seconds)
-    # In a thread: there may be many rows.
-    body = await asyncio.to_thread(_encode, traces, owner)
+    owner = None if sees_all else client_of(http_request).share
+    if turn.locked():
+        raise retry_later(503, "another trace is being made", "overloaded", 2)
+    async with turn:
+        traces = await service.engine.traces(seconds)
+        # In a thread: there may be many rows.
+        body = await asyncio.to_thread(_encode, traces, owner)
     return Response(body, media_type="application/json")
 
 
@@ -105,8 +114,12 @@ class _Waits:
     def __init__(self, trace: Trace) -> None:
         # When steps were planned that did not admit who was next, by why and by the priority of that.
         self._times: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+        # Clients choose priorities: those of few steps are not told apart.
+        often = Counter(step.priority for step in trace.steps).most_common(MAX_PRIORITIES)
+        kept = {priority for priority, _ in often}
         for step in trace.steps:
-            self._times[step.obstacle, step.priority].append(step.planned)
+            priority = step.priority if step.priority in kept else LARGEST
+            self._times[step.obstacle, priority].append(step.planned)
         self._moments: defaultdict[int, list[tuple[int, str]]] = defaultdict(list)
         for moment in trace.moments:
             self._moments[moment.number].append((moment.at, moment.what))

@@ -44,7 +44,7 @@ def main(address: str, beats: str) -> None:
         # What to be, and which tokens end a sequence: it is always the same, and none does.
         for _ in range(2):
             to_engine_decoder.decode(socket.recv())
-        socket.send(encode(Ready(INFO)))
+        socket.send(encode(Ready(INFO, EngineStats())))
         requests: dict[str, tuple[Request, int]] = {}
         while True:
             while socket.poll(0 if requests else None):

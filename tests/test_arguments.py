@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from engine import LLM, serve
+from engine import LLM, logs, serve
 from engine.arguments import read_words
 from engine.config import EngineConfig, option_types
 from engine.errors import ConfigError
@@ -66,6 +66,7 @@ def test_an_option_is_on_the_command_line_what_it_is_in_python(
 ) -> None:
     configs: list[EngineConfig] = []
     monkeypatch.setattr(serve, "_serve", lambda config, *_: configs.append(config))
+    monkeypatch.setattr(logs, "configure", lambda *_: None)
     needs = NEEDS.get(name, {})
     words = [word for item in {**needs, name: value}.items() for word in flags(*item)]
     assert serve.main(words) == 0

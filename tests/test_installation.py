@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import serve
+from engine import logs, serve
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executor.ranks.ranks import _launcher
@@ -187,6 +187,7 @@ def test_what_is_missing_is_named_with_the_command(
     for module in ("uvloop", "matplotlib", "ray"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "engine.executor.ranks.ray_ranks", raising=False)
+    monkeypatch.setattr(logs, "configure", lambda *_: None)
     assert serve.main([]) == 1
     assert capsys.readouterr().err == f"ConfigError: uvloop is not installed: {install_command('serve')}\n"
     with pytest.raises(ConfigError) as refused:

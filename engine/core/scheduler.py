@@ -164,7 +164,8 @@ class Scheduler:
             decode_seconds=self.costs.costs.seconds(size),
             num_step_tokens=max(1, num_tokens),
             num_prompt_step_tokens=max(1, min(num_tokens, self.config.long_prefill_token_threshold)),
-            num_prefilled_tokens=sum(s.num_computed_tokens for s in prefilling),
+            # Those with output are computed again, and nobody counts their prompts as waiting.
+            num_prefilled_tokens=sum(s.num_computed_tokens for s in prefilling if not s.num_output_tokens),
             num_slots=max(1, len(self.running)) if self._is_full else self.config.max_num_seqs,
             slot_seconds=self._slot_seconds / (self._num_ends + 1.0),
         )

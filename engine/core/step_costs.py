@@ -15,6 +15,9 @@ KEPT = 0.99
 MAX_SURPRISE = 4.0
 """A step that took more than so many times what was expected counts less: one that was held up says little."""
 
+MOST_TOKENS = 2**31
+"""Where nothing is known that would bound them."""
+
 SWEEPS = 4
 """Passes over the prices after each step: the last prices are near the next."""
 
@@ -61,10 +64,9 @@ class StepCosts:
     def num_prompt_tokens(self, seconds: float, start: int) -> int:
         """How many tokens of a prompt fit a time, of one whose first `start` tokens are computed."""
         price = self.prompt_token + self.read * start
-        if self.read > 0.0:
-            # A chunk of n tokens reads start · n + n² / 2 keys.
-            return int(((price**2 + 2 * self.read * seconds) ** 0.5 - price) / self.read)
-        return int(seconds / price) if price > 0.0 else 2**31
+        # A chunk of n tokens reads start · n + n² / 2 keys; the root is written so that nothing cancels.
+        divisor = price + (price**2 + 2 * self.read * seconds) ** 0.5
+        return int(min(2 * seconds / divisor, MOST_TOKENS)) if divisor > 0.0 else MOST_TOKENS
 
 
 class StepCostModel:

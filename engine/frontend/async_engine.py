@@ -204,6 +204,7 @@ class AsyncEngine:
                 await self._send(EndTokens(list(self.tokenizer.eos_token_ids)))
             message = await self._receive()
             if isinstance(message, Ready):
+                self.stats = message.stats
                 # Both sockets have their other ends then.
                 await self._heard.wait()
                 if self.error is not None:
@@ -292,7 +293,7 @@ class AsyncEngine:
             owner=owner,
         )
         processor = OutputProcessor(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
-        inbox = self._open_inbox(request_id)
+        inbox = self._open_inbox(request_id, params.n)
         finished = False
         try:
             await self._send(Add(request))
@@ -333,7 +334,7 @@ class AsyncEngine:
         self._check_ready()
         validate_embedding(prompt, params, self.max_model_len, self.vocab_size, self.hidden_size, "input")
         request = embedding_request(request_id, prompt, params, priority, owner)
-        inbox = self._open_inbox(request_id)
+        inbox = self._open_inbox(request_id, 1)
         is_finished = False
         try:
             await self._send(Add(request))
@@ -354,7 +355,11 @@ class AsyncEngine:
         self._check_ready()
         future: asyncio.Future[Trace] = asyncio.get_running_loop().create_future()
         self._tracing.append(future)
-        await self._send(GetTrace(seconds))
+        try:
+            await self._send(GetTrace(seconds))
+        except BaseException:
+            self._tracing.remove(future)
+            raise
         return [await future]
 
     async def _encoded(self, prompt: str | list[int]) -> list[int]:
@@ -367,9 +372,9 @@ class AsyncEngine:
             return ()
         return await asyncio.to_thread(self.tokenizer.encode_bad_words, params.bad_words)
 
-    def _open_inbox(self, request_id: str) -> Inbox[EngineOutput]:
+    def _open_inbox(self, request_id: str, num_samples: int) -> Inbox[EngineOutput]:
         assert request_id not in self._inboxes, f"request id {request_id!r} is in use"
-        inbox = self._inboxes[request_id] = Inbox()
+        inbox = self._inboxes[request_id] = Inbox(MAX_UNREAD_OUTPUTS * num_samples)
         return inbox
 
     async def _prepare(self, structured: StructuredOutputs) -> None:
@@ -483,15 +488,15 @@ class AsyncEngine:
 
     async def _hand_on(self, output: EngineOutput) -> None:
         inbox = self._inboxes.get(output.request_id)
-        if inbox is None or len(inbox) > MAX_UNREAD_OUTPUTS:
+        if inbox is None or len(inbox) > inbox.most:
             return
-        if len(inbox) == MAX_UNREAD_OUTPUTS:
+        if len(inbox) == inbox.most:
             await self._abort(output.request_id)
             output = EngineOutput(
                 request_id=output.request_id,
                 index=output.index,
                 finish_reason="error",
-                error=f"the client has left {MAX_UNREAD_OUTPUTS} outputs unread",
+                error=f"the client has left {inbox.most} outputs unread",
             )
         inbox.put(output)
 

@@ -76,7 +76,7 @@ def main(address: str, beats: str, limits: Limits | None = None) -> int:
         gc.freeze()
         gc.enable()
         progress.watch(core, page)
-        socket.send(encode(Ready(core.info)))
+        socket.send(encode(Ready(core.info, core.stats)))
         try:
             _run(core, socket, progress)
         except EngineError as error:

@@ -9,9 +9,14 @@ Item = TypeVar("Item")
 
 
 class Inbox(Generic[Item]):
-    """Items in the order in which they came: an `asyncio.Queue` that costs less and hands out all at once."""
+    """Items in the order in which they came: an `asyncio.Queue` that costs less and hands out all at once.
 
-    def __init__(self) -> None:
+    Attributes:
+        most: How many there should be at a time, which is for who puts them there to see to.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
         self._items: list[Item] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None

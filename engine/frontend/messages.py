@@ -60,6 +60,7 @@ class Ready(msgspec.Struct, tag=True):
     """The engine takes requests."""
 
     info: EngineInfo
+    stats: EngineStats
 
 
 class StartFailed(msgspec.Struct, tag=True):

@@ -209,6 +209,9 @@ class RecordedCore:
         model = start_model(config, path)
         model.executor = self._recorder = RecordingExecutor(model.executor)
         self.core = EngineCore(config, model, eos_token_ids=())
+        # What is seen must not depend on what steps take.
+        scheduler = self.core.scheduler
+        scheduler.config = replace(scheduler.config, max_step_slowdown=None)
 
     @property
     def runner(self) -> ModelRunner:

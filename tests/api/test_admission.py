@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from api.admission import QueueLimits
+from api.admission import Admission, QueueLimits
+from api.errors import ApiError
+from api.slow_readers import SlowReaderProtocol
 from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats, Load
@@ -168,6 +172,78 @@ async def test_a_client_that_reads_slowly_is_served() -> None:
         assert engine.num_closed == 0
         writer.close()
         await engine.closed.wait()
+
+
+async def test_an_answer_that_is_read_is_delivered_after_one_that_was_read_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = {1: 140_000, 2: 600_000}
+
+    async def long(prompt: list[int], params: SamplingParams) -> AsyncGenerator[CompletionOutput, None]:
+        yield CompletionOutput(0, "x" * sizes[len(prompt)], [1], finish_reason="stop")
+
+    made = SlowReaderProtocol.connection_made
+
+    def connection_made(self: SlowReaderProtocol, transport: Any) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 40_000)
+        made(self, transport)
+
+    monkeypatch.setattr(SlowReaderProtocol, "connection_made", connection_made)
+    async with serving(ScriptedEngine(long)) as client:
+        with socket.socket() as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+            raw.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(raw, ("127.0.0.1", client.base_url.port))
+            reader, writer = await asyncio.open_connection(sock=raw, limit=2**10)
+            for number, size in sizes.items():
+                body = json.dumps({"prompt": [1] * number}).encode()
+                head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+                writer.write(head % len(body) + body)
+                # The first answer is whole, in buffers, before any of it is read.
+                await asyncio.sleep(0.3)
+                length = int(re.search(rb"content-length: (\d+)", await _head_of(reader))[1])  # type: ignore[index]
+                assert len(await reader.readexactly(length)) > size
+            writer.close()
+
+
+async def _head_of(reader: asyncio.StreamReader) -> bytes:
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += await reader.readexactly(1)
+    return head
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings"])
+async def test_prompts_of_one_request_count_together(path: str) -> None:
+    field = "input" if path == "/v1/embeddings" else "prompt"
+    engine = ScriptedEngine(script)
+    engine.stats = EngineStats(load=LOAD)
+    async with serving(engine, QueueLimits(max_queued_requests=2)) as client:
+        body = {field: [[1, 2], [1, 2, 3], [1, 2, 3, 4]]}
+        tasks = [asyncio.create_task(client.post(path, json=body)) for _ in range(10)]
+        await asyncio.wait(tasks, timeout=600, return_when=asyncio.FIRST_COMPLETED)
+        while sum(task.done() for task in tasks) < 9:
+            await asyncio.sleep(0.01)
+        assert {task.result().status_code for task in tasks if task.done()} == {429}
+        assert engine.num_opened == 3
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_samples_that_have_ended_make_room_for_others() -> None:
+    admission = Admission(lambda: EngineStats(load=LOAD), QueueLimits(max_queued_requests=1))
+    place = admission.enter(10, 4)
+    admission.begin(place)
+    with pytest.raises(ApiError, match="3 requests wait, this adds 1"):
+        admission.check_room([10], 1)
+    admission.end_samples(place, 3)
+    admission.check_room([10], 1)
+    admission.leave(place)
+    admission.leave(place)
+    other = admission.enter(10, 1)
+    admission.begin(other)
+    admission.check_room([10], 1)
 
 
 async def test_what_has_ended_makes_room() -> None:

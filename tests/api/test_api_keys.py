@@ -192,6 +192,8 @@ def test_without_keys_the_one_that_is_sent_stands_for_its_owner() -> None:
         client = keys.client(Headers(headers))
         assert client is not None
         assert client.owner == digest_of(key)
+        # A key that anybody can make up brings no share of the engine of its own.
+        assert client.share == ""
     nobody = keys.client(Headers({}))
     assert nobody is not None
     assert nobody.owner == ""

@@ -132,6 +132,15 @@ async def test_trailers_and_chunk_sizes_are_of_the_head() -> None:
         assert (await exchange(client, close, chunks)).startswith(b"HTTP/1.1 200 ")
 
 
+async def test_a_body_is_no_part_of_the_next_head() -> None:
+    body = BODY + b" " * (MAX_HEAD_BYTES + 10_000)
+    request = head("/v1/completions", f"Content-Length: {len(body)}") + body
+    last = head("/v1/completions", f"Content-Length: {len(BODY)}", "Connection: close") + BODY
+    async with serving(ScriptedEngine(script)) as client:
+        answers = await exchange(client, request + last[:20], last[20:])
+    assert answers.count(b"HTTP/1.1 200 ") == 2
+
+
 async def test_so_many_requests_wait_for_an_answer() -> None:
     async def endless(prompt: list[int], params: SamplingParams) -> AsyncGenerator[CompletionOutput, None]:
         await asyncio.Event().wait()
@@ -190,8 +199,11 @@ async def test_long_bodies_are_worked_on_one_at_a_time() -> None:
                 most = max(most, running)
                 running -= 1
 
+            assert len(received.data) == 100_000
             for _ in range(20):
                 await received.work(work)
+        # The request may run for long, and needs it no more.
+        assert not received.data
 
     await asyncio.gather(*(one() for _ in range(4)))
     assert most == 1

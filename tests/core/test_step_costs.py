@@ -62,5 +62,10 @@ def test_the_tokens_that_fit_a_time_take_it(start: int) -> None:
     assert seconds == pytest.approx(0.25, rel=0.01)
 
 
+def test_tiny_prices_are_no_trouble() -> None:
+    assert StepCosts(prompt_token=1e-3, read=1e-22).num_prompt_tokens(0.1, 0) == 100
+    assert StepCosts(prompt_token=5e-324).num_prompt_tokens(0.1, 0) > 2**30
+
+
 def test_before_the_first_step_there_is_no_limit() -> None:
     assert StepCosts().num_prompt_tokens(0.1, 0) > 2**30
