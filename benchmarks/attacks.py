@@ -423,12 +423,12 @@ async def _main(options: argparse.Namespace) -> int:
     return 0 if is_fine else 1
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks", description=__doc__)
     parser.add_argument("--only", default="", help="attacks whose names hold this")
     parser.add_argument("--option", nargs="*", default=[], help="further options of engine.serve")
     try:
-        return asyncio.run(_main(parser.parse_args()))
+        return asyncio.run(_main(parser.parse_args(arguments)))
     except ServerError as error:
         print(f"ServerError: {error}", file=sys.stderr)
         return 1

@@ -182,14 +182,14 @@ def test_a_copy_that_knows_nothing_names_both_ways(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_named_with_the_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for module in ("uvloop", "matplotlib", "ray"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "engine.executor.ranks.ray_ranks", raising=False)
     monkeypatch.setattr(logs, "configure", lambda *_: None)
     assert serve.main([]) == 1
-    assert capsys.readouterr().err == f"ConfigError: uvloop is not installed: {install_command('serve')}\n"
+    assert caplog.messages == [f"ConfigError: uvloop is not installed: {install_command('serve')}"]
     with pytest.raises(ConfigError) as refused:
         check_plotting()
     assert str(refused.value) == f"matplotlib is not installed: {install_command('quality')}"
