@@ -60,7 +60,7 @@ WATERMARK = 0.01
 MAX_HASHED_TOKENS = 2**14
 """Tokens of waiting prompts that one step hashes before it leaves the rest of them to the next: some milliseconds."""
 
-MIN_PROMPT_TOKENS = 32
+MIN_PROMPT_TOKENS = 16
 """Prompts get on by so many tokens in each step, whatever it takes."""
 
 SLOT_TIME_KEPT = 0.999
