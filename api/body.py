@@ -8,6 +8,7 @@ threads of Python take turns.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -35,10 +36,12 @@ class Body:
     Attributes:
         data: Its bytes; none once the request has been read, which may run for long.
         turn: Long bodies wait for it; None: this one is short.
+        arrival: When the request came, in seconds of `time.perf_counter`.
     """
 
     data: bytearray
     turn: asyncio.Semaphore | None
+    arrival: float
 
     async def read(self, read: Callable[[bytearray], Result]) -> Result:
         """What `read` makes of the bytes, in a thread."""
@@ -76,6 +79,7 @@ class Bodies:
             ApiError: 413, the body is too long; 415, it is compressed; 503, too many long ones are on their way.
             ClientDisconnected: The client hung up while it sent, or the time for it is over.
         """
+        arrival = time.perf_counter()
         encoding = request.headers.get("content-encoding", "identity")
         if encoding.strip().lower() not in ("identity", ""):
             raise ApiError(
@@ -95,7 +99,7 @@ class Bodies:
                     self._take(len(data) + len(part) - taken)
                     taken = len(data) + len(part)
                 data += part
-            body = Body(data, self._turn if len(data) > LONG_BODY_BYTES else None)
+            body = Body(data, self._turn if len(data) > LONG_BODY_BYTES else None, arrival)
             del data
             try:
                 yield body

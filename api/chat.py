@@ -11,7 +11,6 @@ from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
 
 from api.bodies import ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs, Usage
-from api.body import json_response
 from api.chat_answer import ChatAnswerWriter
 from api.errors import ApiError
 from api.generation import (
@@ -30,7 +29,7 @@ from api.protocol import ChatCompletionRequest, decode_request
 from api.request_fields import answer_id, read_cache_salt, read_timeout, truncated
 from api.sampling import requested_max_tokens, sampling_params
 from api.service import Service
-from api.streaming import event, event_stream, until_disconnect
+from api.streaming import event, event_stream, whole_answer
 from api.usage import chunk_usage, has_usage_chunk, timings_of, usage_of
 from engine.core.limits import MAX_LOGPROBS
 from engine.core.outputs import CompletionOutput
@@ -77,7 +76,7 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
     """Answers one request, whole or as events."""
     service.check_ready()
     async with service.bodies.receive(http_request) as body:
-        job = await body.read(lambda data: _read_job(service, client_of(http_request), data))
+        job = await body.read(lambda data: _read_job(service, client_of(http_request), body.arrival, data))
     outputs = generate(service, job.generation)
     if job.params.prompt_logprobs is not None:
         outputs = note_prompt_logprobs(outputs, job.prompt_logprobs)
@@ -85,11 +84,10 @@ async def create_chat_completion(service: Service, http_request: Request) -> Res
     with named_as_in_chat(job.request):
         if job.request.stream:
             return await event_stream(http_request.receive, _events(service, job, outputs), headers)
-        completion = await until_disconnect(http_request.receive, _whole(service, job, outputs))
-        return json_response(completion, headers)
+        return await whole_answer(http_request.receive, _whole(service, job, outputs), headers)
 
 
-def _read_job(service: Service, client: Client, body: bytearray) -> ChatJob:
+def _read_job(service: Service, client: Client, arrival: float, body: bytearray) -> ChatJob:
     request = decode_request(body, ChatCompletionRequest)
     model = service.check_model(request.model)
     params = _params(service, request)
@@ -101,6 +99,7 @@ def _read_job(service: Service, client: Client, body: bytearray) -> ChatJob:
             model,
             [truncated(request, turn.prompt_token_ids, service.engine.max_model_len, params.max_tokens)],
             [turn.params(params)],
+            arrival,
             client.priority(request.priority),
             read_cache_salt(request.cache_salt),
             timeout=read_timeout(request.timeout),

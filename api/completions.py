@@ -10,7 +10,6 @@ from fastapi import Request, Response
 from msgspec import UNSET, UnsetType, structs
 
 from api.bodies import Completion, CompletionChoice, Usage
-from api.body import json_response
 from api.errors import ApiError
 from api.generation import (
     Generation,
@@ -28,7 +27,7 @@ from api.protocol import CompletionRequest, decode_request
 from api.request_fields import answer_id, read_cache_salt, read_timeout, truncated
 from api.sampling import named_as_asked, requested_max_tokens, sampling_params
 from api.service import Service
-from api.streaming import event, event_stream, until_disconnect
+from api.streaming import event, event_stream, whole_answer
 from api.usage import chunk_usage, has_usage_chunk, timings_of, usage_of
 from engine.core.limits import MAX_CHOICES, MAX_SAMPLES
 from engine.core.outputs import CompletionOutput
@@ -65,7 +64,7 @@ async def create_completion(service: Service, http_request: Request) -> Response
     """Answers one request, whole or as events."""
     service.check_ready()
     async with service.bodies.receive(http_request) as body:
-        job = await body.read(lambda data: _read_job(service, client_of(http_request), data))
+        job = await body.read(lambda data: _read_job(service, client_of(http_request), body.arrival, data))
     outputs = generate(service, job.generation)
     if job.params.prompt_logprobs is not None:
         outputs = note_prompt_logprobs(outputs, job.prompt_logprobs)
@@ -73,11 +72,10 @@ async def create_completion(service: Service, http_request: Request) -> Response
     with named_as_asked(job.request):
         if job.request.stream:
             return await event_stream(http_request.receive, _events(service, job, outputs), headers)
-        completion = await until_disconnect(http_request.receive, _whole(service, job, outputs))
-        return json_response(completion, headers)
+        return await whole_answer(http_request.receive, _whole(service, job, outputs), headers)
 
 
-def _read_job(service: Service, client: Client, body: bytearray) -> CompletionJob:
+def _read_job(service: Service, client: Client, arrival: float, body: bytearray) -> CompletionJob:
     request = decode_request(body, CompletionRequest)
     model = service.check_model(request.model)
     shows_prompt = request.prompt_logprobs is not None or request.echo
@@ -98,6 +96,7 @@ def _read_job(service: Service, client: Client, body: bytearray) -> CompletionJo
         model,
         kept,
         _fitted(service, max_tokens, params, kept),
+        arrival,
         client.priority(request.priority),
         read_cache_salt(request.cache_salt),
         timeout=read_timeout(request.timeout),

@@ -35,7 +35,7 @@ class Generation:
         cache_salt: As in `engine.core.request.Request`.
         timeout: Seconds after the arrival in which it must have ended; None: any.
         key: Its name inside the engine: the request's id with an addition, as clients may choose the same one twice.
-        arrival: When, in seconds of `time.perf_counter`.
+        arrival: When the request came, in seconds of `time.perf_counter`.
     """
 
     request_id: str
@@ -43,12 +43,12 @@ class Generation:
     model: str
     prompts: Sequence[list[int]]
     params: Sequence[SamplingParams]
+    arrival: float
     priority: int = 0
     cache_salt: str = ""
     timeout: float | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     key: str = field(init=False)
-    arrival: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", f"{self.request_id}#{uuid.uuid4().hex[:16]}")

@@ -13,6 +13,7 @@ import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from api.body import json_response
 from api.errors import ApiError, ClientDisconnected, openai_error, to_api_error
 from engine.errors import EngineError
 
@@ -73,6 +74,17 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) 
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def whole_answer(
+    receive: Receive, work: Coroutine[Any, Any, msgspec.Struct], headers: dict[str, str]
+) -> Response:
+    """Answers with what `work` makes, in one piece.
+
+    Raises:
+        ClientDisconnected: The client hung up before.
+    """
+    return json_response(await until_disconnect(receive, work), headers)
 
 
 async def event_stream(

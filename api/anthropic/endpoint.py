@@ -35,7 +35,7 @@ from api.keys import client_of
 from api.protocol import decode_body, without_ignored
 from api.request_fields import read_cache_salt
 from api.service import Service
-from api.streaming import event_stream, until_disconnect, with_beats
+from api.streaming import event_stream, whole_answer, with_beats
 from api.unknown_members import find_unknown
 from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import SamplingParams
@@ -116,14 +116,17 @@ async def create_message(service: Service, http_request: Request) -> Response:
             model,
             [turn.prompt_token_ids],
             [params],
+            body.arrival,
             client.priority(None),
             salt,
         )
+        # What the prompt was made of may be long, and is not kept as long as the request runs.
+        request.messages, request.tools, request.system = [], None, None
         job = MessageJob(request, generation, turn, is_clipped=request.max_tokens > room)
         headers = {"x-request-id": generation.request_id}
         if request.stream:
             return await event_stream(http_request.receive, _events(service, job), headers, ENDS)
-        return json_response(await until_disconnect(http_request.receive, _whole(service, job)), headers)
+        return await whole_answer(http_request.receive, _whole(service, job), headers)
 
 
 async def count_tokens(service: Service, http_request: Request) -> Response:

@@ -30,7 +30,7 @@ from api.responses.protocol import (
 from api.responses.store import ResponseStore, StoredResponse
 from api.responses.tools import Toolbox, read_choice
 from api.service import Service
-from api.streaming import StreamEnds, event, event_stream, until_disconnect
+from api.streaming import StreamEnds, event, event_stream, whole_answer
 from engine.core.limits import MAX_LOGPROBS
 from engine.core.sampling_params import SamplingParams
 from engine.core.structured_outputs import FIELD, StructuredOutputs
@@ -171,9 +171,7 @@ class ResponsesApi:
         if job.request.stream:
             events = self._events(job, writer, counter)
             return await event_stream(http_request.receive, events, headers, StreamEnds(done=b""))
-        return json_response(
-            await until_disconnect(http_request.receive, self._whole(job, writer, counter)), headers
-        )
+        return await whole_answer(http_request.receive, self._whole(job, writer, counter), headers)
 
     async def _read(self, http_request: Request) -> ResponseJob:
         service, client = self._service, client_of(http_request)
@@ -206,6 +204,7 @@ class ResponsesApi:
             model,
             [turn.prompt_token_ids],
             [params],
+            body.arrival,
             client.priority(request.priority),
             read_cache_salt(request.cache_salt),
         )

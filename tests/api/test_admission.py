@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import socket
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import SamplingParams
 from engine.core.stats import EngineStats, Load
 from engine.core.step_costs import StepCosts
-from tests.helpers.scripted import ScriptedEngine, serving
+from tests.helpers.scripted import BytesTokenizer, ScriptedEngine, serving
 
 pytestmark = pytest.mark.anyio
 
@@ -132,6 +133,25 @@ async def test_a_timeout_ends_a_request(path: str, body: dict[str, Any]) -> None
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "timeout"
     assert done == "data: [DONE]"
     assert engine.num_closed == engine.num_opened == 2
+
+
+async def test_a_timeout_counts_from_the_arrival() -> None:
+    """Tokenizing alone takes longer, and the answer would be there at once."""
+
+    class SlowTokenizer(BytesTokenizer):
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            time.sleep(0.5)
+            return super().encode(text, add_special_tokens)
+
+    async def at_once(prompt: list[int], params: SamplingParams) -> AsyncGenerator[CompletionOutput, None]:
+        yield CompletionOutput(0, "a", [1], finish_reason="stop")
+
+    engine = ScriptedEngine(at_once)
+    engine.tokenizer = SlowTokenizer()
+    async with serving(engine) as client:
+        late = await client.post("/v1/completions", json={"prompt": "ab", "timeout": 0.3})
+        in_time = await client.post("/v1/completions", json={"prompt": "ab", "timeout": 600})
+    assert (late.status_code, in_time.status_code) == (408, 200)
 
 
 async def floods(prompt: list[int], params: SamplingParams) -> AsyncGenerator[CompletionOutput, None]:

@@ -27,6 +27,14 @@ from tests.chaos.client import Log
 START_SECONDS = 600
 
 
+def small_options(model: Path, num_threads: int = 1) -> list[str]:
+    """The options of a server of a small model, that starts soon and takes little."""
+    return [
+        *("--model", str(model), "--quant", "int8", "--kv-cache-memory", "64MiB"),
+        *("--num-threads", str(num_threads)),
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """What a server holds.

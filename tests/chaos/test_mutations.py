@@ -16,7 +16,7 @@ from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import SamplingParams
 from engine.frontend.chat_format import ChatFormat
 from tests.chaos.mutations import BODIES, mutants
-from tests.chaos.server import running_server
+from tests.chaos.server import running_server, small_options
 from tests.helpers.chat_templates import TEMPLATES, tokenizer_of
 from tests.helpers.scripted import ScriptedEngine
 
@@ -78,17 +78,7 @@ async def test_many_mutated_bodies() -> None:
 @pytest.mark.slow
 @pytest.mark.process
 async def test_mutated_bodies_over_http(small_model: Path) -> None:
-    options = [
-        "--model",
-        str(small_model),
-        "--quant",
-        "int8",
-        "--kv-cache-memory",
-        "64MiB",
-        "--num-threads",
-        "1",
-    ]
-    with running_server([*options, "--served-model-name", "scripted"]) as server:
+    with running_server([*small_options(small_model), "--served-model-name", "scripted"]) as server:
         (engine,) = server.parts()["engine"]
         async with httpx.AsyncClient(base_url=server.base_url, timeout=600, trust_env=False) as client:
             await check(client, 5000, seed=2)

@@ -9,24 +9,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.chaos.server import running_server
+from tests.chaos.server import running_server, small_options
 
 pytestmark = pytest.mark.process
 
 
 def test_few_descriptors_bound_connections(small_model: Path) -> None:
-    options = [
-        "--model",
-        str(small_model),
-        "--quant",
-        "int8",
-        "--kv-cache-memory",
-        "64MiB",
-        "--num-threads",
-        "1",
-    ]
     body = {"prompt": "Once", "max_tokens": 8, "temperature": 0}
-    with running_server(options, most_files=64) as server:
+    with running_server(small_options(small_model), most_files=64) as server:
 
         def answers() -> httpx.Response:
             return httpx.post(f"{server.base_url}/v1/completions", json=body, timeout=60, trust_env=False)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.chaos.load import plan_requests
 from tests.chaos.run import run
-from tests.chaos.server import running_server
+from tests.chaos.server import running_server, small_options
 
 pytestmark = pytest.mark.process
 
@@ -20,8 +20,8 @@ NUM_KILLS = 2
 
 def test_nothing_is_lost_doubled_or_changed(small_model: Path) -> None:
     requests = plan_requests(32, requests_per_second=20.0, seed=1, max_tokens=300)
-    options = ["--model", str(small_model), "--quant", "int8", "--kv-cache-memory", "64MiB"]
-    options += ["--tensor-parallel-size", "3", "--num-threads", "3", "--max-restarts", str(NUM_KILLS + 1)]
+    options = [*small_options(small_model, 3), "--tensor-parallel-size", "3"]
+    options += ["--max-restarts", str(NUM_KILLS + 1)]
     with running_server(options) as server:
         outcome = run(server, requests, NUM_KILLS)
         print(outcome)
