@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,9 @@ def test_no_endpoint_knows_another(path: Path) -> None:
         others = {name for name in ENDPOINTS if name != own}
         known = own_imports(path)
         assert not {name for name in known if name.startswith(tuple(others))}, module
+
+
+def test_no_script_shadows_the_standard_library() -> None:
+    """A script that is run by its path has its folder before everything else that is imported."""
+    scripts = (ROOT / "benchmarks").glob("*.py")
+    assert not {script.stem for script in scripts} & sys.stdlib_module_names

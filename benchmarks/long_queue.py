@@ -1,4 +1,4 @@
-"""What a long queue costs the scheduler: `python -m benchmarks.queue`.
+"""What a long queue costs the scheduler: `python -m benchmarks.long_queue`.
 
 The scheduler runs without a model. Prints the time of a step with few and with many requests waiting, also of many
 owners and priorities, of each abort where many wait, and of the first steps where all wait for one long prompt.
