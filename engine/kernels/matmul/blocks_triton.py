@@ -345,10 +345,9 @@ def _block_rows_kernel(
         code = (tl.load(words, is_column, 0).to(tl.int32) >> (columns % 128 // 32 * 4)) & 15
     else:
         code = tl.load(codes + row * (tl.cdiv(in_features, 128) * 128) + columns, is_column, 0).to(tl.int32)
+    values = (code - OFFSET).to(tl.float32)
     if table is not None:
         values = tl.load(table + code).to(tl.float32)
-    else:
-        values = (code - OFFSET).to(tl.float32)
     groups = (columns // GROUP_SIZE).to(tl.int64) * out_features + row
     numbers = (block // NUMBER_BLOCKS).to(tl.int64) * out_features + row
     values *= _load_number(scale, scale_steps, groups, numbers, is_column)
