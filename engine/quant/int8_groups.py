@@ -134,9 +134,11 @@ class Int8Groups:
             or weight.minimum is not None
         ):
             return False
+        if weight.group_size != self.group_size or weight.scale.dtype == torch.float16:
+            return weight.group_size == self.group_size
         scale = weight.scale.float()
         is_held = (scale.to(torch.float16).float() - scale).abs() <= KEPT_PRECISION * scale.abs()
-        return weight.group_size == self.group_size and bool(is_held.all())
+        return bool(is_held.all())
 
 
 def kernel_group_size(group_size: int) -> GroupSize:

@@ -292,6 +292,18 @@ SIGNATURE(pack_codebook,
     WRITES(uint8_t, output)        // [panels, bytes of a panel]
 )
 
+// blocks.c, whose rows are those of a matrix
+
+SIGNATURE(take_codes,
+    READS(uint8_t, data)           // [M, stride]: blocks of GGUF's, one behind the other
+    INTEGER(stride)
+    INTEGER(num_blocks)            // of a row
+    INTEGER(block_bytes)
+    INTEGER(start)                 // where a block's codes begin
+    INTEGER(layout)                // of blocks.py
+    WRITES(uint8_t, output)        // [M, codes], two of four bits in a byte, else one
+)
+
 // sample.c, whose rows are those that draw, [R, V] float32 logits
 
 SIGNATURE(adjust_logits,
