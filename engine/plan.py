@@ -19,7 +19,7 @@ from engine.arguments import USAGE, add_engine_options
 from engine.config import EngineConfig, SchedulerConfig, format_bytes, parse_bytes
 from engine.errors import EngineError
 from engine.executor.exchange_plan import plan_exchanges
-from engine.executor.memory import MemoryPlan, available_bytes, plan_memory, table_copies
+from engine.executor.memory import MemoryPlan, available_bytes, plan_memory
 from engine.executor.options import resolve_cache_dtype, resolve_device, resolve_dtype
 from engine.kernels.launch import TARGETS
 from engine.loading.checkpoint import open_checkpoint
@@ -78,7 +78,7 @@ class EnginePlan:
                 "exact: weights, KV cache and exchanged bytes; estimated: activations and CUDA graphs",
                 "rank       weights   activations      KV cache",
                 *(
-                    f"{rank:>4}  {format_bytes(plan.weights + plan.copies):>12}  {format_bytes(plan.activations):>12}"
+                    f"{rank:>4}  {format_bytes(plan.weights):>12}  {format_bytes(plan.activations):>12}"
                     f"  {format_bytes(plan.kv_cache):>12}"
                     for rank, plan in enumerate(self.ranks)
                 ),
@@ -139,8 +139,7 @@ def plan_engine(
         pipeline = Pipeline(stage, config.pipeline_parallel_size)
         model = Decoder(model_config, quantization, dtype, group, pipeline)
         shard = replace(shard_of_config(model_config, group.shard), num_layers=len(model.layers))
-        copies = table_copies(model, device)
-        plan = plan_memory(config, shard, model.num_bytes, cache_dtype, device, available, copies=copies)
+        plan = plan_memory(config, shard, model.num_bytes, cache_dtype, device, available)
         limits = SchedulerConfig.resolve(config, plan.max_model_len, device.type)
         plans.append(
             replace(plan, exchanges=plan_exchanges(model, limits, rank, device, config.symmetric_memory))

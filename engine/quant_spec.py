@@ -12,8 +12,9 @@
     weight-only             int8        activations stay floats
 
 The vocabulary projection (lm_head) and the embedding (model.embed_tokens) keep eight bits in groups of 32 under
-schemes of four, unless a pattern names them: they are the layers whose rounding shows most in the tokens, and a small
-part of the weights of all but the smallest models.
+schemes of four, unless a pattern names them, and the embedding does so under int8, too; but one that the head is tied
+to is looked up in the head's own copy (`engine.quant.plan.QuantizationPlan.table`). They are the layers whose rounding
+shows most in the tokens, and a small part of the weights of all but the smallest models.
 """
 
 from __future__ import annotations
@@ -180,7 +181,8 @@ class QuantSpec:
                 return words
         if module == LM_HEAD and not KINDS[self.default.kind].is_for_head:
             return SchemeSpec("int8", group_size=TABLE_GROUP_SIZE)
-        if module == EMBEDDING and self.default.kind != "none":
+        keeps = self.default.kind == "none" or KINDS[self.default.kind].is_block_type
+        if module == EMBEDDING and not keeps:
             return SchemeSpec("int8")
         return self.default
 
@@ -222,7 +224,7 @@ class QuantSpec:
                     f"quant: no module matches {pattern!r}; there are {known[0]}, {known[-1]} and others between them"
                 )
         table = self.of(EMBEDDING)
-        if str(table) not in ("none", "int8"):
+        if str(table) not in ("none", "int8", "int8:g32") and not KINDS[table.kind].is_block_type:
             raise ConfigError(f"quant: {EMBEDDING} cannot be {table}; a table is none or int8")
 
     @property

@@ -50,7 +50,7 @@ from engine.kernels.launch import (
     recording,
     tiles,
 )
-from engine.kernels.matmul.blocks_triton import BlockMatmul
+from engine.kernels.matmul.blocks_triton import BlockMatmul, block_rows
 from engine.kernels.matmul.codebook import SCALE_SIZE
 from engine.kernels.matmul.codebook_triton import CodebookMatmul
 from engine.kernels.matmul.group_sums_triton import group_sums
@@ -416,10 +416,16 @@ def call_activation(shape: Shape, num_tokens: int) -> None:
 
 def call_embedding(shape: Shape, num_tokens: int) -> None:
     token_ids = empty(num_tokens, dtype=torch.int32)
-    lookup(token_ids, empty(shape.vocab, shape.hidden), None, torch.bfloat16)
+    lookup(token_ids, empty(shape.vocab, shape.hidden), None, None, torch.bfloat16)
     codes = empty(shape.vocab, shape.hidden, dtype=torch.int8)
-    scale = empty(shape.vocab, -(-shape.hidden // 32), dtype=torch.float16)
-    lookup(token_ids, codes, scale, torch.bfloat16)
+    for group_size in (None, 32):
+        num_scales = () if group_size is None else (-(-shape.hidden // group_size),)
+        lookup(
+            token_ids, codes, empty(shape.vocab, *num_scales, dtype=torch.float32), group_size, torch.bfloat16
+        )
+    for block_type in BLOCK_TYPES.values():
+        weight = block_type.grouped(block_type.parts(shape.vocab, shape.hidden), shape.hidden)
+        block_rows(token_ids, BlockMatmul(weight, None), torch.bfloat16)
 
 
 def call_group_sums(shape: Shape, num_tokens: int) -> None:

@@ -75,7 +75,7 @@ def _embedding_calls(
     codes = torch.randint(-127, 128, (VOCAB_SIZE, features), dtype=torch.int8, device=device)
     scale = torch.rand(VOCAB_SIZE, features // 32, device=device).half()
     ids = [torch.randint(0, VOCAB_SIZE, (count,), device=device, dtype=torch.int32) for _ in range(100)]
-    return {"ours": products(lambda _, ids: lookup(ids, codes, scale, BF16), [None] * len(ids), ids)}
+    return {"ours": products(lambda _, ids: lookup(ids, codes, scale, 32, BF16), [None] * len(ids), ids)}
 
 
 def _rotary_calls(count: int, device: torch.device) -> tuple[int, dict[str, Callable[[], Sequence[Call]]]]:

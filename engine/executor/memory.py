@@ -16,7 +16,6 @@ from engine.kernels import cpu
 from engine.kernels.attention.in_c import SEGMENT
 from engine.kernels.attention.kv_layer import INT4, INT4_MULTIPLE, block_bytes
 from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder
 from engine.models.modules import split_inputs, split_outputs
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,6 @@ class MemoryPlan:
     """How an engine uses its device's memory, in bytes unless named otherwise.
 
     Attributes:
-        copies: Of what lies twice: the table that a tied head packs for its product, on a CPU.
         activations: Peak of one step, logits and the sampler's buffers included.
         is_measured: Whether `activations` was measured, by a forward pass of the largest step; else estimated.
         graphs: Estimate for the CUDA graphs' own memory; 0 without graphs.
@@ -49,7 +47,6 @@ class MemoryPlan:
     device: str
     available: int
     weights: int
-    copies: int
     activations: int
     is_measured: bool
     graphs: int
@@ -79,7 +76,6 @@ class MemoryPlan:
             *([str(self.estimate)] if self.estimate else []),
             f"memory plan ({self.device}, {format_bytes(self.available)} available)",
             f"  weights      {format_bytes(self.weights):>12}",
-            *([f"  table        {format_bytes(self.copies):>12}  beside its head"] if self.copies else []),
             f"  activations  {format_bytes(self.activations):>12}"
             f"  {'measured' if self.is_measured else 'estimated'} peak of a step",
             *([f"  CUDA graphs  {format_bytes(self.graphs):>12}  estimated"] if self.graphs else []),
@@ -122,14 +118,12 @@ def plan_memory(
     device: torch.device,
     available: int,
     measured_activations: int | None = None,
-    copies: int = 0,
 ) -> MemoryPlan:
     """Divides the device's memory.
 
     Args:
         available: Bytes that the engine may use, weights included.
         measured_activations: Peak of the largest step, in bytes, once it is known.
-        copies: As `MemoryPlan.copies`.
 
     Raises:
         ConfigError: It does not fit; the message shows the arithmetic.
@@ -157,7 +151,7 @@ def plan_memory(
         if device.type == "cuda" and config.captures_graphs:
             decodes = replace(scheduler, max_num_batched_tokens=scheduler.max_num_seqs)
             graphs = _device_activation_bytes(model, decodes)
-        room = available - weight_bytes - copies - activations - graphs
+        room = available - weight_bytes - activations - graphs
         if config.kv_cache_memory is not None:
             kv_cache = parse_bytes(config.kv_cache_memory)
         elif device.type == "cpu":
@@ -186,7 +180,7 @@ def plan_memory(
     useful_blocks = scheduler.max_num_seqs * -(-requested // config.block_size)
     num_blocks = min(kv_cache // block - 1, useful_blocks)
     arithmetic = (
-        f"{format_bytes(available)} available - {format_bytes(weight_bytes + copies)} weights"
+        f"{format_bytes(available)} available - {format_bytes(weight_bytes)} weights"
         f" - {format_bytes(activations)} activations"
         f"{f' - {format_bytes(graphs)} CUDA graphs' if graphs else ''} leave {format_bytes(max(room, 0))}"
     )
@@ -203,7 +197,6 @@ def plan_memory(
         device=str(device),
         available=available,
         weights=weight_bytes,
-        copies=copies,
         activations=activations,
         is_measured=measured_activations is not None,
         graphs=graphs,
@@ -213,14 +206,6 @@ def plan_memory(
         max_model_len=min(length, num_blocks * config.block_size),
         requested_max_len=requested,
     )
-
-
-def table_copies(model: Decoder, device: torch.device) -> int:
-    """The bytes of `MemoryPlan.copies`: the C kernels' products have weights in an order of their own."""
-    if device.type != "cpu" or cpu.library() is None or not model.shares_table:
-        return 0
-    assert model.embedding is not None
-    return sum(buffer.nbytes for buffer in model.embedding.buffers())
 
 
 def _cpu_activation_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:

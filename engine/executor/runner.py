@@ -18,7 +18,7 @@ from engine.core.executor import Executor, Sampled
 from engine.errors import ConfigError
 from engine.executor.cpu_executor import CpuExecutor
 from engine.executor.exchange_plan import plan_exchanges
-from engine.executor.memory import MemoryPlan, available_bytes, plan_memory, table_copies
+from engine.executor.memory import MemoryPlan, available_bytes, plan_memory
 from engine.executor.options import describe_cpu, resolve_cache_dtype, resolve_device, resolve_dtype
 from engine.executor.step_meter import StepMeter, private_bytes
 from engine.executor.torch_executor import TorchExecutor
@@ -178,7 +178,6 @@ class ModelRunner:
             self.device,
             available,
             measured_activations,
-            table_copies(self.model, self.device),
         )
 
     def _agreed(self, plan: MemoryPlan) -> MemoryPlan:

@@ -63,7 +63,7 @@ class StepMeter:
         plan, held = self._plan, private_bytes() - self._base_bytes
         return (
             f"the process holds {format_bytes(max(0, held))} more than before, planned "
-            f"{format_bytes(plan.weights + plan.copies + plan.activations + plan.kv_cache)} with a full cache"
+            f"{format_bytes(plan.weights + plan.activations + plan.kv_cache)} with a full cache"
         )
 
 

@@ -1,32 +1,36 @@
-"""Rows of an embedding table by token id; the table is float, or int8 in groups of 32 along K."""
+"""Rows of an embedding table by token id; the table is float, or int8 with scales of rows or of groups along K.
+
+Tables of other forms have their rows looked up by what multiplies with them: `engine.quant.scheme.TableMatmul`.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from engine.kernels import cpu
 from engine.kernels.launch import Tile, target_of
-
-GROUP_SIZE = 32
-"""Elements of a table's row that share a scale, as in GGUF's Q8_0."""
 
 
 def reference(
-    token_ids: torch.Tensor, table: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+    token_ids: torch.Tensor,
+    table: torch.Tensor,
+    scale: torch.Tensor | None,
+    group_size: int | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`lookup` in torch's operators."""
+    """`lookup` without a factor, in torch's operators."""
     if scale is None:
         return F.embedding(token_ids, table).to(dtype)
-    codes, scale = table.index_select(0, token_ids), scale.index_select(0, token_ids)
-    scale = scale.float().repeat_interleave(GROUP_SIZE, dim=1)[:, : table.shape[1]]
-    return (codes.float() * scale).to(dtype)
+    codes, columns = table.index_select(0, token_ids).float(), table.shape[1]
+    scale = scale.index_select(0, token_ids).float().view(len(token_ids), -1)
+    return (codes * scale.repeat_interleave(group_size or columns, dim=1)[:, :columns]).to(dtype)
 
 
 def lookup(
     token_ids: torch.Tensor,
     table: torch.Tensor,
     scale: torch.Tensor | None,
+    group_size: int | None,
     dtype: torch.dtype,
     factor: float = 1.0,
     tile: Tile | None = None,
@@ -36,30 +40,19 @@ def lookup(
     Args:
         token_ids: [T] int64 or int32, each below V.
         table: [V, K] float, or int8 codes.
-        scale: [V, ceil(K / 32)] float16 of the codes.
+        scale: Of the codes, [V] float or, with groups, [V, ceil(K / group_size)].
+        group_size: Elements of a row that share a scale; None: all.
 
     Returns:
         [T, K] of `dtype`.
     """
-    target = target_of(table)
-    num_tokens, features = token_ids.shape[0], table.shape[1]
-    if target is None and token_ids.dtype == torch.int32 and dtype == torch.float32 and cpu.library():
-        y = cpu.empty("embedding", num_tokens, features)
-        cpu.run(
-            "embedding",
-            num_tokens,
-            token_ids=token_ids,
-            table=table,
-            scale=scale,
-            size=features,
-            factor=factor,
-            output=y,
-        )
-        return y
-    if target is None:
-        y = reference(token_ids, table, scale, dtype)
-    else:
-        from engine.kernels.embedding_triton import lookup_in_triton
+    if target_of(table) is None:
+        return multiplied(reference(token_ids, table, scale, group_size, dtype), factor)
+    from engine.kernels.embedding_triton import lookup_in_triton
 
-        y = lookup_in_triton(token_ids, table, scale, dtype, tile)
-    return y if factor == 1.0 else y * factor
+    return multiplied(lookup_in_triton(token_ids, table, scale, group_size, dtype, tile), factor)
+
+
+def multiplied(rows: torch.Tensor, factor: float) -> torch.Tensor:
+    """Rows times a factor, in their own type."""
+    return rows if factor == 1.0 else rows * factor

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.embedding import GROUP_SIZE
 from engine.kernels.launch import Tile, launch, select_tile, target_of
 
 
@@ -14,6 +13,7 @@ def lookup_in_triton(
     token_ids: torch.Tensor,
     table: torch.Tensor,
     scale: torch.Tensor | None,
+    group_size: int | None,
     dtype: torch.dtype,
     tile: Tile | None,
 ) -> torch.Tensor:
@@ -28,7 +28,7 @@ def lookup_in_triton(
         (num_tokens, triton.cdiv(features, tile["BLOCK"])),
         {"token_ids": token_ids, "table": table, "scale": scale, "output": y, "features": features},
         tile,
-        GROUP=GROUP_SIZE,
+        GROUP=group_size or features,
     )
     return y
 

@@ -31,7 +31,7 @@ from engine.quant.weight import CodebookWeight, GridWeight, Weight, is_finite
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 """Part of every cache key; goes up when what is stored under a scheme's name changes."""
 
 _STALE_SECONDS = 3600

@@ -100,7 +100,7 @@ class Decoder(nn.Module):
         pipeline: The stage whose layers these are; the embedding is the first one's, norm and head are the last's.
 
     Attributes:
-        shares_table: Whether the head's weights are the embedding's table.
+        shares_table: Whether the embedding's table is the head, too, which then has no layer of its own.
     """
 
     def __init__(
@@ -113,13 +113,14 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.dtype, self.group, self.pipeline = config, dtype, group, pipeline
+        head, table = quantization.head, quantization.table(config.ties_embeddings)
         self.embedding: Embedding | None = None
         if pipeline.is_first:
             self.embedding = Embedding(
                 EMBEDDING,
                 config.vocab_size,
                 config.hidden_size,
-                quantization.table,
+                table,
                 dtype,
                 config.embedding_scale,
                 group,
@@ -130,9 +131,7 @@ class Decoder(nn.Module):
         )
         self.norm: RMSNorm | None = None
         self.lm_head: Linear | None = None
-        (self.lm_head_scheme,) = quantization.schemes([LM_HEAD])
-        # A tied head whose scheme is the table's own shares its tensors instead of storing them twice.
-        is_alike = config.ties_embeddings and self.lm_head_scheme.name == quantization.table.name
+        is_alike = config.ties_embeddings and head == table
         self.shares_table = is_alike and pipeline.is_first and pipeline.is_last
         if pipeline.is_last:
             self.norm = RMSNorm(
@@ -144,11 +143,10 @@ class Decoder(nn.Module):
                 [source],
                 config.hidden_size,
                 [config.vocab_size],
-                [self.lm_head_scheme],
+                [head],
                 has_bias=False,
                 split=ColumnParallel(group),
             )
-        self.tied_head: Matmul | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -171,9 +169,10 @@ class Decoder(nn.Module):
             binds: Each product is prepared once it has its weight, and all else that `bind` does.
         """
         # The largest first, while there is room for what its loading takes besides.
-        largest = (self.embedding, self.lm_head)
+        table = None if self.embedding is None else self.embedding.table
+        largest = (table, self.lm_head)
         for module in sorted(self.modules(), key=lambda module: module not in largest):
-            if isinstance(module, (Linear, Embedding, RMSNorm)):
+            if isinstance(module, (Linear, RMSNorm)):
                 module.load(read)
             if binds and isinstance(module, Linear):
                 module.bind()
@@ -183,7 +182,7 @@ class Decoder(nn.Module):
     def randomize(self, device: torch.device) -> None:
         """Random weights, made as they are stored."""
         for module in self.modules():
-            if isinstance(module, (Linear, Embedding, RMSNorm)):
+            if isinstance(module, (Linear, RMSNorm)):
                 module.randomize(device)
 
     def bind(self) -> None:
@@ -194,23 +193,20 @@ class Decoder(nn.Module):
         self._bind_norms()
 
     def _bind_norms(self) -> None:
-        """What follows from bound products: a tied head, and what norms write."""
+        """What norms write follows from the products behind them."""
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             layer.bind()
-        if self.norm is None:
-            return
-        if self.lm_head is None:
-            assert self.embedding is not None
-            self.tied_head = self.lm_head_scheme.bind(self.embedding.tensors, None)
-        self.norm.format = self.head_matmul.format
+        if self.norm is not None:
+            self.norm.format = self.head_matmul.format
 
     @property
     def head_matmul(self) -> Matmul:
         """The product with the vocabulary, once bound; on the last stage."""
-        matmul = self.tied_head if self.lm_head is None else self.lm_head.matmul
-        assert matmul is not None
-        return matmul
+        if self.lm_head is not None:
+            return self.lm_head.matmul
+        assert self.embedding is not None
+        return self.embedding.table.matmul
 
     def forward(self, token_ids: torch.Tensor, cache: KVCache, inputs: PagedInputs) -> torch.Tensor:
         """Hidden states [T, hidden] of the flat batch token_ids [T]; the step's keys and values are written.

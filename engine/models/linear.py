@@ -21,7 +21,7 @@ from engine.models.splits import ColumnParallel, Split, row_parallel
 from engine.parallel.group import TensorGroup
 from engine.parallel.shards import Slices
 from engine.quant.plan import QuantizationPlan
-from engine.quant.scheme import Matmul, Scheme, TableScheme, Tensors
+from engine.quant.scheme import Matmul, Scheme, TableMatmul, Tensors
 from engine.quant.weight import Weight, stack_rows
 
 ReadWeight = Callable[[str, Slices], Weight]
@@ -175,42 +175,38 @@ def build_linear(
     return Linear(sources, in_features, sizes, schemes, role.has_bias(config), split)
 
 
-class Embedding(StoredLayer):
-    """Rows of a table by token id, in the activations' dtype, times a factor; the vocabulary is shared by ranks."""
+class Embedding(nn.Module):
+    """Rows of a table by token id, in the activations' dtype, times a factor; the vocabulary is shared by ranks.
+
+    Args:
+        source: Name of the checkpoint's module.
+
+    Attributes:
+        table: The product with the table's weight, which looks rows up, too: a tied head's is this one.
+    """
 
     def __init__(
         self,
         source: str,
         num_embeddings: int,
         features: int,
-        scheme: TableScheme,
+        scheme: Scheme,
         dtype: torch.dtype,
         factor: float,
         group: TensorGroup,
     ) -> None:
         super().__init__()
-        self.source, self.scheme, self.dtype, self.factor, self.group = source, scheme, dtype, factor, group
+        self.dtype, self.factor, self.group = dtype, factor, group
         self.rows = group.shard.of(num_embeddings)
-        self.shape = (self.rows.stop - self.rows.start, features)
-        self._store(scheme.storage(*self.shape))
-
-    def load(self, read: ReadWeight) -> None:
-        tensors = self.scheme.quantize(read(f"{self.source}.weight", Slices(self.rows)))
-        # Copies: a table that is looked up as it is stored would be the checkpoint's own file, mapped.
-        self._store({name: tensor.clone() for name, tensor in tensors.items()})
-
-    def randomize(self, device: torch.device) -> None:
-        self._store(self.scheme.random(*self.shape, device))
-
-    @property
-    def tensors(self) -> Tensors:
-        """What the scheme stores."""
-        return self._stored()
+        self.table = Linear(
+            [source], features, [num_embeddings], [scheme], has_bias=False, split=ColumnParallel(group)
+        )
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] int64 or int32 → [T, features]."""
+        matmul = self.table.matmul
+        assert isinstance(matmul, TableMatmul)
         if self.group.size == 1:
-            return self.scheme.lookup(self.tensors, token_ids, self.dtype, self.factor)
+            return matmul.rows(token_ids, self.dtype, self.factor)
         local, is_elsewhere = self.group.localize(token_ids, self.rows)
-        x = self.scheme.lookup(self.tensors, local, self.dtype, self.factor)
-        return self.group.sum_of_one(x, is_elsewhere)
+        return self.group.sum_of_one(matmul.rows(local, self.dtype, self.factor), is_elsewhere)

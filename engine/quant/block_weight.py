@@ -122,14 +122,7 @@ class BlockWeight:
 
     def dequantize(self) -> torch.Tensor:
         """The weight as floats, [N, K] float32."""
-        grouped = self.grouped
-        assert grouped.scale is not None
-
-        def spread(numbers: GroupNumbers) -> torch.Tensor:
-            return numbers.expand().repeat_interleave(grouped.group_size, dim=1)[:, : self.in_features]
-
-        values = grouped.integers().mul_(spread(grouped.scale))
-        return values if grouped.minimum is None else values.add_(spread(grouped.minimum))
+        return self.grouped.dequantize()
 
     def rows(self, index: torch.Tensor) -> BlockWeight:
         """The same grid with its rows taken in the order of `index` ([N] int64)."""

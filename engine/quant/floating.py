@@ -31,6 +31,10 @@ class FloatMatmul:
         assert isinstance(x, torch.Tensor)
         return F.linear(x, self.weight, self.bias)
 
+    def rows(self, token_ids: torch.Tensor, dtype: torch.dtype, factor: float) -> torch.Tensor:
+        """See `engine.quant.scheme.TableMatmul`."""
+        return lookup(token_ids, self.weight, None, None, dtype, factor)
+
 
 @dataclass(frozen=True)
 class Float:
@@ -65,9 +69,3 @@ class Float:
         if cpu.packs(weight):
             return CpuFloatMatmul(weight, bias)
         return FloatMatmul(weight, None if bias is None else bias.to(weight.dtype))
-
-    def lookup(
-        self, tensors: Tensors, token_ids: torch.Tensor, dtype: torch.dtype, factor: float
-    ) -> torch.Tensor:
-        """Rows of the weight times a factor: token_ids [T] → [T, K]."""
-        return lookup(token_ids, tensors["weight"], None, dtype, factor)

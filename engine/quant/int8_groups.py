@@ -9,6 +9,7 @@ GPU two terms have the weight's groups: its kernel multiplies weights in groups 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,8 +22,11 @@ from engine.kernels.matmul.int8 import Int8Matmul
 from engine.kernels.operands import GroupSize, Int8Format
 from engine.quant.cpu_formats import GROUP_SIZE, cpu_grouped_product
 from engine.quant.scheme import Matmul, Tensors
-from engine.quant.weight import GridWeight, Weight, signed_grid, to_float
+from engine.quant.weight import GridWeight, Weight, signed_grid, take_rows, to_float
 from engine.quant_spec import ActivationTerms
+
+_ELEMENTS = 2**15
+"""Rounded at a time: torch has one thread do what is so small, and it stays in a processor's cache."""
 
 KEPT_PRECISION = 2**-10
 """Relative. A scale that fp16 holds so well is rounded and its codes are kept: at a code of 127 that is an eighth of
@@ -68,15 +72,20 @@ class Int8Groups:
         if self._is_own_grid(weight):
             assert isinstance(weight, GridWeight)
             return {"weight": weight.codes, "scale": weight.scale.to(torch.float16)}
-        values = to_float(weight).float()
-        rows, columns = values.shape
-        padded = torch.nn.functional.pad(values, (0, -columns % self.group_size))
-        groups = padded.view(rows, -1, self.group_size)
-        scale = (groups.abs().amax(dim=2) / 127).to(torch.float16)
-        # Codes are of the scale that is stored. A group of zeros, or next to them, gets codes of zeros.
-        steps = torch.where(scale > 0, scale.float(), torch.inf)[:, :, None]
-        codes = (groups / steps).round_().clamp_(-127, 127).to(torch.int8)
-        return {"weight": codes.view(rows, -1)[:, :columns].contiguous(), "scale": scale}
+        stored = {
+            name: torch.empty_like(tensor, device="cpu")
+            for name, tensor in self.storage(*weight.shape).items()
+        }
+
+        def round_rows(rows: torch.Tensor) -> None:
+            for name, tensor in self._round(take_rows(weight, rows)).items():
+                stored[name][rows[0] : rows[-1] + 1] = tensor
+
+        # By rows: the floats of a large table are gigabytes.
+        num_rows = max(1, _ELEMENTS // weight.shape[1])
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(round_rows, torch.split(torch.arange(weight.shape[0]), num_rows)))
+        return stored
 
     def random(self, out_features: int, in_features: int, device: torch.device) -> Tensors:
         shapes = self.storage(out_features, in_features)
@@ -107,6 +116,17 @@ class Int8Groups:
         terms: Literal[1, 2] = 1 if self.activations == "groups" else 2
         return Int8Matmul(weight, scale.float(), bias, Int8Format(terms, size))
 
+    def _round(self, weight: Weight) -> Tensors:
+        values = to_float(weight).float()
+        rows, columns = values.shape
+        padded = torch.nn.functional.pad(values, (0, -columns % self.group_size))
+        groups = padded.view(rows, -1, self.group_size)
+        scale = (groups.abs().amax(dim=2) / 127).to(torch.float16)
+        # Codes are of the scale that is stored. A group of zeros, or next to them, gets codes of zeros.
+        steps = torch.where(scale > 0, scale.float(), torch.inf)[:, :, None]
+        codes = (groups / steps).round_().clamp_(-127, 127).to(torch.int8)
+        return {"weight": codes.view(rows, -1)[:, :columns], "scale": scale}
+
     def _is_own_grid(self, weight: Weight) -> bool:
         if (
             not isinstance(weight, GridWeight)
@@ -114,9 +134,11 @@ class Int8Groups:
             or weight.minimum is not None
         ):
             return False
+        if weight.group_size != self.group_size or weight.scale.dtype == torch.float16:
+            return weight.group_size == self.group_size
         scale = weight.scale.float()
         is_held = (scale.to(torch.float16).float() - scale).abs() <= KEPT_PRECISION * scale.abs()
-        return weight.group_size == self.group_size and bool(is_held.all())
+        return bool(is_held.all())
 
 
 def kernel_group_size(group_size: int) -> GroupSize:

@@ -20,13 +20,12 @@ from engine.quant.floating import Float
 from engine.quant.int4 import Int4, read_int4
 from engine.quant.int8 import Int8, read_int8
 from engine.quant.int8_groups import Int8Groups
-from engine.quant.int8_table import Int8Table
 from engine.quant.int8_weight_only import Int8WeightOnly
 from engine.quant.nf4 import NF4, read_nf4
 from engine.quant.parts import ReadPart
-from engine.quant.scheme import Scheme, TableScheme
+from engine.quant.scheme import Scheme
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
-from engine.quant_spec import EMBEDDING, QuantSpec, SchemeSpec
+from engine.quant_spec import EMBEDDING, KINDS, LM_HEAD, TABLE_GROUP_SIZE, QuantSpec, SchemeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +50,23 @@ class QuantizationPlan:
         return [SCHEMES[words.kind].make(words, self) for words in self.quant_spec.of_product(modules)]
 
     @property
-    def table(self) -> TableScheme:
-        """The scheme of the embedding."""
-        is_float = self.quant_spec.of(EMBEDDING).kind == "none"
-        return Float(self.dtype, self.batch_invariant) if is_float else Int8Table()
+    def head(self) -> Scheme:
+        """The scheme of the vocabulary projection."""
+        return self.schemes([LM_HEAD])[0]
+
+    def table(self, is_tied: bool) -> Scheme:
+        """The scheme of the embedding.
+
+        Args:
+            is_tied: Whether the head's weight is the embedding's: then they have one scheme, and are stored once,
+                unless one of them was named to be floats, or the head to have four bits.
+        """
+        head, table = (self.quant_spec.of(module) for module in (LM_HEAD, EMBEDDING))
+        if is_tied and KINDS[head.kind].is_for_head and (head.kind == "none") == (table.kind == "none"):
+            return self.head
+        if table == SchemeSpec("int8"):
+            return Int8Groups(TABLE_GROUP_SIZE)
+        return self.schemes([EMBEDDING])[0]
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ call the function it binds to them; they never look inside.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -35,6 +35,19 @@ class Matmul(Protocol):
 
     def __call__(self, x: Activations) -> torch.Tensor:
         """[M, K] → [M, N], of the activations' dtype."""
+        ...
+
+
+@runtime_checkable
+class TableMatmul(Matmul, Protocol):
+    """A product whose weight is an embedding's table, too: one copy serves both."""
+
+    def rows(self, token_ids: torch.Tensor, dtype: torch.dtype, factor: float) -> torch.Tensor:
+        """Rows of the weight as it is stored, rounded to `dtype`, times a factor: token_ids [T] → [T, K].
+
+        Args:
+            token_ids: [T] int32 or int64, each below N.
+        """
         ...
 
 
@@ -100,14 +113,4 @@ class Scheme(Storage, Protocol):
         Args:
             bias: [N] float32.
         """
-        ...
-
-
-class TableScheme(Storage, Protocol):
-    """How an embedding table is stored and looked up."""
-
-    def lookup(
-        self, tensors: Tensors, token_ids: torch.Tensor, dtype: torch.dtype, factor: float
-    ) -> torch.Tensor:
-        """Rows of the table times a factor: token_ids [T] → [T, K] of `dtype`."""
         ...

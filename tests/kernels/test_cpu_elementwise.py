@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from engine.kernels import cpu, embedding, rotary
+from engine.kernels import cpu, rotary
 from engine.kernels.activation import gelu_mul, silu_mul
 from engine.kernels.attention.in_c import gather
 from engine.kernels.attention.kv_layer import CACHE_TYPES, INT4, INT4_GROUP, KVCache, KVLayer
@@ -155,17 +155,6 @@ def test_gated(size: int, activation: str) -> None:
         assert_same(floats(apply(gate_up[first:last])), y[first:last])
     codes = apply(gate_up, CPU_ACTIVATIONS)
     assert_same_codes(codes, quantize_sparse(y, CPU_ACTIVATIONS), size)
-
-
-@pytest.mark.parametrize("factor", [1.0, 8.0, 25.3])
-@pytest.mark.parametrize("size", SIZES)
-def test_embedding(size: int, factor: float) -> None:
-    token_ids = torch.tensor([5, 0, 39, 5, 17], dtype=torch.int32)
-    codes = torch.randint(-128, 128, (40, size), dtype=torch.int8)
-    scale = (torch.randn(40, -(-size // 32)) * 0.1).half()
-    for table, scales in ((torch.randn(40, size), None), (codes, scale)):
-        expected = embedding.reference(token_ids, table, scales, torch.float32) * factor
-        assert torch.equal(embedding.lookup(token_ids, table, scales, torch.float32, factor), expected)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from engine.config import EngineConfig
 from engine.executor.runner import ModelRunner
-from engine.kernels import cpu, embedding, rotary, sample
+from engine.kernels import cpu, rotary, sample
 from engine.kernels.activation import gelu_mul, silu_mul
 from engine.kernels.attention.in_c import CpuPlan, cpu_attention, group_segments
 from engine.kernels.attention.kv_layer import CACHE_TYPES, KVCache
@@ -35,6 +35,7 @@ from engine.quant.block_weight import BLOCK_TYPES
 from engine.quant.cpu_formats import CPU_ACTIVATIONS
 from tests.helpers.block_weights import grouped, random_block_weight
 from tests.helpers.paged import make_sequences, run_chunks
+from tests.helpers.tables import TABLES, bound_table, takes
 
 PLAIN = cpu.Level(("-march=x86-64",), frozenset())
 """Takes the place of "portable", which means this very processor: the C that other architectures run."""
@@ -136,9 +137,11 @@ def operations() -> Digests:
         for name, results in (("norm", normed), ("gated", gated)):
             parts = [y if isinstance(y, torch.Tensor) else codes_of(y) for y in results]
             digests[f"{name} {size}"] = digest(*parts)
-        table = torch.randint(-128, 128, (40, size), dtype=torch.int8)
-        scale, ids = torch.randn(40, -(-size // 32)).half(), torch.tensor([5, 0, 39], dtype=torch.int32)
-        digests[f"embedding {size}"] = digest(embedding.lookup(ids, table, scale, torch.float32, 7.7))
+        ids = torch.tensor([5, 0, 39], dtype=torch.int32)
+        for scheme in TABLES:
+            if takes(scheme, size):
+                matmul, _ = bound_table(scheme, 40, size)
+                digests[f"rows {scheme.name} {size}"] = digest(matmul.rows(ids, torch.float32, 7.7))
     for vocab_size in (77, 5_003):
         digests[f"sample {vocab_size}"] = drawn(vocab_size)
     for dtype in CACHE_TYPES:

@@ -22,7 +22,6 @@ from engine.parallel.group import TensorGroup
 from engine.parallel.shards import Shard
 from engine.quant.block_weight import BlockWeight
 from engine.quant.blocks import Blocks
-from engine.quant.int8_table import Int8Table
 from engine.quant.weight import to_float
 from engine.quant_spec import EMBEDDING, LM_HEAD
 from tests.helpers.block_weights import random_block_weight
@@ -62,7 +61,6 @@ def schemes(path: Path) -> dict[str, str]:
 def test_types_are_kept(kind: Type, tmp_path: Path) -> None:
     path = write(tmp_path, kind)
     found = schemes(path)
-    assert found.pop(EMBEDDING) == "int8"
     name = kind.name.lower()
     assert set(found.values()) == {name}
     weight = open_checkpoint(path).tensor(f"{DOWN}.weight")
@@ -157,17 +155,14 @@ def test_what_is_rounded_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert "matrices of TQ2_0 (3) run as int8:g32" in caplog.text
 
 
-@pytest.mark.parametrize(("kind", "is_said"), [(Type.Q4_0, False), (Type.Q5_0, False), (Type.Q4_1, True)])
-def test_a_table_is_kept_or_said_to_be_rounded(
-    kind: Type, is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = write(tmp_path, Type.Q8_0, {"token_embd": kind})
-    runner_of(path)
-    assert (f"matrices of {kind.name} (1) run as int8:g32" in caplog.text) == is_said
-    weight = open_checkpoint(path).tensor(f"{EMBEDDING}.weight")
-    stored = Int8Table().quantize(weight)
-    values = stored["codes"].float() * stored["scale"].float().repeat_interleave(32, dim=1)
-    assert torch.equal(values, to_float(weight)) != is_said
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q5_0, Type.Q4_1, Type.Q8_0], ids=lambda kind: kind.name)
+def test_a_table_is_looked_up_as_the_file_has_it(kind: Type, is_tied: bool, tmp_path: Path) -> None:
+    path = write(tmp_path, Type.Q8_0, {"token_embd": kind}, tie_word_embeddings=is_tied)
+    embedding = runner_of(path).model.embedding
+    assert embedding is not None
+    expected = to_float(open_checkpoint(path).tensor(f"{EMBEDDING}.weight"))
+    assert torch.equal(embedding(torch.arange(len(expected), dtype=torch.int32)), expected)
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])

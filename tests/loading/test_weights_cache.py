@@ -22,6 +22,7 @@ from engine.executor.runner import ModelRunner
 from engine.executor.warmup import GREEDY, dummy_batch
 from engine.kernels import cpu
 from engine.kernels.matmul import cpu_grouped, cpu_int8
+from engine.kernels.matmul.cpu_int8 import CpuFloatMatmul
 from engine.loading import weights
 from engine.loading.checkpoint import open_checkpoint
 from engine.tokenizer.files import byte_tokenizer
@@ -48,7 +49,9 @@ def start(checkpoint: Path, quant: str = "none") -> ModelRunner:
 
 def table(runner: ModelRunner) -> torch.Tensor:
     assert runner.model.embedding is not None
-    return runner.model.embedding.tensors["weight"]
+    matmul = runner.model.embedding.table.matmul
+    assert isinstance(matmul, CpuFloatMatmul)
+    return matmul.weight
 
 
 def cached_file(checkpoint: Path) -> Path:

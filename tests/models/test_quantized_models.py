@@ -14,7 +14,7 @@ from engine.kernels.quantize import HIGH_STEPS
 from engine.quant import cpu_formats
 from engine.quant.plan import QuantizationPlan
 from engine.quant.scheme import Storage
-from engine.quant_spec import LM_HEAD, parse_quant_spec
+from engine.quant_spec import parse_quant_spec
 from tests.helpers.paged import make_runner, make_sequences, run_chunks
 from tests.helpers.tiny import TINY_CONFIGS, load_reference, reference_logits, write_checkpoint
 
@@ -58,8 +58,8 @@ def grid_values(scheme: Storage, weight: torch.Tensor, group_size: int) -> torch
     if scheme.name == "int8":
         return tensors["weight"].float() * tensors["scale"][:, None]
     scale = spread(tensors["scale"])
-    if scheme.name in ("int8-g32", "int8g32"):
-        return tensors["weight" if scheme.name == "int8-g32" else "codes"].float() * scale
+    if scheme.name == "int8-g32":
+        return tensors["weight"].float() * scale
     codes = tensors["codes"]
     nibbles = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)[:, :columns]
     return nibbles.float() * scale + spread(tensors["minimum"])
@@ -69,16 +69,17 @@ def dequantized(path: Path, quant: str) -> PreTrainedModel:
     """The checkpoint with each weight at its place on the grid; head and table have grids of their own."""
     model = load_reference(path)
     plan = QuantizationPlan(parse_quant_spec(quant), torch.float32)
-    linear, head = (plan.schemes([name])[0] for name in ("model.layers.0.mlp.down_proj", LM_HEAD))
+    (linear,) = plan.schemes(["model.layers.0.mlp.down_proj"])
+    is_tied = bool(model.config.tie_word_embeddings)
     group_size = plan.quant_spec.default.group_size
     embedding = model.get_input_embeddings().weight.detach()
     model.config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(grid_values(head, embedding, 32))
+    model.lm_head.weight = torch.nn.Parameter(grid_values(plan.head, embedding, 32))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "proj" in name:
                 parameter.copy_(grid_values(linear, parameter, group_size))
-        model.get_input_embeddings().weight.copy_(grid_values(plan.table, embedding, 32))
+        model.get_input_embeddings().weight.copy_(grid_values(plan.table(is_tied), embedding, 32))
     return model
 
 

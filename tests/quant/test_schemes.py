@@ -16,14 +16,13 @@ from engine.kernels.matmul.cpu_int8 import reference
 from engine.kernels.matmul.int8 import MAX_IN_FEATURES
 from engine.kernels.nibbles import pack_nibbles
 from engine.kernels.quantize import sparse_reference
-from engine.quant import int8_table
+from engine.quant import int8_groups
 from engine.quant.codebook4 import Codebook4
 from engine.quant.cpu_formats import CPU_ACTIVATIONS
 from engine.quant.floating import Float
 from engine.quant.int4 import Int4
 from engine.quant.int8 import Int8
 from engine.quant.int8_groups import Int8Groups
-from engine.quant.int8_table import Int8Table
 from engine.quant.int8_weight_only import Int8WeightOnly
 from engine.quant.nf4 import NF4
 from engine.quant.scheme import Storage, Tensors
@@ -36,7 +35,7 @@ INT8: list[Int8 | Int8Groups | Int8WeightOnly] = [
     *(Int8WeightOnly(size) for size in (None, 32, 64, 128, 256)),
 ]
 
-STORAGES: list[Storage] = [Float(torch.float32), *INT8, Int4(32), Int4(128), Int8Table(), NF4(), Codebook4()]
+STORAGES: list[Storage] = [Float(torch.float32), *INT8, Int4(32), Int4(128), NF4(), Codebook4()]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -116,21 +115,15 @@ def test_int8_groups_round_other_grids_anew(change: str) -> None:
     assert torch.all(error <= step / 2 * 1.001 + 127 * 2**-25)
 
 
-def test_a_table_is_what_its_rows_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_in_groups_are_what_they_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many of them are rounded at a time."""
     weight = torch.randn(37, 80, generator=torch.Generator().manual_seed(0))
-    whole = Int8Table().quantize(weight)
-    monkeypatch.setattr(int8_table, "_ELEMENTS", 5 * 80)
-    pieces = Int8Table().quantize(weight)
+    whole = Int8Groups(32).quantize(weight)
+    monkeypatch.setattr(int8_groups, "_ELEMENTS", 5 * 80)
+    pieces = Int8Groups(32).quantize(weight)
     assert all(torch.equal(pieces[name], part) for name, part in whole.items())
-    alone = Int8Table().quantize(weight[36:])
+    alone = Int8Groups(32).quantize(weight[36:])
     assert all(torch.equal(alone[name], part[36:]) for name, part in whole.items())
-
-
-def test_int8_table_keeps_the_grid_of_q8_0() -> None:
-    weight = grid_q8(10, 64, 32)
-    rows = Int8Table().lookup(Int8Table().quantize(weight), torch.tensor([3, 0, 3]), torch.float32, 1.0)
-    assert torch.equal(rows, weight.dequantize()[[3, 0, 3]])
 
 
 @pytest.mark.parametrize("group_size", [32, 128])

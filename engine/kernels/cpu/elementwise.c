@@ -1,4 +1,4 @@
-// Operations on tokens one by one: embedding, norm, gated activation, rotary embedding with the cache write.
+// Operations on tokens one by one: norm, gated activation, rotary embedding with the cache write.
 
 #include "kernels.h"
 
@@ -7,23 +7,6 @@ OPERATION(quantize) {
     int32_t maxima[size / SPREAD_BLOCK + 1];
     FOR_ROWS(m, rows)
         quantize_row(args->x + m * args->x_stride, size, (float)args->spread, args->codes, m, maxima);
-}
-
-OPERATION(embedding) {
-    const int64_t rows = count(args->num_rows), size = args->size, groups = (size + 31) / 32;
-    const int32_t *token_ids = args->token_ids;
-    const float factor = (float)args->factor;
-    FOR_ROWS(m, rows) {
-        float *y = args->output + m * size;
-        if (args->scale == NULL) {
-            const float *row = (const float *)args->table + token_ids[m] * size;
-            for (int64_t k = 0; k < size; k++) y[k] = row[k] * factor;
-        } else {
-            const int8_t *row = (const int8_t *)args->table + token_ids[m] * size;
-            const Half *scales = args->scale + token_ids[m] * groups;
-            for (int64_t k = 0; k < size; k++) y[k] = (float)row[k] * from_half(scales[k / 32]) * factor;
-        }
-    }
 }
 
 OPERATION(add) {

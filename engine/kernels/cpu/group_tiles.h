@@ -98,6 +98,12 @@ INLINE PartCodes load_quad(int kind, const uint8_t *table, const uint8_t *unit, 
     return kind == TABLE ? look_up(table, nibbles) : nibbles;
 }
 
+// A unit's quad of one output.
+INLINE void load_lane(int kind, const uint8_t *table, const uint8_t *unit, int quad, int lane, uint8_t *four) {
+    const PartCodes codes = load_quad(kind, table, unit, quad, lane / LENGTH);
+    memcpy(four, (const uint8_t *)&codes + lane % LENGTH * QUAD, QUAD);
+}
+
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 
 // A quad's sums of products in 16 bits, of bytes at even places and at odd ones: they cannot saturate.

@@ -317,6 +317,47 @@ OPERATION(grouped_matmul) {
     }
 }
 
+// A group's number of row `lane` of a panel, as `group_numbers` has those of all.
+INLINE float group_number(const Half *values, const int8_t *steps, int64_t panel, int64_t lane, int64_t groups,
+                          int64_t group, int64_t blocks, int64_t block) {
+    if (steps == NULL) return from_half(values[(panel * groups + group) * PANEL + lane]);
+    return (float)steps[(panel * groups + group) * PANEL + lane] * from_half(values[(panel * blocks + block) * PANEL + lane]);
+}
+
+OPERATION(weight_rows) {
+    const int64_t rows = count(args->num_rows), size = args->size;
+    const int64_t group_size = args->group_size, groups = (size + group_size - 1) / group_size;
+    const int64_t block_size = args->block_size, blocks = (size + block_size - 1) / block_size;
+    const int64_t quads = padded_columns(size) / QUAD;
+    const int kind = (int)args->kind;
+    const float factor = (float)args->factor;
+    FOR_ROWS(m, rows) {
+        const int64_t n = args->indices[m], panel = n / PANEL, lane = n % PANEL;
+        const uint8_t *codes = args->weight + panel * bytes_of(kind, quads);
+        float *y = args->output + m * size;
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t end = smaller((g + 1) * group_size, size), block = g * group_size / block_size;
+            const float scale = args->group_scale == NULL ? args->scale[n]
+                                                          : group_number(args->group_scale, args->scale_steps, panel,
+                                                                         lane, groups, g, blocks, block);
+            const float minimum = args->minimum == NULL ? 0.0f
+                                                        : group_number(args->minimum, args->minimum_steps, panel, lane,
+                                                                       groups, g, blocks, block);
+            for (int64_t k = g * group_size; k < end; k += QUAD) {
+                const int64_t quad = k / QUAD, place = quad % unit_quads(kind);
+                const uint8_t *unit = codes + bytes_of(kind, quad - place);
+                uint8_t four[QUAD];
+                load_lane(kind, args->table, unit, (int)place, (int)lane, four);
+                for (int64_t i = k; i < smaller(k + QUAD, end); i++) {
+                    const float value = (float)(four[i - k] - (int32_t)args->offset) * scale;
+                    // Without a minimum nothing is added: -0 would become 0.
+                    y[i] = (args->minimum == NULL ? value : value + minimum) * factor;
+                }
+            }
+        }
+    }
+}
+
 // One term, as `reference` in engine/kernels/quantize.py makes it. What is not finite makes its group's scale NaN.
 OPERATION(quantize_groups) {
     const int64_t rows = count(args->num_rows), size = args->size, group_size = args->group_size;

@@ -41,6 +41,9 @@ typedef void Operation(const void *words, Team *team);
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Input features as panels have them.
+INLINE int64_t padded_columns(int64_t size) { return (size + 63) / 64 * 64; }
+
 INLINE int64_t count(const int64_t *rows) { return __atomic_load_n(rows, __ATOMIC_RELAXED); }
 
 // The next of `total` tasks, or -1. Every operation calls it until it has returned that.

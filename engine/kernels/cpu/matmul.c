@@ -287,3 +287,14 @@ OPERATION(float_matmul) {
         }
     }
 }
+
+OPERATION(float_rows) {
+    const int64_t rows = count(args->num_rows), size = args->size;
+    const float factor = (float)args->factor;
+    FOR_ROWS(m, rows) {
+        const int64_t n = args->indices[m];
+        const float *weight = args->weight + n / PANEL * size * PANEL + n % PANEL;
+        float *y = args->output + m * size;
+        for (int64_t k = 0; k < size; k++) y[k] = weight[k * PANEL] * factor;
+    }
+}

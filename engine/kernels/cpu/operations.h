@@ -25,15 +25,6 @@ SIGNATURE(quantize,
     WRITES_CODES
 )
 
-SIGNATURE(embedding,
-    READS(int32_t, token_ids)      // [M]
-    READS(void, table)             // [V, K] float32, or int8 with a scale
-    MAY_READ(Half, scale)          // [V, ceil(K / 32)] or null
-    INTEGER(size)                  // K
-    FLOAT(factor)
-    WRITES(float, output)          // [M, K]
-)
-
 SIGNATURE(add,
     WRITES(float, x)               // [M, H]: x += delta
     READS(float, delta)            // [M, H]
@@ -169,6 +160,14 @@ SIGNATURE(float_matmul,
     WRITES(float, output)          // [M, N]
 )
 
+SIGNATURE(float_rows,
+    READS(int32_t, indices)        // [M], of rows of the weight
+    INTEGER(size)                  // K
+    READS(float, weight)           // [N, K] in panels
+    FLOAT(factor)
+    WRITES(float, output)          // [M, K]
+)
+
 // grouped_matmul.c
 
 SIGNATURE(grouped_matmul,
@@ -190,6 +189,24 @@ SIGNATURE(grouped_matmul,
     INTEGER(features)              // N
     WRITES(float, output)          // [M, N], rows at a distance of output_stride
     INTEGER(output_stride)
+)
+
+SIGNATURE(weight_rows,
+    READS(int32_t, indices)        // [M], of rows of the weight
+    READS(uint8_t, weight)         // as in grouped_matmul, down to the block size
+    INTEGER(kind)
+    INTEGER(offset)
+    MAY_READ(uint8_t, table)
+    MAY_READ(Half, group_scale)
+    MAY_READ(int8_t, scale_steps)
+    MAY_READ(Half, minimum)
+    MAY_READ(int8_t, minimum_steps)
+    MAY_READ(float, scale)
+    INTEGER(size)                  // K
+    INTEGER(group_size)            // K where there are none
+    INTEGER(block_size)
+    FLOAT(factor)
+    WRITES(float, output)          // [M, K]
 )
 
 SIGNATURE(quantize_groups,
@@ -273,6 +290,18 @@ SIGNATURE(pack_codebook,
     MAY_READ(int16_t, factors)     // [N, blocks of 64] or null
     INTEGER(panel_bytes)
     WRITES(uint8_t, output)        // [panels, bytes of a panel]
+)
+
+// blocks.c, whose rows are those of a matrix
+
+SIGNATURE(take_codes,
+    READS(uint8_t, data)           // [M, stride]: blocks of GGUF's, one behind the other
+    INTEGER(stride)
+    INTEGER(num_blocks)            // of a row
+    INTEGER(block_bytes)
+    INTEGER(start)                 // where a block's codes begin
+    INTEGER(layout)                // of blocks.py
+    WRITES(uint8_t, output)        // [M, codes], two of four bits in a byte, else one
 )
 
 // sample.c, whose rows are those that draw, [R, V] float32 logits

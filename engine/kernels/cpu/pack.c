@@ -2,9 +2,7 @@
 
 #include "kernels.h"
 
-enum { PANEL = 16, QUAD = 4, ALIGNMENT = 64 };
-
-INLINE int64_t padded(int64_t size) { return (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+enum { PANEL = 16, QUAD = 4 };
 
 // The next four bytes of a row of `size`, zeros behind its end.
 INLINE uint32_t word_at(const uint8_t *row, int64_t position, int64_t size) {
@@ -17,7 +15,7 @@ INLINE uint32_t word_at(const uint8_t *row, int64_t position, int64_t size) {
 
 // To a byte 128 is added by turning its highest bit over.
 OPERATION(pack_int8) {
-    const int64_t panels = count(args->num_rows), columns = args->columns, stride = padded(columns);
+    const int64_t panels = count(args->num_rows), columns = args->columns, stride = padded_columns(columns);
     FOR_ROWS(panel, panels) {
         const uint8_t *weight = (const uint8_t *)args->weight + panel * PANEL * columns;
         const int64_t rows = args->rows - panel * PANEL < PANEL ? args->rows - panel * PANEL : PANEL;
@@ -31,7 +29,7 @@ OPERATION(pack_int8) {
 // Elements 2i and 2i + 1 of each row: of eight, the first four go into low nibbles, the others into high ones.
 OPERATION(pack_nibbles) {
     const int64_t panels = count(args->num_rows), rows = args->rows, bytes = args->num_bytes;
-    const int64_t panel_bytes = padded(2 * bytes) / 2 * PANEL;
+    const int64_t panel_bytes = padded_columns(2 * bytes) / 2 * PANEL;
     FOR_ROWS(panel, panels) {
         const uint8_t *codes = args->codes + panel * PANEL * bytes;
         uint32_t *output = (uint32_t *)(args->output + panel * panel_bytes);
@@ -68,7 +66,7 @@ INLINE void pack_sixes(const uint32_t *codes, uint32_t *lines) {
 OPERATION(pack_bits) {
     const int64_t panels = count(args->num_rows), rows = args->rows, columns = args->columns;
     const int64_t quads = args->bits == 5 ? 8 : 4, lines = quads * args->bits / 8;
-    const int64_t units = padded(columns) / (quads * QUAD);
+    const int64_t units = padded_columns(columns) / (quads * QUAD);
     FOR_ROWS(panel, panels) {
         uint32_t *unit = (uint32_t *)args->output + panel * units * lines * PANEL;
         for (int64_t i = 0; i < units; i++, unit += lines * PANEL)
@@ -90,7 +88,7 @@ OPERATION(pack_bits) {
 OPERATION(pack_codebook) {
     enum { VALUES = 16, BLOCK = 64, LINE = 64, HALF_BYTES = 256 };
     const int64_t panels = count(args->num_rows), rows = args->rows, bytes = args->num_bytes;
-    const int64_t panel_bytes = args->panel_bytes, blocks = padded(2 * bytes) / BLOCK;
+    const int64_t panel_bytes = args->panel_bytes, blocks = padded_columns(2 * bytes) / BLOCK;
     const int16_t *all_factors = args->factors;
     FOR_ROWS(panel, panels) {
         uint8_t *output = args->output + panel * panel_bytes;

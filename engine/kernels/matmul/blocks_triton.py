@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from engine.kernels.embedding import multiplied
 from engine.kernels.launch import Tile, launch, select_tile, target_of
 from engine.kernels.matmul.group_sums_triton import group_sums
 from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
@@ -243,6 +244,10 @@ class BlockMatmul:
         given = x if isinstance(x, GroupSums) else group_sums(x)
         return block_matmul(given.values, given.sums, self)
 
+    def rows(self, token_ids: torch.Tensor, dtype: torch.dtype, factor: float) -> torch.Tensor:
+        """See `engine.quant.scheme.TableMatmul`."""
+        return multiplied(block_rows(token_ids, self, dtype), factor)
+
 
 def _by_groups(numbers: GroupNumbers, groups: int) -> GroupNumbers:
     """As the kernel reads them, [groups, N]; zeros where K is padded."""
@@ -310,3 +315,85 @@ def block_matmul(
         INTERPRETED=target.arch == "interpreter",
     )
     return output
+
+
+@triton.jit
+def _block_rows_kernel(
+    token_ids,
+    codes,
+    table,
+    scale,
+    scale_steps,
+    minimum,
+    minimum_steps,
+    output,
+    in_features,
+    out_features,
+    IS_PACKED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    NUMBER_BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_column = columns < in_features
+    row = tl.load(token_ids + token).to(tl.int64)
+    block = columns // 128
+    if IS_PACKED:
+        words = codes + (block.to(tl.int64) * out_features + row) * 32 + columns % 32
+        code = (tl.load(words, is_column, 0).to(tl.int32) >> (columns % 128 // 32 * 4)) & 15
+    else:
+        code = tl.load(codes + row * (tl.cdiv(in_features, 128) * 128) + columns, is_column, 0).to(tl.int32)
+    values = (code - OFFSET).to(tl.float32)
+    if table is not None:
+        values = tl.load(table + code).to(tl.float32)
+    groups = (columns // GROUP_SIZE).to(tl.int64) * out_features + row
+    numbers = (block // NUMBER_BLOCKS).to(tl.int64) * out_features + row
+    values *= _load_number(scale, scale_steps, groups, numbers, is_column)
+    if minimum is not None:
+        values += _load_number(minimum, minimum_steps, groups, numbers, is_column)
+    tl.store(output + token * in_features + columns, values.to(output.dtype.element_ty), is_column)
+
+
+@triton.jit
+def _load_number(values, steps, groups, numbers, is_column):
+    if steps is None:
+        loaded = tl.load(values + groups, is_column, 0.0).to(tl.float32)
+    else:
+        loaded = tl.load(steps + groups, is_column, 0).to(tl.float32)
+        loaded *= tl.load(values + numbers, is_column, 0.0).to(tl.float32)
+    return loaded
+
+
+def block_rows(
+    token_ids: torch.Tensor, weight: BlockMatmul, dtype: torch.dtype, tile: Tile | None = None
+) -> torch.Tensor:
+    """Rows of a weight, in float32 until they are rounded to `dtype`: token_ids [T] → [T, K]."""
+    target = target_of(weight.codes)
+    assert target is not None
+    num_tokens, minimum = token_ids.shape[0], weight.minimum
+    tile = tile or select_tile(target, "embedding", num_tokens)
+    y = torch.empty(num_tokens, weight.in_features, dtype=dtype, device=weight.codes.device)
+    launch(
+        _block_rows_kernel,
+        (num_tokens, triton.cdiv(weight.in_features, tile["BLOCK"])),
+        {
+            "token_ids": token_ids,
+            "codes": weight.codes,
+            "table": weight.table,
+            "scale": weight.scale.values,
+            "scale_steps": weight.scale.steps,
+            "minimum": None if minimum is None else minimum.values,
+            "minimum_steps": None if minimum is None else minimum.steps,
+            "output": y,
+            "in_features": weight.in_features,
+            "out_features": weight.out_features,
+        },
+        tile,
+        IS_PACKED=weight.is_packed,
+        OFFSET=weight.offset,
+        GROUP_SIZE=weight.group_size,
+        NUMBER_BLOCKS=weight.blocks_a_number,
+    )
+    return y

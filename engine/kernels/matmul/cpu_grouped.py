@@ -26,7 +26,8 @@ from torch import nn
 
 from engine.kernels import cpu, quantize
 from engine.kernels.cpu.signatures import Argument
-from engine.kernels.matmul.cpu_int8 import ALIGNMENT, PANEL, pack_int8, pad_rows, run_packing
+from engine.kernels.embedding import multiplied
+from engine.kernels.matmul.cpu_int8 import ALIGNMENT, PANEL, look_up, pack_int8, pad_rows, run_packing
 from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
 from engine.kernels.operands import (
     Activations,
@@ -200,6 +201,26 @@ class CpuGroupedMatmul(nn.Module):
             output_stride=y.stride(0),
         )
         return y
+
+    def rows(self, token_ids: torch.Tensor, dtype: torch.dtype, factor: float) -> torch.Tensor:
+        """See `engine.quant.scheme.TableMatmul`."""
+        if self._weight is not None:
+            rows = self._weight.rows(token_ids).dequantize()
+            if self._row_scale is not None:
+                rows *= self._row_scale.index_select(0, token_ids)[:, None]
+            return multiplied(rows.to(dtype), factor)
+        tensors = {name: tensor for name, tensor in self._buffers.items() if name != "bias"}
+        constants = {name: size for name, size in self._constants.items() if name not in ("size", "features")}
+        return look_up(
+            "weight_rows",
+            token_ids,
+            self.in_features,
+            dtype,
+            factor,
+            table=self._table,
+            **tensors,
+            **constants,
+        )
 
 
 def _pack(weight: GroupedWeight) -> tuple[torch.Tensor, int, int, torch.Tensor | None]:

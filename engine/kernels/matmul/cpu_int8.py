@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.kernels import cpu
+from engine.kernels import cpu, embedding
 from engine.kernels.cpu.signatures import Argument
 from engine.kernels.matmul.codebook import SCALE_SIZE
 from engine.kernels.matmul.int8 import MAX_IN_FEATURES
@@ -161,6 +161,34 @@ def pad_rows(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else F.pad(x.float(), (0, -x.shape[0] % PANEL))
 
 
+def look_up(
+    operation: str,
+    token_ids: torch.Tensor,
+    in_features: int,
+    dtype: torch.dtype,
+    factor: float,
+    **arguments: Argument,
+) -> torch.Tensor:
+    """Rows of a weight in panels, [T, K] of `dtype` times a factor, by an operation that looks them up.
+
+    Args:
+        token_ids: [T] int32 or int64.
+        arguments: The operation's, but for those named here.
+    """
+    rows = cpu.empty(operation, len(token_ids), in_features)
+    is_float32 = dtype == torch.float32
+    cpu.run(
+        operation,
+        len(token_ids),
+        indices=token_ids.int(),
+        size=in_features,
+        factor=factor if is_float32 else 1.0,
+        output=rows,
+        **arguments,
+    )
+    return rows if is_float32 else embedding.multiplied(rows.to(dtype), factor)
+
+
 class CpuInt8Matmul(nn.Module):
     """The product with one weight.
 
@@ -183,11 +211,13 @@ class CpuInt8Matmul(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(weight, torch.Tensor):
-            self.out_features, in_features = weight.shape
+            self.out_features, self.in_features = weight.shape
         else:
-            self.out_features, in_features = weight.nibbles.shape[0], 2 * weight.nibbles.shape[1]
-        if in_features > MAX_IN_FEATURES:
-            raise ValueError(f"int8 sums of {in_features} products can overflow; at most {MAX_IN_FEATURES}")
+            self.out_features, self.in_features = weight.nibbles.shape[0], 2 * weight.nibbles.shape[1]
+        if self.in_features > MAX_IN_FEATURES:
+            raise ValueError(
+                f"int8 sums of {self.in_features} products can overflow; at most {MAX_IN_FEATURES}"
+            )
         self._format = format
         self.format: Format = None
         self.weight: torch.Tensor | CodebookGrid
@@ -224,6 +254,31 @@ class CpuInt8Matmul(nn.Module):
             output=y,
         )
         return y
+
+    def rows(self, token_ids: torch.Tensor, dtype: torch.dtype, factor: float) -> torch.Tensor:
+        """See `engine.quant.scheme.TableMatmul`; of a weight that is no codebook's."""
+        assert isinstance(self.weight, torch.Tensor)
+        if self.format is None:
+            return embedding.lookup(token_ids, self.weight, self.scale, None, dtype, factor)
+        assert self._kind == 0
+        return look_up(
+            "weight_rows",
+            token_ids,
+            self.in_features,
+            dtype,
+            factor,
+            weight=self.weight,
+            kind=0,
+            offset=128,
+            table=None,
+            group_scale=None,
+            scale_steps=None,
+            minimum=None,
+            minimum_steps=None,
+            scale=self.scale,
+            group_size=self.in_features,
+            block_size=self.in_features,
+        )
 
     def _multiply_in_torch(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(self.weight, torch.Tensor):
@@ -295,3 +350,7 @@ class CpuFloatMatmul(nn.Module):
             output=y,
         )
         return y
+
+    def rows(self, token_ids: torch.Tensor, dtype: torch.dtype, factor: float) -> torch.Tensor:
+        """See `engine.quant.scheme.TableMatmul`."""
+        return look_up("float_rows", token_ids, self.in_features, dtype, factor, weight=self.weight)

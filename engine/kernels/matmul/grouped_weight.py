@@ -5,7 +5,7 @@ w[n, k] = v[n, k] * scale[n, g] + minimum[n, g]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,11 @@ class GroupNumbers:
         a_block = 1 << (-(-groups // self.values.shape[1]) - 1).bit_length()
         return self.steps.float() * self.values.float().repeat_interleave(a_block, dim=1)[:, :groups]
 
+    def rows(self, index: torch.Tensor) -> GroupNumbers:
+        """The same of rows in the order of `index`."""
+        steps = None if self.steps is None else self.steps.index_select(0, index)
+        return GroupNumbers(self.values.index_select(0, index), steps)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupedWeight:
@@ -59,6 +64,24 @@ class GroupedWeight:
     bits: int = 8
     offset: int = 0
     values: torch.Tensor | None = None
+
+    def rows(self, index: torch.Tensor) -> GroupedWeight:
+        """The same with its rows taken in the order of `index`, [R] int32 or int64."""
+        scale, minimum = (
+            None if numbers is None else numbers.rows(index) for numbers in (self.scale, self.minimum)
+        )
+        return replace(self, codes=self.codes.index_select(0, index), scale=scale, minimum=minimum)
+
+    def dequantize(self) -> torch.Tensor:
+        """w, [N, K] float32; products of v and scale are exact where a scale has few bits, as GGUF's do."""
+
+        def spread(numbers: GroupNumbers) -> torch.Tensor:
+            return numbers.expand().repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
+
+        values = self.integers()
+        if self.scale is not None:
+            values = values.mul_(spread(self.scale))
+        return values if self.minimum is None else values.add_(spread(self.minimum))
 
     def integers(self) -> torch.Tensor:
         """v, [N, K] float32."""

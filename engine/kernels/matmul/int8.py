@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import torch
 
+from engine.kernels.embedding import lookup
 from engine.kernels.launch import Tile, target_of
 from engine.kernels.operands import Activations, Format, Int8Activations, Int8Format
 from engine.kernels.quantize import LOW_STEPS, quantize_per_token
@@ -90,6 +91,11 @@ class Int8Matmul:
         assert isinstance(x, Int8Activations)
         group_size = self._format.group_size
         return int8_matmul(x, self.weight, self.scale, self.bias, group_size, self.arrivals)
+
+    def rows(self, token_ids: torch.Tensor, dtype: torch.dtype, factor: float) -> torch.Tensor:
+        """See `engine.quant.scheme.TableMatmul`."""
+        group_size = None if self.scale.dim() == 1 else self._format.group_size
+        return lookup(token_ids, self.weight, self.scale, group_size, dtype, factor)
 
 
 def int8_matmul(

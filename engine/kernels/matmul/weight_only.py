@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from engine.kernels.embedding import lookup
 from engine.kernels.launch import runs_triton
 from engine.kernels.operands import Activations, Format, GroupSums
 
@@ -81,3 +82,7 @@ class WeightOnlyMatmul:
             weight = dequantize(weight, self.scale, self.group_size).to(values.dtype)
         product = F.linear(values, weight)
         return product if self.bias is None else (product + self.bias).to(values.dtype)
+
+    def rows(self, token_ids: torch.Tensor, dtype: torch.dtype, factor: float) -> torch.Tensor:
+        """See `engine.quant.scheme.TableMatmul`."""
+        return lookup(token_ids, self.weight, self.scale, self.group_size, dtype, factor)

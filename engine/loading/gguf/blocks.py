@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
+from engine.kernels import cpu
+from engine.kernels.blocks import Layout, take_codes
 from engine.quant.block_weight import BLOCK_TYPES, BlockWeight, Parts
 from engine.quant.weight import GridWeight, Weight
 
@@ -31,7 +33,12 @@ _CHUNK = 2**19
 
 def _halves(data: Bytes) -> torch.Tensor:
     """[N, blocks, 2] bytes → [N, blocks] fp16, never a view of the file."""
-    return torch.from_numpy(np.array(data, order="C").view(np.float16)[..., 0])
+    return torch.from_numpy(np.array(data.view(np.float16)[..., 0]))
+
+
+def _take(data: Bytes, start: int, layout: Layout, otherwise: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The codes of blocks in C, or otherwise."""
+    return otherwise() if cpu.library() is None else take_codes(data, start, layout)
 
 
 def _codes(codes: Bytes) -> torch.Tensor:
@@ -79,31 +86,33 @@ def _chunks(packed: Bytes) -> Bytes:
 
 def _q4_0(data: Bytes) -> BlockWeight:
     """fp16 scale, 16 bytes: w = scale * (code - 8)."""
-    return _weight("q4_0", _paired(data[..., 2:]), scale=_halves(data[..., :2]))
+    codes = _take(data, 2, "pairs of 16", lambda: _paired(data[..., 2:]))
+    return _weight("q4_0", codes, scale=_halves(data[..., :2]))
 
 
 def _q4_1(data: Bytes) -> BlockWeight:
     """fp16 scale, fp16 minimum, 16 bytes: w = scale * code + minimum."""
     numbers = {"scale": _halves(data[..., :2]), "minimum": _halves(data[..., 2:4])}
-    return _weight("q4_1", _paired(data[..., 4:]), **numbers)
+    codes = _take(data, 4, "pairs of 16", lambda: _paired(data[..., 4:]))
+    return _weight("q4_1", codes, **numbers)
 
 
 def _q5_0(data: Bytes) -> BlockWeight:
     """fp16 scale, 32 fifth bits, 16 bytes: w = scale * (code - 16)."""
-    codes = _nibbles(data[..., 6:]) | _fifth_bits(data[..., 2:6])
-    return _weight("q5_0", _codes(codes), scale=_halves(data[..., :2]))
+    codes = _take(data, 2, "fives", lambda: _codes(_nibbles(data[..., 6:]) | _fifth_bits(data[..., 2:6])))
+    return _weight("q5_0", codes, scale=_halves(data[..., :2]))
 
 
 def _q5_1(data: Bytes) -> BlockWeight:
     """fp16 scale, fp16 minimum, 32 fifth bits, 16 bytes: w = scale * code + minimum."""
-    codes: Bytes = _nibbles(data[..., 8:]) | _fifth_bits(data[..., 4:8])
+    codes = _take(data, 4, "fives", lambda: _codes(_nibbles(data[..., 8:]) | _fifth_bits(data[..., 4:8])))
     numbers = {"scale": _halves(data[..., :2]), "minimum": _halves(data[..., 2:4])}
-    return _weight("q5_1", _codes(codes), **numbers)
+    return _weight("q5_1", codes, **numbers)
 
 
 def _q8_0(data: Bytes) -> GridWeight:
     """fp16 scale, 32 signed bytes."""
-    codes = _codes(data[..., 2:]).view(torch.int8)
+    codes = _take(data, 2, "bytes", lambda: _codes(data[..., 2:])).view(torch.int8)
     return GridWeight(codes, _halves(data[..., :2]), None, _BLOCK)
 
 
@@ -126,7 +135,8 @@ def _k_numbers(data: Bytes) -> dict[str, torch.Tensor]:
 
 def _q4_k(data: Bytes) -> BlockWeight:
     """w = d * scale * code - dmin * minimum."""
-    return _weight("q4_k", _paired(data[..., 16:].reshape(len(data), -1, _BLOCK)), **_k_numbers(data))
+    codes = _take(data, 16, "pairs of 32", lambda: _paired(data[..., 16:].reshape(len(data), -1, _BLOCK)))
+    return _weight("q4_k", codes, **_k_numbers(data))
 
 
 def _q5_k(data: Bytes) -> BlockWeight:
@@ -142,14 +152,18 @@ def _q6_k(data: Bytes) -> BlockWeight:
     Twice for 128 elements: 64 bytes hold the low halves of two times 32 elements, then, in their high bits, of two
     more; 32 bytes hold two bits of each of the four.
     """
-    shape = data.shape[:2]
-    low = data[..., :128].reshape(*shape, 2, 1, 2, 32)
-    high = data[..., 128:192].reshape(*shape, 2, 1, 1, 32)
-    nibbles = np.concatenate((low & 15, low >> 4), axis=3)
-    places = (2 * np.arange(4, dtype=np.uint8)).reshape(1, 1, 1, 2, 2, 1)
+
+    def in_numpy() -> torch.Tensor:
+        shape = data.shape[:2]
+        low = data[..., :128].reshape(*shape, 2, 1, 2, 32)
+        high = data[..., 128:192].reshape(*shape, 2, 1, 1, 32)
+        nibbles = np.concatenate((low & 15, low >> 4), axis=3)
+        places = (2 * np.arange(4, dtype=np.uint8)).reshape(1, 1, 1, 2, 2, 1)
+        return _codes(nibbles | (high >> places & 3) << 4)
+
     return _weight(
         "q6_k",
-        _codes(nibbles | (high >> places & 3) << 4),
+        _take(data, 0, "sixes", in_numpy),
         scale=_halves(data[..., 208:]),
         scale_steps=_codes(data[..., 192:208]).view(torch.int8),
     )
@@ -157,7 +171,8 @@ def _q6_k(data: Bytes) -> BlockWeight:
 
 def _iq4_nl(data: Bytes) -> BlockWeight:
     """As Q4_0, but a code says which of sixteen values."""
-    return _weight("iq4_nl", _paired(data[..., 2:]), scale=_halves(data[..., :2]))
+    codes = _take(data, 2, "pairs of 16", lambda: _paired(data[..., 2:]))
+    return _weight("iq4_nl", codes, scale=_halves(data[..., :2]))
 
 
 def _iq4_xs(data: Bytes) -> BlockWeight:
@@ -171,7 +186,7 @@ def _iq4_xs(data: Bytes) -> BlockWeight:
     steps = (low | high.astype(np.uint8) << 4).astype(np.int8) - 32
     return _weight(
         "iq4_xs",
-        _paired(data[..., 8:].reshape(shape[0], -1, 16)),
+        _take(data, 8, "pairs of 16", lambda: _paired(data[..., 8:].reshape(shape[0], -1, 16))),
         scale=_halves(data[..., :2]),
         scale_steps=torch.from_numpy(steps.reshape(shape[0], -1)),
     )
@@ -212,12 +227,17 @@ DECODERS: dict[GGMLQuantizationType, Callable[[Bytes], BlockWeight | GridWeight]
 }
 """By type, of a matrix's bytes [N, blocks, bytes of a block]."""
 
+_IN_NUMPY = (GGMLQuantizationType.Q5_K, GGMLQuantizationType.MXFP4)
+"""Types whose codes no C takes out."""
+
 
 def read_blocks(data: Bytes, kind: GGMLQuantizationType) -> Weight:
     """A matrix of one of `DECODERS`, from its bytes [N, blocks, bytes of a block], by torch's number of threads."""
     decode = DECODERS[kind]
     if kind == GGMLQuantizationType.MXFP4 and not _has_half_scales(data):
         decode = _wide_mxfp4
+    if cpu.library() is not None and kind not in _IN_NUMPY:
+        return decode(data)
     step = max(1, _CHUNK // max(1, data[0].nbytes)) if len(data) else 1
     first = decode(data[:step])
     if len(data) <= step:

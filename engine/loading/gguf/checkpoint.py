@@ -44,14 +44,6 @@ _OTHER_TYPES = (
 )
 _RUNS_AS = "int8:g32"
 
-_TABLE = "token_embd.weight"
-# Which a table of eight bits in groups of 32 cannot hold: groups of 16, minimums, scales of more bits.
-_NO_TABLE_TYPES = tuple(
-    kind
-    for kind in DECODERS
-    if (found := BLOCK_TYPES.get(kind.name.lower())) and (found.block_size or found.has_minimum)
-)
-
 _ROUNDING = (
     "rounding them to eight bits in groups of 32 moves them by 0.5 % (RMS); --quant none makes floats of them"
 )
@@ -125,20 +117,14 @@ class GGUFCheckpoint:
         if self.config["tie_word_embeddings"] and EMBEDDING in schemes:
             schemes[LM_HEAD] = schemes[EMBEDDING]
         self._log_rounded()
-        if any(words.kind != "none" for words in schemes.values()):
-            # A table of eight bits has one form, which the default stands for.
-            return {
-                name: words for name, words in schemes.items() if name != EMBEDDING or words.kind == "none"
-            }
-        return {}
+        return schemes if any(words.kind != "none" for words in schemes.values()) else {}
 
     def _log_rounded(self) -> None:
         """Says which types `--quant auto` does not keep to the bit."""
         kinds = Counter(
             tensor.tensor_type.name
-            for name, tensor in self._file.tensors.items()
-            if (tensor.tensor_type in _OTHER_TYPES and len(tensor.shape) > 1)
-            or (name == _TABLE and tensor.tensor_type in _NO_TABLE_TYPES)
+            for tensor in self._file.tensors.values()
+            if tensor.tensor_type in _OTHER_TYPES and len(tensor.shape) > 1
         )
         if kinds:
             logger.warning(
