@@ -24,7 +24,7 @@ from engine.core.bans import TokenSequence
 from engine.core.outputs import EmbeddingRequestOutput, RequestOutput
 from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
-from engine.core.stats import EngineStats
+from engine.core.stats import EngineStats, joined
 from engine.core.step_trace import Trace
 from engine.core.validation import validate_embedding, validate_request
 from engine.errors import EngineDeadError
@@ -122,7 +122,7 @@ class Replica:
         try:
             async for output in outputs:
                 num_computed = sum(len(sample.token_ids) for sample in output.outputs)
-                if is_first:
+                if is_first and output.outputs:
                     num_computed += len(request.prompt_token_ids)
                     is_first = False
                 self._waiting[key] = max(0, self._waiting[key] - num_computed)
@@ -341,6 +341,7 @@ def _sum(stats: list[EngineStats]) -> EngineStats:
     names = [field.name for field in fields(EngineStats) if field.name != "load"]
     total = EngineStats(**{name: sum(getattr(one, name) for one in stats) for name in names})
     total.kv_cache_usage_perc /= max(1, len(stats))
+    total.load = joined([one.load for one in stats])
     return total
 
 
