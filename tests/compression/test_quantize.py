@@ -411,7 +411,7 @@ def test_what_is_not_for_the_model_is_refused(
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["nowhere", "--scheme", "int8", "--group", "32", "--algorithm", "gptq"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
-    assert "error: algorithm: gptq is for int4" in capsys.readouterr().err
+    assert "error: steps: gptq is for int4" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     text = capsys.readouterr().out
