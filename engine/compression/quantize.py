@@ -22,6 +22,7 @@ from engine.compression.layer_quantizer import quantize_layer, quantize_weight
 from engine.compression.recipe import Recipe
 from engine.compression.record import Record, mean_error
 from engine.compression.rotated import RotatedCheckpoint
+from engine.compression.structure import reshaped, restructure
 from engine.compression.writing import (
     compressed_tensors,
     compressed_tensors_config,
@@ -116,18 +117,20 @@ def quantize_checkpoint(
     if any(checkpoint.config.get(key) for key in QUANTIZATION_KEYS):
         raise ConfigError(f"{checkpoint.path}: is quantized already; start from the float checkpoint")
     config = read_model_config(checkpoint)
-    recipe.check_model(config)
+    recipe.check_model(reshaped(config, recipe))
     origin = {
         "source": str(checkpoint.path),
         "source_key": checkpoint_key(checkpoint),
         "recipe": recipe.description,
         "calibration": {"windows": list(text.token_ids.shape), "digest": text.digest},
     }
+    record = Record.open(directory, origin)
+    checkpoint = restructure(checkpoint, recipe, text.token_ids, record, report)
+    config = read_model_config(checkpoint)
     if recipe.rotates:
         checkpoint = RotatedCheckpoint(checkpoint, config)
         config = read_model_config(checkpoint)
     layout = Layout.choose(recipe, config)
-    record = Record.open(directory, origin)
     known = {layer for layer in range(config.num_layers) if (directory / _shard(layer)).exists()}
     if known:
         report(f"going on after {len(known)} layers that are there")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.compression.steps import WORDS, Plain, Prune, Step, parse_steps, word_of
+from engine.compression.steps import WORDS, DropChannels, DropLayers, Plain, Prune, Step, parse_steps, word_of
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig
 from engine.models.modules import ROLES, module_names
@@ -91,6 +91,11 @@ class Recipe:
         return next((step for step in self.steps if isinstance(step, Prune)), None)
 
     @property
+    def structure(self) -> tuple[DropLayers | DropChannels, ...]:
+        """The steps that change the model's shape."""
+        return tuple(step for step in self.steps if isinstance(step, DropLayers | DropChannels))
+
+    @property
     def has_float_minimums(self) -> bool:
         """Whether int4 groups may begin at values that are no whole multiples of their scales."""
         return self.tunes and not self.is_symmetric
@@ -106,6 +111,9 @@ class Recipe:
 
     def check_model(self, config: ModelConfig) -> None:
         """
+        Args:
+            config: In the shape that the steps give it.
+
         Raises:
             ConfigError: A pattern names nothing in this model, matrices of one product differ, or the model cannot
                 be rotated or pruned so.
@@ -158,11 +166,11 @@ class Recipe:
                     f"steps: {step} is for {' or '.join(word.kinds)}, the scheme has "
                     f"{' and '.join(sorted(there))}, which takes {fitting}"
                 )
-        changing = self.rotates or self.scaling or self.pruning
+        changing = self.rotates or self.scaling or self.pruning or self.structure
         if kinds == {"none"} and not changing:
             raise ConfigError(
                 f"scheme: none with {self.algorithm} changes nothing; give another scheme, or a step for none: "
-                "hadamard, prune or smoothquant"
+                "layers, channels, hadamard, prune or smoothquant"
             )
         if self.is_symmetric and "int4" not in kinds:
             raise ConfigError(

@@ -24,12 +24,14 @@ class Record:
         origin: Source, recipe and calibration: what makes the checkpoint this one.
         errors: By module, the output's signal to quantization noise in dB, of those that are quantized.
         pruning_errors: The same for the zeros alone, of those that are pruned.
+        structure: What was left out of the model, by step: "layers", "channels".
     """
 
     directory: Path
     origin: dict[str, Any]
     errors: dict[str, float] = field(default_factory=dict)
     pruning_errors: dict[str, float] = field(default_factory=dict)
+    structure: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def open(directory: Path, origin: dict[str, Any]) -> Record:
@@ -50,13 +52,16 @@ class Record:
             return record
         found = json.loads(file.read_text(encoding="utf-8"))
         errors, pruning_errors = found.pop("signal_to_noise_db"), found.pop("pruning_signal_to_noise_db", {})
+        structure = found.pop("structure", {})
         if found != json.loads(json.dumps(origin)):
             raise ConfigError(f"out: {directory} is of another model, recipe or calibration; give another")
-        return Record(directory, origin, errors, pruning_errors)
+        return Record(directory, origin, errors, pruning_errors, structure)
 
     def write(self) -> None:
         """Puts what is known so far into the file."""
         content = self.origin | {"signal_to_noise_db": self.errors}
+        if self.structure:
+            content["structure"] = self.structure
         if self.pruning_errors:
             content["pruning_signal_to_noise_db"] = self.pruning_errors
         (self.directory / RECORD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """The language of `--steps`: what is done to a model, word by word, and last the scheme that it is stored in.
 
-    prune=2of4,sparsegpt + gptq + int4:g64,lm_head=int8
+    layers=4 + prune=2of4,sparsegpt + gptq + int4:g64,lm_head=int8
 
 Words are joined by plus signs, in the order of `WORDS`, at most one of each stage; `name[=argument[,argument…]]`. The
 scheme has the form that `--quant` has (`engine.quant_spec`), its own commas and equals signs too: no plus signs occur
@@ -34,6 +34,28 @@ class Plain:
 
 
 @dataclass(frozen=True, slots=True)
+class DropLayers:
+    """Leaves out so many layers."""
+
+    name: ClassVar[str] = "layers"
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.count}"
+
+
+@dataclass(frozen=True, slots=True)
+class DropChannels:
+    """Leaves out at most this share of the MLPs' channels and of the KV heads."""
+
+    name: ClassVar[str] = "channels"
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.share:g}"
+
+
+@dataclass(frozen=True, slots=True)
 class Prune:
     """Sets weights to zero.
 
@@ -53,7 +75,7 @@ class Prune:
         return f"{self.name}={pattern},{self.algorithm}"
 
 
-Step = Plain | Prune
+Step = Plain | DropLayers | DropChannels | Prune
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +92,7 @@ class Word:
     """
 
     name: str
-    stage: Literal["rotation", "pruning", "scaling", "rounding", "tuning"]
+    stage: Literal["layers", "channels", "rotation", "pruning", "scaling", "rounding", "tuning"]
     help: tuple[str, ...]
     kinds: tuple[str, ...] = CHOICES
     form: str = ""
@@ -82,6 +104,22 @@ def _number(text: str, kind: type[int] | type[float]) -> float:
         return kind(text)
     except ValueError:
         return 0
+
+
+def _parse_layers(arguments: Sequence[str]) -> Step:
+    count = _number(arguments[0], int) if len(arguments) == 1 else 0
+    if count < 1:
+        raise ConfigError(f"steps: layers={','.join(arguments)}: must say how many are left out, layers=4")
+    return DropLayers(int(count))
+
+
+def _parse_channels(arguments: Sequence[str]) -> Step:
+    share = _number(arguments[0], float) if len(arguments) == 1 else 0
+    if not 0 < share < 1:
+        raise ConfigError(
+            f"steps: channels={','.join(arguments)}: must be a share between 0 and 1, channels=0.2"
+        )
+    return DropChannels(share)
 
 
 def _parse_prune(arguments: Sequence[str]) -> Step:
@@ -101,6 +139,23 @@ ROUNDED = tuple(kind for kind in CHOICES if SCHEMES[kind].round is not None)
 """Kinds of schemes that steps which look for grids are not for, nor published formats."""
 
 WORDS = (
+    Word(
+        name="layers",
+        stage="layers",
+        help=("leaves out the N layers that turn the hidden states least (block influence)",),
+        form="=N",
+        parse=_parse_layers,
+    ),
+    Word(
+        name="channels",
+        stage="channels",
+        help=(
+            "leaves out this share of the MLPs' channels and of the KV heads, at most: those that add",
+            "least; the same number in every layer, so that a multiple of 64 channels stays",
+        ),
+        form="=SHARE",
+        parse=_parse_channels,
+    ),
     Word(
         name="hadamard",
         stage="rotation",

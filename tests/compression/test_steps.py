@@ -6,7 +6,7 @@ import pytest
 
 from engine.compression.__main__ import main
 from engine.compression.recipe import Recipe
-from engine.compression.steps import ORDER, Plain, Prune, parse_steps
+from engine.compression.steps import ORDER, DropChannels, DropLayers, Plain, Prune, parse_steps
 from engine.errors import ConfigError
 
 
@@ -37,7 +37,15 @@ def test_a_scheme_and_an_algorithm_are_shorthand(
 
 
 def test_what_is_written_of_steps_is_read_as_the_same() -> None:
-    steps = (Plain("hadamard"), Prune(0.3, False, "wanda"), Plain("awq"), Plain("gptq"), Plain("tune"))
+    steps = (
+        DropLayers(4),
+        DropChannels(0.2),
+        Plain("hadamard"),
+        Prune(0.3, False, "wanda"),
+        Plain("awq"),
+        Plain("gptq"),
+        Plain("tune"),
+    )
     assert parse_steps("+".join(map(str, steps))) == steps
 
 
@@ -52,13 +60,18 @@ def test_what_is_written_of_steps_is_read_as_the_same() -> None:
         ("prune=2of4,wanda,gptq + int8", "prune=2of4,wanda,gptq: must be"),
         ("prune + int8", "prune=: must be a share"),
         ("gptq=3 + int4", "'gptq=3': gptq has no arguments; write gptq"),
-        ("lowrank=energy0.95 + int8", "'lowrank=energy0.95' is not known; steps are, in this order, hadamard"),
+        ("lowrank=energy0.95 + int8", "'lowrank=energy0.95' is not known; steps are, in this order, layers"),
         ("gptq + prune=2of4,wanda + int4", "in an order that cannot be; write prune=2of4,wanda [+] gptq"),
         ("prune=0.5,wanda + prune=2of4,wanda + int8", "prune=0.5,wanda and prune=2of4,wanda do the same"),
         ("prune=0.5,wanda + codebook4", "codebook4 does not store zeros exactly; take one of none, int8"),
         ("prune=0.5,wanda + int8,*.0.*=codebook4", "codebook4 does not store zeros exactly"),
         ("prune=0.5,wanda + tune + int4", "tune moves int4's minimums .* add --symmetric, or leave tune out"),
         ("rtn + none", "none with rtn changes nothing; .* hadamard, prune or smoothquant"),
+        ("layers=0 + int8", "layers=0: must say how many are left out, layers=4"),
+        ("layers=2.5 + int8", "layers=2.5: must say how many"),
+        ("channels=20,1 + int8", "channels=20,1: must be a share between 0 and 1, channels=0.2"),
+        ("channels=1 + int8", "channels=1: must be a share"),
+        ("channels=0.2 + layers=3 + int8", "cannot be; write layers=3 [+] channels=0.2"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_its_word(steps: str, message: str) -> None:
@@ -79,6 +92,9 @@ def test_the_help_has_every_step_and_their_order(capsys: pytest.CaptureFixture[s
         main(["--help"])
     text = capsys.readouterr().out
     assert f"{ORDER} + SCHEME" in text
-    assert ORDER == "hadamard + prune + smoothquant|awq + rtn|percentile|mse|kl|clip|gptq + tune"
+    assert (
+        ORDER
+        == "layers + channels + hadamard + prune + smoothquant|awq + rtn|percentile|mse|kl|clip|gptq + tune"
+    )
     for word in ("\n  prune=SHARE,HOW ", "\n  gptq ", "\n  tune "):
         assert word in text
