@@ -78,6 +78,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--length", type=int, default=512, help="tokens in each (default: 512)")
     add("--seed", type=int, default=0, help="of where the windows lie (default: 0)")
     add("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    add(
+        "--dense",
+        type=Path,
+        metavar="DIR",
+        help="directory for the same numbers as float16, zeros as zeros, which vLLM and transformers read",
+    )
     return parser.parse_args(arguments)
 
 
@@ -94,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.length,
             options.seed,
         )
-        quantize_checkpoint(open_checkpoint(path), recipe, text, options.out, tqdm.write)
+        quantize_checkpoint(open_checkpoint(path), recipe, text, options.out, tqdm.write, options.dense)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -67,12 +67,12 @@ def quantize_layer(layer: CalibratedLayer, recipe: Recipe) -> QuantizedLayer:
     weights: dict[str, Weight] = {}
     errors: dict[str, float] = {}
     for role in ROLES:
-        moment = layer.statistics[role.name].second_moment
         for module, weight in layer.weights(role.name).items():
             words = recipe.quant_spec.of(module)
             if words.kind == "none":
                 weights[module] = weight.to(torch.float16)
             else:
+                moment = layer.statistics[role.name].second_moment
                 weights[module], errors[module] = quantize_weight(weight, moment, words, recipe)
     return QuantizedLayer(weights, floats, errors, pruning_errors)
 

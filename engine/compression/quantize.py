@@ -18,6 +18,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from engine.compression.calibration import CalibratedLayer, Calibration, CalibrationText
+from engine.compression.dense import write_dense
 from engine.compression.layer_quantizer import quantize_layer, quantize_weight
 from engine.compression.recipe import Recipe
 from engine.compression.record import Record, mean_error
@@ -31,7 +32,7 @@ from engine.compression.writing import (
     write_shard,
 )
 from engine.errors import ConfigError
-from engine.loading.checkpoint import Checkpoint
+from engine.loading.checkpoint import Checkpoint, open_checkpoint
 from engine.loading.formats import QUANTIZATION_KEYS, WeightFormat, weight_format
 from engine.loading.formats.own import own_config, own_parts
 from engine.loading.formats.stored import StoredModule
@@ -107,13 +108,19 @@ def quantize_checkpoint(
     text: CalibrationText,
     directory: Path,
     report: Callable[[str], None],
+    dense: Path | None = None,
 ) -> None:
     """Writes a compressed checkpoint into a directory; goes on with what an interrupted run left there.
 
+    Args:
+        dense: Where the same numbers are written as floats, too.
+
     Raises:
-        ConfigError: The directory holds something else, the checkpoint is quantized already, or the recipe is not for
+        ConfigError: A directory holds something else, the checkpoint is quantized already, or the recipe is not for
             such a model.
     """
+    if dense is not None:
+        _check_dense(dense, directory, recipe)
     if any(checkpoint.config.get(key) for key in QUANTIZATION_KEYS):
         raise ConfigError(f"{checkpoint.path}: is quantized already; start from the float checkpoint")
     config = read_model_config(checkpoint)
@@ -125,6 +132,8 @@ def quantize_checkpoint(
         "calibration": {"windows": list(text.token_ids.shape), "digest": text.digest},
     }
     record = Record.open(directory, origin)
+    if dense is not None:
+        Record.open(dense, origin)
     checkpoint = restructure(checkpoint, recipe, text.token_ids, record, report)
     config = read_model_config(checkpoint)
     if recipe.rotates:
@@ -136,7 +145,8 @@ def quantize_checkpoint(
         report(f"going on after {len(known)} layers that are there")
     shards: dict[str, list[str]] = {}
     calibration = Calibration(checkpoint, config, text.token_ids)
-    progress = tqdm(calibration.layers(known), total=config.num_layers, desc="Quantizing", unit="layer")
+    unseen = known if recipe.needs_inputs else set(range(config.num_layers))
+    progress = tqdm(calibration.layers(unseen), total=config.num_layers, desc="Quantizing", unit="layer")
     for layer in progress:
         path = directory / _shard(layer.index)
         if layer.index not in known:
@@ -152,7 +162,10 @@ def quantize_checkpoint(
     changes: dict[str, Any] = {"tie_word_embeddings": not has_head}
     if layout.quantization is not None:
         changes["quantization_config"] = layout.quantization
-    write_directory(directory, checkpoint, changes, shards)
+    write_directory(directory, checkpoint, checkpoint.config | changes, shards)
+    if dense is not None:
+        write_dense(open_checkpoint(directory), dense)
+        report(f"{dense}: the same numbers as floats")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     report(f"{directory}: {layout}; signal to noise at outputs: {_describe(record)}; peak {peak:.0f} MiB")
     if recipe.pruning is not None:
@@ -160,6 +173,13 @@ def quantize_checkpoint(
             f"{recipe.pruning}: zeros are stored and multiplied as any weight is: what is written is neither smaller "
             "nor faster"
         )
+
+
+def _check_dense(dense: Path, directory: Path, recipe: Recipe) -> None:
+    if not recipe.quant_spec.is_quantized:
+        raise ConfigError(f"dense: {directory} will be a checkpoint of floats; leave --dense out")
+    if dense.resolve() == directory.resolve():
+        raise ConfigError("dense: is the same directory as --out; give another")
 
 
 def _shard(layer: int) -> str:

@@ -96,6 +96,11 @@ class Recipe:
         return tuple(step for step in self.steps if isinstance(step, DropLayers | DropChannels))
 
     @property
+    def needs_inputs(self) -> bool:
+        """Whether a layer's new weights depend on what goes into it, or their errors are told."""
+        return self.quant_spec.is_quantized or self.scaling is not None or self.pruning is not None
+
+    @property
     def has_float_minimums(self) -> bool:
         """Whether int4 groups may begin at values that are no whole multiples of their scales."""
         return self.tunes and not self.is_symmetric

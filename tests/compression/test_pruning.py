@@ -24,6 +24,7 @@ from engine.quant.int4 import Int4
 from engine.quant.rounding import Ranges, fit_grid
 from engine.quant.weight import GridWeight, to_float
 from tests.compression.test_quantize import make_text
+from tests.helpers.paged import run_chunks
 from tests.helpers.tiny import TINY_CONFIGS, load_reference, reference_logits, write_checkpoint
 from tests.helpers.trained import Bench
 
@@ -250,6 +251,59 @@ def test_pruned_floats_are_what_transformers_reads(source: Path, tmp_path: Path)
     token_ids = list(range(30))
     pruned, whole = (reference_logits(model, token_ids) for model in (reference, load_reference(source)))
     assert 0.05 < (pruned - whole).norm() / whole.norm() < 1.2
+
+
+@pytest.mark.parametrize("steps", ["prune=2of4,sparsegpt + int8", "prune=2of4,wanda + awq + nf4,*.0.*=int4"])
+def test_the_same_numbers_are_written_dense_and_transformers_has_their_logits(
+    source: Path, steps: str, tmp_path: Path
+) -> None:
+    recipe, out, dense = Recipe.parse_steps(steps), tmp_path / "out", tmp_path / "dense"
+
+    def run() -> None:
+        quantize_checkpoint(open_checkpoint(source), recipe, make_text(source), out, lambda line: None, dense)
+
+    run()
+    written, floats = open_checkpoint(out), open_checkpoint(dense)
+    assert "quantization_config" not in floats.config
+    assert floats.names() == written.names()
+    for name in written.names():
+        weight, values = to_float(written.tensor(name)), floats.tensor(name)
+        assert isinstance(values, torch.Tensor)
+        assert torch.equal(values, weight.half())
+        assert torch.equal(values == 0, weight.half() == 0)
+    record = (out / "quantization.json").read_bytes()
+    assert (dense / "quantization.json").read_bytes() == record
+    config = EngineConfig.from_options(model=str(out), quant="none", device="cpu", kv_cache_memory="4MiB")
+    token_ids = list(range(30))
+    ours = run_chunks(ModelRunner(config, written), [token_ids], [[30]])[0][29]
+    theirs = reference_logits(load_reference(dense), token_ids)[-1]
+    assert (ours - theirs).norm() < 2e-3 * theirs.norm()  # float16 of the numbers
+    # Goes on where it stopped, and leaves what is there.
+    (dense / "model-layer-00001.safetensors").unlink()
+    files = {file.name: file.stat().st_mtime_ns for file in dense.glob("*.safetensors")}
+    run()
+    assert (dense / "model-layer-00001.safetensors").exists()
+    assert (
+        files.items() < {file.name: file.stat().st_mtime_ns for file in dense.glob("*.safetensors")}.items()
+    )
+
+
+def test_a_dense_directory_that_cannot_be_is_refused_at_once(source: Path, tmp_path: Path) -> None:
+    def run(steps: str, dense: str) -> None:
+        recipe, out = Recipe.parse_steps(steps), tmp_path / "out"
+        quantize_checkpoint(
+            open_checkpoint(source), recipe, make_text(source), out, lambda line: None, tmp_path / dense
+        )
+
+    with pytest.raises(ConfigError, match=r"dense: .*out will be a checkpoint of floats; leave --dense out"):
+        run("prune=0.5,wanda + none", "dense")
+    with pytest.raises(ConfigError, match="dense: is the same directory as --out"):
+        run("prune=0.5,wanda + int8", "out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match="other is not empty"):
+        run("prune=0.5,wanda + int8", "other")
 
 
 def test_inputs_that_are_no_whole_fours_are_refused(tmp_path: Path) -> None:

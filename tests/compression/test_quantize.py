@@ -382,7 +382,7 @@ def test_the_record_says_how_it_was_made(checkpoints: dict[str, Path], tmp_path:
         ("int4", "smoothquant", None, False, "smoothquant is for none or int8, the scheme has int4"),
         ("int8,lm_head=int4", "awq", None, False, "awq is for int4, the scheme has int8"),
         ("int4,*.down_proj=none", "smoothquant", None, False, "the scheme has int4"),
-        ("int4", "gptq+hadamard", None, False, "order that cannot be; write hadamard[+]gptq"),
+        ("int4", "gptq+hadamard", None, False, "order that cannot be; write hadamard [+] gptq"),
         ("int4", "rtn+gptq", None, False, "rtn and gptq do the same"),
         ("int4", "gtpq", None, False, "'gtpq' is not known; steps are"),
         ("none", "rtn", None, False, "none with rtn changes nothing"),
