@@ -44,7 +44,7 @@ def magnitude(weight: torch.Tensor, share: float | None) -> torch.Tensor:
         share: That of the matrix; None: two of four.
     """
     scores = weight.abs()
-    return two_of_four(scores) if share is None else least(scores.view(1, -1), share).view_as(weight)
+    return two_of_four(scores) if share is None else least(scores.reshape(1, -1), share).view_as(weight)
 
 
 def wanda(weight: torch.Tensor, mean_square: torch.Tensor, share: float | None) -> torch.Tensor:

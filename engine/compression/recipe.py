@@ -19,7 +19,7 @@ class Recipe:
     """How a checkpoint is compressed; made by `Recipe.parse`.
 
     Attributes:
-        specification: The scheme of each module, the vocabulary projection's and the embedding's said explicitly.
+        quant_spec: The scheme of each module, the vocabulary projection's and the embedding's said explicitly.
         is_symmetric: int4 codes around zero, instead of zero-points.
         steps: In their order, a rounding among them.
     """

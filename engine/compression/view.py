@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from engine.errors import CheckpointError
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.slices import check_shape, take_slices
 from engine.parallel.shards import WHOLE, Slices
@@ -48,6 +49,8 @@ class CheckpointView:
         return self._checkpoint.num_bytes_read
 
     def tensor(self, name: str, part: Slices = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
-        weight = self._cut(name, self._checkpoint.tensor(self._names.get(name, name)))
+        if name not in self._names:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is missing, or was left out")
+        weight = self._cut(name, self._checkpoint.tensor(self._names[name]))
         check_shape(self.path, name, weight.shape, shape)
         return take_slices(weight, part, name)
