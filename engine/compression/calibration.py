@@ -152,13 +152,16 @@ class Calibration:
 
     Args:
         token_ids: [windows, length] int64.
+
+    Attributes:
+        hidden: [windows * length, hidden] float32, the hidden states that the next layer gets.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, token_ids: torch.Tensor) -> None:
         self._checkpoint, self._config = checkpoint, config
         length = token_ids.shape[1]
         table = to_float(checkpoint.tensor("model.embed_tokens.weight"))
-        self._hidden = table[token_ids].float().flatten(0, 1) * config.embedding_scale
+        self.hidden = table[token_ids].float().flatten(0, 1) * config.embedding_scale
         self._length, self._batch = length, max(1, BATCH_TOKENS // length)
         num_blocks = -(-length // _BLOCK_SIZE)
         blocks = torch.arange(1, 1 + self._batch * num_blocks, dtype=torch.int32)
@@ -190,7 +193,7 @@ class Calibration:
                 self._run(layer)
             layer.stop_recording()
             yield layer
-            self._hidden = self._run(layer)
+            self.hidden = self._run(layer)
 
     @torch.no_grad()
     def head_statistics(self) -> InputStatistics:
@@ -201,7 +204,7 @@ class Calibration:
         )
         norm.load(lambda name, part: self._checkpoint.tensor(name))
         statistics = InputStatistics.empty(config.hidden_size)
-        for hidden in torch.split(self._hidden, BATCH_TOKENS):
+        for hidden in torch.split(self.hidden, BATCH_TOKENS):
             x = norm(hidden)
             assert isinstance(x, torch.Tensor)
             statistics.update(x)
@@ -210,7 +213,7 @@ class Calibration:
     def _run(self, layer: CalibratedLayer) -> torch.Tensor:
         """The hidden states [windows * length, hidden] behind the layer."""
         outputs = []
-        for hidden in torch.split(self._hidden, self._batch * self._length):
+        for hidden in torch.split(self.hidden, self._batch * self._length):
             x = hidden.clone()
             delta = layer.module(x, None, self._cache.layer(0), self._inputs(len(x) // self._length))
             outputs.append(x + delta)

@@ -86,6 +86,7 @@ def gptq(
     levels: int,
     damping: float = 0.01,
     by_activation: bool = False,
+    kept: torch.Tensor | None = None,
 ) -> GridWeight:
     """Rounds a weight so that the outputs of its calibration inputs change least.
 
@@ -100,6 +101,8 @@ def gptq(
             `MAX_DAMPING` as long as the sum is not positive definite. Zero is for a Hessian of full rank.
         by_activation: Rounds columns by decreasing diagonal, those that matter most first ("act order"). The grids
             are then those of the weight as given, so that groups stay consecutive columns ("static groups").
+        kept: [N, K] bool: where it is false, weights are zero and stay that, and later columns make up for what the
+            columns before would have had them be; the grids have zero as a code. None: all may be anything.
 
     Raises:
         ValueError: The Hessian is not finite, or not positive definite with any damping.
@@ -118,6 +121,7 @@ def gptq(
             _grid(values[start : start + group_size], find_grid) for start in range(0, columns, group_size)
         ]
         values = values[order]
+    fixed = None if kept is None else ~kept.t()[order]
     positions = order.tolist()
     updates = _updates(hessian[order][:, order], damping).to(values.dtype)
     codes = torch.empty_like(values)
@@ -129,7 +133,8 @@ def gptq(
             if not by_activation and column % group_size == 0:
                 grids.append(_grid(values[column : column + group_size], find_grid))
             grid = grids[positions[column] // group_size]
-            code = nearest_codes(values[column], grid.scale, grid.minimum, levels)
+            target = values[column] if fixed is None else values[column].masked_fill(fixed[column], 0)
+            code = nearest_codes(target, grid.scale, grid.minimum, levels)
             codes[column] = code
             error = values[column] - (code * grid.scale + grid.minimum)
             errors[column - start] = error
@@ -182,10 +187,18 @@ def _blocks(columns: int, group_size: int) -> Iterator[tuple[int, int]]:
             yield start, min(start + BLOCK_SIZE, end)
 
 
-def _updates(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """U[i, j] / U[i, i] of H⁻¹ = Uᵀ U, [K, K] float64."""
+def inverse_root(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """U of H⁻¹ = Uᵀ U, upper triangular, [K, K] float64.
+
+    Args:
+        hessian: [K, K] float64; a column of zeros counts as independent of the others.
+        damping: As of `gptq`.
+
+    Raises:
+        ValueError: The Hessian is not finite, or not positive definite with any damping.
+    """
     if not hessian.isfinite().all():
-        raise ValueError("gptq: the Hessian is not finite; check the calibration inputs for NaN and overflow")
+        raise ValueError("the Hessian is not finite; check the calibration inputs for NaN and overflow")
     dead = hessian.diagonal() == 0
     mean = hessian.diagonal().sum() / (~dead).sum().clamp(min=1)
     hessian = hessian + dead.diag()
@@ -198,9 +211,14 @@ def _updates(hessian: torch.Tensor, damping: float) -> torch.Tensor:
             break
         if damping >= MAX_DAMPING:
             raise ValueError(
-                f"gptq: the Hessian of {len(hessian)} inputs is not positive definite with a damping of "
+                f"the Hessian of {len(hessian)} inputs is not positive definite with a damping of "
                 f"{damping:g}; pass a second moment of the inputs"
             )
         damping = min(max(10 * damping, 1e-4), MAX_DAMPING)
-    upper = torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
-    return upper / upper.diagonal()[:, None]
+    return torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
+
+
+def _updates(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """U[i, j] / U[i, i] of H⁻¹ = Uᵀ U, [K, K] float64."""
+    root = inverse_root(hessian, damping)
+    return root / root.diagonal()[:, None]

@@ -1,4 +1,4 @@
-"""The steps of a recipe on one layer: scales folded into what feeds each weight, then the weights rounded."""
+"""The steps of a recipe on one layer: zeros, scales folded into what feeds each weight, then the weights rounded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from engine.compression.awq import round_clipped, search_scale
 from engine.compression.calibration import CalibratedLayer
 from engine.compression.clipping import kl_ranges, mse_ranges, percentile_ranges
 from engine.compression.gptq import FindGrid, InputStatistics, gptq, output_errors
+from engine.compression.pruning import prune
 from engine.compression.recipe import Recipe
 from engine.compression.scale_tuning import tune_scales
 from engine.compression.smoothquant import (
@@ -20,9 +21,10 @@ from engine.compression.smoothquant import (
     fold_into_outputs,
     smoothing_scale,
 )
+from engine.errors import ConfigError
 from engine.models.modules import ROLES, Role, readers
 from engine.quant.plan import SCHEMES
-from engine.quant.rounding import Ranges, fit_grid, full_ranges, round_to_nearest
+from engine.quant.rounding import Ranges, fit_grid, full_ranges, round_weight
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
 from engine.quant_spec import SchemeSpec
 
@@ -49,27 +51,45 @@ class QuantizedLayer:
         weights: By module name; float16 where the scheme is "none".
         floats: Norms and biases that a scale was folded into, by tensor name.
         errors: By module name: the output's signal to quantization noise, in dB; of those that are quantized.
+        pruning_errors: The same for the zeros alone, of those that are pruned.
     """
 
     weights: dict[str, Weight]
     floats: dict[str, torch.Tensor]
     errors: dict[str, float]
+    pruning_errors: dict[str, float]
 
 
 def quantize_layer(layer: CalibratedLayer, recipe: Recipe) -> QuantizedLayer:
-    """A layer's tensors by the recipe; scales are folded into the layer itself, its weights stay floats."""
+    """A layer's tensors by the recipe; zeros and scales go into the layer itself, its weights stay floats."""
+    pruning_errors = prune_weights(layer, recipe)
     floats = fold_scales(layer, recipe)
     weights: dict[str, Weight] = {}
     errors: dict[str, float] = {}
     for role in ROLES:
-        moment = layer.statistics[role.name].second_moment
         for module, weight in layer.weights(role.name).items():
             words = recipe.quant_spec.of(module)
             if words.kind == "none":
                 weights[module] = weight.to(torch.float16)
             else:
+                moment = layer.statistics[role.name].second_moment
                 weights[module], errors[module] = quantize_weight(weight, moment, words, recipe)
-    return QuantizedLayer(weights, floats, errors)
+    return QuantizedLayer(weights, floats, errors, pruning_errors)
+
+
+def prune_weights(layer: CalibratedLayer, recipe: Recipe) -> dict[str, float]:
+    """Sets weights of the layer to zero; by module name, the output's signal to noise in dB."""
+    if recipe.pruning is None:
+        return {}
+    errors = {}
+    for role in ROLES:
+        moment = layer.statistics[role.name].second_moment
+        for module, weight in layer.weights(role.name).items():
+            pruned = prune(weight, moment, recipe.pruning)
+            signal = float(output_errors(weight, moment).sum())
+            errors[module] = _decibels(signal, float(output_errors(pruned - weight, moment).sum()))
+            weight.copy_(pruned)
+    return errors
 
 
 def quantize_weight(
@@ -80,22 +100,34 @@ def quantize_weight(
     Args:
         moment: [K, K], the second moment of its inputs.
         words: Not "none".
+
+    Raises:
+        ConfigError: A zero of a pruned weight would be none as stored: the weights around it are too small.
     """
     parts, signal, noise = [], 0.0, 0.0
     for rows in torch.split(weight, CHUNK):
         part = _round(rows, moment, words, recipe)
+        if recipe.pruning is not None and bool(part.dequantize()[rows == 0].any()):
+            raise ConfigError(f"steps: {recipe.pruning}: {words} cannot hold its zeros exactly; take int8")
         signal += float(output_errors(rows, moment).sum())
         noise += float(output_errors(part.dequantize() - rows, moment).sum())
         parts.append(part)
-    decibels = math.inf if noise <= 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf
-    return _stack(parts), decibels
+    return _stack(parts), _decibels(signal, noise)
 
 
-def round_directly(weight: torch.Tensor, words: SchemeSpec, rounding: str, is_symmetric: bool) -> GridWeight:
+def _decibels(signal: float, noise: float) -> float:
+    """The ratio of two mean squares; of none to some it is -inf."""
+    return math.inf if noise <= 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def round_directly(
+    weight: torch.Tensor, words: SchemeSpec, rounding: str, is_symmetric: bool, keeps_zero: bool = False
+) -> GridWeight:
     """int4 or int8 to nearest, within each group's range or a narrower one.
 
     Args:
         rounding: "percentile", "mse" or "kl" for the latter.
+        keeps_zero: Zeros stay zero to the last bit.
     """
     bits, is_symmetric = (4, is_symmetric) if words.kind == "int4" else (8, True)
     group_size = words.group_size or None
@@ -114,7 +146,8 @@ def round_directly(weight: torch.Tensor, words: SchemeSpec, rounding: str, is_sy
             ranges = full_ranges(weight, group_size)
     # So that the zero-point is a code.
     ranges = Ranges(ranges.low.clamp(max=0), ranges.high.clamp(min=0))
-    return round_to_nearest(weight, bits, group_size, is_symmetric, ranges, scale_dtype)
+    grid = fit_grid(ranges, bits, is_symmetric, scale_dtype, keeps_zero)
+    return round_weight(weight, grid, group_size)
 
 
 def fold_scales(layer: CalibratedLayer, recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -203,7 +236,12 @@ def _round(
         return round_weight(weight, importance if bool(importance.any()) else None)
     if words.kind == "int4":
         return _round_int4(weight, moment, words, recipe)
-    return round_directly(weight, words, recipe.rounding, recipe.is_symmetric)
+    return _round_directly(weight, words, recipe)
+
+
+def _round_directly(weight: torch.Tensor, words: SchemeSpec, recipe: Recipe) -> GridWeight:
+    keeps_zero = recipe.pruning is not None
+    return round_directly(weight, words, recipe.rounding, recipe.is_symmetric, keeps_zero)
 
 
 def _round_int4(weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, recipe: Recipe) -> GridWeight:
@@ -211,11 +249,13 @@ def _round_int4(weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, r
     shrunk = moment + SHRINKAGE * torch.diag(moment.diagonal())
     match recipe.rounding:
         case "gptq":
-            rounded = gptq(weight, shrunk, _find_grid(recipe), group_size, _LEVELS, by_activation=True)
+            kept = None if recipe.pruning is None else weight != 0
+            find_grid = _find_grid(recipe)
+            rounded = gptq(weight, shrunk, find_grid, group_size, _LEVELS, by_activation=True, kept=kept)
         case "clip":
             rounded = round_clipped(weight, moment, _find_grid(recipe), group_size, _LEVELS)
         case _:
-            rounded = round_directly(weight, words, recipe.rounding, recipe.is_symmetric)
+            rounded = _round_directly(weight, words, recipe)
     if not recipe.tunes:
         return rounded
     # A symmetric grid stays one that is only stretched. GPTQ's codes are better than nearest ones.
@@ -228,7 +268,7 @@ def _find_grid(recipe: Recipe) -> FindGrid:
 
     def find(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ranges = Ranges(values.amin(dim=1).clamp(max=0), values.amax(dim=1).clamp(min=0))
-        grid = fit_grid(ranges, 4, recipe.is_symmetric)
+        grid = fit_grid(ranges, 4, recipe.is_symmetric, keeps_zero=recipe.pruning is not None)
         assert grid.minimum is not None
         return grid.scale, grid.minimum
 

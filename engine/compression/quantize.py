@@ -1,4 +1,4 @@
-"""Makes quantized checkpoints, layer by layer: what `python -m engine.quant` runs.
+"""Makes compressed checkpoints, layer by layer: what `python -m engine.quant` runs.
 
 Weights are memory-mapped and one layer's floats are in memory at a time. Each layer is calibrated on what the
 quantized layers before it give, read back from the file as it was written: a run that was interrupted goes on to the
@@ -7,8 +7,6 @@ same bytes.
 
 from __future__ import annotations
 
-import json
-import math
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +18,12 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from engine.compression.calibration import CalibratedLayer, Calibration, CalibrationText
+from engine.compression.dense import write_dense
 from engine.compression.layer_quantizer import quantize_layer, quantize_weight
 from engine.compression.recipe import Recipe
+from engine.compression.record import Record, mean_error
 from engine.compression.rotated import RotatedCheckpoint
+from engine.compression.structure import reshaped, restructure
 from engine.compression.writing import (
     compressed_tensors,
     compressed_tensors_config,
@@ -31,7 +32,7 @@ from engine.compression.writing import (
     write_shard,
 )
 from engine.errors import ConfigError
-from engine.loading.checkpoint import Checkpoint
+from engine.loading.checkpoint import Checkpoint, open_checkpoint
 from engine.loading.formats import QUANTIZATION_KEYS, WeightFormat, weight_format
 from engine.loading.formats.own import own_config, own_parts
 from engine.loading.formats.stored import StoredModule
@@ -43,7 +44,6 @@ from engine.models.shapes import tensor_names, tensor_shape
 from engine.quant.weight import CodebookWeight, GridWeight, Weight, to_float
 from engine.quant_spec import EMBEDDING, LM_HEAD, TABLE_GROUP_SIZE, SchemeSpec
 
-RECORD = "quantization.json"
 _REST = "model-rest.safetensors"
 
 
@@ -108,68 +108,95 @@ def quantize_checkpoint(
     text: CalibrationText,
     directory: Path,
     report: Callable[[str], None],
+    dense: Path | None = None,
 ) -> None:
-    """Writes a quantized checkpoint into a directory; goes on with what an interrupted run left there.
+    """Writes a compressed checkpoint into a directory; goes on with what an interrupted run left there.
+
+    Args:
+        dense: Where the same numbers are written as floats, too.
 
     Raises:
-        ConfigError: The directory holds something else, the checkpoint is quantized already, or the recipe is not for
+        ConfigError: A directory holds something else, the checkpoint is quantized already, or the recipe is not for
             such a model.
     """
+    if dense is not None:
+        _check_dense(dense, directory, recipe)
     if any(checkpoint.config.get(key) for key in QUANTIZATION_KEYS):
         raise ConfigError(f"{checkpoint.path}: is quantized already; start from the float checkpoint")
     config = read_model_config(checkpoint)
-    recipe.check_model(config)
-    record: dict[str, object] = {
+    recipe.check_model(reshaped(config, recipe))
+    origin = {
         "source": str(checkpoint.path),
         "source_key": checkpoint_key(checkpoint),
         "recipe": recipe.description,
         "calibration": {"windows": list(text.token_ids.shape), "digest": text.digest},
     }
+    record = Record.open(directory, origin)
+    if dense is not None:
+        Record.open(dense, origin)
+    checkpoint = restructure(checkpoint, recipe, text.token_ids, record, report)
+    config = read_model_config(checkpoint)
     if recipe.rotates:
         checkpoint = RotatedCheckpoint(checkpoint, config)
         config = read_model_config(checkpoint)
     layout = Layout.choose(recipe, config)
-    errors = _open_directory(directory, record)
     known = {layer for layer in range(config.num_layers) if (directory / _shard(layer)).exists()}
     if known:
         report(f"going on after {len(known)} layers that are there")
     shards: dict[str, list[str]] = {}
     calibration = Calibration(checkpoint, config, text.token_ids)
-    progress = tqdm(calibration.layers(known), total=config.num_layers, desc="Quantizing", unit="layer")
+    unseen = known if recipe.needs_inputs else set(range(config.num_layers))
+    progress = tqdm(calibration.layers(unseen), total=config.num_layers, desc="Quantizing", unit="layer")
     for layer in progress:
         path = directory / _shard(layer.index)
         if layer.index not in known:
-            tensors, new_errors = _quantize_layer(layer, layout, checkpoint, config)
-            write_shard(tensors, path)
-            errors |= new_errors
-            _write_record(directory, record, errors)
+            write_shard(_quantize_layer(layer, layout, checkpoint, config, record), path)
+            record.write()
         shards[path.name] = _load_shard(layer, path, layout.format(directory))
-        progress.set_postfix_str(f"{_mean_error(errors, layer.index):.1f} dB")
-    rest, new_errors = _quantize_rest(checkpoint, config, calibration, layout)
+        progress.set_postfix_str(_describe(record, layer.index))
+    rest = _quantize_rest(checkpoint, config, calibration, layout, record)
     write_shard(rest, directory / _REST)
     shards[_REST] = list(rest)
-    errors |= new_errors
-    _write_record(directory, record, errors)
+    record.write()
     has_head = any(name.startswith(f"{LM_HEAD}.") for name in rest)
     changes: dict[str, Any] = {"tie_word_embeddings": not has_head}
     if layout.quantization is not None:
         changes["quantization_config"] = layout.quantization
-    write_directory(directory, checkpoint, changes, shards)
+    write_directory(directory, checkpoint, checkpoint.config | changes, shards)
+    if dense is not None:
+        write_dense(open_checkpoint(directory), dense)
+        report(f"{dense}: the same numbers as floats")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    report(
-        f"{directory}: {layout}; output signal to noise {_mean_error(errors):.1f} dB on average; "
-        f"peak {peak:.0f} MiB"
-    )
+    report(f"{directory}: {layout}; signal to noise at outputs: {_describe(record)}; peak {peak:.0f} MiB")
+    if recipe.pruning is not None:
+        report(
+            f"{recipe.pruning}: zeros are stored and multiplied as any weight is: what is written is neither smaller "
+            "nor faster"
+        )
+
+
+def _check_dense(dense: Path, directory: Path, recipe: Recipe) -> None:
+    if not recipe.quant_spec.is_quantized:
+        raise ConfigError(f"dense: {directory} will be a checkpoint of floats; leave --dense out")
+    if dense.resolve() == directory.resolve():
+        raise ConfigError("dense: is the same directory as --out; give another")
 
 
 def _shard(layer: int) -> str:
     return f"model-layer-{layer:05d}.safetensors"
 
 
+def _describe(record: Record, layer: int | None = None) -> str:
+    """The mean errors of a layer, or of all, in dB."""
+    parts = {"": record.errors, " of zeros": record.pruning_errors}
+    found = [f"{mean_error(errors, layer):.1f} dB{name}" for name, errors in parts.items() if errors]
+    return ", ".join(found) or "nothing rounded"
+
+
 def _quantize_layer(
-    layer: CalibratedLayer, layout: Layout, checkpoint: Checkpoint, config: ModelConfig
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """All tensors of a layer, quantized modules' parts and the rest as floats, and the modules' errors."""
+    layer: CalibratedLayer, layout: Layout, checkpoint: Checkpoint, config: ModelConfig, record: Record
+) -> dict[str, torch.Tensor]:
+    """All tensors of a layer, quantized modules' parts and the rest as floats; the errors go into the record."""
     quantized = quantize_layer(layer, layout.recipe)
     tensors: dict[str, torch.Tensor] = {}
     for module, weight in quantized.weights.items():
@@ -181,18 +208,19 @@ def _quantize_layer(
         ):
             new = quantized.floats.get(name)
             tensors[name] = to_float(checkpoint.tensor(name)) if new is None else new
-    return tensors, quantized.errors
+    record.errors |= quantized.errors
+    record.pruning_errors |= quantized.pruning_errors
+    return tensors
 
 
 def _quantize_rest(
-    checkpoint: Checkpoint, config: ModelConfig, calibration: Calibration, layout: Layout
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """All tensors that are in no layer, and the errors of head and embedding if they are quantized.
+    checkpoint: Checkpoint, config: ModelConfig, calibration: Calibration, layout: Layout, record: Record
+) -> dict[str, torch.Tensor]:
+    """All tensors that are in no layer; the errors of head and embedding, if quantized, go into the record.
 
     A head that is tied to the embedding becomes one of its own if it is to be quantized by itself.
     """
     tensors: dict[str, torch.Tensor] = {}
-    errors: dict[str, float] = {}
     for name in sorted(tensor_names(config)):
         is_end = name in (f"{LM_HEAD}.weight", f"{EMBEDDING}.weight")
         if not (is_end or name.startswith("model.layers.")):
@@ -211,9 +239,9 @@ def _quantize_rest(
             moment = torch.eye(config.hidden_size, dtype=torch.float64)
             words = SchemeSpec("int8", TABLE_GROUP_SIZE)
         weight = to_float(checkpoint.tensor(f"{EMBEDDING if is_tied else module}.weight")).float()
-        new, errors[module] = quantize_weight(weight, moment, words, layout.recipe)
+        new, record.errors[module] = quantize_weight(weight, moment, words, layout.recipe)
         tensors |= layout.tensors(module, new)
-    return tensors, errors
+    return tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,31 +275,3 @@ def _load_shard(layer: CalibratedLayer, path: Path, format: WeightFormat | None)
     for norm in layer.norms.values():
         norm.weight = source.read(f"{norm.source}.weight").float() + norm.offset
     return list(source.tensors)
-
-
-def _open_directory(directory: Path, record: dict[str, object]) -> dict[str, float]:
-    """Makes the directory, or checks that it holds the beginning of the same; the errors noted there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / RECORD
-    if not file.exists():
-        if any(directory.iterdir()):
-            raise ConfigError(f"out: {directory} is not empty, and not of an interrupted run; give another")
-        _write_record(directory, record, {})
-        return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    errors: dict[str, float] = found.pop("signal_to_noise_db")
-    if found != json.loads(json.dumps(record)):
-        raise ConfigError(f"out: {directory} is of another model, recipe or calibration; give another")
-    return errors
-
-
-def _write_record(directory: Path, record: dict[str, object], errors: dict[str, float]) -> None:
-    text = json.dumps(record | {"signal_to_noise_db": errors}, indent=2)
-    (directory / RECORD).write_text(text + "\n", encoding="utf-8")
-
-
-def _mean_error(errors: dict[str, float], layer: int | None = None) -> float:
-    """The mean over a layer's modules, or over all; infinite where nothing is quantized."""
-    prefix = "" if layer is None else f"model.layers.{layer}."
-    values = [error for module, error in errors.items() if module.startswith(prefix)]
-    return sum(values) / len(values) if values else math.inf

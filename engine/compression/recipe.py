@@ -1,62 +1,32 @@
-"""Recipes: what a quantized checkpoint is to be, and the steps that find its numbers.
-
-An algorithm is steps joined by +, each stage at most once and in this order:
-
-    hadamard                                    rotates the residual stream, so that no channel stands out
-    smoothquant | awq                           scales channels, undone in what feeds them
-    rtn | percentile | mse | kl | clip | gptq   rounds (rtn if none is said; behind awq clip, as its authors do)
-    tune                                        moves the grids to where the outputs err least
-"""
+"""Recipes: what a compressed checkpoint is to be, and by which steps (`engine.compression.steps`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.compression.steps import WORDS, DropChannels, DropLayers, Plain, Prune, Step, parse_steps, word_of
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig
 from engine.models.modules import ROLES, module_names
 from engine.quant_spec import CHOICES, EMBEDDING, KINDS, LM_HEAD, QuantSpec, SchemeSpec, parse_quant_spec
 
-STAGES: tuple[tuple[str, ...], ...] = (
-    ("hadamard",),
-    ("smoothquant", "awq"),
-    ("rtn", "percentile", "mse", "kl", "clip", "gptq"),
-    ("tune",),
-)
-ALGORITHMS = tuple(step for stage in STAGES for step in stage)
-"""Each step by itself is an algorithm, too."""
-
-_KINDS = {
-    "hadamard": CHOICES,
-    "smoothquant": ("none", "int8"),
-    "awq": ("int4",),
-    "rtn": CHOICES,
-    "percentile": ("int4", "int8"),
-    "mse": ("int4", "int8"),
-    "kl": ("int4", "int8"),
-    "clip": ("int4",),
-    "gptq": ("int4",),
-    "tune": ("int4",),
-}
-"""The kinds of schemes that each step is for."""
-
-_IN_LAYERS = ("smoothquant", "awq")
-"""Steps that do nothing to the vocabulary projection and the embedding."""
+_IN_LAYERS = ("pruning", "scaling")
+"""Stages that do nothing to the vocabulary projection and the embedding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a checkpoint is quantized; made by `Recipe.parse`.
+    """How a checkpoint is compressed; made by `Recipe.parse`.
 
     Attributes:
-        specification: The scheme of each module, the vocabulary projection's and the embedding's said explicitly.
+        quant_spec: The scheme of each module, the vocabulary projection's and the embedding's said explicitly.
         is_symmetric: int4 codes around zero, instead of zero-points.
-        steps: Of the algorithm, a rounding among them.
+        steps: In their order, a rounding among them.
     """
 
     quant_spec: QuantSpec
     is_symmetric: bool
-    steps: tuple[str, ...]
+    steps: tuple[Step, ...]
 
     @staticmethod
     def parse(
@@ -67,6 +37,7 @@ class Recipe:
         Args:
             scheme: A specification (`engine.quant_spec`). The vocabulary projection and the embedding stay floats
                 unless a pattern names them.
+            algorithm: Steps without a scheme behind them.
             group_size: Of the scheme before the first comma, where it says none itself.
 
         Raises:
@@ -76,31 +47,58 @@ class Recipe:
         floats = SchemeSpec("none")
         ends = tuple((end, floats) for end in (LM_HEAD, EMBEDDING))
         quant_spec = QuantSpec(quant_spec.default, ends + quant_spec.rules)
-        recipe = Recipe(quant_spec, is_symmetric, _parse_steps(algorithm))
+        recipe = Recipe(quant_spec, is_symmetric, parse_steps(algorithm))
         recipe._check()
         return recipe
 
+    @staticmethod
+    def parse_steps(text: str, group_size: int | None = None, is_symmetric: bool = False) -> Recipe:
+        """A recipe from what `--steps` says: steps, and last the scheme; see `parse`."""
+        algorithm, _, scheme = text.rpartition("+")
+        kind = scheme.strip().partition(",")[0].partition(":")[0]
+        if kind not in KINDS:
+            raise ConfigError(
+                f"steps: {text!r} must end with the scheme that it is stored in, one of {', '.join(CHOICES)}: "
+                f"{text.strip()} + int8"
+            )
+        return Recipe.parse(scheme.strip(), algorithm or "rtn", group_size, is_symmetric)
+
     @property
     def algorithm(self) -> str:
-        return "+".join(self.steps)
+        return "+".join(map(str, self.steps))
 
     @property
     def rounding(self) -> str:
         """The step that rounds."""
-        return next(step for step in self.steps if step in STAGES[2])
+        return next(step.name for step in self.steps if word_of(step).stage == "rounding")
 
     @property
     def scaling(self) -> str | None:
         """The step that scales channels."""
-        return next((step for step in self.steps if step in STAGES[1]), None)
+        return next((step.name for step in self.steps if word_of(step).stage == "scaling"), None)
 
     @property
     def rotates(self) -> bool:
-        return "hadamard" in self.steps
+        return Plain("hadamard") in self.steps
 
     @property
     def tunes(self) -> bool:
-        return "tune" in self.steps
+        return Plain("tune") in self.steps
+
+    @property
+    def pruning(self) -> Prune | None:
+        """The step that sets weights to zero, which then stay zero."""
+        return next((step for step in self.steps if isinstance(step, Prune)), None)
+
+    @property
+    def structure(self) -> tuple[DropLayers | DropChannels, ...]:
+        """The steps that change the model's shape."""
+        return tuple(step for step in self.steps if isinstance(step, DropLayers | DropChannels))
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether a layer's new weights depend on what goes into it, or their errors are told."""
+        return self.quant_spec.is_quantized or self.scaling is not None or self.pruning is not None
 
     @property
     def has_float_minimums(self) -> bool:
@@ -118,9 +116,12 @@ class Recipe:
 
     def check_model(self, config: ModelConfig) -> None:
         """
+        Args:
+            config: In the shape that the steps give it.
+
         Raises:
             ConfigError: A pattern names nothing in this model, matrices of one product differ, or the model cannot
-                be rotated.
+                be rotated or pruned so.
         """
         self.quant_spec.check(module_names(config))
         for layer in range(config.num_layers):
@@ -128,9 +129,16 @@ class Recipe:
                 self.quant_spec.of_product(role.modules(f"model.layers.{layer}"))
         if self.rotates and config.has_post_norms:
             raise ConfigError(
-                f"algorithm: hadamard: {config.family} has norms behind attention and MLP, which do not commute with "
+                f"steps: hadamard: {config.family} has norms behind attention and MLP, which do not commute with "
                 "a rotation; leave hadamard out"
             )
+        if self.pruning is not None and self.pruning.is_two_of_four:
+            for role in ROLES:
+                if role.in_features(config) % 4:
+                    raise ConfigError(
+                        f"steps: {self.pruning}: {role.projections[0].name} has {role.in_features(config)} inputs, "
+                        "which are not whole fours; give a share"
+                    )
 
     def _check(self) -> None:
         rules = self.quant_spec.rules
@@ -151,23 +159,41 @@ class Recipe:
                 f"scheme: {of_files[0]} is how a GGUF file is stored, which llama.cpp's llama-quantize makes; "
                 f"take one of {', '.join(CHOICES)}"
             )
+        self._check_pruning(in_layers)
         for step in self.steps:
+            word = word_of(step)
             # Floats among quantized modules are not what a step is asked for.
-            there = in_layers if step in _IN_LAYERS else kinds
+            there = in_layers if word.stage in _IN_LAYERS else kinds
             there = there - {"none"} or {"none"}
-            if not there & set(_KINDS[step]):
-                fitting = ", ".join(step for step in ALGORITHMS if there & set(_KINDS[step]))
+            if not there & set(word.kinds):
+                fitting = ", ".join(word.name for word in WORDS if there & set(word.kinds))
                 raise ConfigError(
-                    f"algorithm: {step} is for {' or '.join(_KINDS[step])}, the scheme has "
+                    f"steps: {step} is for {' or '.join(word.kinds)}, the scheme has "
                     f"{' and '.join(sorted(there))}, which takes {fitting}"
                 )
-        if kinds == {"none"} and not (self.rotates or self.scaling):
+        changing = self.rotates or self.scaling or self.pruning or self.structure
+        if kinds == {"none"} and not changing:
             raise ConfigError(
-                f"scheme: none with {self.algorithm} changes nothing; give another scheme, or hadamard or smoothquant"
+                f"scheme: none with {self.algorithm} changes nothing; give another scheme, or a step for none: "
+                "layers, channels, hadamard, prune or smoothquant"
             )
         if self.is_symmetric and "int4" not in kinds:
             raise ConfigError(
                 "symmetric: is said of int4, other schemes have no choice; leave --symmetric out"
+            )
+
+    def _check_pruning(self, kinds: set[str]) -> None:
+        if self.pruning is None:
+            return
+        if without_zero := sorted(kinds - set(word_of(self.pruning).kinds)):
+            raise ConfigError(
+                f"steps: {self.pruning}: {without_zero[0]} does not store zeros exactly; take one of "
+                f"{', '.join(word_of(self.pruning).kinds)}"
+            )
+        if self.has_float_minimums:
+            raise ConfigError(
+                f"steps: {self.pruning}: tune moves int4's minimums to where zero is no code; add --symmetric, or "
+                "leave tune out"
             )
 
 
@@ -185,29 +211,3 @@ def _with_group(scheme: str, group_size: int | None) -> str:
     if group_size == 0 and 0 not in groups:
         return scheme  # whole rows are what is meant if nothing is said
     return ":".join([kind, f"g{group_size}", *words]) + separator + rest
-
-
-def _parse_steps(algorithm: str) -> tuple[str, ...]:
-    """The steps, with the rounding that is meant if none is said.
-
-    Raises:
-        ConfigError: An unknown step, two of a stage, or another order.
-    """
-    steps = algorithm.split("+")
-    known = "+".join("|".join(stage) for stage in STAGES)
-    for step in steps:
-        if step not in ALGORITHMS:
-            raise ConfigError(f"algorithm: {step!r} is not known; steps are, in this order, {known}")
-    for stage in STAGES:
-        found = [step for step in steps if step in stage]
-        if len(found) > 1:
-            raise ConfigError(f"algorithm: {' and '.join(found)} do the same in {algorithm!r}; keep one")
-    ordered = [step for step in ALGORITHMS if step in steps]
-    if steps != ordered:
-        raise ConfigError(
-            f"algorithm: {algorithm!r} is in an order that cannot be; write {'+'.join(ordered)}"
-        )
-    if not set(steps) & set(STAGES[2]):
-        ordered.append("clip" if "awq" in steps else "rtn")
-        ordered.sort(key=ALGORITHMS.index)
-    return tuple(ordered)

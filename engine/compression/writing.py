@@ -157,12 +157,13 @@ def write_shard(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def write_directory(
-    directory: Path, checkpoint: Checkpoint, changes: dict[str, Any], shards: Mapping[str, list[str]]
+    directory: Path, checkpoint: Checkpoint, config: dict[str, Any], shards: Mapping[str, list[str]]
 ) -> None:
     """Writes what makes shards a checkpoint: index, configuration and tokenizer.
 
     Args:
-        changes: Keys of config.json that are not the checkpoint's.
+        checkpoint: What it was made of.
+        config: The keys of config.json.
         shards: The tensors' names by file name.
     """
     weight_map = {name: file for file, names in shards.items() for name in names}
@@ -171,7 +172,7 @@ def write_directory(
         directory / "model.safetensors.index.json",
         {"metadata": {"total_size": size}, "weight_map": weight_map},
     )
-    _write_json(directory / "config.json", checkpoint.config | changes)
+    _write_json(directory / "config.json", config)
     if checkpoint.generation_config:
         _write_json(directory / "generation_config.json", checkpoint.generation_config)
     if checkpoint.path.is_dir():

@@ -56,7 +56,7 @@ def is_calibrated(recipe: Recipe) -> bool:
     """Whether what it finds depends on a text."""
     schemes = [recipe.quant_spec.default, *(words for _, words in recipe.quant_spec.rules)]
     weighs_columns = any(SCHEMES[words.kind].weighs_columns for words in schemes)
-    return weighs_columns or not set(recipe.steps) <= set(_WITHOUT_CALIBRATION)
+    return weighs_columns or not {step.name for step in recipe.steps} <= set(_WITHOUT_CALIBRATION)
 
 
 def read_calibration(file: Path | None, scored: str) -> str:

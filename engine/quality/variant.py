@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from engine.compression.recipe import ALGORITHMS, Recipe
+from engine.compression.recipe import Recipe
+from engine.compression.steps import ALGORITHMS
 from engine.config import CacheType, EngineConfig
 from engine.errors import ConfigError
 from engine.quality.making import is_calibrated

@@ -89,6 +89,7 @@ class RegisteredScheme:
             values are evenly spaced, and the steps of a recipe (`engine.compression.recipe`) find them.
         weighs_columns: Whether `round` asks how much columns matter, which calibration tells.
         scale_group: Elements along K that share a scale, where that cannot be said; 0: whole rows, or what is said.
+        has_zero: Whether a weight of zero, whatever stands beside it, can be stored as exactly that.
     """
 
     make: Callable[[SchemeSpec, QuantizationPlan], Scheme]
@@ -96,6 +97,7 @@ class RegisteredScheme:
     round: Callable[[torch.Tensor, torch.Tensor | None], GridWeight | CodebookWeight] | None = None
     weighs_columns: bool = False
     scale_group: int = 0
+    has_zero: bool = True
 
 
 def _make_int8(words: SchemeSpec, plan: QuantizationPlan) -> Scheme:
@@ -124,6 +126,7 @@ SCHEMES: dict[str, RegisteredScheme] = {
         read=read_codebook4,
         round=cluster_rows,
         weighs_columns=True,
+        has_zero=False,
     ),
     **{kind: RegisteredScheme(make=lambda words, plan: Blocks(words.kind)) for kind in BLOCK_TYPES},
 }

@@ -86,7 +86,13 @@ def full_ranges(weight: torch.Tensor, group_size: int | None) -> Ranges:
     )
 
 
-def fit_grid(ranges: Ranges, bits: int, symmetric: bool, scale_dtype: torch.dtype = torch.float16) -> Grid:
+def fit_grid(
+    ranges: Ranges,
+    bits: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype = torch.float16,
+    keeps_zero: bool = False,
+) -> Grid:
     """The grid that spans each range, found with the scale as it is stored.
 
     A range without extent is widened to reach 0, which keeps its value; one of zeros gets the scale 1.
@@ -95,6 +101,7 @@ def fit_grid(ranges: Ranges, bits: int, symmetric: bool, scale_dtype: torch.dtyp
         ranges: Of any shape.
         bits: 4 or 8; 8 only symmetric, as int8 codes.
         symmetric: Absmax, -high … high with as many values on both sides of 0; else zero-point, low … high.
+        keeps_zero: Code `zero` stands for 0 to the last bit, as stored; for ranges that hold 0.
 
     Raises:
         ValueError: No such grid, or a range whose scale or minimum is beyond `scale_dtype`.
@@ -115,6 +122,8 @@ def fit_grid(ranges: Ranges, bits: int, symmetric: bool, scale_dtype: torch.dtyp
         high = torch.where(flat, high.clamp(min=0), high)
         scale = ((high - low) / (highest - lowest)).to(scale_dtype)
         scale = torch.where(scale == 0, 1.0, scale)
+        if keeps_zero:
+            scale = _with_short_mantissa(scale)
         zero = -(low / scale.float()).round()
     grid = Grid(scale, zero, lowest, highest)
     stored = scale.isfinite()
@@ -127,6 +136,15 @@ def fit_grid(ranges: Ranges, bits: int, symmetric: bool, scale_dtype: torch.dtyp
             f"than {scale_dtype} holds: use float32 scales"
         )
     return grid
+
+
+def _with_short_mantissa(scale: torch.Tensor) -> torch.Tensor:
+    """The next scale from here on whose mantissa has seven bits.
+
+    Its product with a zero-point of four bits has eleven, which fp16 holds: no minimum is rounded.
+    """
+    mantissa, exponent = torch.frexp(scale.float())
+    return torch.ldexp((mantissa * 128).ceil() / 128, exponent).to(scale.dtype)
 
 
 def round_to_grid(values: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -370,13 +370,19 @@ def test_the_record_says_how_it_was_made(checkpoints: dict[str, Path], tmp_path:
             "gptq",
             None,
             False,
-            "gptq is for int4, the scheme has int8, which takes hadamard, smoothquant",
+            "gptq is for int4, the scheme has int8, which takes layers, .*, smoothquant",
         ),
-        ("nf4", "mse", None, False, "mse is for int4 or int8, the scheme has nf4, which takes hadamard, rtn"),
+        (
+            "nf4",
+            "mse",
+            None,
+            False,
+            "mse is for int4 or int8, the scheme has nf4, which takes layers, channels, hadamard, prune, rtn",
+        ),
         ("int4", "smoothquant", None, False, "smoothquant is for none or int8, the scheme has int4"),
         ("int8,lm_head=int4", "awq", None, False, "awq is for int4, the scheme has int8"),
         ("int4,*.down_proj=none", "smoothquant", None, False, "the scheme has int4"),
-        ("int4", "gptq+hadamard", None, False, "order that cannot be; write hadamard[+]gptq"),
+        ("int4", "gptq+hadamard", None, False, "order that cannot be; write hadamard [+] gptq"),
         ("int4", "rtn+gptq", None, False, "rtn and gptq do the same"),
         ("int4", "gtpq", None, False, "'gtpq' is not known; steps are"),
         ("none", "rtn", None, False, "none with rtn changes nothing"),
@@ -411,7 +417,7 @@ def test_what_is_not_for_the_model_is_refused(
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["nowhere", "--scheme", "int8", "--group", "32", "--algorithm", "gptq"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
-    assert "error: algorithm: gptq is for int4" in capsys.readouterr().err
+    assert "error: steps: gptq is for int4" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     text = capsys.readouterr().out

@@ -169,7 +169,7 @@ def test_an_algorithm_is_a_recipe() -> None:
         ("dir=.:int8", "after a directory there may be kv=TYPE only"),
         ("int8:gptq", "gptq is for int4"),
         ("int4:gptq:awq", "'awq' is the second of its kind"),
-        ("int4:gptq+hadamard", "write hadamard+gptq"),
+        ("int4:gptq+hadamard", "write hadamard + gptq"),
         ("int4:seed=3", "seed=3 is of a calibration: name an algorithm, hadamard"),
         ("int4:rtn:seed=3", "seed=3 must be a number, and rtn one that calibrates"),
         ("int4:gptq:seed=x", "seed=x must be a number"),

@@ -68,6 +68,23 @@ def test_values_are_off_by_half_a_step(bits: int, symmetric: bool) -> None:
     assert torch.all((rounded.dequantize() - weight).abs() <= step * (0.5 + 2 * codes * 2**-11) + subnormal)
 
 
+def test_the_textbook_example() -> None:
+    """Seven values in four bits, around zero and from their least to their greatest."""
+    x = torch.tensor([[15.0, 25.0, 35.0, 40.0, 50.0, 60.0, 70.0]])
+    symmetric = round_to_nearest(x, 4, None, True)
+    # 15, 25 and 35 lie halfway between multiples of 70 / 7: half to even. Stored codes are larger by 8.
+    assert (symmetric.codes - 8).tolist() == [[2, 2, 4, 4, 5, 6, 7]]
+    assert float((symmetric.dequantize() - x).abs().sum()) == 15
+    asymmetric = round_to_nearest(x, 4, None, False, scale_dtype=torch.float32)
+    assert asymmetric.codes.tolist() == [[0, 3, 6, 7, 10, 12, 15]]
+    assert asymmetric.minimum is not None
+    assert float(asymmetric.scale) == pytest.approx(55 / 15)
+    assert (
+        float(-asymmetric.minimum / asymmetric.scale) == -4
+    )  # the zero-point: round(15 * 15 / 55) below code 0
+    assert float((asymmetric.dequantize() - x).abs().sum()) == pytest.approx(6.0, abs=1e-4)
+
+
 def test_per_channel_int8_is_the_scheme_s() -> None:
     weight = torch.randn(20, 77)
     weight[4] = 0
