@@ -61,7 +61,8 @@ class Pace:
         Args:
             num_slots: Sequences that can run at a time.
         """
-        decoding, prefilling = [], []
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
         for sequence in running:
             (decoding if sequence.num_remaining_tokens <= 1 else prefilling).append(sequence)
         decodes = StepSize(0, len(decoding), sum(s.num_computed_tokens for s in decoding))
