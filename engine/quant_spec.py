@@ -12,9 +12,8 @@
     weight-only             int8        activations stay floats
 
 The vocabulary projection (lm_head) and the embedding (model.embed_tokens) keep eight bits in groups of 32 under
-schemes of four, unless a pattern names them, and the embedding does so under int8, too; but one that the head is tied
-to is looked up in the head's own copy (`engine.quant.plan.QuantizationPlan.table`). They are the layers whose
-rounding shows most in the tokens, and a small part of the weights of all but the smallest models.
+schemes of four, unless a pattern names them, and the embedding does so under int8: they are the layers whose rounding
+shows most in the tokens, and a small part of the weights of all but the smallest models.
 """
 
 from __future__ import annotations

@@ -55,14 +55,13 @@ class QuantizationPlan:
         return self.schemes([LM_HEAD])[0]
 
     def table(self, is_tied: bool) -> Scheme:
-        """The scheme of the embedding.
+        """The scheme of the embedding; where it is the head's, and they are tied, they are stored once.
 
         Args:
-            is_tied: Whether the head's weight is the embedding's: then they have one scheme, and are stored once,
-                unless one of them was named to be floats, or the head to have four bits.
+            is_tied: Whether the head's weight is the embedding's. A table of a file's own type is that type then, too.
         """
         head, table = (self.quant_spec.of(module) for module in (LM_HEAD, EMBEDDING))
-        if is_tied and KINDS[head.kind].is_for_head and (head.kind == "none") == (table.kind == "none"):
+        if is_tied and KINDS[head.kind].is_block_type and table.kind != "none":
             return self.head
         if table == SchemeSpec("int8"):
             return Int8Groups(TABLE_GROUP_SIZE)
