@@ -38,7 +38,7 @@ class QueueLimits:
         max_queued_requests: Samples that wait for a slot, at most.
         max_queued_tokens: Tokens of prompts that are not computed, at most, unless they are one request's.
         slo_ttft_ms: Milliseconds in which a request must be predicted to have its first token.
-        queue_timeout: Seconds after which a request ends that has no token.
+        queue_timeout: Seconds after which a request ends of which nothing has been computed.
     """
 
     max_queued_requests: int | None = None
@@ -60,12 +60,14 @@ class Place:
         num_samples: Those that are not through.
         predicted: Seconds to its first token, without the margin.
         entered: When it came.
+        waits: Whether nothing of it has been computed.
     """
 
     num_tokens: int
     num_samples: int
     predicted: float
     entered: float
+    waits: bool = True
     has_begun: bool = False
     has_left: bool = False
 
@@ -114,7 +116,7 @@ class Admission:
         load = stats.load
         costs = load.step_costs
         share = 1.0 - stats.prefix_cache_hits / max(1, stats.prefix_cache_queries)
-        ahead = share * max(0, self._num_tokens - load.num_prefilled_tokens)
+        ahead = share * max(0, self._num_tokens - load.num_prefilled_tokens) / load.num_engines
         own = share * num_tokens
 
         def seconds(tokens: float, reads: float) -> float:
@@ -126,7 +128,8 @@ class Admission:
         own_reads = own * num_tokens / 2
         num_missing = self._num_running + self._num_queued + num_samples - load.num_slots
         slot = max(0, num_missing) * load.slot_seconds / load.num_slots
-        return max(seconds(ahead + own, share * self._num_reads + own_reads), slot + seconds(own, own_reads))
+        reads = share * self._num_reads / load.num_engines + own_reads
+        return max(seconds(ahead + own, reads), slot + seconds(own, own_reads))
 
     def check_room(self, lengths: Sequence[int], num_samples: int) -> None:
         """Refuses a request for which the queue has no room, or that would wait too long.
@@ -174,7 +177,7 @@ class Admission:
 
     @property
     def queue_timeout(self) -> float | None:
-        """Seconds after which a request ends that has no token; None: it waits."""
+        """Seconds after which a request ends of which nothing has been computed; None: it waits."""
         return self._limits.queue_timeout
 
     def waited_too_long(self) -> ApiError:

@@ -36,7 +36,7 @@ from api.errors import ApiError, add_error_handlers
 from api.http import HeadMiddleware, RequestIdMiddleware
 from api.keys import ApiKey, KeyMiddleware, KeyRing
 from api.metrics import Metrics
-from api.openapi import BODY_ERRORS, Operation, described, openapi
+from api.openapi import ANSWER_ERRORS, BODY_ERRORS, Operation, described, openapi
 from api.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -70,12 +70,12 @@ ANY_NAME = "*"
 DOCS_PAGE = Path(__file__).with_name("docs.html")
 
 COMPLETIONS = Operation(
-    "Goes on with prompts", (CompletionRequest,), Completion, chunk=Completion, errors=(*BODY_ERRORS, 408)
+    "Goes on with prompts", (CompletionRequest,), Completion, chunk=Completion, errors=ANSWER_ERRORS
 )
 CHAT_COMPLETIONS = Operation(
-    "Answers a chat", (ChatCompletionRequest,), ChatCompletion, chunk=ChatChunk, errors=(*BODY_ERRORS, 408)
+    "Answers a chat", (ChatCompletionRequest,), ChatCompletion, chunk=ChatChunk, errors=ANSWER_ERRORS
 )
-EMBEDDINGS = Operation("The vectors of prompts", (EmbeddingRequest,), EmbeddingList, errors=BODY_ERRORS)
+EMBEDDINGS = Operation("The vectors of prompts", (EmbeddingRequest,), EmbeddingList, errors=ANSWER_ERRORS)
 TOKENIZE = Operation(
     "The tokens of a prompt or a chat", (TokenizeRequest, TokenizeChatRequest), Tokens, errors=BODY_ERRORS
 )
@@ -86,9 +86,13 @@ PING = Operation("As /health", (), Status, errors=(503,))
 TRACE = Operation("The last steps, as Perfetto reads them", (), dict, errors=(400, 503))
 APPLY_TEMPLATE = Operation("The prompt of a chat", (ChatCompletionRequest,), Prompt, errors=BODY_ERRORS)
 REFUSED_OF_MESSAGES: dict[str, tuple[Any, ...]] = dict.fromkeys(REFUSED, ())
-RESPONSES = Operation("Answers, as OpenAI's Responses API does", (ResponseRequest,), dict, errors=BODY_ERRORS)
+RESPONSES = Operation(
+    "Answers, as OpenAI's Responses API does", (ResponseRequest,), dict, errors=ANSWER_ERRORS
+)
 STORED_RESPONSE = Operation("A response that is kept", (), dict, errors=(400, 404, 503))
-MESSAGES = Operation("Answers, as Anthropic's Messages API does", (MessageRequest,), dict, errors=BODY_ERRORS)
+MESSAGES = Operation(
+    "Answers, as Anthropic's Messages API does", (MessageRequest,), dict, errors=ANSWER_ERRORS
+)
 COUNT_TOKENS = Operation(
     "How many tokens a conversation has",
     (CountRequest,),
@@ -252,7 +256,9 @@ def _add_operations(app: FastAPI, service: Service, keys: KeyRing) -> None:
     async def ready() -> Response:
         service.check_ready()
         if service.engine.status == "restarting":
-            raise ApiError(503, "the engine has ended and is started again", code="restarting")
+            # What follows a colon may be an exception's text, which is the log's alone.
+            cause = str(service.engine.error).partition(":")[0]
+            raise ApiError(503, f"{cause}; the engine is started again", code="restarting")
         return json_response(Status("ready"))
 
     app.add_api_route("/ping", health, name="ping", methods=["GET", "POST"], **described(PING))

@@ -127,5 +127,10 @@ class Bodies:
         self._num_bytes += num_bytes
 
 
+async def off_loop(is_long: bool, work: Callable[[], Result]) -> Result:
+    """The result of work, in a thread where it takes long."""
+    return await asyncio.to_thread(work) if is_long else work()
+
+
 def json_response(content: msgspec.Struct, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(content), headers=headers, media_type="application/json")

@@ -11,6 +11,7 @@ from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
 
 from api.bodies import ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs, Usage
+from api.body import off_loop
 from api.chat_answer import ChatAnswerWriter
 from api.errors import ApiError
 from api.generation import (
@@ -155,7 +156,7 @@ async def _whole(service: Service, job: ChatJob, outputs: PromptOutputs) -> Chat
         usage_of(counter),
         timings_of(counter),
         service.fingerprint,
-        **job.of_prompt(),
+        **await off_loop(bool(job.prompt_logprobs), job.of_prompt),
     )
 
 
@@ -184,9 +185,10 @@ async def _events(service: Service, job: ChatJob, outputs: PromptOutputs) -> Asy
             if output.outputs and not has_begun:
                 has_begun = True
                 counter.add_prompt(0, output)
+                of_prompt = await off_loop(bool(job.prompt_logprobs), job.of_prompt)
                 for index in range(job.params.n):
                     delta = ChatDelta(role="assistant", content="")
-                    others = job.of_prompt() if index == 0 else {}
+                    others = of_prompt if index == 0 else {}
                     yield chunk([ChatChunkChoice(index, delta)], chunk_usage(counter, options), **others)
             counter.add(0, output)
             for sample in output.outputs:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fastapi import Request, Response
 from msgspec import UNSET, UnsetType, structs
 
 from api.bodies import Completion, CompletionChoice, Usage
+from api.body import off_loop
 from api.errors import ApiError
 from api.generation import (
     Generation,
@@ -160,6 +162,11 @@ class ChoiceWriter:
         as_ids = job.request.return_tokens_as_token_ids is True
         self._logprobs = CompletionLogprobsFormatter(silent, as_ids)
 
+    @property
+    def has_prompt_to_write(self) -> bool:
+        """Whether the next piece has the prompt's log-probabilities, which may be many."""
+        return self._is_first and bool(self._job.prompt_logprobs)
+
     def write(self, sample: CompletionOutput) -> CompletionChoice:
         request = self._job.request
         is_first, self._is_first = self._is_first, False
@@ -196,7 +203,11 @@ class ChoiceWriter:
 async def _whole(service: Service, job: CompletionJob, outputs: PromptOutputs) -> Completion:
     generation, counter = job.generation, TokenCounter(job.generation)
     samples = _best(job, await collect(generation, outputs, counter))
-    choices = [ChoiceWriter(service, job, sample.index).write(sample) for sample in samples]
+
+    def write() -> list[CompletionChoice]:
+        return [ChoiceWriter(service, job, sample.index).write(sample) for sample in samples]
+
+    choices = await off_loop(bool(job.prompt_logprobs), write)
     return Completion(
         generation.request_id,
         generation.created,
@@ -252,6 +263,7 @@ async def _events(
                     writer = writers[prompt_index * job.params.n + sample.index]
                     num_open -= sample.finish_reason is not None
                     is_last = num_open == 0 and not has_usage_chunk(options)
-                    yield chunk([writer.write(sample)], chunk_usage(counter, options), is_last)
+                    choice = await off_loop(writer.has_prompt_to_write, partial(writer.write, sample))
+                    yield chunk([choice], chunk_usage(counter, options), is_last)
     if has_usage_chunk(options):
         yield chunk([], usage_of(counter), True)

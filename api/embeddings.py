@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
+import time
 from dataclasses import dataclass
 
 from fastapi import Request, Response
@@ -12,11 +13,11 @@ from fastapi import Request, Response
 from api.bodies import Embedding, EmbeddingList, EmbeddingUsage
 from api.body import json_response
 from api.errors import ApiError
-from api.generation import check_queue, new_id
+from api.generation import check_queue, new_id, out_of_time
 from api.keys import Client, client_of
 from api.prompts import encode_prompts, split_prompts
 from api.protocol import EmbeddingRequest, decode_request
-from api.request_fields import truncated
+from api.request_fields import read_timeout, truncated
 from api.service import Service
 from api.streaming import until_disconnect
 from engine.core.limits import MAX_INPUTS
@@ -32,6 +33,7 @@ class EmbeddingJob:
         client: Who asks.
         priority: Lower goes first.
         prompts: Token ids.
+        timeout, arrival: As in `Generation`.
     """
 
     request: EmbeddingRequest
@@ -40,13 +42,15 @@ class EmbeddingJob:
     model: str
     prompts: list[list[int]]
     params: PoolingParams
+    timeout: float | None
+    arrival: float
 
 
 async def create_embeddings(service: Service, http_request: Request) -> Response:
     """Answers one request."""
     service.check_ready()
     async with service.bodies.receive(http_request) as body:
-        job = await body.read(lambda data: _read_job(service, client_of(http_request), data))
+        job = await body.read(lambda data: _read_job(service, client_of(http_request), body.arrival, data))
     request_id = new_id("embd-")
     embeddings = await until_disconnect(http_request.receive, _embed(service, job, request_id))
     num_tokens = sum(map(len, job.prompts))
@@ -56,7 +60,7 @@ async def create_embeddings(service: Service, http_request: Request) -> Response
     return json_response(answer, {"x-request-id": request_id})
 
 
-def _read_job(service: Service, client: Client, body: bytearray) -> EmbeddingJob:
+def _read_job(service: Service, client: Client, arrival: float, body: bytearray) -> EmbeddingJob:
     request = decode_request(body, EmbeddingRequest)
     model = service.check_model(request.model)
     params = PoolingParams(
@@ -77,7 +81,8 @@ def _read_job(service: Service, client: Client, body: bytearray) -> EmbeddingJob
         ]
     except RequestError as error:
         raise RequestError(f"input: {error}", "input", error.code) from None
-    return EmbeddingJob(request, client, client.priority(request.priority), model, prompts, params)
+    priority, timeout = client.priority(request.priority), read_timeout(request.timeout)
+    return EmbeddingJob(request, client, priority, model, prompts, params, timeout, arrival)
 
 
 def _base64(embedding: list[float]) -> str:
@@ -90,7 +95,8 @@ async def _embed(service: Service, job: EmbeddingJob, request_id: str) -> list[l
     Raises:
         RequestError: A prompt that the engine refuses.
         EngineDeadError: The engine has ended.
-        ApiError: 500, a prompt failed inside the engine; 429, too much waits already; 503, it has waited too long.
+        ApiError: 500, a prompt failed inside the engine; 429, too much waits already; 503, it has waited too long;
+            408, the time that it was given is over.
     """
     check_queue(service, job.prompts, 1)
     places = [service.admission.enter(len(prompt), 1) for prompt in job.prompts]
@@ -109,9 +115,13 @@ async def _embed(service: Service, job: EmbeddingJob, request_id: str) -> list[l
         return output.outputs.embedding
 
     tasks = [asyncio.create_task(one(index, prompt)) for index, prompt in enumerate(job.prompts)]
+    limits = [limit for limit in (job.timeout, service.admission.queue_timeout) if limit is not None]
+    left = job.arrival + min(limits) - time.perf_counter() if limits else None
     try:
-        return await asyncio.wait_for(asyncio.gather(*tasks), service.admission.queue_timeout)
+        return await asyncio.wait_for(asyncio.gather(*tasks), left)
     except TimeoutError:
+        if job.timeout is not None and job.timeout == min(limits):
+            raise out_of_time(job.timeout) from None
         service.metrics.count_refusal("queue_timeout")
         raise service.admission.waited_too_long() from None
     finally:

@@ -170,6 +170,9 @@ async def _outputs(
         with service.metrics.observing(generation.arrival, len(prompt), params.n) as observe:
             async with aclosing(stream):
                 while (output := await _next(service, generation, stream, place)) is not None:
+                    place.waits = False
+                    if not output.outputs and output.error is None:
+                        continue  # its prompt is being computed
                     observe(output)
                     if output.error is not None:
                         raise ApiError(500, output.error, code="generation_failed")
@@ -198,7 +201,7 @@ async def _next(
     Raises:
         ApiError: 408, the time of the request is over; 503, its prompt has waited too long.
     """
-    longest = None if place.has_begun or place.has_left else service.admission.queue_timeout
+    longest = service.admission.queue_timeout if place.waits else None
     seconds = min((limit for limit in (generation.timeout, longest) if limit is not None), default=None)
     if seconds is None:
         return await anext(outputs, None)
@@ -210,13 +213,19 @@ async def _next(
         if seconds == longest:
             service.metrics.count_refusal("queue_timeout")
             raise service.admission.waited_too_long() from None
-        raise ApiError(
-            408,
-            f"timeout: the request has not ended within its {generation.timeout:g} s",
-            param="timeout",
-            code="timeout",
-            headers={"x-should-retry": "false"},
-        ) from None
+        assert generation.timeout is not None
+        raise out_of_time(generation.timeout) from None
+
+
+def out_of_time(seconds: float) -> ApiError:
+    """The error of a request that has not ended within the time that it has asked for."""
+    return ApiError(
+        408,
+        f"timeout: the request has not ended within its {seconds:g} s",
+        param="timeout",
+        code="timeout",
+        headers={"x-should-retry": "false"},
+    )
 
 
 async def note_prompt_logprobs(outputs: PromptOutputs, noted: dict[int, PromptLogprobs]) -> PromptOutputs:

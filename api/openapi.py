@@ -52,6 +52,9 @@ class Operation:
 BODY_ERRORS = (400, 404, 413, 415, 429, 503)
 """Statuses of the errors of routes that read a body with a model's name."""
 
+ANSWER_ERRORS = (*BODY_ERRORS, 408)
+"""The same where the engine computes something, which may take longer than the request allows."""
+
 
 def described(operation: Operation) -> dict[str, Any]:
     """The arguments that a route takes to be found here."""

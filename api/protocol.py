@@ -215,6 +215,7 @@ class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     normalize: bool | None = None
     pooling: str | None = None
     priority: Integer | None = None
+    timeout: float | None = None
     truncate_prompt_tokens: Integer | None = None
     truncation_side: Literal["left", "right"] | None = None
     user: Any = None

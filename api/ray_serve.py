@@ -20,7 +20,8 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from api import create_app, read_keys
+from api import QueueLimits, create_app, read_keys
+from api.admission import Admission
 from api.keys import ApiKey
 from engine.arguments import read_words
 from engine.config import EngineConfig
@@ -41,6 +42,7 @@ class Ingress:
     Args:
         options: The fields of EngineConfig.
         api_key, api_keys, open_metrics: As in `api.create_app`.
+        limits: How much may wait at all replicas together.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class Ingress:
         api_key: str | None,
         api_keys: list[ApiKey],
         open_metrics: bool,
+        limits: QueueLimits,
         handle: DeploymentHandle,
     ) -> None:
         self._engine = Replicas(EngineConfig(**options), handle)
         self._names = served_model_names
+        self._limits = limits
         self._access: dict[str, Any] = {
             "api_key": api_key,
             "api_keys": api_keys,
@@ -61,7 +65,9 @@ class Ingress:
         }
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self._engine, served_model_names=self._names, **self._access)
+        engine = self._engine
+        admission = Admission(lambda: engine.stats, self._limits)
+        return create_app(engine, served_model_names=self._names, admission=admission, **self._access)
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
@@ -69,18 +75,24 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
     Args:
         arguments: Options of EngineConfig, true or false for what is on or off; served_model_name (several with
-            commas), api_key, api_keys, open_metrics, and its own: replicas; max_replicas, up to which Ray Serve adds
-            some while more than target_queued_tokens wait at each.
+            commas), api_key, api_keys, open_metrics and the bounds of the queue, and its own: replicas; max_replicas,
+            up to which Ray Serve adds some while more than target_queued_tokens wait at each.
 
     Raises:
         ConfigError: An option that cannot work.
     """
     given = dict(arguments)
-    num_replicas = _count(given, "replicas", 1)
-    max_replicas = _count(given, "max_replicas", num_replicas)
-    target = _count(given, "target_queued_tokens", 8192)
+    num_replicas = _count(given, "replicas") or 1
+    max_replicas = _count(given, "max_replicas") or num_replicas
+    target = _count(given, "target_queued_tokens") or 8192
     names, api_key = given.pop("served_model_name", ""), given.pop("api_key", None)
     keys_file, open_metrics = given.pop("api_keys", None), given.pop("open_metrics", "false")
+    limits = QueueLimits(
+        max_queued_requests=_count(given, "max_queued_requests"),
+        max_queued_tokens=_count(given, "max_queued_tokens"),
+        slo_ttft_ms=_positive(given, "slo_ttft_ms"),
+        queue_timeout=_positive(given, "queue_timeout"),
+    )
     if open_metrics not in ("true", "false"):
         raise ConfigError(f"open_metrics must be true or false, got {open_metrics!r}")
     config = EngineConfig.from_options(**read_words(given))
@@ -113,15 +125,31 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         api_key,
         [] if keys_file is None else read_keys(keys_file),
         open_metrics == "true",
+        limits,
         replicas,
     )
 
 
-def _count(given: dict[str, Any], name: str, default: int) -> int:
-    value = str(given.pop(name, default))
+def _count(given: dict[str, Any], name: str) -> int | None:
+    value = str(given.pop(name, ""))
+    if not value:
+        return None
     if not value.isdecimal() or int(value) < 1:
         raise ConfigError(f"{name} must be a number of at least 1, got {value!r}")
     return int(value)
+
+
+def _positive(given: dict[str, Any], name: str) -> float | None:
+    value = str(given.pop(name, ""))
+    if not value:
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not number > 0.0:
+        raise ConfigError(f"{name} must be a number above 0, got {value!r}")
+    return number
 
 
 def _resources(config: EngineConfig) -> dict[str, float]:

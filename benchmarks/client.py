@@ -60,7 +60,11 @@ def read_exchange(exchange: Exchange, origin: float = 0.0) -> RequestRecord:
 
     def failed(reason: str) -> RequestRecord:
         return RequestRecord(
-            exchange.start - origin, exchange.end - origin, scheduled=scheduled, error=reason
+            exchange.start - origin,
+            exchange.end - origin,
+            scheduled=scheduled,
+            error=reason,
+            status=exchange.status,
         )
 
     if exchange.error is not None:
@@ -101,6 +105,7 @@ def read_exchange(exchange: Exchange, origin: float = 0.0) -> RequestRecord:
         output_tokens=usage["completion_tokens"],
         cached_tokens=details.get("cached_tokens") or 0,
         scheduled=scheduled,
+        status=exchange.status,
     )
 
 

@@ -77,8 +77,20 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def _commit() -> str | None:
+    """The commit that runs, with a + where files differ from it; None outside of a repository."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        answer = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None  # no git
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
 def describe_run(arguments: Sequence[str]) -> dict[str, Any]:
-    """When, with which arguments and on what a benchmark runs; the value of --api-key is masked."""
+    """When, of which commit, with which arguments and on what a benchmark runs; the value of --api-key is masked."""
     shown = list(arguments)
     for position, word in enumerate(arguments):
         if word.startswith("--api-key="):
@@ -87,6 +99,7 @@ def describe_run(arguments: Sequence[str]) -> dict[str, Any]:
             shown[position + 1] = "***"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
         "arguments": shown,
         "machine": describe_machine(),
     }

@@ -29,6 +29,7 @@ class RequestRecord:
         text_times: Arrival of every chunk that carried text.
         input_tokens, output_tokens, cached_tokens: From the server's usage; 0 where it reports none.
         error: Why it failed; None if it did not.
+        status: Of the answer; None if there was none.
     """
 
     start: float
@@ -39,6 +40,7 @@ class RequestRecord:
     cached_tokens: int = 0
     scheduled: float | None = None
     error: str | None = None
+    status: int | None = None
 
     @property
     def e2e(self) -> float:

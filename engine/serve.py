@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import logging
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 from engine import logs
 from engine.arguments import build_parser
-from engine.config import EngineConfig, parse_bytes
+from engine.config import EngineConfig, option_types, parse_bytes
 from engine.errors import EngineError
 from engine.installation import check_api, missing_package
 
@@ -20,33 +21,13 @@ logger = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the options and serves until interrupted. Returns the exit status."""
-    options = vars(build_parser().parse_args(arguments))
-    log_format = options.pop("log_format") or os.environ.get("ENGINE_LOG_FORMAT") or "text"
-    host, port = options.pop("host"), options.pop("port")
-    api_key = options.pop("api_key") or os.environ.get("ENGINE_API_KEY")
-    names = options.pop("served_model_name") or [options["model"]]
-    application = {
-        "cors_origins": options.pop("cors_origins"),
-        "api_key": api_key,
-        "open_metrics": options.pop("open_metrics"),
-    }
-    keys_file = options.pop("api_keys")
-    application["drain_seconds"] = options.pop("drain_timeout")
-    names_of_limits = ("max_queued_requests", "max_queued_tokens", "slo_ttft_ms", "queue_timeout")
-    limits = {name: options.pop(name) for name in names_of_limits}
-    application["send_seconds"] = options.pop("send_timeout")
-    store, hours = options.pop("response_store_memory"), options.pop("response_store_hours")
-    max_body_size = options.pop("max_body_size")
+    options = build_parser().parse_args(arguments)
+    log_format = options.log_format or os.environ.get("ENGINE_LOG_FORMAT") or "text"
     try:
         logs.configure(log_format)
         # For the engine's processes.
         os.environ["ENGINE_LOG_FORMAT"] = log_format
-        application |= {
-            "response_store_bytes": parse_bytes(store, "response_store_memory"),
-            "response_store_seconds": 3600 * hours,
-            "max_body_bytes": None if max_body_size is None else parse_bytes(max_body_size, "max_body_size"),
-        }
-        _serve(EngineConfig(**options), host, port, names, keys_file, limits, application)
+        _serve(EngineConfig(**{name: getattr(options, name) for name in option_types()}), options)
     except KeyboardInterrupt:
         return 130
     except EngineError as error:
@@ -55,15 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _serve(
-    config: EngineConfig,
-    host: str,
-    port: int,
-    names: list[str],
-    keys_file: str | None,
-    limits: dict[str, Any],
-    application: dict[str, Any],
-) -> None:
+def _serve(config: EngineConfig, options: argparse.Namespace) -> None:
+    body_size = options.max_body_size
+    # Of `api.serve`, which is not imported yet.
+    arguments: dict[str, Any] = {
+        "served_model_names": options.served_model_name or [options.model],
+        "api_key": options.api_key or os.environ.get("ENGINE_API_KEY"),
+        "open_metrics": options.open_metrics,
+        "cors_origins": options.cors_origins,
+        "drain_seconds": options.drain_timeout,
+        "send_seconds": options.send_timeout,
+        "max_body_bytes": None if body_size is None else parse_bytes(body_size, "max_body_size"),
+        "response_store_bytes": parse_bytes(options.response_store_memory, "response_store_memory"),
+        "response_store_seconds": 3600 * options.response_store_hours,
+    }
     check_api()
     try:
         import uvloop
@@ -84,17 +70,15 @@ def _serve(
                 from engine.router.restarting import RestartingEngine
             except ModuleNotFoundError as error:
                 raise missing_package(error, "serve") from error
-            keys = [] if keys_file is None else read_keys(keys_file)
-            engine = RestartingEngine(config, child=child)
-            await serve(
-                engine,
-                host,
-                port,
-                served_model_names=names,
-                limits=QueueLimits(**limits),
-                api_keys=keys,
-                **application,
+            limits = QueueLimits(
+                max_queued_requests=options.max_queued_requests,
+                max_queued_tokens=options.max_queued_tokens,
+                slo_ttft_ms=options.slo_ttft_ms,
+                queue_timeout=options.queue_timeout,
             )
+            keys = [] if options.api_keys is None else read_keys(options.api_keys)
+            engine = RestartingEngine(config, child=child)
+            await serve(engine, options.host, options.port, limits=limits, api_keys=keys, **arguments)
         finally:
             await child.end()
 

@@ -175,7 +175,7 @@ def test_the_table_of_parameters_is_complete() -> None:
 @pytest.mark.parametrize(("heading", "limits"), [("A request", LIMITS), ("A connection", CONNECTION_LIMITS)])
 def test_the_tables_of_limits_say_what_the_code_does(heading: str, limits: tuple[Limit, ...]) -> None:
     rows = re.findall(r"^\| `.*$", section(DOCS / "limits.md", heading), re.MULTILINE)
-    assert rows == [f"| `{limit.field}` | {limit.most:.15g} | {limit.what} |" for limit in limits]
+    assert rows == [f"| `{limit.field}` | {limit.most:.15g} | {limit.unit}{limit.note} |" for limit in limits]
 
 
 def test_the_table_of_embeddings_is_complete() -> None:

@@ -33,7 +33,7 @@ from api.errors import ApiError
 from api.generation import Generation, TokenCounter, check_room, collect, generate, new_id
 from api.keys import client_of
 from api.protocol import decode_body, without_ignored
-from api.request_fields import read_cache_salt
+from api.request_fields import read_cache_salt, read_timeout
 from api.service import Service
 from api.streaming import event_stream, whole_answer, with_beats
 from api.unknown_members import find_unknown
@@ -119,6 +119,7 @@ async def create_message(service: Service, http_request: Request) -> Response:
             body.arrival,
             client.priority(None),
             salt,
+            read_timeout(request.timeout),
         )
         # What the prompt was made of may be long, and is not kept as long as the request runs.
         request.messages, request.tools, request.system = [], None, None

@@ -135,5 +135,6 @@ class MessageRequest(CountRequest, kw_only=True):
     top_k: Integer | None = None
     top_p: float | None = None
 
-    # vLLM's, as in chats.
+    # As in chats.
     cache_salt: str | None = None
+    timeout: float | None = None

@@ -16,7 +16,7 @@ from api.conversation import Conversation, effort_arguments, verbosity_arguments
 from api.errors import ApiError, not_supported, to_api_error
 from api.generation import Generation, TokenCounter, check_room, generate, new_id
 from api.keys import client_of
-from api.request_fields import read_cache_salt
+from api.request_fields import read_cache_salt, read_timeout
 from api.responses import bodies
 from api.responses.events import ResponseWriter
 from api.responses.items import Transcript, input_items, listed_item
@@ -27,7 +27,7 @@ from api.responses.protocol import (
     TextConfig,
     decode_response_request,
 )
-from api.responses.store import ResponseStore, StoredResponse
+from api.responses.store import ResponseStore, StoredInput, StoredResponse
 from api.responses.tools import Toolbox, read_choice
 from api.service import Service
 from api.streaming import StreamEnds, event, event_stream, whole_answer
@@ -55,12 +55,12 @@ class ResponseJob:
 
     Attributes:
         owner: Who may see the response; see `api.keys.Client`.
-        input_items: As they were given, with stored ones in place of references to them.
+        answered: Its input, with stored items in place of references to them; None where it is not stored.
     """
 
     request: ResponseRequest
     owner: str
-    input_items: list[dict[str, Any]]
+    answered: StoredInput | None
     generation: Generation
     turn: ChatTurn
     toolbox: Toolbox
@@ -151,6 +151,10 @@ class Reading:
         turn = turn or _truncated(conversation, chat_format, max_prompt_tokens)
         return turn or conversation.turn(chat_format), toolbox
 
+    def answered(self) -> StoredInput:
+        """The input as it is stored."""
+        return StoredInput.of([listed_item(item) for item in self.input_items])
+
 
 class ResponsesApi:
     """The endpoints, and the responses that they keep."""
@@ -186,6 +190,9 @@ class ResponsesApi:
             reading = Reading(request, self._history(owner, request), items, unknown)
             with named_as_here():
                 turn, toolbox = await body.work(lambda: reading.turn(service.engine.chat_format, limit))
+            answered = await body.work(reading.answered) if request.stores else None
+            # It may be long, and is not kept as long as the request runs.
+            request.input = None
         service.unknown_members.note(PATH, reading.unknown)
         length = len(turn.prompt_token_ids)
         if length > limit:
@@ -207,8 +214,9 @@ class ResponsesApi:
             body.arrival,
             client.priority(request.priority),
             read_cache_salt(request.cache_salt),
+            read_timeout(request.timeout),
         )
-        return ResponseJob(request, owner, reading.input_items, generation, turn, toolbox)
+        return ResponseJob(request, owner, answered, generation, turn, toolbox)
 
     def _history(self, owner: str, request: ResponseRequest) -> list[StoredResponse]:
         """The responses that the request goes on from."""
@@ -272,8 +280,8 @@ class ResponsesApi:
                     if sample.finish_reason is not None:
                         for one in writer.end_items(sample.finish_reason, counter):
                             yield one
-        if job.request.stores:
-            self._store.put(job.owner, writer.response, [listed_item(item) for item in job.input_items])
+        if job.answered is not None:
+            self._store.put(job.owner, writer.response, job.answered)
 
     async def get(self, http_request: Request, response_id: str) -> Response:
         """The stored response."""

@@ -85,6 +85,7 @@ class ResponseRequest(Struct, kw_only=True):
     ignore_eos: bool | None = None
     priority: Integer | None = None
     cache_salt: str | None = None
+    timeout: float | None = None
 
     # Given back as they came.
     max_tool_calls: Integer | None = None

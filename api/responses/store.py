@@ -52,6 +52,24 @@ class StoredResponse:
         return [*self.read_input(), *msgspec.json.decode(self.body)["output"]]
 
 
+@dataclass(frozen=True, slots=True)
+class StoredInput:
+    """What a response answers.
+
+    Attributes:
+        items: As JSON: decoded, they would take many times as much.
+        ids: Of each.
+    """
+
+    items: bytes
+    ids: list[str]
+
+    @classmethod
+    def of(cls, items: Sequence[dict[str, Any]]) -> StoredInput:
+        """From items that `listed_item` has made."""
+        return cls(msgspec.json.encode(items), [item["id"] for item in items])
+
+
 class ResponseStore:
     """Keeps responses within a bound of bytes and age; those that nobody has gone on from for longest go first.
 
@@ -71,14 +89,14 @@ class ResponseStore:
         self._of_items: dict[tuple[str, str], str] = {}
         self.num_bytes = 0
 
-    def put(self, owner: str, response: Response, input_items: Sequence[dict[str, Any]]) -> None:
-        """Keeps a response that has ended, and what it answers, which `listed_item` has made."""
+    def put(self, owner: str, response: Response, answered: StoredInput) -> None:
+        """Keeps a response that has ended, and what it answers."""
         stored = StoredResponse(
             owner,
             response.previous_response_id,
             msgspec.json.encode(response),
-            msgspec.json.encode(input_items),
-            [item["id"] for item in input_items] + [item.id for item in response.output],
+            answered.items,
+            answered.ids + [item.id for item in response.output],
             self._clock(),
         )
         # First: what cannot be counted must not be kept.

@@ -41,56 +41,41 @@ class Limit:
     """A limit in words, as docs/limits.md shows it.
 
     Attributes:
-        field: Of a request, or a part of one.
+        field: Of a request, or a part of one: "stop[]" is each of those that "stop" holds.
         most: The largest number that is taken.
-        what: What is counted.
+        unit: What is counted.
+        note: What else there is to say.
     """
 
     field: str
     most: float
-    what: str
+    unit: str
+    note: str = ""
 
 
 LIMITS = (
-    Limit("n", MAX_SAMPLES, "samples; and no more than `--max-num-seqs`"),
-    Limit("best_of", MAX_SAMPLES, "samples; and no more than `--max-num-seqs`"),
-    Limit("prompt", MAX_CHOICES, "prompts of a completion, times `n` or `best_of`"),
+    Limit("n", MAX_SAMPLES, "samples", "; and no more than `--max-num-seqs`"),
+    Limit("best_of", MAX_SAMPLES, "samples", "; and no more than `--max-num-seqs`"),
+    Limit("prompt", MAX_CHOICES, "prompts of a completion", ", times `n` or `best_of`"),
     Limit("input", MAX_INPUTS, "prompts of embeddings"),
-    Limit("logprobs", MAX_LOGPROBS, "likeliest tokens; `top_logprobs` and `prompt_logprobs`, too"),
-    Limit("stop", MAX_STOP_STRINGS, "strings; `stop_sequences`, too"),
+    Limit("logprobs", MAX_LOGPROBS, "likeliest tokens", "; `top_logprobs` and `prompt_logprobs`, too"),
+    Limit("stop", MAX_STOP_STRINGS, "strings", "; `stop_sequences`, too"),
     Limit("stop[]", MAX_STRING_CHARACTERS, "characters"),
-    Limit("stop_token_ids", MAX_STOP_TOKEN_IDS, "ids"),
+    Limit("stop_token_ids", MAX_STOP_TOKEN_IDS, "token ids"),
     Limit("logit_bias", MAX_BIASES, "tokens"),
-    Limit("allowed_token_ids", MAX_ALLOWED_TOKEN_IDS, "ids; all of a vocabulary may be named"),
+    Limit("allowed_token_ids", MAX_ALLOWED_TOKEN_IDS, "token ids", "; all of a vocabulary may be named"),
     Limit("bad_words", MAX_BAD_WORDS, "strings"),
     Limit("bad_words[]", MAX_STRING_CHARACTERS, "characters"),
-    Limit("structured_outputs", MAX_FORM_BYTES, "bytes of a form, by whatever field it is asked for"),
+    Limit("structured_outputs", MAX_FORM_BYTES, "bytes of a form", ", by whatever field it is asked for"),
     Limit("structured_outputs.json", MAX_FORM_LEVELS, "levels"),
-    Limit("tools", MAX_TOOLS, "tools; `functions`, too"),
-    Limit("tools", MAX_TOOLS_BYTES, "bytes of all of them together, as JSON"),
+    Limit("tools", MAX_TOOLS, "tools", "; `functions`, too"),
+    Limit("tools", MAX_TOOLS_BYTES, "bytes of all of them together", ", as JSON"),
     Limit("messages", MAX_RENDERED_CHARACTERS, "characters that the chat template writes"),
     Limit("messages", MAX_RENDERING_SECONDS, "seconds of CPU time that it takes"),
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
-    """How much a list may hold.
-
-    Attributes:
-        characters: Of each element; None: they are no strings.
-    """
-
-    most: int
-    what: str
-    characters: int | None = None
-
-
-SIZES = {
-    "stop": Size(MAX_STOP_STRINGS, "strings", MAX_STRING_CHARACTERS),
-    "stop_token_ids": Size(MAX_STOP_TOKEN_IDS, "token ids"),
-    "logit_bias": Size(MAX_BIASES, "tokens"),
-    "allowed_token_ids": Size(MAX_ALLOWED_TOKEN_IDS, "token ids"),
-    "bad_words": Size(MAX_BAD_WORDS, "strings", MAX_STRING_CHARACTERS),
-}
-"""How much the parameters that are lists may hold."""
+def limit_of(field: str) -> Limit:
+    """The limit of a field that has one."""
+    (limit,) = (limit for limit in LIMITS if limit.field == field)
+    return limit

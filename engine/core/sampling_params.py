@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
-from engine.core.limits import MAX_LOGPROBS, MAX_SAMPLES, SIZES
+from engine.core.limits import MAX_LOGPROBS, MAX_SAMPLES, limit_of
 from engine.core.structured_outputs import StructuredOutputs
 from engine.errors import RequestError
 
@@ -102,9 +102,9 @@ def _strings(value: Any, name: str) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else _elements(value, name, "strings")
     if any(not isinstance(text, str) or not text for text in texts):
         raise RequestError(f"{name} must hold non-empty strings", name)
-    most = SIZES[name].characters
+    most = limit_of(f"{name}[]").most
     longest = max(map(len, texts), default=0)
-    if most is not None and longest > most:
+    if longest > most:
         raise RequestError(f"{name} takes strings of at most {most} characters, got one of {longest}", name)
     return texts
 
@@ -134,9 +134,9 @@ def _elements(value: Any, name: str, wanted: str) -> tuple[Any, ...]:
 
 
 def _check_size(number: int, name: str) -> None:
-    size = SIZES[name]
-    if number > size.most:
-        raise RequestError(f"{name} takes at most {size.most} {size.what}, got {number}", name)
+    limit = limit_of(name)
+    if number > limit.most:
+        raise RequestError(f"{name} takes at most {limit.most} {limit.unit}, got {number}", name)
 
 
 def _biases(value: Any, name: str) -> dict[int, float]:

@@ -346,7 +346,8 @@ class Scheduler:
             elif self._max_output_tokens(sequence) == 0 and row.end == sequence.num_prompt_tokens:
                 self._finish(sequence)
                 outputs.append(self._output(sequence, finish_reason="length", prompt_logprobs=scores))
-            elif scores is not None:
+            elif scores is not None or row.start == sequence.num_cached_tokens:
+                # Who asked for it learns that it waits no longer.
                 outputs.append(self._output(sequence, prompt_logprobs=scores))
         self.grammars.start_masks(advanced)
         self.num_steps += 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from engine.core.step_costs import StepCosts
@@ -53,6 +54,8 @@ class Load:
         num_prefilled_tokens: Tokens computed or found of prompts that are not through.
         num_slots: Sequences that can run at a time.
         slot_seconds: Mean time that a sequence runs; 0 as long as nothing is known.
+        num_engines: Those that share the requests; the other attributes are one's, but for num_prefilled_tokens and
+            num_slots, which are all engines' together.
     """
 
     step_costs: StepCosts = StepCosts()
@@ -62,6 +65,7 @@ class Load:
     num_prefilled_tokens: int = 0
     num_slots: int = 1
     slot_seconds: float = 0.0
+    num_engines: int = 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,3 +96,23 @@ class EngineStats:
     num_kernel_compilations: int = 0
     starved_seconds: float = 0.0
     load: Load = field(default_factory=Load)
+
+
+def joined(loads: list[Load]) -> Load:
+    """The load of engines that share the requests."""
+    # One that has made no step yet knows nothing of what they cost.
+    known = [load for load in loads if load.step_costs != StepCosts()]
+    if not known:
+        return Load(num_engines=max(1, len(loads)), num_slots=max(1, sum(load.num_slots for load in loads)))
+    return Load(
+        step_costs=StepCosts(
+            *(fmean(getattr(load.step_costs, price.name) for load in known) for price in fields(StepCosts))
+        ),
+        decode_seconds=fmean(load.decode_seconds for load in known),
+        num_step_tokens=round(fmean(load.num_step_tokens for load in known)),
+        num_prompt_step_tokens=round(fmean(load.num_prompt_step_tokens for load in known)),
+        num_prefilled_tokens=sum(load.num_prefilled_tokens for load in loads),
+        num_slots=sum(load.num_slots for load in loads),
+        slot_seconds=fmean(load.slot_seconds for load in known),
+        num_engines=len(loads),
+    )

@@ -267,6 +267,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput]:
         """Streams what a request adds, step by step; closing the generator aborts the request.
 
+        Of a prompt that takes several steps, an output without samples says that it waits no longer.
+
         Args:
             prompt: Text or token ids.
             request_id: Unique among the open requests.
@@ -338,9 +340,13 @@ class AsyncEngine:
         is_finished = False
         try:
             await self._send(Add(request))
-            (output,) = await inbox.take()
-            is_finished = True
-            return EmbeddingProcessor(request, None, params).process(output)
+            processor = EmbeddingProcessor(request, None, params)
+            while True:
+                for output in await inbox.take():
+                    embedding = processor.process(output)
+                    if embedding is not None:
+                        is_finished = True
+                        return embedding
         finally:
             del self._inboxes[request_id]
             if not is_finished and self.status == "ready":

@@ -38,8 +38,10 @@ class EmbeddingProcessor:
     params: PoolingParams
     stopped_samples: list[int] = field(default_factory=list)
 
-    def process(self, output: EngineOutput) -> EmbeddingRequestOutput:
-        """The request's one output."""
+    def process(self, output: EngineOutput) -> EmbeddingRequestOutput | None:
+        """The request's one output; None as long as the prompt is being computed."""
+        if output.finish_reason is None:
+            return None
         return EmbeddingRequestOutput(
             request_id=self.request.request_id,
             prompt=self.prompt,

@@ -60,7 +60,8 @@ class OutputProcessor:
                 self._extend(sample, CompletionOutput(index), output)
 
     def process(self, output: EngineOutput) -> RequestOutput | None:
-        """What is new since the last call; None if there is nothing, as after the end of a sample."""
+        """What is new since the last call: no sample as long as the prompt is being computed; None after the end of
+        one."""
         sample = self._samples[output.index]
         if sample.is_finished:
             return None
@@ -69,8 +70,8 @@ class OutputProcessor:
             self._prompt_logprobs[output.prompt_logprobs.start :] = map(
                 self._logprobs, output.prompt_logprobs.unpack()
             )
-            if not output.tokens and output.finish_reason is None:
-                return None
+        if not output.tokens and output.finish_reason is None:
+            return RequestOutput(self.request.request_id, self.prompt, self.request.prompt_token_ids, [])
         addition = CompletionOutput(output.index)
         if output.error is None:
             self._extend(sample, addition, output)

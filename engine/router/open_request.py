@@ -76,6 +76,10 @@ class OpenRequest:
 
     def take(self, output: RequestOutput) -> RequestOutput:
         """Notes what an engine has said, and returns it changed to what the client is to see."""
+        output.request_id = self.request_id
+        output.prompt, output.prompt_token_ids = self.prompt, self.prompt_token_ids
+        if not output.outputs and output.error is None:
+            return output
         for sample in output.outputs:
             tokens = self.sent[sample.index]
             assert tokens is not None, "a sample that has ended goes on"
@@ -86,8 +90,6 @@ class OpenRequest:
             self.sent = [None] * self.params.n
         if self.num_cached_tokens is None:
             self.num_cached_tokens = output.num_cached_tokens
-        output.request_id = self.request_id
-        output.prompt, output.prompt_token_ids = self.prompt, self.prompt_token_ids
         output.num_cached_tokens = self.num_cached_tokens
         output.finished = self.is_finished
         return output

@@ -24,7 +24,7 @@ from engine.core.bans import TokenSequence
 from engine.core.outputs import EmbeddingRequestOutput, RequestOutput
 from engine.core.pooling_params import PoolingParams
 from engine.core.sampling_params import SamplingParams
-from engine.core.stats import EngineStats
+from engine.core.stats import EngineStats, joined
 from engine.core.step_trace import Trace
 from engine.core.validation import validate_embedding, validate_request
 from engine.errors import EngineDeadError
@@ -341,6 +341,7 @@ def _sum(stats: list[EngineStats]) -> EngineStats:
     names = [field.name for field in fields(EngineStats) if field.name != "load"]
     total = EngineStats(**{name: sum(getattr(one, name) for one in stats) for name in names})
     total.kv_cache_usage_perc /= max(1, len(stats))
+    total.load = joined([one.load for one in stats])
     return total
 
 

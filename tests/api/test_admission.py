@@ -67,6 +67,12 @@ async def full(limits: QueueLimits) -> AsyncIterator[tuple[httpx.AsyncClient, li
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def computes(prompt: list[int], params: SamplingParams) -> AsyncGenerator[CompletionOutput, None]:
+    """The prompt begins at once, and takes for ever."""
+    yield CompletionOutput(0)
+    await asyncio.Event().wait()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "body"), ENDPOINTS)
 async def test_a_full_queue_is_429_at_once(path: str, body: dict[str, Any], stream: bool) -> None:
@@ -118,16 +124,29 @@ async def test_who_waits_too_long_gets_503(path: str, body: dict[str, Any]) -> N
     assert engine.num_closed == engine.num_opened == 2
 
 
-@pytest.mark.parametrize(("path", "body"), ENDPOINTS[:2])
+async def test_a_prompt_that_is_being_computed_does_not_wait() -> None:
+    engine = ScriptedEngine(computes)
+    async with serving(engine, QueueLimits(queue_timeout=0.2)) as client:
+        asking = asyncio.create_task(client.post("/v1/completions", json={"prompt": "ab"}))
+        assert not (await asyncio.wait((asking,), timeout=0.5))[0]
+        timed = await client.post("/v1/completions", json={"prompt": "ab", "timeout": 0.3})
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    assert (timed.status_code, timed.json()["error"]["code"]) == (408, "timeout")
+
+
+@pytest.mark.parametrize(("path", "body"), [*ENDPOINTS, ("/v1/embeddings", {"input": "ab"})])
 async def test_a_timeout_ends_a_request(path: str, body: dict[str, Any]) -> None:
     engine = ScriptedEngine(script)
-    async with serving(engine) as client:
+    async with serving(engine, QueueLimits(queue_timeout=600)) as client:
         whole = await client.post(path, json={**body, "timeout": 0.2})
         zero = await client.post(path, json={**body, "timeout": 0})
         streamed = await client.post("/v1/completions", json={"prompt": [1], "stream": True, "timeout": 0.2})
-    assert (whole.status_code, whole.json()["error"]["code"]) == (408, "timeout")
+    assert whole.status_code == 408
+    assert "timeout: the request has not ended within its 0.2 s" in whole.json()["error"]["message"]
     assert whole.headers["x-should-retry"] == "false"
-    assert (zero.status_code, zero.json()["error"]["param"]) == (400, "timeout")
+    assert zero.status_code == 400
+    assert "timeout must be above 0" in zero.json()["error"]["message"]
     chunk, error, done = (line for line in streamed.text.splitlines() if line)
     assert '"text":"a"' in chunk
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "timeout"

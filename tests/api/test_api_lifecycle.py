@@ -127,8 +127,7 @@ def test_a_stream_outlives_the_engine(tmp_path: Path, small_model: Path) -> None
             while (ready := httpx.get(f"{server.url}/ready")).status_code == 200:
                 pass
             assert ready.json()["error"]["code"] == "restarting"
-            # The cause is for the log alone.
-            assert "SIGKILL" not in ready.text
+            assert "SIGKILL" in ready.json()["error"]["message"]
             assert "SIGKILL" in server.log.read_text()
             assert httpx.get(f"{server.url}/health").status_code == 200
             *more, done = lines

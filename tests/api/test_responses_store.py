@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from api.responses.bodies import OutputMessage, OutputText, ReasoningSettings, Response
-from api.responses.store import ResponseStore
+from api.responses.store import ResponseStore, StoredInput
 
 
 class Clock:
@@ -28,7 +28,8 @@ def response(name: str, previous: str | None = None, text: str = "") -> Response
 def put(
     store: ResponseStore, name: str, previous: str | None = None, text: str = "", owner: str = "o"
 ) -> None:
-    store.put(owner, response(name, previous, text), [{"id": f"in_{name}", "type": "message"}])
+    answered = StoredInput.of([{"id": f"in_{name}", "type": "message"}])
+    store.put(owner, response(name, previous, text), answered)
 
 
 def test_those_unused_for_longest_go_first() -> None:
@@ -50,7 +51,7 @@ def test_those_unused_for_longest_go_first() -> None:
 def test_what_cannot_be_counted_is_not_kept() -> None:
     store = ResponseStore(10**6, 1000)
     with pytest.raises(TypeError):
-        store.put("o", response("a"), [{"id": 5}])
+        store.put("o", response("a"), StoredInput.of([{"id": 5}]))
     assert store.get("o", "a") is None
     assert store.num_bytes == 0
 
@@ -93,7 +94,7 @@ def test_each_is_for_its_owner_alone() -> None:
     put(store, "b", owner="p")
     assert store.get("p", "a") is store.chain("p", "a") is store.of_item("p", "msg_a") is None
     assert not store.delete("p", "a")
-    store.put("p", response("c"), [{"id": "msg_a", "type": "message"}])
+    store.put("p", response("c"), StoredInput.of([{"id": "msg_a", "type": "message"}]))
     assert store.of_item("o", "msg_a") is not None
     stored = store.of_item("o", "in_a")
     assert stored is not None

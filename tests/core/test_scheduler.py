@@ -109,6 +109,12 @@ def test_a_prompt_is_chunked_then_decoded() -> None:
     assert plans == [[16], [16], [8], [1], [1]]
 
 
+def test_a_prompt_of_several_chunks_says_once_that_it_waits_no_longer() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=16)
+    scheduler.add(make_request("a", prompt_of(40)))
+    assert [[len(output.tokens) for output in step(scheduler)[1]] for _ in range(4)] == [[0], [], [1], [1]]
+
+
 def test_running_streams_keep_their_pace_beside_a_long_prompt() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=32, threshold=8)
     scheduler.add(make_request("stream", prompt_of(4)))

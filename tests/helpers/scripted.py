@@ -30,6 +30,7 @@ from engine.core.validation import validate_request
 from engine.frontend.chat_format import ChatFormat
 
 Script = Callable[[list[int], SamplingParams], AsyncGenerator[CompletionOutput, None]]
+"""What comes of a prompt. One whose first sample has no token and no end: the prompt is being computed."""
 
 
 class BytesTokenizer:
@@ -93,10 +94,10 @@ class ScriptedEngine:
         await self.check(prompt, params)
         self.num_opened += 1
         try:
-            yield RequestOutput(request_id, None, prompt, [])
             async for sample in self.script(prompt, params):
                 error = "the sampler failed" if sample.finish_reason == "error" else None
-                yield RequestOutput(request_id, None, prompt, [sample], error=error)
+                outputs = [sample] if sample.token_ids or sample.finish_reason else []
+                yield RequestOutput(request_id, None, prompt, outputs, error=error)
         finally:
             self._close()
 
