@@ -14,7 +14,7 @@ A request for a vector of its prompt ends once that is computed: the vector is w
 token, and pending until then. A mean takes all states, and therefore finds none of its tokens in the prefix cache.
 
 A step that others' tokens wait for is bounded by time, too: it computes as much of prompts, beside the sequences that
-decode, as the prices allow that earlier steps had (`engine.core.step_costs`).
+decode, as the prices allow that earlier steps had (`engine.core.pace`).
 
 A sequence whose output has a form is drawn under a mask, which a thread makes (`engine.core.grammar`). Where it is
 late, what the step draws of that sequence is dropped, and the sequence draws again in the next step.
@@ -37,6 +37,7 @@ from engine.core.fair_share import FairShare
 from engine.core.grammar import Grammar, Grammars, Mask
 from engine.core.kv_cache import KVCacheManager
 from engine.core.outputs import FinishReason
+from engine.core.pace import Pace
 from engine.core.request import (
     EngineOutput,
     PooledState,
@@ -49,8 +50,8 @@ from engine.core.request import (
     Sequence,
     SequenceStatus,
 )
-from engine.core.stats import EngineStats, Load
-from engine.core.step_costs import StepCostModel, StepSize
+from engine.core.stats import EngineStats
+from engine.core.step_costs import StepSize
 from engine.core.step_trace import StepTrace, WaitReason
 from engine.core.waiting import WaitingQueue
 
@@ -59,12 +60,6 @@ WATERMARK = 0.01
 
 MAX_HASHED_TOKENS = 2**14
 """Tokens of waiting prompts that one step hashes before it leaves the rest of them to the next: some milliseconds."""
-
-MIN_PROMPT_TOKENS = 16
-"""Prompts get on by so many tokens in each step, whatever it takes."""
-
-SLOT_TIME_KEPT = 0.999
-"""What is left after each step of how long sequences have been seen to run."""
 
 MASK_SECONDS, LONELY_MASK_SECONDS = 0.005, 0.1
 """How long a step waits for the masks of its rows: where others draw, and where nobody does."""
@@ -119,9 +114,7 @@ class Scheduler:
         self.num_steps = 0
         self.num_scheduled_tokens = 0
         self.trace = StepTrace()
-        self.costs = StepCostModel()
-        # Time that sequences ran, and how many of them have ended.
-        self._slot_seconds, self._num_ends = 0.0, 0.0
+        self.pace = Pace()
         # Whether the cache had no room for another.
         self._is_full = False
         self._shares = FairShare()
@@ -149,25 +142,11 @@ class Scheduler:
             num_preemptions=self.num_preemptions,
             num_steps=self.num_steps,
             num_scheduled_tokens=self.num_scheduled_tokens,
-            load=self._load(),
-        )
-
-    def _load(self) -> Load:
-        decoding = [s for s in self.running if s.num_remaining_tokens <= 1]
-        prefilling = [s for s in self.running if s.num_remaining_tokens > 1]
-        size = StepSize(0, len(decoding), sum(s.num_computed_tokens for s in decoding))
-        num_tokens = self.config.max_num_batched_tokens - len(decoding)
-        if decoding:
-            num_tokens = min(num_tokens, self._num_prompt_tokens(size, 0))
-        return Load(
-            step_costs=self.costs.costs,
-            decode_seconds=self.costs.costs.seconds(size),
-            num_step_tokens=max(1, num_tokens),
-            num_prompt_step_tokens=max(1, min(num_tokens, self.config.long_prefill_token_threshold)),
-            # Those with output are computed again, and nobody counts their prompts as waiting.
-            num_prefilled_tokens=sum(s.num_computed_tokens for s in prefilling if not s.num_output_tokens),
-            num_slots=max(1, len(self.running)) if self._is_full else self.config.max_num_seqs,
-            slot_seconds=self._slot_seconds / (self._num_ends + 1.0),
+            load=self.pace.load(
+                self.config,
+                self.running,
+                max(1, len(self.running)) if self._is_full else self.config.max_num_seqs,
+            ),
         )
 
     def add(self, request: Request) -> None:
@@ -223,7 +202,7 @@ class Scheduler:
         if plan:
             size = StepSize(0, len(plan), sum(s.num_computed_tokens for s in plan))
             start = prefilling[0].num_computed_tokens if prefilling else 0
-            budget = min(budget, self._num_prompt_tokens(size, start))
+            budget = min(budget, self.pace.num_prompt_tokens(self.config, size, start))
         budget = self._go_on(plan, prefilling, budget, max_rows)
         for sequence, num_tokens in plan.items():
             self._charge(sequence, num_tokens)
@@ -255,23 +234,6 @@ class Scheduler:
                 plan[sequence] = num_tokens
                 budget -= num_tokens
         return budget
-
-    def _num_prompt_tokens(self, decodes: StepSize, start: int) -> int:
-        """How many tokens of prompts a step may compute beside sequences that decode, by its time.
-
-        Args:
-            decodes: What these compute.
-            start: How many tokens of the first prompt are computed.
-        """
-        costs = self.costs.costs
-        alone, stretch = costs.seconds(decodes), self.config.max_step_slowdown
-        if self.config.max_step_ms is not None:
-            seconds = self.config.max_step_ms / 1000
-        elif stretch is not None:
-            seconds = stretch * alone
-        else:
-            return self.config.max_num_batched_tokens
-        return max(MIN_PROMPT_TOKENS, costs.num_prompt_tokens(max(0.0, seconds - alone), start))
 
     def requests_in_flight(self) -> list[str]:
         """Ids of the requests in the steps that are planned and not taken in."""
@@ -318,9 +280,8 @@ class Scheduler:
         self.trace.done()
         rows = self._in_flight.popleft()
         if seconds is not None:
-            self.costs.observe(_size(rows), seconds)
-            self._slot_seconds = SLOT_TIME_KEPT * self._slot_seconds + seconds * len(self.running)
-            self._num_ends *= SLOT_TIME_KEPT
+            size = StepSize.of((row.start, row.end) for row in rows)
+            self.pace.observe(size, seconds, len(self.running))
         for row, result in zip(rows, results, strict=True):
             sequence = row.sequence
             if sequence.status is SequenceStatus.FINISHED:
@@ -618,7 +579,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> None:
         if sequence.status is SequenceStatus.RUNNING:
             self._stop(sequence)
-            self._num_ends += 1
+            self.pace.count_end()
         if sequence.status is not SequenceStatus.FINISHED:
             self.trace.note(sequence, "ended")
         was_waiting = sequence.status is SequenceStatus.WAITING
@@ -640,15 +601,3 @@ class Scheduler:
         self.kv_cache.free(sequence)
         self.running.remove(sequence)
         self._free_slots.append(sequence.slot)
-
-
-def _size(rows: list[PlannedRow]) -> StepSize:
-    num_tokens = [row.end - row.start for row in rows]
-    return StepSize(
-        num_prompt_tokens=sum(num for num in num_tokens if num > 1),
-        num_decodes=sum(num == 1 for num in num_tokens),
-        # Each token reads itself and those before it.
-        num_reads=sum(
-            num * (2 * row.start + num + 1) // 2 for row, num in zip(rows, num_tokens, strict=True)
-        ),
-    )

@@ -7,6 +7,7 @@ The prices are those of least squares, none below zero, in which a step counts l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 KEPT = 0.99
@@ -35,6 +36,18 @@ class StepSize:
     num_prompt_tokens: int
     num_decodes: int
     num_reads: int
+
+    @classmethod
+    def of(cls, chunks: Iterable[tuple[int, int]]) -> StepSize:
+        """The size of a step of these rows, each from one token of its sequence to before another."""
+        num_prompt_tokens, num_decodes, num_reads = 0, 0, 0
+        for start, end in chunks:
+            num_tokens = end - start
+            num_prompt_tokens += num_tokens if num_tokens > 1 else 0
+            num_decodes += num_tokens == 1
+            # Each token reads itself and those before it.
+            num_reads += num_tokens * (start + end + 1) // 2
+        return cls(num_prompt_tokens, num_decodes, num_reads)
 
 
 @dataclass(frozen=True, slots=True)

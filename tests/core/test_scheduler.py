@@ -14,6 +14,7 @@ from engine.config import SchedulerConfig
 from engine.core.batch import Batch, BatchRow
 from engine.core.grammar import Grammars
 from engine.core.kv_cache import BlockPool, KVCacheManager
+from engine.core.pace import MIN_PROMPT_TOKENS
 from engine.core.request import (
     EngineOutput,
     PromptLogprobs,
@@ -26,7 +27,7 @@ from engine.core.request import (
     SequenceStatus,
 )
 from engine.core.sampling_params import SamplingParams
-from engine.core.scheduler import MAX_HASHED_TOKENS, MIN_PROMPT_TOKENS, Scheduler
+from engine.core.scheduler import MAX_HASHED_TOKENS, Scheduler
 from engine.core.step_costs import StepCosts
 from tests.core.test_kv_cache import free_list
 
@@ -129,7 +130,7 @@ def test_prompts_beside_streams_take_a_bounded_time(max_step_ms: float | None, n
     """A millisecond for each token of a prompt, and 50 for a stream: prompts take three quarters, or what is left."""
     scheduler = make_scheduler(num_blocks=1000, max_num_batched_tokens=512, threshold=512)
     scheduler.config = replace(scheduler.config, max_step_ms=max_step_ms)
-    scheduler.costs.costs = StepCosts(prompt_token=1e-3, decode=50e-3)
+    scheduler.pace.model.costs = StepCosts(prompt_token=1e-3, decode=50e-3)
     scheduler.add(make_request("first", prompt_of(600), max_tokens=100))
     # Nobody waits for this one.
     assert sizes(step(scheduler)[0]) == [512]
