@@ -20,7 +20,8 @@ from typing import Any
 import httpx
 
 from benchmarks.client import ServerError
-from benchmarks.report import format_table
+from benchmarks.machine import describe_run
+from benchmarks.report import format_table, write_json
 from benchmarks.servers import running_engine
 
 OPTIONS = ("--model", "llama", "--quant", "int8", "--kv-cache-memory", "256MiB")
@@ -389,7 +390,26 @@ async def _highest(pid: int, found: list[float]) -> None:
         await asyncio.sleep(0.02)
 
 
-async def _main(options: argparse.Namespace) -> int:
+async def _probe(url: str, found: list[float]) -> None:
+    """Asks for what the event loop alone answers, again and again, and notes how long each took."""
+    async with httpx.AsyncClient(timeout=ANSWER_SECONDS, trust_env=False) as client:
+        while True:
+            began = time.perf_counter()
+            await client.get(f"{url}/health")
+            found.append(time.perf_counter() - began)
+            await asyncio.sleep(0.02)
+
+
+async def _longest_step(url: str, seconds: float) -> float:
+    """Seconds of the engine's longest step in the last ones."""
+    async with httpx.AsyncClient(timeout=ANSWER_SECONDS, trust_env=False) as client:
+        trace = await client.get(f"{url}/debug/trace", params={"seconds": min(seconds, 600.0)})
+    steps = [event["dur"] for event in trace.json()["traceEvents"] if event.get("name") == "step"]
+    return max(steps, default=0.0) / 1e6
+
+
+async def _main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    result: dict[str, Any] = {"benchmark": "attacks", **describe_run(arguments), "options": OPTIONS}
     chosen = [one for one in ATTACKS if options.only in one.name]
     rows = []
     is_fine = True
@@ -400,9 +420,16 @@ async def _main(options: argparse.Namespace) -> int:
             async with control.running():
                 before = resident_mebibytes(server.pid)
             memory: list[float] = []
-            watching = asyncio.create_task(_highest(server.pid, memory))
+            waits: list[float] = []
+            watching = [
+                asyncio.create_task(_highest(server.pid, memory)),
+                asyncio.create_task(_probe(server.base_url, waits)),
+            ]
             outcome = await carry_out(one, control)
-            watching.cancel()
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
+            step = await _longest_step(server.base_url, outcome.seconds)
             growth = max(memory) - before
             wrong = sorted({status for status in outcome.statuses if status not in one.statuses})
             holds = outcome.longest_gap <= LONGEST_GAP and growth <= MOST_MEMORY
@@ -414,12 +441,21 @@ async def _main(options: argparse.Namespace) -> int:
                     f"{outcome.seconds:.2f}",
                     str(outcome.num_tokens),
                     f"{outcome.longest_gap:.3f}",
+                    f"{max(waits, default=0.0):.3f}",
+                    f"{step:.3f}",
                     f"{growth:.0f}",
                     outcome.problem or (f"not {wrong}" if wrong else "" if holds else "above a bar"),
                 ]
             )
             print(*rows[-1], sep=" | ", flush=True)
-    print(format_table(["attack", "answers", "s", "tokens meanwhile", "longest gap s", "MiB more", ""], rows))
+    header = ["attack", "answers", "s", "tokens", "longest gap s", "loop s", "step s", "MiB more", ""]
+    print(format_table(header, rows))
+    print("loop: the longest that the event loop took to answer a probe; step: the engine's longest step")
+    if options.output is not None:
+        write_json(
+            options.output,
+            {**result, **{row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}},
+        )
     return 0 if is_fine else 1
 
 
@@ -427,8 +463,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks", description=__doc__)
     parser.add_argument("--only", default="", help="attacks whose names hold this")
     parser.add_argument("--option", nargs="*", default=[], help="further options of engine.serve")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        return asyncio.run(_main(parser.parse_args(arguments)))
+        return asyncio.run(_main(parser.parse_args(words), words))
     except ServerError as error:
         print(f"ServerError: {error}", file=sys.stderr)
         return 1

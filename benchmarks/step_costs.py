@@ -40,7 +40,8 @@ def record(model: str, seed: int) -> list[list[float]]:
         for number in BATCHES:
             planned = plan_requests(number, None, rng, prompts)
             params = [
-                SamplingParams(max_tokens=min(200, one.max_tokens), temperature=0, ignore_eos=True) for one in planned
+                SamplingParams(max_tokens=min(200, one.max_tokens), temperature=0, ignore_eos=True)
+                for one in planned
             ]
             llm.generate([one.prompt for one in planned], params, use_tqdm=False)
     return steps

@@ -1,12 +1,19 @@
 """Twice as many requests as can be served: the real scheduler and admission, over a simulated clock.
 
-What steps cost is in proportion to what was recorded of SmolLM2-135M under int8 on two cores of an AMD EPYC, AVX2.
+What steps take was recorded once, of SmolLM2-135M under int8 (`python -m benchmarks.step_costs`): step_costs.json says
+on which machine and when. A simulated step takes what a recorded one of nearly its cost did, in proportion to what the
+two compute, so that it is as noisy and as little linear as they were.
 """
 
 from __future__ import annotations
 
+import json
 import random
+from bisect import bisect
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
 
 from api.admission import Admission, Place, QueueLimits
 from api.errors import ApiError
@@ -18,27 +25,48 @@ from engine.core.request import Request, SampledToken
 from engine.core.sampling_params import SamplingParams
 from engine.core.step_costs import StepCosts, StepSize
 
-PRICES = StepCosts(step=4.2e-3, prompt_token=1.1e-3, decode=1.4e-3, read=2e-6)
-NOISE = 0.3
 TTFT_SECONDS, ITL_SECONDS = 5.0, 0.2
-SUSTAINABLE = 2.2
+SUSTAINABLE = 1.2
 """Requests a second, of which some are refused already: arrivals come in bunches."""
+
+NEIGHBOURS = 8
+"""A step takes what one of so many took that cost a little less, or as many that cost a little more."""
+
+
+class RecordedSteps:
+    """What steps took."""
+
+    def __init__(self) -> None:
+        recorded = json.loads(Path(__file__).with_name("step_costs.json").read_text())["steps"]
+        sizes = [StepSize(*map(int, parts)) for *parts, _ in recorded]
+        seconds = np.array([milliseconds / 1e3 for *_, milliseconds in recorded])
+        parts = np.array([(1, one.num_prompt_tokens, one.num_decodes, one.num_reads) for one in sizes], float)
+        # Errors count relative to what a step took.
+        prices = np.linalg.lstsq(parts / seconds[:, None], np.ones(len(sizes)), rcond=None)[0]
+        self.costs = StepCosts(*(max(0.0, float(price)) for price in prices))
+        pairs = sorted((self.costs.seconds(size), took) for size, took in zip(sizes, seconds, strict=True))
+        self._costs = [cost for cost, _ in pairs]
+        self._ratios = [float(took / cost) for cost, took in pairs]
+
+    def seconds(self, size: StepSize, rng: random.Random) -> float:
+        cost = self.costs.seconds(size)
+        place = bisect(self._costs, cost) + rng.randrange(-NEIGHBOURS, NEIGHBOURS)
+        return cost * self._ratios[min(max(place, 0), len(self._ratios) - 1)]
+
+
+STEPS = RecordedSteps()
 
 
 class SimulatedExecutor:
-    """Steps that take what they cost, by a clock that nothing else moves."""
+    """Steps that take what recorded ones took, by a clock that nothing else moves."""
 
     def __init__(self, seed: int) -> None:
         self.now = 0.0
         self._rng = random.Random(seed)
 
     def execute(self, batch: Batch) -> str:
-        sizes = [len(row.token_ids) for row in batch.rows]
-        reads = sum(
-            row.start * size + size * (size + 1) // 2 for row, size in zip(batch.rows, sizes, strict=True)
-        )
-        step = StepSize(sum(size for size in sizes if size > 1), sizes.count(1), reads)
-        self.now += PRICES.seconds(step) * (1 + NOISE * (2 * self._rng.random() - 1))
+        size = StepSize.of((row.start, row.start + len(row.token_ids)) for row in batch.rows)
+        self.now += STEPS.seconds(size, self._rng)
         return "logits"
 
     def sample(self, logits: str, batch: Batch, draws: list[Draw | None]) -> Drawn:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from tests.chaos.client import Log, ask_all
 from tests.chaos.history import find_faults
@@ -45,6 +46,27 @@ class Outcome:
                 ]
                 gaps += [max(around)] if around else []
         return gaps
+
+    def figures(self) -> dict[str, Any]:
+        """Every number, in seconds and bytes, as JSON values."""
+        return {
+            "num_requests": len(self.logs),
+            "faults": self.faults,
+            "deaths": [
+                {
+                    "part": death.part,
+                    "noticed": round(death.noticed - death.at, 3),
+                    "recovered": round(death.recovered - death.at, 3),
+                    "num_open": len(death.open_names),
+                }
+                for death in self.deaths
+            ],
+            "gaps": [round(gap, 3) for gap in sorted(self.gaps())],
+            **{
+                f"{name}_more": getattr(self.after, name) - getattr(self.before, name)
+                for name in ("num_processes", "num_descriptors", "private_bytes")
+            },
+        }
 
     def __str__(self) -> str:
         noticed = [death.noticed - death.at for death in self.deaths]
