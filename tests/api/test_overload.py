@@ -1,8 +1,8 @@
 """Twice as many requests as can be served: the real scheduler and admission, over a simulated clock.
 
-What steps take was recorded once, of SmolLM2-135M under int8 (`python -m benchmarks.step_costs`): step_costs.json says
-on which machine and when. A simulated step takes what a recorded one of nearly its cost did, in proportion to what the
-two compute, so that it is as noisy and as little linear as they were.
+What steps take was recorded once, of SmolLM2-135M under int8 (`python -m benchmarks.step_costs`): step_costs.json
+says on which machine and when. A simulated step takes what a recorded one of nearly its cost did, in proportion to
+what the two compute, so that it is as noisy and as little linear as they were.
 """
 
 from __future__ import annotations
