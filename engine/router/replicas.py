@@ -122,7 +122,7 @@ class Replica:
         try:
             async for output in outputs:
                 num_computed = sum(len(sample.token_ids) for sample in output.outputs)
-                if is_first:
+                if is_first and output.outputs:
                     num_computed += len(request.prompt_token_ids)
                     is_first = False
                 self._waiting[key] = max(0, self._waiting[key] - num_computed)

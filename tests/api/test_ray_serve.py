@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from api import QueueLimits
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 
@@ -32,6 +33,14 @@ def test_words_are_options() -> None:
     assert options() == asdict(EngineConfig())
 
 
+def test_the_queue_has_the_bounds_that_the_words_say() -> None:
+    words = {"max_queued_requests": "3", "slo_ttft_ms": "1500", "queue_timeout": "2.5"}
+    assert (
+        QueueLimits(max_queued_requests=3, slo_ttft_ms=1500, queue_timeout=2.5)
+        in ray_serve.build(words)._bound_deployment.init_args
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -39,6 +48,8 @@ def test_words_are_options() -> None:
         ({"num_threads": "true"}, "num_threads must be an integer, got 'true'"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32"),
         ({"replicas": "0"}, "replicas must be a number of at least 1"),
+        ({"max_queued_requests": "0"}, "max_queued_requests must be a number of at least 1"),
+        ({"slo_ttft_ms": "0"}, "slo_ttft_ms must be a number above 0"),
         ({"threads": "1"}, "unknown option 'threads'; the options are model, quant"),
     ],
 )
