@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from engine.config import SchedulerConfig
 from engine.core.request import Sequence
@@ -55,16 +55,14 @@ class Pace:
             return config.max_num_batched_tokens
         return max(MIN_PROMPT_TOKENS, costs.num_prompt_tokens(max(0.0, seconds - alone), start))
 
-    def load(self, config: SchedulerConfig, running: Iterable[Sequence], num_slots: int) -> Load:
+    def load(self, config: SchedulerConfig, running: Collection[Sequence], num_slots: int) -> Load:
         """What the time depends on that a request waits.
 
         Args:
             num_slots: Sequences that can run at a time.
         """
-        decoding: list[Sequence] = []
-        prefilling: list[Sequence] = []
-        for sequence in running:
-            (decoding if sequence.num_remaining_tokens <= 1 else prefilling).append(sequence)
+        decoding = [s for s in running if s.num_remaining_tokens <= 1]
+        prefilling = [s for s in running if s.num_remaining_tokens > 1]
         decodes = StepSize(0, len(decoding), sum(s.num_computed_tokens for s in decoding))
         num_tokens = config.max_num_batched_tokens - len(decoding)
         if decoding:
