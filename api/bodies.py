@@ -197,12 +197,20 @@ class ChatDelta(Struct):
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
     function_call: FunctionDelta | UnsetType = UNSET
 
+    # Written out, since every token of a stream asks.
     @property
     def is_empty(self) -> bool:
-        # Written out, since every token of a stream asks.
+        return self.content is UNSET and self._is_bare
+
+    @property
+    def is_content(self) -> bool:
+        """Whether it has a content, and nothing besides."""
+        return self.content is not UNSET and self._is_bare
+
+    @property
+    def _is_bare(self) -> bool:
         return (
-            self.content is UNSET
-            and self.reasoning_content is UNSET
+            self.reasoning_content is UNSET
             and self.tool_calls is UNSET
             and self.function_call is UNSET
             and self.role is UNSET

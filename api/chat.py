@@ -30,7 +30,7 @@ from api.protocol import ChatCompletionRequest, decode_request
 from api.request_fields import answer_id, read_cache_salt, read_timeout, truncated
 from api.sampling import requested_max_tokens, sampling_params
 from api.service import Service
-from api.streaming import event, event_stream, whole_answer
+from api.streaming import TextEvents, event, event_stream, whole_answer
 from api.usage import chunk_usage, has_usage_chunk, timings_of, usage_of
 from engine.core.limits import MAX_LOGPROBS
 from engine.core.outputs import CompletionOutput
@@ -179,6 +179,14 @@ async def _events(service: Service, job: ChatJob, outputs: PromptOutputs) -> Asy
         timings = timings_of(counter) if is_last else UNSET
         return event(ChatChunk(*head, choices, fingerprint, usage=usage, timings=timings, **others))
 
+    # What most events are.
+    contents: list[TextEvents] = []
+    if not everything and not (options and options.continuous_usage_stats):
+        usage = chunk_usage(counter, options)
+        for index in range(job.params.n):
+            choice = ChatChunkChoice(index, ChatDelta(content=""))
+            contents.append(TextEvents(ChatChunk(*head, [choice], fingerprint, usage=usage), "content"))
+
     has_begun, num_open = False, job.params.n
     async with aclosing(outputs):
         async for _, output in outputs:
@@ -195,7 +203,9 @@ async def _events(service: Service, job: ChatJob, outputs: PromptOutputs) -> Asy
                 writer = writers[sample.index]
                 delta = writer.write(sample.text, is_last=sample.finish_reason is not None)
                 # A token whose text is held back has nothing to show yet.
-                if not delta.is_empty or (everything and sample.token_ids):
+                if contents and delta.is_content:
+                    yield contents[sample.index].event(str(delta.content))
+                elif not delta.is_empty or (everything and sample.token_ids):
                     yield chunk([_delta_choice(job, sample, delta)], chunk_usage(counter, options))
                 if sample.finish_reason is not None:
                     num_open -= 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -51,7 +51,7 @@ class Generation:
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key", f"{self.request_id}#{uuid.uuid4().hex[:16]}")
+        object.__setattr__(self, "key", f"{self.request_id}#{secrets.token_hex(8)}")
 
     @property
     def num_samples(self) -> int:
@@ -61,7 +61,7 @@ class Generation:
 
 def new_id(kind: str) -> str:
     """An id for a request or a part of an answer, such as chatcmpl-5f0c…; `kind` is what stands before the digits."""
-    return f"{kind}{uuid.uuid4().hex}"
+    return f"{kind}{secrets.token_hex(16)}"
 
 
 class TokenCounter:
@@ -181,9 +181,9 @@ async def _outputs(
                         client.charge(len(prompt))
                         service.metrics.observe_prediction(admission.margin * place.predicted)
                     if output.outputs:
-                        client.charge(sum(len(sample.token_ids) for sample in output.outputs))
+                        client.charge(sum([len(sample.token_ids) for sample in output.outputs]))
                         admission.begin(place)
-                        num_ended = sum(sample.finish_reason is not None for sample in output.outputs)
+                        num_ended = sum([sample.finish_reason is not None for sample in output.outputs])
                         if num_ended:
                             admission.end_samples(place, num_ended)
                     if output.finished:
@@ -193,18 +193,28 @@ async def _outputs(
         admission.leave(place)
 
 
-async def _next(
+def _next(
     service: Service, generation: Generation, outputs: AsyncGenerator[RequestOutput, None], place: Place
-) -> RequestOutput | None:
+) -> Awaitable[RequestOutput | None]:
     """The next output, if it comes in time; None at the end.
 
     Raises:
         ApiError: 408, the time of the request is over; 503, its prompt has waited too long.
     """
     longest = service.admission.queue_timeout if place.waits else None
-    seconds = min((limit for limit in (generation.timeout, longest) if limit is not None), default=None)
-    if seconds is None:
-        return await anext(outputs, None)
+    if longest is None and generation.timeout is None:
+        return anext(outputs, None)
+    return _next_in_time(service, generation, outputs, longest)
+
+
+async def _next_in_time(
+    service: Service,
+    generation: Generation,
+    outputs: AsyncGenerator[RequestOutput, None],
+    longest: float | None,
+) -> RequestOutput | None:
+    """As `_next`; a prompt may wait for at most `longest` seconds."""
+    seconds = min(limit for limit in (generation.timeout, longest) if limit is not None)
     try:
         return await asyncio.wait_for(
             anext(outputs, None), generation.arrival + seconds - time.perf_counter()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -57,10 +57,10 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.monotonic(), 0
+        began, status = time.perf_counter(), 0
         given = Headers(scope=scope).get("x-request-id", "")
         is_given = REQUEST_ID.fullmatch(given) is not None
-        own = given if is_given else uuid.uuid4().hex
+        own = given if is_given else secrets.token_hex(16)
         begin_request(request_id=own)
 
         async def send_with_id(message: Message) -> None:
@@ -85,5 +85,5 @@ class RequestIdMiddleware:
         finally:
             path = scope["path"]
             if path not in self._quiet_paths or not 200 <= status < 300:
-                seconds = time.monotonic() - began
+                seconds = time.perf_counter() - began
                 logger.info("%s %s %d %.3f s", scope["method"], path[:MAX_PATH], status, seconds)

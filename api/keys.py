@@ -116,7 +116,7 @@ class Client:
         self,
         owner: str,
         key: ApiKey | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.perf_counter,
         *,
         share: str | None = None,
     ) -> None:

@@ -163,5 +163,5 @@ def _limit(component: dict[str, Any], neutral_values: Mapping[str, tuple[Any, ..
 
 
 def _bounds(limits: Range) -> dict[str, float]:
-    bounds = {"minimum": limits.low, "exclusiveMinimum": limits.above, "maximum": limits.high}
+    bounds = {"minimum": limits.low, "maximum": limits.high}
     return {name: bound for name, bound in bounds.items() if bound is not None}

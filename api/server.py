@@ -156,7 +156,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
-    began = time.monotonic()
+    began = time.perf_counter()
     answering = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(engine.start())
     stopping = asyncio.create_task(stop.wait())
@@ -174,7 +174,7 @@ async def serve(
                 ", ".join(served_model_names),
                 f"[{host}]" if ":" in host else host,
                 listener.getsockname()[1],
-                time.monotonic() - began,
+                time.perf_counter() - began,
             )
             await asyncio.wait((answering, stopping, failing), return_when=asyncio.FIRST_COMPLETED)
             if stopping.done():

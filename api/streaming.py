@@ -31,6 +31,25 @@ def event(chunk: msgspec.Struct | dict[str, Any], name: str | None = None) -> by
     return head + b"data: " + _encoder.encode(chunk) + b"\n\n"
 
 
+class TextEvents:
+    """Events that differ in one text: what stands around that is written once.
+
+    Args:
+        chunk: One of them, without a text.
+        member: The text's name in JSON; no other member that has it is an empty text.
+    """
+
+    def __init__(self, chunk: msgspec.Struct, member: str) -> None:
+        name = _encoder.encode(member) + b":"
+        # It stands in no text: quotes are escaped there.
+        before, self._after = event(chunk).split(name + b'""')
+        self._before = before + name
+
+    def event(self, text: str) -> bytes:
+        """The one with this text."""
+        return b"".join((self._before, _encoder.encode(text), self._after))
+
+
 def _openai_error_event(error: ApiError) -> bytes:
     return event(openai_error(error))
 
@@ -58,22 +77,27 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) 
     Raises:
         ClientDisconnected: The client has gone.
     """
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnected
-        return working.result()
-    finally:
+    working = asyncio.current_task()
+    assert working is not None
+    has_gone = False
+
+    async def watch() -> None:
+        nonlocal has_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        has_gone = True
         working.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        # Another may have cancelled it, too.
+        if has_gone and working.uncancel() == 0:
+            raise ClientDisconnected from None
+        raise
+    finally:
         watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def whole_answer(

@@ -29,9 +29,9 @@ async def watch_loop(
     try:
         while True:
             faulthandler.dump_traceback_later(tick + hang, file=STANDARD_ERROR)
-            began = time.monotonic()
+            began = time.perf_counter()
             await asyncio.sleep(tick)
-            late = time.monotonic() - began - tick
+            late = time.perf_counter() - began - tick
             observe(max(0.0, late))
             if late > hang:
                 logger.error("the event loop was held up for %.1f s; what it was at stands above", late)

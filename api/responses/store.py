@@ -81,7 +81,7 @@ class ResponseStore:
     """
 
     def __init__(
-        self, max_bytes: int, max_seconds: float, clock: Callable[[], float] = time.monotonic
+        self, max_bytes: int, max_seconds: float, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._max_bytes, self._max_seconds, self._clock = max_bytes, max_seconds, clock
         # The one that was used longest ago stands first.

@@ -22,25 +22,17 @@ class Range:
 
     Attributes:
         low: The least of them.
-        above: What all of them are greater than, instead of `low`.
         high: The largest; None: there is none.
     """
 
     low: float | None = None
-    above: float | None = None
     high: float | None = None
 
     def __contains__(self, value: float) -> bool:
         # The comparisons are written so that NaN fails them.
-        return (
-            (self.low is None or value >= self.low)
-            and (self.above is None or value > self.above)
-            and (self.high is None or value <= self.high)
-        )
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
     def __str__(self) -> str:
-        if self.above is not None:
-            return f"greater than {self.above} and at most {self.high}"
         return f"at least {self.low}" if self.high is None else f"between {self.low} and {self.high}"
 
 
@@ -208,7 +200,7 @@ class SamplingParams:
     top_k: int = _parameter(0, Range(low=0), is_recommended=True, example=40)
     top_p: float = _parameter(1.0, Range(low=0, high=1), is_recommended=True, example=0.9)
     min_p: float = _parameter(0.0, Range(low=0.0, high=1.0), is_recommended=True, example=0.01)
-    repetition_penalty: float = _parameter(1.0, Range(above=0, high=10), is_recommended=True, example=1.2)
+    repetition_penalty: float = _parameter(1.0, Range(low=0.01, high=10), is_recommended=True, example=1.2)
     presence_penalty: float = _parameter(0.0, Range(low=-2.0, high=2.0))
     frequency_penalty: float = _parameter(0.0, Range(low=-2.0, high=2.0), example=0.5)
     seed: int | None = _parameter(None, Range(low=-MAX_SEED - 1, high=MAX_SEED))

@@ -29,7 +29,7 @@ from engine.frontend.tool_formats.format import Answer, Tool, ToolFormat
 from engine.frontend.tool_formats.harmony import HARMONY
 from engine.frontend.tool_formats.hermes import HERMES
 from engine.frontend.tool_formats.lark import Lark, nested
-from engine.frontend.tool_formats.stream import Parsing, Source, StreamParser, stream_until
+from engine.frontend.tool_formats.stream import Parsing, Piece, Source, StreamParser
 from engine.frontend.tools import NO_CALLS, ToolChoice
 from engine.tokenizer.tokenizer import Tokenizer
 
@@ -353,7 +353,13 @@ class _Reading:
 
 
 def _plain(source: Source) -> Parsing[None]:
-    yield from stream_until(source, [], "content")
+    """All of it is content."""
+    while True:
+        text, source.position = source.rest, len(source.text)
+        yield Piece("content", text)
+        if source.is_closed:
+            return
+        yield None
 
 
 def _read_arguments(function: dict[str, Any]) -> Any:

@@ -11,12 +11,15 @@ Item = TypeVar("Item")
 class Inbox(Generic[Item]):
     """Items in the order in which they came: an `asyncio.Queue` that costs less and hands out all at once.
 
+    It belongs to the event loop that runs when it is made.
+
     Attributes:
         most: How many there should be at a time, which is for who puts them there to see to.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
+        self._loop = asyncio.get_running_loop()
         self._items: list[Item] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -43,7 +46,7 @@ class Inbox(Generic[Item]):
         while not self._items:
             if self._error is not None:
                 raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             await self._waiter
         items, self._items = self._items, []
         return items

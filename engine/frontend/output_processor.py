@@ -107,7 +107,7 @@ class OutputProcessor:
         ends_in_token = output.finish_reason == "stop" and not output.is_form_complete
         ends_in_token = ends_in_token and not params.include_stop_str_in_output
         shown = addition.token_ids[:-1] if ends_in_token else addition.token_ids
-        text = "".join(sample.detokenizer.push(token_id) for token_id in shown)
+        text = "".join(map(sample.detokenizer.push, shown))
         if output.finish_reason is not None:
             text += sample.detokenizer.flush()
         sample.num_tokens += len(output.tokens)

@@ -58,7 +58,7 @@ class QuantizationPlan:
         """The scheme of the embedding; where it is the head's, and they are tied, they are stored once.
 
         Args:
-            is_tied: Whether the head's weight is the embedding's. A table of a file's own type is that type then, too.
+            is_tied: Whether the head's weight is the embedding's: a table keeps the type of a file's head then.
         """
         head, table = (self.quant_spec.of(module) for module in (LM_HEAD, EMBEDDING))
         if is_tied and KINDS[head.kind].is_block_type and table.kind != "none":

@@ -68,7 +68,7 @@ class OpenRequest:
 
     @property
     def is_finished(self) -> bool:
-        return all(tokens is None for tokens in self.sent)
+        return self.sent.count(None) == len(self.sent)
 
     @property
     def _num_sent(self) -> int:

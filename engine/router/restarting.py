@@ -180,7 +180,7 @@ class RestartingEngine:
                     async with aclosing(stream):
                         async for output in stream:
                             output = request.take(output)
-                            if any(sample.token_ids for sample in output.outputs):
+                            if self._on_trial and any(sample.token_ids for sample in output.outputs):
                                 self._acquit(request)
                             yield output
 

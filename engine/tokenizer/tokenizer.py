@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable, Sequence
+from encodings.utf_8 import IncrementalDecoder
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -214,7 +214,7 @@ class IncrementalDetokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = IncrementalDecoder("replace")
         self._at_start = not keeps_start and not any(
             tokenizer.token_bytes(token_id) for token_id in prompt_token_ids if token_id not in self._skipped
         )
@@ -226,6 +226,9 @@ class IncrementalDetokenizer:
         if self._at_start and data:
             self._at_start = False
             data = self._tokenizer.strip_start(data)
+        if data.isascii() and not self._decoder.buffer:
+            # As it mostly is: no character is unfinished, before or after it.
+            return data.decode("ascii")
         return self._decoder.decode(data)
 
     def flush(self) -> str:

@@ -46,7 +46,7 @@ BAD_COMPLETIONS = [
     ({"n": 129}, "n", "between 1 and 128"),
     ({"presence_penalty": 3}, "presence_penalty", "between -2.0 and 2.0"),
     ({"frequency_penalty": -3}, "frequency_penalty", "between -2.0 and 2.0"),
-    ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "between 0.01 and 10"),
     ({"seed": 2**64}, "seed", "9223372036854775807"),
     ({"stop": [""]}, "stop", "non-empty"),
     ({"stop": ["a"] * 65}, "stop", "64"),

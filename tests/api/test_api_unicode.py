@@ -123,6 +123,8 @@ def test_text_and_logprobs(
     assert engine.tokenizer.decode(engine.says, skip_special_tokens=False) == text
     plain = chunks(client, "/v1/completions", {"prompt": "a"})
     assert "".join(choice["text"] for choice in plain) == text
+    said = chunks(client, "/v1/chat/completions", CHAT)
+    assert "".join(choice["delta"].get("content", "") for choice in said) == text
     chat = chunks(client, "/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 1})
     assert "".join(choice["delta"].get("content", "") for choice in chat) == text
     found = [entry for choice in chat if choice.get("logprobs") for entry in choice["logprobs"]["content"]]

@@ -10,13 +10,12 @@ import json
 import re
 from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 Kind = Literal["reasoning", "content", "call", "arguments"]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of an answer.
 
     Attributes:
@@ -183,7 +182,9 @@ def stream_until(
     """
     while True:
         rest = source.rest
-        found = [(place, -len(mark), mark) for mark in marks if (place := rest.find(mark)) >= 0]
+        # Hardly any text has a mark, or the beginning of one.
+        near = [mark for mark in marks if mark[0] in rest]
+        found = [(place, -len(mark), mark) for mark in near if (place := rest.find(mark)) >= 0]
         if found:
             place, _, mark = min(found)
             text = rest[:place]
@@ -192,7 +193,7 @@ def stream_until(
             source.dropped = text[len(shown) :]
             yield Piece(kind, shown)
             return mark
-        length = len(rest) if source.is_closed else _whole(rest, marks)
+        length = len(rest) if source.is_closed or not near else _whole(rest, near)
         if trims and not source.is_closed:
             length = len(rest[:length].rstrip())
         source.position += length
@@ -204,7 +205,7 @@ def stream_until(
 
 def _whole(text: str, marks: Collection[str]) -> int:
     """The length of `text` without what may be the beginning of a mark at its end."""
-    longest = max(map(len, marks), default=1) - 1
+    longest = max(map(len, marks)) - 1
     for start in range(max(0, len(text) - longest), len(text)):
         if any(mark.startswith(text[start:]) for mark in marks):
             return start
