@@ -246,7 +246,10 @@ INLINE Ints sums_of(const Operand *x, int64_t row, int64_t n) {
 
 #else
 
-enum { ROWS_TOGETHER = 4 };
+enum { ROWS_TOGETHER = 4 };  // as many as `add_wide` has registers for
+
+// Where code k stands.
+INLINE int64_t place_of(int64_t k) { return k / QUAD * QUAD + k % 2 * 2 + k % QUAD / 2; }
 
 // Codes of some rows, those of a quad in the order 0, 2, 1, 3, and their products with two panels at a time.
 typedef struct {
@@ -263,75 +266,40 @@ INLINE void set_codes(Operand *x, int64_t row, int64_t k, Ints code) {
     const __m128i both = _mm_unpacklo_epi64(_mm256_castsi256_si128(quads), _mm256_extracti128_si256(quads, 1));
     _mm_storeu_si128((__m128i *)codes, both);
 #else
-    for (int i = 0; i < LANES; i++) codes[i / QUAD * QUAD + i % 2 * 2 + i % QUAD / 2] = (int16_t)code[i];
+    for (int i = 0; i < LANES; i++) codes[place_of(i)] = (int16_t)code[i];
 #endif
 }
 
-#define WIDE_CODES_TILE(ROWS)                                                                                      \
-    static void wide_codes_tile_##ROWS(const uint8_t *panels, int64_t distance, const int16_t *x, int64_t quads,   \
-                                       int32_t *sums) {                                                            \
-        for (int n = 0; n < WIDE; n++, panels += distance, sums += PANEL) multiply_wide(panels, x, ROWS, quads, sums); \
-    }
-
+// Products of some rows' codes from `begin` on, added to sums.
+INLINE void add_rows(Operand *x, int64_t row, int rows, int64_t begin, int64_t quads, const uint8_t *panel,
+                     int32_t *sums) {
+    const int16_t *codes = x->codes[row] + begin;
 #if defined(__AVX2__)
-
-INLINE __m256i spread_pair(const int16_t *codes) {
-    int32_t pair;
-    memcpy(&pair, codes, sizeof pair);
-    return _mm256_set1_epi32(pair);
-}
-
-// Some rows with one panel.
-INLINE void multiply_wide(const uint8_t *panel, const int16_t *x, int rows, int64_t quads, int32_t *sums) {
-    __m256i total[ROWS_TOGETHER][2];
-    EACH(m, rows) total[m][0] = total[m][1] = _mm256_setzero_si256();
-    for (int64_t k = 0; k < quads; k++) {
-        __m256i even[2], odd[2];
-        EACH(half, 2) {
-            const __m256i bytes = _mm256_loadu_si256((const __m256i *)(panel + k * QUAD_BYTES) + half);
-            even[half] = even_weights(bytes);
-            odd[half] = odd_weights(bytes);
-        }
-        EACH(m, rows) {
-            const int16_t *codes = x + m * STRIDE + k * QUAD;
-            const __m256i even_codes = spread_pair(codes), odd_codes = spread_pair(codes + 2);
-            EACH(half, 2)
-                total[m][half] =
-                    _mm256_add_epi32(total[m][half], multiply_half(even[half], odd[half], even_codes, odd_codes));
-        }
-    }
-    EACH(m, rows) EACH(half, 2) _mm256_storeu_si256((__m256i *)(sums + m * PAIR) + half, total[m][half]);
-}
-
+    add_wide(panel, codes, STRIDE, rows, quads, sums, PAIR);
 #else
-
-INLINE void multiply_wide(const uint8_t *panel, const int16_t *x, int rows, int64_t quads, int32_t *sums) {
-    for (int m = 0; m < rows; m++, x += STRIDE, sums += PAIR) {
-        memset(sums, 0, PANEL * sizeof *sums);
-        for (int64_t k = 0; k < quads; k++)
+    for (int m = 0; m < rows; m++)
+        for (int64_t k = 0; k < quads * QUAD; k++)
             for (int output = 0; output < PANEL; output++)
-                for (int i = 0; i < QUAD; i++)
-                    sums[output] += (int32_t)panel[k * QUAD_BYTES + output * QUAD + i] * x[k * QUAD + i % 2 * 2 + i / 2];
-    }
-}
-
+                sums[m * PAIR + output] += (int32_t)panel[k / QUAD * QUAD_BYTES + output * QUAD + k % QUAD] *
+                                           codes[m * STRIDE + place_of(k)];
 #endif
-
-WIDE_CODES_TILE(1)
-WIDE_CODES_TILE(2)
-WIDE_CODES_TILE(3)
-WIDE_CODES_TILE(4)
+}
 
 // Products of all rows' codes from `begin` on.
 INLINE void multiply_rows(Operand *x, int64_t rows, int64_t begin, int64_t quads, const uint8_t *panels,
                           int64_t distance) {
-    typedef void WideTile(const uint8_t *, int64_t, const int16_t *, int64_t, int32_t *);
-    static WideTile *const tiles[ROWS_TOGETHER] = {wide_codes_tile_1, wide_codes_tile_2, wide_codes_tile_3,
-                                                   wide_codes_tile_4};
-    for (int64_t m = 0, size; m < rows; m += size) {
-        size = smaller(rows - m, ROWS_TOGETHER);
-        tiles[size - 1](panels, distance, x->codes[m] + begin, quads, x->sums[m]);
-    }
+    memset(x->sums, 0, (size_t)rows * sizeof *x->sums);
+    for (int64_t m = 0; m < rows; m += ROWS_TOGETHER)
+        for (int n = 0; n < WIDE; n++) {
+            const uint8_t *panel = panels + n * distance;
+            int32_t *sums = x->sums[m] + n * PANEL;
+            switch (smaller(rows - m, ROWS_TOGETHER)) {
+            case 1: add_rows(x, m, 1, begin, quads, panel, sums); break;
+            case 2: add_rows(x, m, 2, begin, quads, panel, sums); break;
+            case 3: add_rows(x, m, 3, begin, quads, panel, sums); break;
+            default: add_rows(x, m, ROWS_TOGETHER, begin, quads, panel, sums);
+            }
+        }
 }
 
 INLINE Ints sums_of(const Operand *x, int64_t row, int64_t n) { return (Ints)load((const float *)x->sums[row] + n); }
