@@ -12,8 +12,10 @@ enum {
     FLOAT_QUERIES = 6,  // that attend together
 #if defined(__AMX_INT8__) || defined(EMULATE_TILES)
     INT8_QUERIES = 16,
-#else
+#elif defined(__AVX512VNNI__)
     INT8_QUERIES = 6,
+#else
+    INT8_QUERIES = 12,
 #endif
     MAX_QUERIES = 16,
 };
@@ -33,7 +35,7 @@ typedef struct {
 // int8 codes: keys in panels of 16 keys, values in panels of 16 dimensions (see int8_tiles.h), and their scales.
 typedef union {
     struct {
-        float keys[SEGMENT * MAX_DIM], values[SEGMENT * MAX_DIM], staging[LANES * MAX_DIM];
+        float keys[SEGMENT * MAX_DIM], values[SEGMENT * MAX_DIM], staging[WIDTH * MAX_DIM];
     } floats;
     struct {
         uint8_t keys[SEGMENT * MAX_DIM], values[SEGMENT * MAX_DIM];
@@ -85,17 +87,17 @@ INLINE void seen_by_any(const Rows *rows, int64_t *first, int64_t *last) {
     }
 }
 
-// Which of the keys k … k + 15 a row sees.
+// Which of a register's keys, from k on, a row sees.
 INLINE Ints seen_by(const Rows *rows, int64_t row, int64_t k) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Ints lane = lane_numbers();
     return (lane >= (int32_t)(rows->first[row] - k)) & (lane < (int32_t)(rows->last[row] - k));
 }
 
 // Sixteen rows of sixteen words to columns, some bits of each word flipped.
-INLINE void transpose(const float *rows, int64_t row_stride, Ints flipped, float *columns, int64_t column_stride) {
+INLINE void transpose(const float *rows, int64_t row_stride, int32_t flipped, float *columns, int64_t column_stride) {
 #if defined(__AVX512F__)
     __m512 a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_xor_ps(_mm512_loadu_ps(rows + i * row_stride), (__m512)flipped);
+    for (int i = 0; i < 16; i++) a[i] = _mm512_xor_ps(_mm512_loadu_ps(rows + i * row_stride), _mm512_castsi512_ps(_mm512_set1_epi32(flipped)));
     for (int i = 0; i < 8; i++) {
         b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
         b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
@@ -121,8 +123,8 @@ INLINE void transpose(const float *rows, int64_t row_stride, Ints flipped, float
 #elif defined(__AVX2__)
     for (int part = 0; part < 4; part++) {
         const int row = part / 2 * 8, column = part % 2 * 8;
-        __m256 a[8], b[8], flips;
-        memcpy(&flips, (const int32_t *)&flipped + column, sizeof flips);
+        const __m256 flips = _mm256_castsi256_ps(_mm256_set1_epi32(flipped));
+        __m256 a[8], b[8];
         for (int i = 0; i < 8; i++)
             a[i] = _mm256_xor_ps(_mm256_loadu_ps(rows + (row + i) * row_stride + column), flips);
         for (int i = 0; i < 4; i++) {
@@ -141,9 +143,9 @@ INLINE void transpose(const float *rows, int64_t row_stride, Ints flipped, float
         }
     }
 #else
-    for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < LANES; j++)
-            ((int32_t *)columns)[j * column_stride + i] = ((const int32_t *)rows)[i * row_stride + j] ^ flipped[j];
+    for (int i = 0; i < WIDTH; i++)
+        for (int j = 0; j < WIDTH; j++)
+            ((int32_t *)columns)[j * column_stride + i] = ((const int32_t *)rows)[i * row_stride + j] ^ flipped;
 #endif
 }
 

@@ -25,11 +25,12 @@ OPERATION(gather) {
 
 // y = x / sqrt(mean(x²) + epsilon) * weight; x [size]
 INLINE void normalize(const float *x, const float *weight, float *y, float epsilon, int64_t size) {
-    Floats squares = {0};
-    for (int64_t k = 0; k < size; k += LANES) {
-        const Floats v = load_part(x + k, size - k);
-        squares = multiply_add(v, v, squares);
-    }
+    Floats squares[PARTS] = {{0}};
+    for (int64_t k = 0; k < size; k += WIDTH)
+        EACH(p, PARTS) {
+            const Floats v = load_part(x + k + p * LANES, size - k - p * LANES);
+            squares[p] = multiply_add(v, v, squares[p]);
+        }
     const float factor = 1.0f / sqrtf(sum_lanes(squares) / (float)size + epsilon);
     for (int64_t k = 0; k < size; k += LANES) {
         const Floats v = load_part(x + k, size - k) * factor * load_part(weight + k, size - k);
@@ -66,7 +67,7 @@ OPERATION(gated) {
             const Floats inner =
                 is_gelu ? 1.5957691216057308f * (gate + 0.044715f * (gate * gate * gate)) : gate;
             const Floats power = exp_negative(-absolute(inner));
-            const Floats sigmoid = choose(less(inner, (Floats){0}), power, fill(1.0f)) / (1.0f + power);
+            const Floats sigmoid = choose(inner < 0.0f, power, fill(1.0f)) / (1.0f + power);
             store_part(y + k, gate * sigmoid * up, size - k);
         }
         if (args->codes.low != NULL) quantize_row(y, size, (float)args->spread, args->codes, m, maxima);
@@ -122,20 +123,22 @@ INLINE uint8_t to_fp8(float x) {
 
 // A vector's codes of four bits, two in a byte, and a scale and a minimum a group.
 INLINE void write_int4(const float *x, uint8_t *bytes, Half *scales, int64_t size) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Ints least = {0}, most = least + 15;
-    uint8_t codes[size + INT4_GROUP];
+    int8_t codes[size + INT4_GROUP];
     for (int64_t d = 0; d < size; d += INT4_GROUP) {
         const int64_t left = smaller(INT4_GROUP, size - d);
-        Floats part[2], highest = fill(-INFINITY), negated = fill(-INFINITY);
+        float group[INT4_GROUP];
+        memcpy(group, x + d, (size_t)left * sizeof *group);
+        // What is not there takes the first one's place.
+        for (int64_t i = left; i < INT4_GROUP; i++) group[i] = x[d];
+        Floats highest[PARTS], negated[PARTS];
         Ints bits = {0};
-        for (int i = 0; i < 2; i++) {
-            // What is not there takes the first one's place.
-            const Floats there = load_part(x + d + i * LANES, larger(0, left - i * LANES));
-            part[i] = choose(lane < (int32_t)(left - i * LANES), there, fill(x[d]));
-            bits = larger_of(bits, (Ints)absolute(part[i]));
-            highest = maximum(highest, part[i]);
-            negated = maximum(negated, -part[i]);
+        EACH(p, PARTS) highest[p] = negated[p] = fill(-INFINITY);
+        EACH(i, INT4_GROUP / LANES) {
+            const Floats part = load(group + i * LANES);
+            bits = larger_of(bits, (Ints)absolute(part));
+            highest[i % PARTS] = maximum(highest[i % PARTS], part);
+            negated[i % PARTS] = maximum(negated[i % PARTS], -part);
         }
         const Half minimum = to_half(-largest_lane(negated));
         const float base = from_half(minimum);
@@ -143,11 +146,10 @@ INLINE void write_int4(const float *x, uint8_t *bytes, Half *scales, int64_t siz
         const float step = from_half(scale), divisor = step > 0.0f ? step : 1.0f;
         // A NaN's bits are above infinity's; the others may be finite and beyond half precision.
         const int is_finite = !any(bits >= 0x7F800000) && base - base == 0.0f && step - step == 0.0f;
-        for (int i = 0; i < 2; i++) {
+        EACH(i, INT4_GROUP / LANES) {
             Ints code = {0};
-            if (is_finite) code = larger_of(round_to_ints((part[i] - base) / divisor), least);
-            const Bytes four_bits = narrow(-larger_of(-code, -most));
-            memcpy(codes + d + i * LANES, &four_bits, LANES);
+            if (is_finite) code = larger_of(round_to_ints((load(group + i * LANES) - base) / divisor), least);
+            store_bytes(codes + d + i * LANES, -larger_of(-code, -most));
         }
         // What is not finite shows where it is read.
         *scales++ = is_finite ? scale : to_half(NAN);
@@ -172,34 +174,40 @@ INLINE void write_vector(const float *x, void *cache, void *scales, int64_t inde
         Ints bits = {0};  // a NaN's are above infinity's
         for (int64_t d = 0; d < size; d += LANES) bits = larger_of(bits, (Ints)absolute(load_part(x + d, size - d)));
         const int is_finite = !any(bits >= 0x7F800000);
-        const float step = is_finite ? fmaxf(largest_lane((Floats)bits) / 127, 1.17549435e-38f) : 1.0f;
+        const float step = is_finite ? fmaxf(float_of_bits(largest_int(bits)) / 127, 1.17549435e-38f) : 1.0f;
         for (int64_t d = 0; d < size; d += LANES) {
-            const Bytes codes = narrow(round_to_ints(load_part(x + d, size - d) / step));
-            memcpy((int8_t *)cache + index * size + d, &codes, (size_t)smaller(LANES, size - d));
+            int8_t codes[LANES];
+            store_bytes(codes, round_to_ints(load_part(x + d, size - d) / step));
+            memcpy((int8_t *)cache + index * size + d, codes, (size_t)smaller(LANES, size - d));
         }
         // What is not finite shows where it is read.
         ((float *)scales)[index] = is_finite ? step : NAN;
     }
 }
 
-// Sixteen floats in which those `distance` apart, 1, 2, 4 or 8, have become their sum and their difference.
-INLINE Floats sums_and_differences(Floats x, int distance) {
-#if defined(HAS_HALVES)
-    const FloatHalves v = {x};
-    FloatHalves other;
-    for (int i = 0; i < 2; i++)
-        other.half[i] = distance == 8   ? v.half[1 - i]
-                        : distance == 4 ? _mm256_permute2f128_ps(v.half[i], v.half[i], 1)
-                        : distance == 2 ? _mm256_permute_ps(v.half[i], 0x4E)
-                                        : _mm256_permute_ps(v.half[i], 0xB1);
-    const Floats partner = other.all;
+#if defined(__clang__)
+#define SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
 #else
+#define SHUFFLE(v, ...) __builtin_shuffle(v, (Ints){__VA_ARGS__})
+#endif
+
+// A register in which those `distance` apart, a power of two below LANES, have become their sum and their difference.
+INLINE Floats sums_and_differences(Floats x, int distance) {
+#if LANES == 16
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Floats partner = distance == 8   ? SHUFFLE(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
                            : distance == 4 ? SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
                            : distance == 2 ? SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
                                            : SHUFFLE(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif LANES == 8
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    const Floats partner = distance == 4   ? SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3)
+                           : distance == 2 ? SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5)
+                                           : SHUFFLE(x, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    const Ints lane = {0, 1, 2, 3};
+    const Floats partner = distance == 2 ? SHUFFLE(x, 2, 3, 0, 1) : SHUFFLE(x, 1, 0, 3, 2);
 #endif
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Ints sign = ((lane & distance) != 0) & INT32_MIN;
     return partner + (Floats)((Ints)x ^ sign);
 }

@@ -16,16 +16,8 @@
 enum { BYTES, SMALL, NIBBLES, TABLE, FIVES, SIXES };
 
 // A register holds some of a panel's 16 outputs: a part.
-#if defined(__AVX512VNNI__)
-#define PARTS 1
-#elif defined(__AVX2__)
-#define PARTS 2
-#else
-#define PARTS 4
-#endif
-
 enum {
-    LENGTH = PANEL / PARTS,  // outputs of a part
+    LENGTH = PANEL / PARTS,
     PAIR = 2 * QUAD,         // elements
     ROWS_AT_ONCE = PARTS == 1 ? 6 : 4,  // whose sums and totals with so many panels fit into the registers, or nearly
     PANELS_AT_ONCE = PARTS == 1 ? WIDE : 1,

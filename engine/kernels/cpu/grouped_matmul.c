@@ -54,8 +54,6 @@ INLINE void prefetch(const uint8_t *codes, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + i + PREFETCHED, 0, 3);
 }
 
-#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); i++)
-
 #define GROUP_TILE(KIND, ROWS, PANELS)                                                                             \
     static void KIND##_tile_##ROWS##_##PANELS(const Weights *weights, const Terms *terms, PartFloats *output) {    \
         const int64_t groups = weights->groups, distance = weights->distance, stride = terms->stride;              \
@@ -109,7 +107,7 @@ static GroupTile *const NARROW_GROUP_TILES[][FEW_ROWS] = {
 };
 
 // Of codes of eight bits: others are expanded for many rows.
-#if PARTS == 1
+#if LANES == 16
 
 #define WIDE_TILES_OF(KIND)                                                                                        \
     GROUP_TILE(KIND, 1, 2) GROUP_TILE(KIND, 2, 2) GROUP_TILE(KIND, 3, 2)                                           \
@@ -125,7 +123,7 @@ static GroupTile *const WIDE_GROUP_TILES[][ROWS_AT_ONCE] = {WIDE_OF(BYTES), WIDE
 #endif
 
 INLINE GroupTile *group_tile(int kind, int64_t rows, int64_t num_panels) {
-#if PARTS == 1
+#if LANES == 16
     if (num_panels == WIDE) return WIDE_GROUP_TILES[kind][rows - 1];
 #endif
     (void)num_panels;
@@ -222,27 +220,25 @@ INLINE void multiply(const Product *product, int64_t num_panels, Codes codes, co
         const int64_t tiles = (to - m + most - 1) / most;
         size = (to - m + tiles - 1) / tiles;  // tiles of about the same size
         GroupTile *tile = group_tile(product->kind, size, num_panels);
-        Floats totals[ROWS_AT_ONCE * WIDE], highs[ROWS_AT_ONCE * WIDE] = {{0}};
+        Floats totals[ROWS_AT_ONCE * WIDE * PARTS], highs[ROWS_AT_ONCE * WIDE * PARTS] = {{0}};
         const float *scales = product->token_scale == NULL ? NULL : product->token_scale + m * groups;
         const int32_t *high_sums = chunk->high_sums + (m - from) * groups;
         tile(weights,
-             &(Terms){codes.low + m * codes.stride, codes.stride, chunk->low_sums + (m - from) * groups, scales},
-             (PartFloats *)totals);
+             &(Terms){codes.low + m * codes.stride, codes.stride, chunk->low_sums + (m - from) * groups, scales}, totals);
         if (chunk->high != NULL)
-            tile(weights, &(Terms){chunk->high + (m - from) * codes.stride, codes.stride, high_sums, NULL},
-                 (PartFloats *)highs);
+            tile(weights, &(Terms){chunk->high + (m - from) * codes.stride, codes.stride, high_sums, NULL}, highs);
         for (int64_t i = 0; i < size; i++) {
-            Floats *of_token = highs + i * num_panels;
+            Floats *of_token = highs + i * num_panels * PARTS;
             if (codes.tokens != NULL && chunk->high == NULL)
                 add_high_terms(product->kind, weights, num_panels, high_sums + i * groups, codes.quads + (m + i) * quads,
-                               codes.tokens[m + i].num_quads, (PartFloats *)of_token);
-            for (int64_t n = 0; n < num_panels; n++) {
-                Floats value = totals[i * num_panels + n];
-                if (codes.tokens != NULL) value = (of_token[n] * 128.0f + value) * codes.tokens[m + i].scale;
-                if (product->scale != NULL) value *= load(product->scale + n * PANEL);
-                if (product->bias != NULL) value += load(product->bias + n * PANEL);
-                const int64_t left = product->features - n * PANEL;
-                if (left > 0) store_part(product->output + (m + i) * product->stride + n * PANEL, value, left);
+                               codes.tokens[m + i].num_quads, of_token);
+            for (int64_t p = 0; p < num_panels * PARTS; p++) {
+                const int64_t n = p * LANES;
+                Floats value = totals[i * num_panels * PARTS + p];
+                if (codes.tokens != NULL) value = (of_token[p] * 128.0f + value) * codes.tokens[m + i].scale;
+                if (product->scale != NULL) value *= load(product->scale + n);
+                if (product->bias != NULL) value += load(product->bias + n);
+                store_part(product->output + (m + i) * product->stride + n, value, product->features - n);
             }
         }
     }
@@ -373,11 +369,9 @@ OPERATION(quantize_groups) {
                 bits = larger_of(bits, (Ints)absolute(load_part(x + k, end - k)));
             const int is_finite = !any(bits >= 0x7F800000);
             float *scale = args->scale + m * groups + g;
-            *scale = is_finite ? fmaxf(largest_lane((Floats)bits) * (1.0f / 127), 1.17549435e-38f) : NAN;
-            for (int64_t k = first; is_finite && k < end; k += LANES) {
-                const Bytes bytes = narrow(round_to_ints(load_part(x + k, end - k) / *scale));
-                memcpy(codes + k, &bytes, LANES);
-            }
+            *scale = is_finite ? fmaxf(float_of_bits(largest_int(bits)) * (1.0f / 127), 1.17549435e-38f) : NAN;
+            for (int64_t k = first; is_finite && k < end; k += LANES)
+                store_bytes(codes + k, round_to_ints(load_part(x + k, end - k) / *scale));
         }
     }
 }

@@ -1,8 +1,9 @@
 // Attention to a segment of an int8 or int4 cache, in exact integer products.
 //
-// A query becomes two int8 terms with one step, 128 * high + low, fifteen bits in all; so do a segment's weights,
-// once the steps of the values are in them, fourteen bits of the largest. Both products are then int32 sums over the
-// codes that the cache holds, which no instruction set and no company can change.
+// A query becomes codes of fifteen bits with one step; so do a segment's weights, once the steps of the values are in
+// them, with fourteen bits of the largest. Both products are then int32 sums over the codes that the cache holds, which
+// no instruction set and no company can change. Where instructions multiply bytes a code is two terms, 128 * high + low;
+// others multiply sixteen bits anyway.
 //
 // Four bits are expanded to int8 codes with one step a vector, in integers again: (code * factor + offset) / 256.
 
@@ -11,9 +12,10 @@
 
 enum {
     // Keys come in whole steps of what the products take.
-    KEY_STEP = HAS_TILES ? UNIT_ELEMENTS : LANES,
-    TERMS = 2,
-    LARGEST_QUERY = 127 * 128,   // and up to 63 above: low terms are -64 … 63
+    KEY_STEP = HAS_TILES ? UNIT_ELEMENTS : WIDTH,
+    PAIR = WIDE * PANEL,  // what they are multiplied with at a time
+    STRIDE = SEGMENT > MAX_DIM ? SEGMENT : MAX_DIM,
+    LARGEST_QUERY = 127 * 128,
     LARGEST_WEIGHT = 127 * 128 + 127,
 };
 
@@ -83,13 +85,13 @@ typedef struct {
 INLINE void pack(Vectors from, int64_t size, int64_t strip, Segment *segment) {
     enum { DISTANCE = SEGMENT * PANEL };
     for (int64_t d = 0; d < size; d += 64) {
-        transpose((const float *)(from.keys + d), from.stride / 4, (Ints){0} + (int32_t)0x80808080,
-                  (float *)(segment->codes.keys + strip * padded(size) + d * PANEL), LANES);
-        for (int i = 0; i < LANES; i += QUAD)
+        transpose((const float *)(from.keys + d), from.stride / 4, (int32_t)0x80808080,
+                  (float *)(segment->codes.keys + strip * padded(size) + d * PANEL), WIDTH);
+        for (int i = 0; i < WIDTH; i += QUAD)
             interleave(from.values + i * from.stride + d, from.stride,
                        segment->codes.values + d / PANEL * DISTANCE + (strip + i) * PANEL, DISTANCE);
     }
-    for (int i = 0; i < LANES; i++) {
+    for (int i = 0; i < WIDTH; i++) {
         segment->codes.key_scales[strip + i] = from.key_scales[i * from.scale_stride];
         segment->codes.value_scales[strip + i] = from.value_scales[i * from.scale_stride];
     }
@@ -104,19 +106,19 @@ void read_int8(const Inputs *in, const int32_t *table, int64_t head, int64_t fir
     const int is_regular = in->block_shift >= 4 && size % 64 == 0;
     for (int64_t position = first; position < smaller(first + AHEAD, last); position++)
         prefetch_rows(in, row_of(in, table, head, position), 1);
-    for (int64_t strip = (first - base) / LANES * LANES; base + strip < last; strip += LANES) {
+    for (int64_t strip = (first - base) / WIDTH * WIDTH; base + strip < last; strip += WIDTH) {
         const int64_t begin = base + strip;
-        if (is_regular && begin >= first && begin + LANES <= last) {
-            if (begin + AHEAD < last) prefetch_rows(in, row_of(in, table, head, begin + AHEAD), LANES);
+        if (is_regular && begin >= first && begin + WIDTH <= last) {
+            if (begin + AHEAD < last) prefetch_rows(in, row_of(in, table, head, begin + AHEAD), WIDTH);
             const int64_t row = row_of(in, table, head, begin), apart = in->kv_heads;
             pack((Vectors){keys + row * size, values + row * size, apart * size, all_key_scales + row,
                            all_value_scales + row, apart},
                  size, strip, segment);
             continue;
         }
-        int8_t copied_keys[LANES][MAX_DIM] = {0}, copied_values[LANES][MAX_DIM] = {0};
-        float key_scales[LANES] = {0}, value_scales[LANES] = {0};
-        for (int64_t i = larger(0, first - begin); i < smaller(LANES, last - begin); i++) {
+        int8_t copied_keys[WIDTH][MAX_DIM] = {0}, copied_values[WIDTH][MAX_DIM] = {0};
+        float key_scales[WIDTH] = {0}, value_scales[WIDTH] = {0};
+        for (int64_t i = larger(0, first - begin); i < smaller(WIDTH, last - begin); i++) {
             const int64_t row = row_of(in, table, head, begin + i);
             memcpy(copied_keys[i], keys + row * size, (size_t)size);
             memcpy(copied_values[i], values + row * size, (size_t)size);
@@ -129,8 +131,8 @@ void read_int8(const Inputs *in, const int32_t *table, int64_t head, int64_t fir
 
 // Sixteen vectors in four bits: their codes, and their groups' scales and minimums in turn.
 typedef struct {
-    const uint8_t *codes[LANES];
-    const Half *scales[LANES];
+    const uint8_t *codes[WIDTH];
+    const Half *scales[WIDTH];
 } Nibbles;
 
 // Pairs of a group, up to sixteen, as int8 codes. In sixteen bits, of which the upper eight are the code: none leaves
@@ -146,38 +148,41 @@ INLINE void expand_pairs(const uint8_t *pairs, int64_t count, int32_t factor, in
 
 // Their int8 codes and steps: the largest that a vector's groups can stand for is 127 steps.
 INLINE void expand(const Nibbles *from, int64_t size, int8_t (*expanded)[MAX_DIM], float *steps) {
-    enum { FRACTION = 256, MAX_GROUPS = MAX_DIM / INT4_GROUP, PAIRS = INT4_GROUP / 2 };
+    enum { FRACTION = 256, MAX_GROUPS = MAX_DIM / INT4_GROUP, HALF_GROUP = INT4_GROUP / 2 };
     const int64_t groups = (size + INT4_GROUP - 1) / INT4_GROUP;
-    Floats scale[MAX_GROUPS], minimum[MAX_GROUPS];
-    Ints bits = {0};
-    for (int64_t g = 0; g < groups; g++) {
-        Half scales[LANES], minimums[LANES];
-        for (int i = 0; i < LANES; i++) {
-            scales[i] = from->scales[i][2 * g];
-            minimums[i] = from->scales[i][2 * g + 1];
+    int32_t factors[MAX_GROUPS][WIDTH], offsets[MAX_GROUPS][WIDTH];
+    for (int64_t i = 0; i < WIDTH; i += LANES) {
+        Floats scale[MAX_GROUPS], minimum[MAX_GROUPS];
+        Ints bits = {0};
+        for (int64_t g = 0; g < groups; g++) {
+            Half scales[LANES], minimums[LANES];
+            for (int lane = 0; lane < LANES; lane++) {
+                scales[lane] = from->scales[i + lane][2 * g];
+                minimums[lane] = from->scales[i + lane][2 * g + 1];
+            }
+            scale[g] = load_halves(scales);
+            minimum[g] = load_halves(minimums);
+            bits = larger_of(bits, (Ints)absolute(minimum[g]));
+            bits = larger_of(bits, (Ints)absolute(15.0f * scale[g] + minimum[g]));
         }
-        scale[g] = load_halves(scales);
-        minimum[g] = load_halves(minimums);
-        bits = larger_of(bits, (Ints)absolute(minimum[g]));
-        bits = larger_of(bits, (Ints)absolute(15.0f * scale[g] + minimum[g]));
+        const Ints is_finite = bits < 0x7F800000;  // a NaN's are above infinity's
+        const Floats step = choose(bits > 0, (Floats)bits / 127.0f, fill(1.0f)), per_step = (float)FRACTION / step;
+        store(steps + i, choose(is_finite, step, fill(NAN)));
+        for (int64_t g = 0; g < groups; g++) {
+            const Ints factor = round_to_ints(choose(is_finite, scale[g] * per_step, (Floats){0}));
+            // Half a step more: the quotient is rounded down.
+            const Ints offset = round_to_ints(choose(is_finite, minimum[g] * per_step, (Floats){0})) + FRACTION / 2;
+            store((float *)factors[g] + i, (Floats)factor);
+            store((float *)offsets[g] + i, (Floats)offset);
+        }
     }
-    const Ints is_finite = bits < 0x7F800000;  // a NaN's are above infinity's
-    const Floats step = choose(bits > 0, (Floats)bits / 127.0f, fill(1.0f)), per_step = (float)FRACTION / step;
-    store(steps, choose(is_finite, step, fill(NAN)));
-    int32_t factors[MAX_GROUPS][LANES], offsets[MAX_GROUPS][LANES];
-    for (int64_t g = 0; g < groups; g++) {
-        const Ints factor = round_to_ints(choose(is_finite, scale[g] * per_step, (Floats){0}));
-        // Half a step more: the quotient is rounded down.
-        const Ints offset = round_to_ints(choose(is_finite, minimum[g] * per_step, (Floats){0})) + FRACTION / 2;
-        memcpy(factors[g], &factor, sizeof factor);
-        memcpy(offsets[g], &offset, sizeof offset);
-    }
-    for (int i = 0; i < LANES; i++) {
+    for (int i = 0; i < WIDTH; i++) {
         int64_t g = 0;
         for (; g < size / INT4_GROUP; g++)
-            expand_pairs(from->codes[i] + g * PAIRS, PAIRS, factors[g][i], offsets[g][i], expanded[i] + g * INT4_GROUP);
+            expand_pairs(from->codes[i] + g * HALF_GROUP, HALF_GROUP, factors[g][i], offsets[g][i],
+                         expanded[i] + g * INT4_GROUP);
         if (g < groups)
-            expand_pairs(from->codes[i] + g * PAIRS, size / 2 - g * PAIRS, factors[g][i], offsets[g][i],
+            expand_pairs(from->codes[i] + g * HALF_GROUP, size / 2 - g * HALF_GROUP, factors[g][i], offsets[g][i],
                          expanded[i] + g * INT4_GROUP);
     }
 }
@@ -187,13 +192,13 @@ void read_int4(const Inputs *in, const int32_t *table, int64_t head, int64_t fir
     static const Half nothing[MAX_DIM] = {0};
     const int64_t base = first / SEGMENT * SEGMENT, size = in->size, bytes = size / 2;
     const int64_t pairs = 2 * ((size + INT4_GROUP - 1) / INT4_GROUP);
-    _Alignas(64) int8_t expanded_keys[LANES][MAX_DIM] = {0}, expanded_values[LANES][MAX_DIM] = {0};
-    float key_steps[LANES], value_steps[LANES];
+    _Alignas(64) int8_t expanded_keys[WIDTH][MAX_DIM] = {0}, expanded_values[WIDTH][MAX_DIM] = {0};
+    float key_steps[WIDTH], value_steps[WIDTH];
     for (int64_t position = first; position < smaller(first + AHEAD, last); position++)
         prefetch_rows(in, row_of(in, table, head, position), 1);
-    for (int64_t strip = (first - base) / LANES * LANES; base + strip < last; strip += LANES) {
+    for (int64_t strip = (first - base) / WIDTH * WIDTH; base + strip < last; strip += WIDTH) {
         Nibbles keys, values;
-        for (int64_t i = 0; i < LANES; i++) {
+        for (int64_t i = 0; i < WIDTH; i++) {
             const int64_t position = base + strip + i;
             keys.codes[i] = values.codes[i] = (const uint8_t *)nothing;
             keys.scales[i] = values.scales[i] = nothing;
@@ -211,58 +216,154 @@ void read_int4(const Inputs *in, const int32_t *table, int64_t head, int64_t fir
     }
 }
 
-// 128 * sum of the high terms' row + sum of the low terms' row, less what the panels' 128 added.
-INLINE Floats combine(const int32_t *high, const int32_t *low, int32_t sum) {
-    const Ints h = *(const Ints *)high, l = *(const Ints *)low;
-    return to_floats((h << 7) + l - 128 * sum);
+#if defined(__AVX512VNNI__)
+
+// Codes of some rows, and their products with two panels at a time, high terms and low ones in turn.
+typedef struct {
+    _Alignas(64) int8_t codes[2 * INT8_QUERIES][STRIDE];
+    _Alignas(64) int32_t sums[2 * INT8_QUERIES][PAIR];
+} Operand;
+
+// Codes k … k + LANES - 1 of a row: of fifteen bits.
+INLINE void set_codes(Operand *x, int64_t row, int64_t k, Ints code) {
+    store_bytes(x->codes[2 * row] + k, code >> 7);
+    store_bytes(x->codes[2 * row + 1] + k, code & 127);
+}
+
+// Products of all rows' codes from `begin` on.
+INLINE void multiply_rows(Operand *x, int64_t rows, int64_t begin, int64_t quads, const uint8_t *panels,
+                          int64_t distance) {
+    for (int64_t m = 0, size; m < 2 * rows; m += size) {
+        Tile *tile = next_tile(2 * rows - m, WIDE, &size);
+        tile(panels, distance, x->codes[m] + begin, STRIDE, quads, x->sums[m]);
+    }
+}
+
+INLINE Ints sums_of(const Operand *x, int64_t row, int64_t n) {
+    const Ints high = (Ints)load((const float *)x->sums[2 * row] + n);
+    return (high << 7) + (Ints)load((const float *)x->sums[2 * row + 1] + n);
+}
+
+#else
+
+enum { ROWS_TOGETHER = 4 };  // as many as `add_wide` has registers for
+
+// Where code k stands.
+INLINE int64_t place_of(int64_t k) { return k / QUAD * QUAD + k % 2 * 2 + k % QUAD / 2; }
+
+// Codes of some rows, those of a quad in the order 0, 2, 1, 3, and their products with two panels at a time.
+typedef struct {
+    _Alignas(64) int16_t codes[INT8_QUERIES][STRIDE];
+    _Alignas(64) int32_t sums[INT8_QUERIES][PAIR];
+} Operand;
+
+// Codes k … k + LANES - 1 of a row: of fifteen bits.
+INLINE void set_codes(Operand *x, int64_t row, int64_t k, Ints code) {
+    int16_t *codes = x->codes[row] + k;
+#if defined(__AVX2__)
+    const __m256i order = _mm256_broadcastsi128_si256(_mm_set_epi64x(-1, 0x0D0C050409080100));
+    const __m256i quads = _mm256_shuffle_epi8((__m256i)code, order);
+    const __m128i both = _mm_unpacklo_epi64(_mm256_castsi256_si128(quads), _mm256_extracti128_si256(quads, 1));
+    _mm_storeu_si128((__m128i *)codes, both);
+#else
+    for (int i = 0; i < LANES; i++) codes[place_of(i)] = (int16_t)code[i];
+#endif
+}
+
+// Products of some rows' codes from `begin` on, added to sums.
+INLINE void add_rows(Operand *x, int64_t row, int rows, int64_t begin, int64_t quads, const uint8_t *panel,
+                     int32_t *sums) {
+    const int16_t *codes = x->codes[row] + begin;
+#if defined(__AVX2__)
+    add_wide(panel, codes, STRIDE, rows, quads, sums, PAIR);
+#else
+    for (int m = 0; m < rows; m++)
+        for (int64_t k = 0; k < quads * QUAD; k++)
+            for (int output = 0; output < PANEL; output++)
+                sums[m * PAIR + output] += (int32_t)panel[k / QUAD * QUAD_BYTES + output * QUAD + k % QUAD] *
+                                           codes[m * STRIDE + place_of(k)];
+#endif
+}
+
+// Products of all rows' codes from `begin` on.
+INLINE void multiply_rows(Operand *x, int64_t rows, int64_t begin, int64_t quads, const uint8_t *panels,
+                          int64_t distance) {
+    memset(x->sums, 0, (size_t)rows * sizeof *x->sums);
+    for (int64_t m = 0; m < rows; m += ROWS_TOGETHER)
+        for (int n = 0; n < WIDE; n++) {
+            const uint8_t *panel = panels + n * distance;
+            int32_t *sums = x->sums[m] + n * PANEL;
+            switch (smaller(rows - m, ROWS_TOGETHER)) {
+            case 1: add_rows(x, m, 1, begin, quads, panel, sums); break;
+            case 2: add_rows(x, m, 2, begin, quads, panel, sums); break;
+            case 3: add_rows(x, m, 3, begin, quads, panel, sums); break;
+            default: add_rows(x, m, ROWS_TOGETHER, begin, quads, panel, sums);
+            }
+        }
+}
+
+INLINE Ints sums_of(const Operand *x, int64_t row, int64_t n) { return (Ints)load((const float *)x->sums[row] + n); }
+
+#endif
+
+// A row's products as floats, less what the panels' 128 added.
+INLINE Floats products_of(const Operand *x, int64_t row, int64_t n, int32_t code_sum) {
+    return to_floats(sums_of(x, row, n) - 128 * code_sum);
 }
 
 // Codes of a query [size], zeros behind them; their sum and step.
-INLINE void quantize_query(const float *x, int64_t size, int8_t *high, int8_t *low, int32_t *sum, float *step) {
+INLINE void quantize_query(const float *query, int64_t size, Operand *x, int64_t row, int32_t *sum, float *step) {
     Ints largest = {0};
     for (int64_t d = 0; d < size; d += LANES)
-        largest = larger_of(largest, (Ints)absolute(load_part(x + d, size - d)));  // NaN's bits are above all
-    const int is_finite = !any(largest >= 0x7F800000);
-    const float absmax = is_finite ? fmaxf(largest_lane((Floats)largest), 0x1p-100f) : INFINITY;
+        largest = larger_of(largest, (Ints)absolute(load_part(query + d, size - d)));
+    const int32_t bits = largest_int(largest);
+    const int is_finite = bits < 0x7F800000;  // a NaN's bits are above all
+    const float absmax = is_finite ? fmaxf(float_of_bits(bits), 0x1p-100f) : INFINITY;
     const float steps = LARGEST_QUERY / absmax;
     Ints sums = {0};
     for (int64_t d = 0; d < padded(size); d += LANES) {
         const int is_there = is_finite && d < size;
-        const Ints code = is_there ? round_to_ints(load_part(x + d, size - d) * steps) : (Ints){0};
-        const Ints upper = (code + 64) >> 7;
-        const Bytes highs = narrow(upper), lows = narrow(code - (upper << 7));
-        memcpy(high + d, &highs, LANES);
-        memcpy(low + d, &lows, LANES);
+        const Ints code = is_there ? round_to_ints(load_part(query + d, size - d) * steps) : (Ints){0};
+        set_codes(x, row, d, code);
         sums += code;
     }
     *sum = sum_ints(sums);
     *step = is_finite ? absmax / LARGEST_QUERY : NAN;
 }
 
+// Whether a row sees only some of a register's keys.
+INLINE int is_edge(const Rows *rows, int64_t row, int64_t k) {
+    return k < rows->first[row] || k + LANES > rows->last[row];
+}
+
 // Scores [SEGMENT] of a row to codes of the weights times the values' steps; their sum and step.
 INLINE void quantize_weights(Rows *rows, int64_t row, float *scores, const float *value_scales, int64_t begin,
-                             int64_t end, int8_t *high, int8_t *low, int32_t *code_sum, float *step) {
-    Floats largest = fill(-INFINITY), sum = {0}, largest_weighted = {0}, sum_weighted = {0};
-    for (int64_t k = begin; k < end; k += LANES) {
-        Floats score = load(scores + k);
-        if (k < rows->first[row] || k + LANES > rows->last[row]) {
-            score = choose(seen_by(rows, row, k), score, fill(-INFINITY));
-            store(scores + k, score);
+                             int64_t end, Operand *x, int32_t *code_sum, float *step) {
+    Floats largest[PARTS], sum[PARTS] = {{0}}, largest_weighted[PARTS] = {{0}}, sum_weighted[PARTS] = {{0}};
+    EACH(p, PARTS) largest[p] = fill(-INFINITY);
+    for (int64_t strip = begin; strip < end; strip += WIDTH)
+        EACH(p, PARTS) {
+            const int64_t k = strip + p * LANES;
+            Floats score = load(scores + k);
+            if (is_edge(rows, row, k)) {
+                score = choose(seen_by(rows, row, k), score, fill(-INFINITY));
+                store(scores + k, score);
+            }
+            largest[p] = maximum(largest[p], score);
         }
-        largest = maximum(largest, score);
-    }
     const float top = largest_lane(largest);
-    for (int64_t k = begin; k < end; k += LANES) {
-        const Floats weight = exp_or_zero(load(scores + k) - top);
-        Floats weighted = weight * load(value_scales + k);
-        // An unseen key weighs 0, which is not enough where its scale is not a number.
-        if (k < rows->first[row] || k + LANES > rows->last[row])
-            weighted = choose(seen_by(rows, row, k), weighted, (Floats){0});
-        sum += weight;
-        largest_weighted = maximum(largest_weighted, weighted);
-        sum_weighted += weighted;
-        store(scores + k, weighted);
-    }
+    for (int64_t strip = begin; strip < end; strip += WIDTH)
+        EACH(p, PARTS) {
+            const int64_t k = strip + p * LANES;
+            const Floats weight = exp_or_zero(load(scores + k) - top);
+            Floats weighted = weight * load(value_scales + k);
+            // An unseen key weighs 0, which is not enough where its scale is not a number.
+            if (is_edge(rows, row, k)) weighted = choose(seen_by(rows, row, k), weighted, (Floats){0});
+            sum[p] += weight;
+            largest_weighted[p] = maximum(largest_weighted[p], weighted);
+            sum_weighted[p] += weighted;
+            store(scores + k, weighted);
+        }
     rows->largest[row] = top;
     rows->sum[row] = sum_lanes(sum);
     const float most = fmaxf(largest_lane(largest_weighted), 0x1p-100f), total = sum_lanes(sum_weighted);
@@ -270,9 +371,7 @@ INLINE void quantize_weights(Rows *rows, int64_t row, float *scores, const float
     Ints sums = {0};
     for (int64_t k = begin; k < end; k += LANES) {
         const Ints code = round_to_ints(load(scores + k) * steps);
-        const Bytes highs = narrow(code >> 7), lows = narrow(code & 127);
-        memcpy(high + k, &highs, LANES);
-        memcpy(low + k, &lows, LANES);
+        set_codes(x, row, k, code);
         sums += code;
     }
     *code_sum = sum_ints(sums);
@@ -280,46 +379,35 @@ INLINE void quantize_weights(Rows *rows, int64_t row, float *scores, const float
     *step = total == total ? most / LARGEST_WEIGHT : NAN;
 }
 
-// Products of all rows with two panels: sums [row][panel][PANEL].
-INLINE void multiply_rows(const uint8_t *panels, int64_t distance, const int8_t *codes, int64_t stride, int64_t rows,
-                          int64_t quads, int32_t *sums) {
-    for (int64_t m = 0, size; m < rows; m += size) {
-        Tile *tile = next_tile(rows - m, WIDE, &size);
-        tile(panels, distance, codes + m * stride, stride, quads, sums + m * WIDE * PANEL);
-    }
-}
-
 void attend_to_codes(const Inputs *in, const Segment *segment, Rows *rows) {
-    enum { STRIDE = SEGMENT > MAX_DIM ? SEGMENT : MAX_DIM, PAIR = WIDE * PANEL };
-    _Alignas(64) int8_t codes[TERMS * INT8_QUERIES][STRIDE];
-    _Alignas(64) int32_t sums[TERMS * INT8_QUERIES][PAIR];
+    Operand x;
     float scores[INT8_QUERIES][SEGMENT], step[INT8_QUERIES];
     int32_t code_sum[INT8_QUERIES];
-    const int64_t size = in->size, num_rows = TERMS * rows->size;
+    const int64_t size = in->size;
     int64_t first, last;
     seen_by_any(rows, &first, &last);
     for (int64_t row = 0; row < rows->size; row++) {
-        quantize_query(rows->queries[row], size, codes[2 * row], codes[2 * row + 1], code_sum + row, step + row);
+        quantize_query(rows->queries[row], size, &x, row, code_sum + row, step + row);
         step[row] *= in->scale;
     }
     for (int64_t k = first / PAIR * PAIR; k < last; k += PAIR) {
-        multiply_rows(segment->codes.keys + k * padded(size), padded(size) * PANEL, codes[0], STRIDE, num_rows,
-                      (size + QUAD - 1) / QUAD, sums[0]);
+        multiply_rows(&x, rows->size, 0, (size + QUAD - 1) / QUAD, segment->codes.keys + k * padded(size),
+                      padded(size) * PANEL);
         for (int64_t row = 0; row < rows->size; row++)
-            for (int64_t n = 0; n < PAIR; n += LANES)
-                store(scores[row] + k + n, combine(sums[2 * row] + n, sums[2 * row + 1] + n, code_sum[row]) * step[row] *
-                                               load(segment->codes.key_scales + k + n));
+            EACH(n, PAIR / LANES) {
+                const Floats scale = load(segment->codes.key_scales + k + n * LANES);
+                store(scores[row] + k + n * LANES, products_of(&x, row, n * LANES, code_sum[row]) * step[row] * scale);
+            }
     }
     const int64_t begin = first / KEY_STEP * KEY_STEP, end = (last + KEY_STEP - 1) / KEY_STEP * KEY_STEP;
     for (int64_t row = 0; row < rows->size; row++)
-        quantize_weights(rows, row, scores[row], segment->codes.value_scales, begin, end, codes[2 * row],
-                         codes[2 * row + 1], code_sum + row, step + row);
+        quantize_weights(rows, row, scores[row], segment->codes.value_scales, begin, end, &x, code_sum + row,
+                         step + row);
     for (int64_t d = 0; d < size; d += PAIR) {
-        multiply_rows(segment->codes.values + d * SEGMENT + begin * PANEL, SEGMENT * PANEL, codes[0] + begin, STRIDE,
-                      num_rows, (end - begin) / QUAD, sums[0]);
+        multiply_rows(&x, rows->size, begin, (end - begin) / QUAD, segment->codes.values + d * SEGMENT + begin * PANEL,
+                      SEGMENT * PANEL);
         for (int64_t row = 0; row < rows->size; row++)
-            for (int64_t n = 0; n < PAIR; n += LANES)
-                store(rows->values[row] + d + n,
-                      combine(sums[2 * row] + n, sums[2 * row + 1] + n, code_sum[row]) * step[row]);
+            EACH(n, PAIR / LANES)
+                store(rows->values[row] + d + n * LANES, products_of(&x, row, n * LANES, code_sum[row]) * step[row]);
     }
 }

@@ -68,25 +68,23 @@ INLINE Ints add_quad(Ints sums, const uint8_t *panel, const int8_t *codes) {
 #elif defined(__AVX2__)
 
 enum {
-    TOGETHER = 8,       // rows whose sums with half a panel fit into the registers
-    CHUNK_QUADS = 128,  // of codes that are split at a time
+    TOGETHER = 4,       // rows whose sums with a panel fit into the registers
+    CHUNK_QUADS = 128,  // of codes that are widened at a time
 };
-
-// Codes in sixteen bits, so that sums of two products cannot saturate: of each quad those at even places, and at odd.
-typedef struct {
-    int32_t even[CHUNK_QUADS], odd[CHUNK_QUADS];
-} Split;
 
 INLINE __m256i even_bytes(__m256i codes) { return _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8); }
 INLINE __m256i odd_bytes(__m256i codes) { return _mm256_srai_epi16(codes, 8); }
 
-INLINE void split_codes(const int8_t *codes, int64_t quads, Split *split) {
+// Codes in sixteen bits, so that sums of two products cannot saturate: those of a quad in the order 0, 2, 1, 3.
+INLINE void widen_codes(const int8_t *codes, int64_t quads, int16_t *wide) {
     for (int64_t k = 0; k < quads; k += 8) {
         __m256i bytes = _mm256_setzero_si256();
         if (k + 8 <= quads) bytes = _mm256_loadu_si256((const __m256i *)(codes + k * QUAD));
         else memcpy(&bytes, codes + k * QUAD, (size_t)(quads - k) * QUAD);
-        _mm256_storeu_si256((__m256i *)(split->even + k), even_bytes(bytes));
-        _mm256_storeu_si256((__m256i *)(split->odd + k), odd_bytes(bytes));
+        const __m256i even = even_bytes(bytes), odd = odd_bytes(bytes);
+        const __m256i first = _mm256_unpacklo_epi32(even, odd), second = _mm256_unpackhi_epi32(even, odd);
+        _mm256_storeu_si256((__m256i *)(wide + k * QUAD), _mm256_permute2x128_si256(first, second, 0x20));
+        _mm256_storeu_si256((__m256i *)(wide + k * QUAD) + 1, _mm256_permute2x128_si256(first, second, 0x31));
     }
 }
 
@@ -98,28 +96,35 @@ INLINE __m256i multiply_half(__m256i even, __m256i odd, __m256i even_codes, __m2
 INLINE __m256i even_weights(__m256i half) { return _mm256_and_si256(half, _mm256_set1_epi16(255)); }
 INLINE __m256i odd_weights(__m256i half) { return _mm256_srli_epi16(half, 8); }
 
-// Adds the products of one half of a panel, or of both, with some rows to their sums, which lie `stride` apart.
-INLINE void add_halves(const uint8_t *panel, int halves, const Split *x, int rows, int64_t quads, int32_t *sums,
-                       int64_t stride) {
-    enum { HALF = PANEL / 2, AHEAD = 2048 };  // bytes
+INLINE __m256i spread_pair(const int16_t *codes) {
+    int32_t pair;
+    memcpy(&pair, codes, sizeof pair);
+    return _mm256_set1_epi32(pair);
+}
+
+// Adds the products of a panel with some rows' wide codes to their sums, which lie `distance` apart.
+INLINE void add_wide(const uint8_t *panel, const int16_t *codes, int64_t stride, int rows, int64_t quads, int32_t *sums,
+                     int64_t distance) {
+    enum { AHEAD = 2048 };  // bytes
     __m256i total[TOGETHER][2];
-    _Pragma("GCC unroll 8") for (int m = 0; m < rows; m++)
-        _Pragma("GCC unroll 2") for (int h = 0; h < halves; h++)
-            total[m][h] = _mm256_loadu_si256((const __m256i *)(sums + m * stride + h * HALF));
+    EACH(m, rows) EACH(half, 2) total[m][half] = _mm256_loadu_si256((const __m256i *)(sums + m * distance) + half);
     for (int64_t k = 0; k < quads; k++) {
-        if (halves == 2) __builtin_prefetch(panel + k * QUAD_BYTES + AHEAD);
-        _Pragma("GCC unroll 2") for (int h = 0; h < halves; h++) {
-            const __m256i bytes = _mm256_loadu_si256((const __m256i *)(panel + k * QUAD_BYTES) + h);
-            const __m256i even = even_weights(bytes), odd = odd_weights(bytes);
-            _Pragma("GCC unroll 8") for (int m = 0; m < rows; m++) {
-                const __m256i even_codes = _mm256_set1_epi32(x[m].even[k]), odd_codes = _mm256_set1_epi32(x[m].odd[k]);
-                total[m][h] = _mm256_add_epi32(total[m][h], multiply_half(even, odd, even_codes, odd_codes));
-            }
+        __builtin_prefetch(panel + k * QUAD_BYTES + AHEAD);
+        __m256i even[2], odd[2];
+        EACH(half, 2) {
+            const __m256i bytes = _mm256_loadu_si256((const __m256i *)(panel + k * QUAD_BYTES) + half);
+            even[half] = even_weights(bytes);
+            odd[half] = odd_weights(bytes);
+        }
+        EACH(m, rows) {
+            const int16_t *quad = codes + m * stride + k * QUAD;
+            const __m256i even_codes = spread_pair(quad), odd_codes = spread_pair(quad + 2);
+            EACH(half, 2)
+                total[m][half] =
+                    _mm256_add_epi32(total[m][half], multiply_half(even[half], odd[half], even_codes, odd_codes));
         }
     }
-    _Pragma("GCC unroll 8") for (int m = 0; m < rows; m++)
-        _Pragma("GCC unroll 2") for (int h = 0; h < halves; h++)
-            _mm256_storeu_si256((__m256i *)(sums + m * stride + h * HALF), total[m][h]);
+    EACH(m, rows) EACH(half, 2) _mm256_storeu_si256((__m256i *)(sums + m * distance) + half, total[m][half]);
 }
 
 INLINE __m256i spread_quad(const int8_t *codes) {
@@ -133,20 +138,20 @@ INLINE __m256i spread_quad(const int8_t *codes) {
     static void tile_##ROWS##_##PANELS(const uint8_t *panels, int64_t distance, const int8_t *x, int64_t stride,   \
                                        int64_t quads, int32_t *sums) {                                             \
         enum { PASSES = (ROWS + TOGETHER - 1) / TOGETHER, MOST = (ROWS + PASSES - 1) / PASSES };                   \
-        enum { HALVES = ROWS > FEW_ROWS ? 1 : 2, ROW = PANELS * PANEL };                                           \
-        Split split[ROWS];                                                                                         \
+        enum { REST = ROWS % MOST, ROW = PANELS * PANEL, CODES = CHUNK_QUADS * QUAD };                             \
+        int16_t wide[ROWS][CODES];                                                                                 \
         memset(sums, 0, ROWS * ROW * sizeof *sums);                                                                \
         for (int64_t k = 0; k < quads; k += CHUNK_QUADS) {                                                         \
             const int64_t some = smaller(CHUNK_QUADS, quads - k);                                                  \
-            for (int m = 0; m < ROWS; m++) split_codes(x + m * stride + k * QUAD, some, split + m);                \
-            for (int n = 0; n < PANELS; n++)                                                                       \
-                for (int h = 0; h < 2; h += HALVES) {                                                              \
-                    const uint8_t *part = panels + n * distance + k * QUAD_BYTES + h * (QUAD_BYTES / 2);           \
-                    int32_t *own = sums + n * PANEL + h * (PANEL / 2);                                             \
-                    add_halves(part, HALVES, split, MOST, some, own, ROW);                                         \
-                    if (ROWS > MOST)                                                                               \
-                        add_halves(part, HALVES, split + MOST, ROWS - MOST, some, own + MOST * ROW, ROW);          \
-                }                                                                                                  \
+            for (int m = 0; m < ROWS; m++) widen_codes(x + m * stride + k * QUAD, some, wide[m]);                  \
+            for (int n = 0; n < PANELS; n++) {                                                                     \
+                const uint8_t *part = panels + n * distance + k * QUAD_BYTES;                                      \
+                int32_t *own = sums + n * PANEL;                                                                   \
+                for (int m = 0; m + MOST <= ROWS; m += MOST)                                                       \
+                    add_wide(part, wide[m], CODES, MOST, some, own + m * ROW, ROW);                                \
+                if (REST > 0)                                                                                      \
+                    add_wide(part, wide[ROWS - REST], CODES, REST, some, own + (ROWS - REST) * ROW, ROW);          \
+            }                                                                                                      \
         }                                                                                                          \
     }
 

@@ -62,52 +62,48 @@ INLINE int64_t take_task(Team *team, int64_t total) {
     FOR_TASKS(task_, rows == 0 ? 0 : (rows + share_ - 1) / share_)                                                 \
     for (int64_t row = task_ * share_; row < smaller(rows, (task_ + 1) * share_); row++)
 
-// Sixteen at a time; a compiler for smaller registers splits them.
-enum { LANES = 16 };
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef float LooseFloats __attribute__((vector_size(64), aligned(4)));
-
-// Where registers hold eight, a compiler splits sums and products itself, but takes comparisons, conversions and
-// shuffles apart lane by lane.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-#define HAS_HALVES 1
-typedef union {
-    Floats all;
-    __m256 half[2];
-} FloatHalves;
-typedef union {
-    Ints all;
-    __m256i half[2];
-} IntHalves;
+// Vectors are registers of the instruction set: compilers take wider ones apart badly. What a row's floats are added up
+// in has sixteen lanes nevertheless, element i in lane i % 16: `PARTS` registers.
+#if defined(__AVX512VNNI__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
 #endif
+enum { WIDTH = 16, PARTS = WIDTH / LANES };
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef float LooseFloats __attribute__((vector_size(4 * LANES), aligned(4)));
+
+// A loop that is written out.
+#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); i++)
 
 INLINE Floats load(const float *x) { return *(const LooseFloats *)x; }
 INLINE void store(float *x, Floats v) { *(LooseFloats *)x = v; }
 
-// The first `size` of sixteen floats, zeros behind them.
+// The first `size` of a register's floats, zeros behind them; size may be below zero.
 INLINE Floats load_part(const float *x, int64_t size) {
     if (size >= LANES) return load(x);
     Floats v = {0};
-    memcpy(&v, x, (size_t)size * sizeof(float));
+    if (size > 0) memcpy(&v, x, (size_t)size * sizeof(float));
     return v;
 }
 
 INLINE void store_part(float *x, Floats v, int64_t size) {
     if (size >= LANES) store(x, v);
-    else memcpy(x, &v, (size_t)size * sizeof(float));
+    else if (size > 0) memcpy(x, &v, (size_t)size * sizeof(float));
 }
 
-// Of sixteen small integers: to 32 bits each, and from them.
+// Of small integers: to 32 bits each, and from them.
 INLINE Ints widen_bytes(const void *x) {
-#if defined(__AVX512F__)
+#if LANES == 16
     return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(x));
-#elif defined(HAS_HALVES)
-    const __m128i bytes = _mm_loadu_si128(x);
-    const IntHalves v = {.half = {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))}};
-    return v.all;
+#elif LANES == 8
+    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(x));
 #else
     Bytes bytes;
     memcpy(&bytes, x, sizeof bytes);
@@ -116,13 +112,10 @@ INLINE Ints widen_bytes(const void *x) {
 }
 
 INLINE Ints widen_halves(const void *x) {
-#if defined(__AVX512F__)
+#if LANES == 16
     return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256(x));
-#elif defined(HAS_HALVES)
-    const __m128i *halves = x;
-    const IntHalves v = {
-        .half = {_mm256_cvtepu16_epi32(_mm_loadu_si128(halves)), _mm256_cvtepu16_epi32(_mm_loadu_si128(halves + 1))}};
-    return v.all;
+#elif LANES == 8
+    return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(x));
 #else
     Halves halves;
     memcpy(&halves, x, sizeof halves);
@@ -130,77 +123,45 @@ INLINE Ints widen_halves(const void *x) {
 #endif
 }
 
-INLINE Bytes narrow(Ints x) {
-#if defined(__AVX512F__)
-    return (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
-#elif defined(HAS_HALVES)
-    const __m256i lowest = _mm256_set1_epi32(0x0C080400);
-    const IntHalves v = {x};
-    __m128i eight[2];
-    for (int i = 0; i < 2; i++) {
-        const __m256i bytes = _mm256_shuffle_epi8(v.half[i], lowest);
-        eight[i] = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
-    }
-    return (Bytes)_mm_unpacklo_epi64(eight[0], eight[1]);
+INLINE void store_bytes(int8_t *bytes, Ints x) {
+#if LANES == 16
+    _mm_storeu_si128((__m128i *)bytes, _mm512_cvtepi32_epi8((__m512i)x));
+#elif LANES == 8
+    const __m256i lowest = _mm256_shuffle_epi8((__m256i)x, _mm256_set1_epi32(0x0C080400));
+    const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(lowest), _mm256_extracti128_si256(lowest, 1));
+    _mm_storel_epi64((__m128i *)bytes, both);
 #else
-    return __builtin_convertvector(x, Bytes);
+    const Bytes narrow = __builtin_convertvector(x, Bytes);
+    memcpy(bytes, &narrow, sizeof narrow);
 #endif
+}
+
+INLINE Ints lane_numbers(void) {
+    static const int32_t numbers[WIDTH] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (Ints)load((const float *)numbers);
 }
 
 INLINE Floats fill(float x) { return x - (Floats){0}; }
 
-// A mask of all ones where a is less.
-INLINE Ints less(Floats a, Floats b) {
-#if defined(HAS_HALVES)
-    const FloatHalves x = {a}, y = {b};
-    IntHalves mask;
-    for (int i = 0; i < 2; i++) mask.half[i] = (__m256i)_mm256_cmp_ps(x.half[i], y.half[i], _CMP_LT_OQ);
-    return mask.all;
-#else
-    return a < b;
-#endif
-}
-
-INLINE Floats to_floats(Ints x) {
-#if defined(HAS_HALVES)
-    const IntHalves v = {x};
-    const FloatHalves floats = {.half = {_mm256_cvtepi32_ps(v.half[0]), _mm256_cvtepi32_ps(v.half[1])}};
-    return floats.all;
-#else
-    return __builtin_convertvector(x, Floats);
-#endif
-}
+INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
 // Of whole numbers that 32 bits hold.
-INLINE Ints to_ints(Floats x) {
-#if defined(HAS_HALVES)
-    const FloatHalves v = {x};
-    const IntHalves ints = {.half = {_mm256_cvttps_epi32(v.half[0]), _mm256_cvttps_epi32(v.half[1])}};
-    return ints.all;
-#else
-    return __builtin_convertvector(x, Ints);
-#endif
-}
+INLINE Ints to_ints(Floats x) { return __builtin_convertvector(x, Ints); }
 
 // Lane by lane, of a mask of all ones or zeros.
 INLINE Floats choose(Ints mask, Floats yes, Floats no) {
-#if defined(__AVX512DQ__)
+#if LANES == 16
     return (Floats)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)mask), (__m512)no, (__m512)yes);
-#elif defined(HAS_HALVES)
-    const FloatHalves a = {yes}, b = {no}, m = {(Floats)mask};
-    FloatHalves v;
-    for (int i = 0; i < 2; i++) v.half[i] = _mm256_blendv_ps(b.half[i], a.half[i], m.half[i]);
-    return v.all;
+#elif LANES == 8
+    return (Floats)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)mask);
 #else
     return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
 #endif
 }
 
 INLINE Ints larger_of(Ints a, Ints b) {
-#if defined(HAS_HALVES)
-    const IntHalves x = {a}, y = {b};
-    const IntHalves v = {.half = {_mm256_max_epi32(x.half[0], y.half[0]), _mm256_max_epi32(x.half[1], y.half[1])}};
-    return v.all;
+#if LANES == 8
+    return (Ints)_mm256_max_epi32((__m256i)a, (__m256i)b);
 #else
     const Ints is_first = a > b;
     return (is_first & a) | (~is_first & b);
@@ -209,28 +170,23 @@ INLINE Ints larger_of(Ints a, Ints b) {
 
 // Whether a lane of a mask, all ones or zeros each, is set.
 INLINE int any(Ints mask) {
-#if defined(__AVX512F__)
+#if LANES == 16
     return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#elif defined(HAS_HALVES)
-    const IntHalves v = {mask};
-    const __m256i either = _mm256_or_si256(v.half[0], v.half[1]);
-    return !_mm256_testz_si256(either, either);
+#elif LANES == 8
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
 #else
-    int64_t pairs[8], set = 0;
+    int64_t pairs[2];
     memcpy(pairs, &mask, sizeof pairs);
-    for (int i = 0; i < 8; i++) set |= pairs[i];
-    return set != 0;
+    return (pairs[0] | pairs[1]) != 0;
 #endif
 }
 
 // b where either is not a number.
 INLINE Floats maximum(Floats a, Floats b) {
-#if defined(__AVX512F__)
+#if LANES == 16
     return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(HAS_HALVES)
-    const FloatHalves x = {a}, y = {b};
-    const FloatHalves v = {.half = {_mm256_max_ps(x.half[0], y.half[0]), _mm256_max_ps(x.half[1], y.half[1])}};
-    return v.all;
+#elif LANES == 8
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return choose(a > b, a, b);
 #endif
@@ -238,64 +194,61 @@ INLINE Floats maximum(Floats a, Floats b) {
 
 // a * b + c, rounded once.
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
+#if LANES == 16
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(HAS_HALVES) && defined(__FMA__)
-    FloatHalves x = {a}, y = {b}, z = {c};
-    z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
-    z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
-    return z.all;
+#elif LANES == 8 && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     for (int i = 0; i < LANES; i++) c[i] = fmaf(a[i], b[i], c[i]);
     return c;
 #endif
 }
 
-#if defined(__clang__)
-#define SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
-#else
-#define SHUFFLE(v, ...) __builtin_shuffle(v, (Ints){__VA_ARGS__})
-#endif
-
-// The sum of all lanes, as a tree.
-INLINE float sum_lanes(Floats v) {
-#if defined(HAS_HALVES)
-    const FloatHalves halves = {v};
-    const __m256 eight = _mm256_add_ps(halves.half[0], halves.half[1]);
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-#else
-    v += SHUFFLE(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    v += SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    v += SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    v += SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-    return v[0];
-#endif
+// A row's sixteen lanes, added as a tree.
+INLINE float sum_lanes(const Floats *parts) {
+    float v[WIDTH];
+    EACH(p, PARTS) store(v + p * LANES, parts[p]);
+    EACH(i, 8) v[i] += v[i + 8];
+    EACH(i, 4) v[i] += v[i + 4];
+    return (v[0] + v[2]) + (v[1] + v[3]);
 }
 
-INLINE float largest_lane(Floats v) {
-#if defined(HAS_HALVES)
-    const FloatHalves halves = {v};
-    const __m256 eight = _mm256_max_ps(halves.half[0], halves.half[1]);
-    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
-#else
-    v = maximum(v, SHUFFLE(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    v = maximum(v, SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-    v = maximum(v, SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-    v = maximum(v, SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-    return v[0];
-#endif
+// Their largest, `maximum` taken as a tree.
+INLINE float largest_lane(const Floats *parts) {
+    float v[WIDTH];
+    EACH(p, PARTS) store(v + p * LANES, parts[p]);
+    EACH(i, 8) v[i] = v[i] > v[i + 8] ? v[i] : v[i + 8];
+    EACH(i, 4) v[i] = v[i] > v[i + 4] ? v[i] : v[i + 4];
+    EACH(i, 2) v[i] = v[i] > v[i + 2] ? v[i] : v[i + 2];
+    return v[0] > v[1] ? v[0] : v[1];
+}
+
+INLINE int32_t sum_ints(Ints x) {
+    int32_t sum = 0;
+    EACH(i, LANES) sum += x[i];
+    return sum;
+}
+
+INLINE int32_t largest_int(Ints x) {
+    int32_t largest = x[0];
+    EACH(i, LANES) largest = x[i] > largest ? x[i] : largest;
+    return largest;
 }
 
 INLINE Floats absolute(Floats v) { return (Floats)((Ints)v & 0x7FFFFFFF); }
 
+INLINE float float_of_bits(int32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 // The nearest integer, ties to even, of |x| < 2^22: beside 1.5 * 2^23 there are no bits for a fraction.
 INLINE Floats round_even(Floats x) {
-#if defined(__AVX512F__)
+#if LANES == 16
     return (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif LANES == 8
+    return (Floats)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     return (x + 12582912.0f) - 12582912.0f;
 #endif
@@ -313,13 +266,10 @@ INLINE Half to_half(float x) { return (Half)x; }
 #endif
 
 INLINE Floats load_halves(const Half *x) {
-#if defined(__AVX512F__)
+#if LANES == 16
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
-#elif defined(HAS_HALVES) && defined(__F16C__)
-    const __m128i *halves = (const __m128i *)x;
-    const FloatHalves v = {
-        .half = {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))}};
-    return v.all;
+#elif LANES == 8 && defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
 #else
     Floats v;
     for (int i = 0; i < LANES; i++) v[i] = from_half(x[i]);
@@ -329,25 +279,21 @@ INLINE Floats load_halves(const Half *x) {
 
 // The nearest integers as such.
 INLINE Ints round_to_ints(Floats x) {
-#if defined(__AVX512F__)
+#if LANES == 16
     return (Ints)_mm512_cvtps_epi32((__m512)x);
+#elif LANES == 8
+    return (Ints)_mm256_cvtps_epi32((__m256)x);
 #else
     return to_ints(round_even(x));
 #endif
 }
 
-INLINE int32_t sum_ints(Ints x) {
-    int32_t sum = 0;
-    for (int i = 0; i < LANES; i++) sum += x[i];
-    return sum;
-}
-
 // x * 2^n for whole n that leave it a normal number.
 INLINE Floats scale_by_power(Floats x, Floats n) {
-#if defined(__AVX512F__)
+#if LANES == 16
     return (Floats)_mm512_scalef_ps((__m512)x, (__m512)n);
 #else
-    const Floats finite = choose(less(n, fill(INFINITY)), n, fill(0.0f));  // a NaN is less than nothing
+    const Floats finite = choose(n < INFINITY, n, fill(0.0f));  // a NaN is less than nothing
     return x * (Floats)((to_ints(finite) + 127) << 23);
 #endif
 }
@@ -369,10 +315,10 @@ INLINE Floats exp_in_range(Floats x) {
 }
 
 // exp(x) for x <= 0, exp(-87) below that.
-INLINE Floats exp_negative(Floats x) { return exp_in_range(choose(less(x, fill(-87.0f)), fill(-87.0f), x)); }
+INLINE Floats exp_negative(Floats x) { return exp_in_range(choose(x < -87.0f, fill(-87.0f), x)); }
 
 // exp(x) for x <= 0, 0 below -87.
-INLINE Floats exp_or_zero(Floats x) { return choose(less(x, fill(-87.0f)), (Floats){0}, exp_in_range(x)); }
+INLINE Floats exp_or_zero(Floats x) { return choose(x < -87.0f, (Floats){0}, exp_in_range(x)); }
 
 INLINE float exp_negative_scalar(float x) { return exp_negative(fill(x))[0]; }
 
@@ -400,17 +346,12 @@ typedef struct {
 enum { SPREAD_BLOCK = 32 };
 
 INLINE int64_t count_at_most(const int32_t *values, int64_t size, int32_t limit) {
-    int64_t total = 0;
-#if defined(__AVX512F__)
-    for (int64_t i = 0; i < size; i += LANES) {
-        const __mmask16 there = (__mmask16)(size - i >= LANES ? 0xFFFF : (1 << (size - i)) - 1);
-        const __m512i v = _mm512_maskz_loadu_epi32(there, values + i);
-        total += __builtin_popcount(_mm512_mask_cmple_epi32_mask(there, v, _mm512_set1_epi32(limit)));
-    }
-#else
-    for (int64_t i = 0; i < size; i++) total += values[i] <= limit;
-#endif
-    return total;
+    Ints total = {0};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) total -= (Ints)load((const float *)values + i) <= limit;
+    int64_t sum = sum_ints(total);
+    for (; i < size; i++) sum += values[i] <= limit;
+    return sum;
 }
 
 // The lower median of `size` non-negative floats given as their bits, which are ordered like they are.
@@ -428,21 +369,20 @@ INLINE float lower_median(const int32_t *bits, int64_t size) {
             else low = middle;
         }
     }
-    float median;
-    memcpy(&median, &high, sizeof median);
-    return median;
+    return float_of_bits(high);
 }
 
-// The sizes of up to 32 elements, in two halves, as their bits: a NaN's are above infinity's.
-INLINE Ints block_sizes(const float *x, int64_t left) {
-    const Ints first = (Ints)absolute(load_part(x, left));
-    return larger_of(first, left > LANES ? (Ints)absolute(load_part(x + LANES, left - LANES)) : (Ints){0});
+// The largest size of up to 32 elements, as its bits: a NaN's are above infinity's.
+INLINE int32_t largest_size(const float *x, int64_t left) {
+    Ints largest = {0};
+    EACH(i, SPREAD_BLOCK / LANES)
+        largest = larger_of(largest, (Ints)absolute(load_part(x + i * LANES, left - i * LANES)));
+    return largest_int(largest);
 }
 
 // That of a token whose elements are finite: of the largest of each 32, and of the largest of all, as bits.
 INLINE float scale_of_token(const int32_t *maxima, int64_t blocks, int32_t largest, float spread) {
-    float absmax;
-    memcpy(&absmax, &largest, sizeof absmax);
+    const float absmax = float_of_bits(largest);
     const float scale = spread < INFINITY ? lower_median(maxima, blocks) * spread : absmax * (1.0f / 127);
     return fmaxf(fmaxf(scale, absmax * (1.0f / 16256)), 1.17549435e-38f);
 }
@@ -462,40 +402,42 @@ INLINE void write_codes(const float *x, int64_t size, float scale, Codes codes, 
     Ints low_sums = {0}, high_sums = {0};
     for (int64_t k = 0; k < codes.stride; k += LANES) {
         const Floats q = k < size ? round_even(load_part(x + k, size - k) * steps) : (Floats){0};
-        const Ints is_over = less(fill(127.0f), absolute(q));
-        const int has_high = any(is_over);
-        const Floats h = has_high ? choose(is_over, round_even(q * (1.0f / 128)), (Floats){0}) : (Floats){0};
-        const Ints low_codes = to_ints(q - h * 128);
+        const Ints is_over = absolute(q) > 127.0f;
+        if (!any(is_over)) {
+            const Ints low_codes = to_ints(q);
+            low_sums += low_codes;
+            store_bytes(low + k, low_codes);
+            continue;
+        }
+        const Floats h = choose(is_over, round_even(q * (1.0f / 128)), (Floats){0});
+        const Ints low_codes = to_ints(q - h * 128), high = to_ints(h);
         low_sums += low_codes;
-        const Bytes bytes = narrow(low_codes);
-        memcpy(low + k, &bytes, LANES);
-        if (!has_high) continue;
-        const Ints high = to_ints(h);
         high_sums += high;
-        const Bytes over = narrow(high);
-        int32_t of_quads[4];
-        memcpy(of_quads, &over, sizeof of_quads);
-        // Written for each of the four, kept if it is not zero: there is room for all.
-        for (int i = 0; i < 4; i++) {
+        store_bytes(low + k, low_codes);
+        int8_t over[LANES];
+        store_bytes(over, high);
+        // Written for each quad, kept if it is not zero: there is room for all.
+        for (int i = 0; i < LANES / 4; i++) {
+            int32_t of_quad;
+            memcpy(&of_quad, over + 4 * i, sizeof of_quad);
             quads[token.num_quads].index = (int32_t)(k / 4) + i;
-            memcpy(quads[token.num_quads].codes, of_quads + i, 4);
-            token.num_quads += of_quads[i] != 0;
+            memcpy(quads[token.num_quads].codes, &of_quad, sizeof of_quad);
+            token.num_quads += of_quad != 0;
         }
     }
-    for (int i = 0; i < LANES; i++) token.low_sum += low_sums[i], token.high_sum += high_sums[i];
+    token.low_sum = sum_ints(low_sums);
+    token.high_sum = sum_ints(high_sums);
     codes.tokens[m] = token;
 }
 
 // Row m of the codes, of x [size]; maxima: scratch of ceil(size / 32) words.
 INLINE void quantize_row(const float *x, int64_t size, float spread, Codes codes, int64_t m, int32_t *maxima) {
-    Ints largest = {0};
-    for (int64_t k = 0; k < size; k += SPREAD_BLOCK) {
-        const Ints sizes = block_sizes(x + k, size - k);
-        largest = larger_of(largest, sizes);
-        maxima[k / SPREAD_BLOCK] = ((Ints)fill(largest_lane((Floats)sizes)))[0];
-    }
     int32_t bits = 0;
-    for (int i = 0; i < LANES; i++) bits = largest[i] > bits ? largest[i] : bits;
+    for (int64_t k = 0; k < size; k += SPREAD_BLOCK) {
+        const int32_t largest = largest_size(x + k, size - k);
+        maxima[k / SPREAD_BLOCK] = largest;
+        bits = largest > bits ? largest : bits;
+    }
     if (bits >= 0x7F800000) write_no_codes(codes, m);
     else write_codes(x, size, scale_of_token(maxima, (size + SPREAD_BLOCK - 1) / SPREAD_BLOCK, bits, spread), codes, m);
 }

@@ -26,7 +26,7 @@ enum { WEIGHT_INT8, WEIGHT_CODEBOOK, WEIGHT_SCALED_CODEBOOK };
 
 #if defined(__AVX512BW__)
 
-enum { PARTS = 4 };  // outputs in a register
+enum { OUTPUTS = 4 };  // in a register
 typedef __m512i Vector;
 #define VECTOR(operation) _mm512_##operation
 #define VECTOR_BITS(operation) _mm512_##operation##_si512
@@ -45,7 +45,7 @@ INLINE Vector spread_factors(const int16_t *factors, int first) {
 
 #elif defined(__SSSE3__)
 
-enum { PARTS = 1 };
+enum { OUTPUTS = 1 };
 typedef __m128i Vector;
 #define VECTOR(operation) _mm_##operation
 #define VECTOR_BITS(operation) _mm_##operation##_si128
@@ -62,7 +62,7 @@ INLINE void make_tables(const int16_t *values, const int16_t *factors, uint8_t *
     const Vector low = spread_values(values), high = spread_values(values + VALUES / 2);
     const Vector step = VECTOR(set1_epi16)(1 << 7), signs = VECTOR(set1_epi8)((char)0x80);
     for (int i = 0; i < QUAD; i++)
-        for (int part = 0; part < PANEL / QUAD; part += PARTS) {
+        for (int part = 0; part < PANEL / QUAD; part += OUTPUTS) {
             const Vector factor = spread_factors(factors, QUAD * part + i);
             const Vector bytes = VECTOR(packs_epi16)(VECTOR(mulhrs_epi16)(VECTOR(mulhrs_epi16)(low, factor), step),
                                                      VECTOR(mulhrs_epi16)(VECTOR(mulhrs_epi16)(high, factor), step));
@@ -84,7 +84,7 @@ INLINE void expand_block(const uint8_t *tables, const uint8_t *block, uint8_t *p
         const int shift = quarter % 2 * 4;
         uint8_t *output = panel + quarter * QUAD * QUAD_BYTES;
 #if defined(__SSSE3__)
-        for (int part = 0; part < PANEL / QUAD; part += PARTS) {
+        for (int part = 0; part < PANEL / QUAD; part += OUTPUTS) {
             Vector v[QUAD];
             for (int i = 0; i < QUAD; i++) {
                 const int place = (PANEL / QUAD * i + part) * VALUES;
@@ -163,23 +163,22 @@ typedef struct {
 } Product;
 
 // Tokens from … to - 1 with one panel or two; dense: their high terms with all zeros, or null.
-INLINE void multiply(const Product *product, int64_t num_panels, Codes codes, int64_t from, int64_t to,
+INLINE void multiply(const Product *product, int num_panels, Codes codes, int64_t from, int64_t to,
                      const int8_t *dense) {
-    Ints low[MOST_ROWS * WIDE], high[MOST_ROWS * WIDE];
+    _Alignas(64) int32_t low[MOST_ROWS * WIDE * PANEL], high[MOST_ROWS * WIDE * PANEL];
     for (int64_t m = from, size; m < to; m += size) {
         const int8_t *high_terms = dense == NULL ? NULL : dense + (m - from) * codes.stride;
         size = sum_terms(product->panels, product->distance, num_panels, codes, m, to, high_terms, low, high);
         for (int64_t i = 0; i < size; i++) {
             const float token_scale = codes.tokens[m + i].scale;
             float *y = product->output + (m + i) * product->stride;
-            for (int64_t n = 0; n < num_panels; n++) {
-                const Floats low_sum = to_floats(low[i * num_panels + n]);
-                const Floats high_sum = to_floats(high[i * num_panels + n]);
-                Floats value = (high_sum * 128.0f + low_sum) * token_scale * load(product->scale + n * PANEL);
-                if (product->bias != NULL) value += load(product->bias + n * PANEL);
-                const int64_t left = product->features - n * PANEL;
-                if (left >= PANEL) store(y + n * PANEL, value);
-                else if (left > 0) memcpy(y + n * PANEL, &value, (size_t)left * sizeof *y);
+            EACH(part, num_panels * PARTS) {
+                const int64_t n = part * LANES, place = i * num_panels * PANEL + n;
+                const Floats low_sum = to_floats((Ints)load((const float *)low + place));
+                const Floats high_sum = to_floats((Ints)load((const float *)high + place));
+                Floats value = (high_sum * 128.0f + low_sum) * token_scale * load(product->scale + n);
+                if (product->bias != NULL) value += load(product->bias + n);
+                store_part(y + n, value, product->features - n);
             }
         }
     }
@@ -223,25 +222,26 @@ OPERATION(int8_matmul) {
 // products over the input features in their order.
 #define FLOAT_TILE(ROWS, PANELS)                                                                                   \
     static void float_tile_##ROWS##_##PANELS(const float *weight, int64_t distance, const float *x, int64_t stride, \
-                                             int64_t size, Floats *total) {                                        \
-        Floats sums[ROWS][PANELS];                                                                                 \
-        _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++)                                                     \
-            _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++) sums[m][n] = (Floats){0};                     \
-        for (int64_t k = 0; k < size; k++) {                                                                       \
-            Floats w[PANELS];                                                                                      \
-            _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++)                                               \
-                w[n] = load(weight + n * distance + k * PANEL);                                                    \
-            _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++) {                                               \
-                const Floats v = fill(x[m * stride + k]);                                                          \
-                _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++)                                           \
-                    sums[m][n] = multiply_add(w[n], v, sums[m][n]);                                                \
+                                             int64_t size, float *total) {                                         \
+        /* As many panels at a time as there are registers for. */                                                 \
+        enum { SOME = LANES == 16 ? PANELS : 1 };                                                                  \
+        for (int panel = 0; panel < PANELS; panel += SOME) {                                                       \
+            Floats sums[ROWS][SOME][PARTS];                                                                        \
+            EACH(m, ROWS) EACH(n, SOME) EACH(p, PARTS) sums[m][n][p] = (Floats){0};                                \
+            for (int64_t k = 0; k < size; k++) {                                                                   \
+                Floats w[SOME][PARTS];                                                                             \
+                EACH(n, SOME) EACH(p, PARTS) w[n][p] = load(weight + (panel + n) * distance + k * PANEL + p * LANES); \
+                EACH(m, ROWS) {                                                                                    \
+                    const Floats v = fill(x[m * stride + k]);                                                      \
+                    EACH(n, SOME) EACH(p, PARTS) sums[m][n][p] = multiply_add(w[n][p], v, sums[m][n][p]);          \
+                }                                                                                                  \
             }                                                                                                      \
+            EACH(m, ROWS) EACH(n, SOME) EACH(p, PARTS)                                                             \
+                store(total + (m * PANELS + panel + n) * PANEL + p * LANES, sums[m][n][p]);                        \
         }                                                                                                          \
-        _Pragma("GCC unroll 16") for (int m = 0; m < ROWS; m++)                                                     \
-            _Pragma("GCC unroll 16") for (int n = 0; n < PANELS; n++) total[m * PANELS + n] = sums[m][n];           \
     }
 
-typedef void FloatTile(const float *, int64_t, const float *, int64_t, int64_t, Floats *);
+typedef void FloatTile(const float *, int64_t, const float *, int64_t, int64_t, float *);
 
 FLOAT_TILE(1, 1)
 FLOAT_TILE(2, 1)
@@ -274,14 +274,16 @@ OPERATION(float_matmul) {
         for (int64_t panel = first; panel < last; panel += step) {
             for (int64_t m = from; m < to;) {
                 const int64_t most = to - m < FLOAT_ROWS ? to - m : FLOAT_ROWS;
-                Floats sums[FLOAT_ROWS * FLOAT_WIDE];
+                float sums[FLOAT_ROWS * FLOAT_WIDE * PANEL];
                 FLOAT_TILES[step == FLOAT_WIDE][most - 1](args->weight + panel * distance, distance,
                                                           args->x + m * size, size, size, sums);
-                for (int64_t i = 0; i < most * step; i++) {
-                    const int64_t n = (panel + i % step) * PANEL;
-                    const Floats value = args->bias == NULL ? sums[i] : sums[i] + load(args->bias + n);
-                    if (n < features) store_part(args->output + (m + i / step) * features + n, value, features - n);
-                }
+                for (int64_t i = 0; i < most; i++)
+                    for (int64_t k = 0; k < step * PANEL; k += LANES) {
+                        const int64_t n = panel * PANEL + k;
+                        Floats value = load(sums + i * step * PANEL + k);
+                        if (args->bias != NULL) value += load(args->bias + n);
+                        store_part(args->output + (m + i) * features + n, value, features - n);
+                    }
                 m += most;
             }
         }

@@ -12,53 +12,24 @@ enum {
     MASS_VECTORS = 4096,   // whose lanes' sums of 2^15 each fit
 };
 
-// As wide as registers are: what is summed here are whole numbers, so that no result depends on it.
-#if defined(HAS_HALVES)
-enum { WIDTH = 8 };
-#define COUNTING {0, 1, 2, 3, 4, 5, 6, 7}
-#else
-enum { WIDTH = 16 };
-#define COUNTING {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
-#endif
-typedef float Values __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
-typedef uint32_t Hashes __attribute__((vector_size(4 * WIDTH)));
-typedef float LooseValues __attribute__((vector_size(4 * WIDTH), aligned(4)));
-
-static const Integers LANE = COUNTING;
-
-INLINE Values all(float x) { return x - (Values){0}; }
-INLINE Values pick(Integers mask, Values yes, Values no) {
-    return (Values)((mask & (Integers)yes) | (~mask & (Integers)no));
-}
-
-// Whether a lane of a mask is set.
-INLINE int is_any(Integers mask) {
-#if defined(__AVX512DQ__)
-    return _mm512_movepi32_mask((__m512i)mask) != 0;
-#elif defined(HAS_HALVES)
-    return _mm256_movemask_ps((__m256)mask) != 0;
-#else
-    return any(mask);
-#endif
-}
+typedef uint32_t Hashes __attribute__((vector_size(4 * LANES)));
 
 // The nearest whole number, ties to even, of |x| < 2^22.
-INLINE Values nearest(Values x) { return (x + 12582912.0f) - 12582912.0f; }
+INLINE Floats nearest(Floats x) { return (x + 12582912.0f) - 12582912.0f; }
 
-INLINE float largest_of(Values v) {
+INLINE float largest_of(Floats v) {
     float largest = v[0];
-    for (int i = 1; i < WIDTH; i++) largest = v[i] > largest ? v[i] : largest;
+    for (int i = 1; i < LANES; i++) largest = v[i] > largest ? v[i] : largest;
     return largest;
 }
 
 // exp_negative of float_math.py: no product is fused with a sum.
-INLINE Values plain_exp_negative(Values x) {
-    const Integers is_out = x < -87.0f;
-    const Values in_range = pick(is_out, all(-87.0f), x);
-    const Values n = nearest(in_range * 1.44269504f);
-    const Values rest = (in_range - n * 0.693359375f) - n * -2.12194440e-4f;
-    Values value = all(1.0f / 5040);
+INLINE Floats plain_exp_negative(Floats x) {
+    const Ints is_out = x < -87.0f;
+    const Floats in_range = choose(is_out, fill(-87.0f), x);
+    const Floats n = nearest(in_range * 1.44269504f);
+    const Floats rest = (in_range - n * 0.693359375f) - n * -2.12194440e-4f;
+    Floats value = fill(1.0f / 5040);
     value = value * rest + 1.0f / 720;
     value = value * rest + 1.0f / 120;
     value = value * rest + 1.0f / 24;
@@ -66,27 +37,27 @@ INLINE Values plain_exp_negative(Values x) {
     value = value * rest + 0.5f;
     value = value * rest + 1.0f;
     value = value * rest + 1.0f;
-    return pick(is_out, (Values){0}, value * (Values)((__builtin_convertvector(n, Integers) + 127) << 23));
+    return choose(is_out, (Floats){0}, value * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23));
 }
 
 // log of float_math.py.
-INLINE Values plain_log(Values x) {
-    const Integers bits = (Integers)x - 0x3F3504F3;
-    const Values exponent = __builtin_convertvector(bits >> 23, Values), f = (Values)((bits & 0x7FFFFF) + 0x3F3504F3) - 1.0f;
-    const Values s = f / (f + 2.0f), z = s * s;
-    Values series = all(2.0f / 9);
+INLINE Floats plain_log(Floats x) {
+    const Ints bits = (Ints)x - 0x3F3504F3;
+    const Floats exponent = __builtin_convertvector(bits >> 23, Floats), f = (Floats)((bits & 0x7FFFFF) + 0x3F3504F3) - 1.0f;
+    const Floats s = f / (f + 2.0f), z = s * s;
+    Floats series = fill(2.0f / 9);
     series = series * z + 2.0f / 7;
     series = series * z + 2.0f / 5;
     series = series * z + 2.0f / 3;
-    const Values mantissa = s * (z * series) + (s + s);
+    const Floats mantissa = s * (z * series) + (s + s);
     return exponent * 0.693359375f + (mantissa + exponent * -2.12194440e-4f);
 }
 
-INLINE Integers mix32(Integers bits) {
+INLINE Ints mix32(Ints bits) {
     Hashes w = (Hashes)bits;
     w = (w ^ (w >> 16)) * 0x85EBCA6Bu;
     w = (w ^ (w >> 13)) * 0xC2B2AE35u;
-    return (Integers)(w ^ (w >> 16));
+    return (Ints)(w ^ (w >> 16));
 }
 
 // A row's key for noise.py.
@@ -95,59 +66,59 @@ typedef struct {
 } Key;
 
 // The hash of each token id, + 1/2: the upper and the lower half are exact, their sum is rounded once.
-INLINE Values hash_of(Integers token_ids, Key key) {
-    const Integers bits = mix32(mix32(token_ids ^ key.low) + key.high);
-    return __builtin_convertvector((bits >> 16) & 0xFFFF, Values) * 65536.0f + __builtin_convertvector(bits & 0xFFFF, Values) + 0.5f;
+INLINE Floats hash_of(Ints token_ids, Key key) {
+    const Ints bits = mix32(mix32(token_ids ^ key.low) + key.high);
+    return __builtin_convertvector((bits >> 16) & 0xFFFF, Floats) * 65536.0f + __builtin_convertvector(bits & 0xFFFF, Floats) + 0.5f;
 }
 
 // -log(-log(1 - u)), of noise.py.
-INLINE Values gumbel(Values hash) {
-    const Values most = all(1.0f - 0x1p-24f), scaled = hash * 0x1p-32f, u = pick(scaled > most, most, scaled);
-    const Values rounded = 1.0f - u, lost = (1.0f - rounded) - u;
+INLINE Floats gumbel(Floats hash) {
+    const Floats most = fill(1.0f - 0x1p-24f), scaled = hash * 0x1p-32f, u = choose(scaled > most, most, scaled);
+    const Floats rounded = 1.0f - u, lost = (1.0f - rounded) - u;
     return -plain_log(-(plain_log(rounded) + (lost + lost * u)));
 }
 
-// Sixteen floats, -infinity beyond the end.
-INLINE Values load_logits(const float *x, int64_t left) {
-    if (left >= WIDTH) return *(const LooseValues *)x;
-    Values v = all(-INFINITY);
+// A register of floats, -infinity beyond the end.
+INLINE Floats load_logits(const float *x, int64_t left) {
+    if (left >= LANES) return *(const LooseFloats *)x;
+    Floats v = fill(-INFINITY);
     memcpy(&v, x, (size_t)left * sizeof(float));
     return v;
 }
 
 // The largest of a row and the first place of it; -1 where one is NaN or that is not finite.
 INLINE int64_t likeliest(const float *x, int64_t size, float *peak) {
-    Values largest = all(-INFINITY);
-    Integers is_nan = {0};
-    for (int64_t k = 0; k < size; k += WIDTH) {
-        const Values v = load_logits(x + k, size - k);
-        largest = pick(v > largest, v, largest);
+    Floats largest = fill(-INFINITY);
+    Ints is_nan = {0};
+    for (int64_t k = 0; k < size; k += LANES) {
+        const Floats v = load_logits(x + k, size - k);
+        largest = choose(v > largest, v, largest);
         is_nan |= v != v;
     }
     *peak = largest_of(largest);
-    if (is_any(is_nan) || *peak - *peak != 0.0f) return -1;
+    if (any(is_nan) || *peak - *peak != 0.0f) return -1;
     int64_t index = 0;
-    while (index + WIDTH <= size && !is_any(load_logits(x + index, size) == *peak)) index += WIDTH;
+    while (index + LANES <= size && !any(load_logits(x + index, size) == *peak)) index += LANES;
     while (x[index] != *peak) index++;
     return index;
 }
 
-INLINE Integers mass_of(Values x, float peak, float temperature) {
-    return __builtin_convertvector(plain_exp_negative((x - peak) / temperature) * (float)(1 << MASS_BITS), Integers);
+INLINE Ints mass_of(Floats x, float peak, float temperature) {
+    return __builtin_convertvector(plain_exp_negative((x - peak) / temperature) * (float)(1 << MASS_BITS), Ints);
 }
 
 // That of the logits of a row that reach `least`.
 INLINE int64_t total_mass(const float *x, int64_t size, float least, float peak, float temperature) {
     int64_t total = 0;
-    for (int64_t begin = 0; begin < size; begin += MASS_VECTORS * WIDTH) {
-        Integers upper = {0}, lower = {0};
-        for (int64_t k = begin; k < smaller(size, begin + MASS_VECTORS * WIDTH); k += WIDTH) {
-            const Values v = load_logits(x + k, size - k);
-            const Integers mass = mass_of(v, peak, temperature) & (v >= least);
+    for (int64_t begin = 0; begin < size; begin += MASS_VECTORS * LANES) {
+        Ints upper = {0}, lower = {0};
+        for (int64_t k = begin; k < smaller(size, begin + MASS_VECTORS * LANES); k += LANES) {
+            const Floats v = load_logits(x + k, size - k);
+            const Ints mass = mass_of(v, peak, temperature) & (v >= least);
             upper += mass >> 15;
             lower += mass & 0x7FFF;
         }
-        for (int i = 0; i < WIDTH; i++) total += ((int64_t)upper[i] << 15) + lower[i];
+        for (int i = 0; i < LANES; i++) total += ((int64_t)upper[i] << 15) + lower[i];
     }
     return total;
 }
@@ -162,10 +133,10 @@ typedef struct {
 // Those of a row that reach `least`. Behind them lies room for a vector.
 INLINE void collect(const float *x, int64_t size, float least, Tokens *tokens) {
     int64_t found = 0;
-    for (int64_t k = 0; k < size; k += WIDTH) {
-        const Values v = load_logits(x + k, size - k);
-        if (!is_any((v >= least))) continue;
-        for (int64_t i = k; i < smaller(size, k + WIDTH); i++) {
+    for (int64_t k = 0; k < size; k += LANES) {
+        const Floats v = load_logits(x + k, size - k);
+        if (!any((v >= least))) continue;
+        for (int64_t i = k; i < smaller(size, k + LANES); i++) {
             tokens->values[found] = x[i];
             tokens->token_ids[found] = (int32_t)i;
             found += x[i] >= least;
@@ -233,10 +204,10 @@ typedef struct {
 INLINE float bound_of_top_k(const float *x, int64_t size, int64_t k, int32_t *keys, int32_t *weights) {
     int64_t groups = 0;
     for (int64_t i = 0; i < size; i += GROUP) {
-        Values largest = load_logits(x + i, size - i);
-        for (int64_t j = i + WIDTH; j < smaller(size, i + GROUP); j += WIDTH) {
-            const Values v = load_logits(x + j, size - j);
-            largest = pick(v > largest, v, largest);
+        Floats largest = load_logits(x + i, size - i);
+        for (int64_t j = i + LANES; j < smaller(size, i + GROUP); j += LANES) {
+            const Floats v = load_logits(x + j, size - j);
+            largest = choose(v > largest, v, largest);
         }
         keys[groups] = key_of(largest_of(largest));
         weights[groups++] = 1;
@@ -251,7 +222,7 @@ static float filter(const float *x, int64_t size, float peak, const Filters *how
     const float temperature = how->temperature;
     float least = -INFINITY;
     if (how->min_p > 0.0f)
-        least = peak + temperature * plain_log(all(how->min_p > 0x1p-126f ? how->min_p : 0x1p-126f))[0];
+        least = peak + temperature * plain_log(fill(how->min_p > 0x1p-126f ? how->min_p : 0x1p-126f))[0];
     const int has_top_k = how->top_k > 0 && how->top_k < size;
     if (has_top_k) {
         collect(x, size, fmaxf(least, bound_of_top_k(x, size, how->top_k, keys, weights)), tokens);
@@ -270,9 +241,9 @@ static float filter(const float *x, int64_t size, float peak, const Filters *how
             collect(x, size, fmaxf(least, (float)bound), tokens);
         }
         int64_t found = 0;
-        for (int64_t i = 0; i < tokens->size; i += WIDTH) {
-            const Integers mass = mass_of(load_logits(tokens->values + i, tokens->size - i), peak, temperature);
-            for (int64_t j = i; j < smaller(tokens->size, i + WIDTH); j++) {
+        for (int64_t i = 0; i < tokens->size; i += LANES) {
+            const Ints mass = mass_of(load_logits(tokens->values + i, tokens->size - i), peak, temperature);
+            for (int64_t j = i; j < smaller(tokens->size, i + LANES); j++) {
                 keys[found] = key_of(tokens->values[j]);
                 weights[found] = mass[j - i];
                 found += tokens->values[j] >= least;
@@ -289,10 +260,10 @@ typedef struct {
     int32_t token_id;
 } Best;
 
-INLINE void take(Best *best, Values scores, Integers token_ids, Integers is_there) {
-    const Values there = pick(is_there, scores, all(-INFINITY));
-    if (!is_any(there >= best->score)) return;
-    for (int i = 0; i < WIDTH; i++)
+INLINE void take(Best *best, Floats scores, Ints token_ids, Ints is_there) {
+    const Floats there = choose(is_there, scores, fill(-INFINITY));
+    if (!any(there >= best->score)) return;
+    for (int i = 0; i < LANES; i++)
         if (there[i] > best->score || (there[i] == best->score && token_ids[i] < best->token_id))
             *best = (Best){there[i], token_ids[i]};
 }
@@ -300,18 +271,18 @@ INLINE void take(Best *best, Values scores, Integers token_ids, Integers is_ther
 // Over all tokens. Noise is at most -log(u), and that at most what the exponent of its hash says: few need more.
 INLINE Best draw_of_all(const float *x, int64_t size, float temperature, Key key, int64_t first) {
     enum { BIAS = 127 };
-    const Values some = load_logits(x + first, 1);
+    const Floats some = load_logits(x + first, 1);
     Best best = {-INFINITY, INT32_MAX};
-    take(&best, some / temperature + gumbel(hash_of(LANE + (int32_t)first, key)), LANE + (int32_t)first, LANE < 1);
+    take(&best, some / temperature + gumbel(hash_of(lane_numbers() + (int32_t)first, key)), lane_numbers() + (int32_t)first, lane_numbers() < 1);
     const float most = 22.9f;  // 33 ln 2
-    for (int64_t k = 0; k < size; k += WIDTH) {
-        const Values v = load_logits(x + k, size - k) / temperature;
-        if (!is_any(v + most >= best.score)) continue;
-        const Integers token_ids = LANE + (int32_t)k;
-        const Values hash = hash_of(token_ids, key);
-        const Integers exponent = ((Integers)hash >> 23) - BIAS;
-        const Values bound = __builtin_convertvector(32 - exponent, Values) * 0.69322f + 1e-3f;
-        if (!is_any(v + bound >= best.score)) continue;
+    for (int64_t k = 0; k < size; k += LANES) {
+        const Floats v = load_logits(x + k, size - k) / temperature;
+        if (!any(v + most >= best.score)) continue;
+        const Ints token_ids = lane_numbers() + (int32_t)k;
+        const Floats hash = hash_of(token_ids, key);
+        const Ints exponent = ((Ints)hash >> 23) - BIAS;
+        const Floats bound = __builtin_convertvector(32 - exponent, Floats) * 0.69322f + 1e-3f;
+        if (!any(v + bound >= best.score)) continue;
         take(&best, v + gumbel(hash), token_ids, (v > -INFINITY));
     }
     return best;
@@ -319,11 +290,11 @@ INLINE Best draw_of_all(const float *x, int64_t size, float temperature, Key key
 
 INLINE Best draw_of_some(const Tokens *tokens, float least, float temperature, Key key) {
     Best best = {-INFINITY, INT32_MAX};
-    for (int64_t k = 0; k < tokens->size; k += WIDTH) {
-        const Values v = load_logits(tokens->values + k, tokens->size - k);
-        const Integers is_kept = (v >= least) & (v > -INFINITY);
-        if (!is_any(is_kept)) continue;
-        Integers token_ids;
+    for (int64_t k = 0; k < tokens->size; k += LANES) {
+        const Floats v = load_logits(tokens->values + k, tokens->size - k);
+        const Ints is_kept = (v >= least) & (v > -INFINITY);
+        if (!any(is_kept)) continue;
+        Ints token_ids;
         memcpy(&token_ids, tokens->token_ids + k, sizeof token_ids);
         take(&best, v / temperature + gumbel(hash_of(token_ids, key)), token_ids, is_kept);
     }
@@ -353,7 +324,7 @@ OPERATION(adjust_logits) {
 }
 
 OPERATION(draw_tokens) {
-    const int64_t rows = count(args->num_rows), size = args->vocab_size, padded = size + 2 * WIDTH;
+    const int64_t rows = count(args->num_rows), size = args->vocab_size, padded = size + 2 * LANES;
     static _Thread_local Room scratch;
     FOR_TASKS(m, rows) {
         const float *x = args->logits + m * size;
@@ -377,13 +348,13 @@ OPERATION(draw_tokens) {
 // log_sum_exp of float_math.py.
 INLINE float log_sum_exp(const float *x, int64_t size, float peak) {
     float sums[SUM_LANES] = {0};
-    for (int64_t k = 0; k < size; k += WIDTH) {
+    for (int64_t k = 0; k < size; k += LANES) {
         float *part = sums + k % SUM_LANES;
-        *(LooseValues *)part += plain_exp_negative(load_logits(x + k, size - k) - peak);
+        *(LooseFloats *)part += plain_exp_negative(load_logits(x + k, size - k) - peak);
     }
     for (int64_t half = SUM_LANES / 2; half > 0; half /= 2)
         for (int64_t i = 0; i < half; i++) sums[i] += sums[i + half];
-    return peak + plain_log(all(sums[0]))[0];
+    return peak + plain_log(fill(sums[0]))[0];
 }
 
 OPERATION(logprobs_of) {
@@ -394,16 +365,16 @@ OPERATION(logprobs_of) {
         float *values = args->top_values + m * args->most;
         int64_t *token_ids = args->top_ids + m * args->most;
         const float chosen = x[args->tokens[m] < 0 ? 0 : args->tokens[m]];
-        Values largest = all(-INFINITY);
+        Floats largest = fill(-INFINITY);
         int64_t better = 0, found = 0;
-        for (int64_t k = 0; k < size; k += WIDTH) {
-            const Values v = load_logits(x + k, size - k);
-            largest = pick(v > largest, v, largest);
-            const Integers is_better = v > chosen;
-            if (is_any(is_better))
-                for (int i = 0; i < WIDTH; i++) better -= is_better[i];
-            if (num == 0 || (found == num && !is_any(v > values[num - 1]))) continue;
-            for (int64_t i = k; i < smaller(size, k + WIDTH); i++) {
+        for (int64_t k = 0; k < size; k += LANES) {
+            const Floats v = load_logits(x + k, size - k);
+            largest = choose(v > largest, v, largest);
+            const Ints is_better = v > chosen;
+            if (any(is_better))
+                for (int i = 0; i < LANES; i++) better -= is_better[i];
+            if (num == 0 || (found == num && !any(v > values[num - 1]))) continue;
+            for (int64_t i = k; i < smaller(size, k + LANES); i++) {
                 if (found == num && !(x[i] > values[num - 1])) continue;
                 int64_t place = found < num ? found++ : num - 1;
                 for (; place > 0 && x[i] > values[place - 1]; place--) {

@@ -12,8 +12,8 @@ OPERATION(block_maxima) {
         const float *x = args->x + m * args->x_stride;
         float *y = args->maxima + m * (size / SPREAD_BLOCK);
         for (int64_t k = 0; k < size; k += SPREAD_BLOCK) {
-            const Ints sizes = block_sizes(x + k, SPREAD_BLOCK);
-            y[k / SPREAD_BLOCK] = any(sizes >= INFINITE) ? INFINITY : largest_lane((Floats)sizes);
+            const int32_t largest = largest_size(x + k, SPREAD_BLOCK);
+            y[k / SPREAD_BLOCK] = largest >= INFINITE ? INFINITY : float_of_bits(largest);
         }
     }
 }
@@ -52,7 +52,7 @@ OPERATION(sum_products) {
         chunk_of_high = chunk;
 #endif
         const uint8_t *weight = args->weight + (share * panels + first) * distance;
-        Ints sums[2][MOST_ROWS * WIDE];  // low, high
+        _Alignas(64) int32_t sums[2][MOST_ROWS * WIDE * PANEL];  // low, high
         for (int64_t m = from, size; m < to; m += size) {
             const int8_t *high_terms = dense == NULL ? NULL : dense + (m - from) * codes.stride;
             size = num_panels == 1 ? sum_terms(weight, distance, 1, codes, m, to, high_terms, sums[0], sums[1])
@@ -62,7 +62,7 @@ OPERATION(sum_products) {
                 int32_t *y = args->sums + ((share * rows + m + token) * terms + term) * features;
                 for (int64_t n = 0; n < num_panels; n++) {
                     const int64_t feature = (first + n) * PANEL, left = smaller(PANEL, features - feature);
-                    memcpy(y + feature, &sums[term][token * num_panels + n], (size_t)left * sizeof *y);
+                    memcpy(y + feature, sums[term] + (token * num_panels + n) * PANEL, (size_t)left * sizeof *y);
                 }
             }
         }

@@ -26,52 +26,46 @@ INLINE const int8_t *dense_high_terms(Codes codes, int64_t from, int64_t to) {
 
 #endif
 
-// Products of a token's high quads with one panel or two, added to sums.
-INLINE void add_high_terms(const uint8_t *panels, int64_t distance, int64_t num_panels, const Quad *quad,
-                           const Quad *end, Ints *sums) {
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-    __m256i total[WIDE][2];
-    memcpy(total, sums, sizeof total);
+// Products of a token's high quads with one panel or two, less the 128 of the panels' codes: `sums` has more to start
+// with.
+INLINE void add_high_terms(const uint8_t *panels, int64_t distance, int num_panels, const Quad *quad, const Quad *end,
+                           int32_t high_sum, int32_t *sums) {
+    Ints total[WIDE][PARTS];
+    EACH(n, num_panels) EACH(p, PARTS)
+        total[n][p] = (Ints)load((const float *)sums + n * PANEL + p * LANES) - 128 * high_sum;
     for (; quad < end; quad++) {
+        const uint8_t *panel = panels + quad->index * QUAD_BYTES;
+#if defined(__AVX512VNNI__)
+        EACH(n, num_panels) total[n][0] = add_quad(total[n][0], panel + n * distance, quad->codes);
+#elif defined(__AVX2__)
         const __m256i codes = spread_quad(quad->codes), even = even_bytes(codes), odd = odd_bytes(codes);
-        _Pragma("GCC unroll 2") for (int n = 0; n < num_panels; n++)
-            _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
-                const __m256i *address = (const __m256i *)(panels + n * distance + quad->index * QUAD_BYTES) + half;
-                const __m256i bytes = _mm256_loadu_si256(address);
-                const __m256i products = multiply_half(even_weights(bytes), odd_weights(bytes), even, odd);
-                total[n][half] = _mm256_add_epi32(total[n][half], products);
-            }
-    }
-    memcpy(sums, total, sizeof total);
+        EACH(n, num_panels) EACH(p, PARTS) {
+            const __m256i bytes = _mm256_loadu_si256((const __m256i *)(panel + n * distance) + p);
+            total[n][p] += (Ints)multiply_half(even_weights(bytes), odd_weights(bytes), even, odd);
+        }
 #else
-    for (; quad < end; quad++)
-        for (int64_t n = 0; n < num_panels; n++)
-            sums[n] = add_quad(sums[n], panels + n * distance + quad->index * QUAD_BYTES, quad->codes);
+        EACH(n, num_panels) multiply_quad(panel + n * distance, quad->codes, (int32_t *)total[n]);
 #endif
+    }
+    EACH(n, num_panels) EACH(p, PARTS) store((float *)sums + n * PANEL + p * LANES, (Floats)total[n][p]);
 }
 
-// The sums [token][panel] of the next tokens from m, before `to`, with one panel or two; how many tokens. dense: their
-// high terms with all zeros, or null.
-INLINE int64_t sum_terms(const uint8_t *panels, int64_t distance, int64_t num_panels, Codes codes, int64_t m, int64_t to,
-                         const int8_t *dense, Ints *low, Ints *high) {
-    const int64_t quads = codes.stride / QUAD;
+// The sums [token][panel][PANEL] of the next tokens from m, before `to`, with one panel or two; how many tokens. dense:
+// their high terms with all zeros, or null.
+INLINE int64_t sum_terms(const uint8_t *panels, int64_t distance, int num_panels, Codes codes, int64_t m, int64_t to,
+                         const int8_t *dense, int32_t *low, int32_t *high) {
+    const int64_t quads = codes.stride / QUAD, row = num_panels * PANEL;
     int64_t size;
     Tile *tile = next_tile(to - m, num_panels, &size);
-    tile(panels, distance, codes.low + m * codes.stride, codes.stride, quads, (int32_t *)low);
+    tile(panels, distance, codes.low + m * codes.stride, codes.stride, quads, low);
     const int is_dense = dense != NULL && size >= UNIT_ROWS;
-    if (is_dense) tile(panels, distance, dense, codes.stride, quads, (int32_t *)high);
+    if (is_dense) tile(panels, distance, dense, codes.stride, quads, high);
+    else memset(high, 0, (size_t)(size * row) * sizeof *high);
     for (int64_t i = 0; i < size; i++) {
         const Token token = codes.tokens[m + i];
         const Quad *quad = codes.quads + (m + i) * quads, *end = quad + (is_dense ? 0 : token.num_quads);
-        Ints *lows = low + i * num_panels, *highs = high + i * num_panels, sums[WIDE] = {{0}};
-        if (is_dense) memcpy(sums, highs, (size_t)num_panels * sizeof *sums);
-        if (num_panels == WIDE) add_high_terms(panels, distance, WIDE, quad, end, sums);
-        else add_high_terms(panels, distance, 1, quad, end, sums);
-        // Take back the 128 of the panels' codes.
-        for (int64_t n = 0; n < num_panels; n++) {
-            lows[n] -= 128 * token.low_sum;
-            highs[n] = sums[n] - 128 * token.high_sum;
-        }
+        for (int64_t n = 0; n < row; n++) low[i * row + n] -= 128 * token.low_sum;
+        add_high_terms(panels, distance, num_panels, quad, end, token.high_sum, high + i * row);
     }
     return size;
 }
