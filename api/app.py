@@ -87,11 +87,11 @@ TRACE = Operation("The last steps, as Perfetto reads them", (), dict, errors=(40
 APPLY_TEMPLATE = Operation("The prompt of a chat", (ChatCompletionRequest,), Prompt, errors=BODY_ERRORS)
 REFUSED_OF_MESSAGES: dict[str, tuple[Any, ...]] = dict.fromkeys(REFUSED, ())
 RESPONSES = Operation(
-    "Answers, as OpenAI's Responses API does", (ResponseRequest,), dict, errors=ANSWER_ERRORS
+    "Answers, as OpenAI's Responses API does", (ResponseRequest,), dict, chunk=dict, errors=ANSWER_ERRORS
 )
 STORED_RESPONSE = Operation("A response that is kept", (), dict, errors=(400, 404, 503))
 MESSAGES = Operation(
-    "Answers, as Anthropic's Messages API does", (MessageRequest,), dict, errors=ANSWER_ERRORS
+    "Answers, as Anthropic's Messages API does", (MessageRequest,), dict, chunk=dict, errors=ANSWER_ERRORS
 )
 COUNT_TOKENS = Operation(
     "How many tokens a conversation has",

@@ -75,6 +75,11 @@ def test_every_route_is_described(app: Any, document: dict[str, Any]) -> None:
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_a_stream_is_described(path: str, document: dict[str, Any]) -> None:
+    assert "text/event-stream" in document["paths"][path]["post"]["responses"]["200"]["content"]
+
+
 def test_every_reference_leads_to_a_schema(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     for schema in schemas.values():
