@@ -1,11 +1,12 @@
 """Specifications: what `--quant` says about how each module's weights are stored and multiplied.
 
-    scheme                  none, int8, int4, nf4 or codebook4, with words after colons: int4:g64
+    scheme                  none, int8, int4, nf4, codebook4, sparse24:int8 or sparse24:int4, with words after colons:
+                            int4:g64
     scheme,pattern=scheme   the first for all modules, then another one for those whose names match, like
                             int4:g64,*.down_proj=int8,model.layers.0.*=none; the last pattern that matches decides
 
     word                    of          means
-    g32, g64, g128, …       int4, int8  elements along K that share a scale (int4: 32 if not said)
+    g32, g64, g128, …       int4, int8  elements along K that share a scale (int4, sparse24:int4: 32 if not said)
     g0                      int4        whole rows share one
     token, groups,          int8        how activations are quantized: one scale a token, one for each 32 along K, or
     two-terms                           as two int8 terms; if not said, what the device does best
@@ -21,7 +22,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
@@ -53,6 +54,7 @@ class SchemeGrammar:
         is_for_head: Whether lm_head gets it without being named; else lm_head keeps eight bits in groups.
         is_exact: Whether int8 activations are multiplied with it, in sums that are exact on every device.
         is_block_type: Whether it is a type of GGUF's, which keeps weights that are of that type already.
+        dense: The kind that has the same products, and stores zeros; empty: this one stores them itself.
     """
 
     help: tuple[tuple[str, str], ...]
@@ -62,6 +64,7 @@ class SchemeGrammar:
     is_for_head: bool = False
     is_exact: bool = False
     is_block_type: bool = False
+    dense: str = ""
 
     def has_group(self, size: int) -> bool:
         """Whether so many elements along K may share a scale; more than 128 occur in others' checkpoints."""
@@ -103,6 +106,21 @@ KINDS: dict[str, SchemeGrammar] = {
                 "sixteen values for each row, by k-means; columns count by how large their inputs are",
             ),
         ),
+    ),
+    "sparse24:int8": SchemeGrammar(
+        help=(
+            ("sparse24:int8", "of each four along K the two that are not zero, eight bits, a scale a row"),
+        ),
+        is_exact=True,
+        dense="int8",
+    ),
+    "sparse24:int4": SchemeGrammar(
+        help=(
+            ("sparse24:int4[:g32|g64|g128]", "the same, four bits around zero, a scale for so many elements"),
+        ),
+        groups=(32, 64, 128),
+        default_group=32,
+        dense="int4",
     ),
     **{
         kind: SchemeGrammar(help=(), is_for_head=True, is_block_type=True)
@@ -149,6 +167,11 @@ class SchemeSpec:
         return f"{self.kind}:g{self.group_size}" if has_size else self.kind
 
     @property
+    def dense(self) -> SchemeSpec:
+        """The scheme that has the same products, and stores zeros too; of most kinds the same one."""
+        return replace(self, kind=KINDS[self.kind].dense or self.kind)
+
+    @property
     def stacks(self) -> bool:
         """Whether its product can be one with others that are stored in another way."""
         if KINDS[self.kind].is_block_type:
@@ -178,8 +201,10 @@ class QuantSpec:
         for pattern, words in reversed(self.rules):
             if fnmatchcase(module, pattern):
                 return words
-        if module == LM_HEAD and not KINDS[self.default.kind].is_for_head:
-            return SchemeSpec("int8", group_size=TABLE_GROUP_SIZE)
+        if module == LM_HEAD:
+            dense = self.default.dense
+            is_for_head = KINDS[dense.kind].is_for_head
+            return dense if is_for_head else SchemeSpec("int8", group_size=TABLE_GROUP_SIZE)
         keeps = self.default.kind == "none" or KINDS[self.default.kind].is_block_type
         if module == EMBEDDING and not keeps:
             return SchemeSpec("int8")
@@ -265,6 +290,8 @@ def parse_scheme_spec(text: str) -> SchemeSpec:
         ConfigError: As `parse_quant_spec`.
     """
     kind, *words = text.split(":")
+    if words and f"{kind}:{words[0]}" in KINDS:
+        kind = f"{kind}:{words.pop(0)}"
     if kind not in KINDS:
         raise ConfigError(f"quant: must be one of {', '.join(CHOICES)}, got {kind!r}")
     grammar = KINDS[kind]

@@ -56,6 +56,7 @@ from engine.kernels.matmul.codebook_triton import CodebookMatmul
 from engine.kernels.matmul.group_sums_triton import group_sums
 from engine.kernels.matmul.int4 import Int4Matmul
 from engine.kernels.matmul.int8 import Int8Matmul
+from engine.kernels.matmul.sparse24 import SparseCodes
 from engine.kernels.matmul.weight_only import WeightOnlyMatmul
 from engine.kernels.norm import rms_norm
 from engine.kernels.operands import Int8Format, SumsFormat
@@ -490,6 +491,23 @@ def call_int8(shape: Shape, num_tokens: int) -> None:
                 matmul(empty(num_tokens, in_features))
 
 
+def call_sparse24(shape: Shape, num_tokens: int) -> None:
+    for out_features, in_features in shape.products[1:]:
+        x, masks = empty(num_tokens, in_features), empty(out_features, in_features // 8, dtype=torch.uint8)
+        kept = empty(out_features, in_features // 2, dtype=torch.int8)
+        scale = empty(out_features, dtype=torch.float32)
+        for format in (Int8Format(1), Int8Format(2)):
+            Int8Matmul(SparseCodes(kept, masks), scale, None, format)(x)
+        codes = SparseCodes(empty(out_features, in_features // 4, dtype=torch.uint8), masks)
+        for group_size in (32, 64, 128):
+            scale = empty(out_features, -(-in_features // group_size), dtype=torch.float16)
+            for batch_invariant in (False, True):
+                # The form for many tokens is not that of few.
+                for rows in {num_tokens, 4096}:
+                    matmul = Int4Matmul(codes, scale, None, group_size, None, batch_invariant)
+                    matmul(empty(rows, in_features))
+
+
 def call_weight_only(shape: Shape, num_tokens: int) -> None:
     for out_features, in_features in shape.products[1:]:
         x = empty(num_tokens, in_features)
@@ -563,6 +581,9 @@ OPERATIONS: dict[str, Operation] = {
     "sample_adjust": call_adjust,
     "sample_draw": call_draw,
     "sample_maxima": call_draw,
+    "sparse24_int4_matmul.large": call_sparse24,
+    "sparse24_int4_matmul.segments": call_sparse24,
+    "sparse24_int8_matmul": call_sparse24,
     "weight_only_matmul": call_weight_only,
     "weight_only_matmul.float": call_weight_only,
 }
@@ -655,6 +676,8 @@ ENGINES: list[dict[str, Any]] = [
     {"quant": "int8", "kv_cache_dtype": "int4"},
     {"quant": "nf4"},
     {"quant": "codebook4"},
+    {"quant": "sparse24:int8"},
+    {"quant": "sparse24:int4"},
 ]
 """Options of the engines whose launches are compiled; `make test` takes the first two."""
 

@@ -29,6 +29,8 @@ def test_the_last_pattern_that_matches_decides() -> None:
         ("codebook4,lm_head=nf4", "nf4", "int8"),
         ("int8,*=none", "none", "none"),
         ("none,*.down_proj=int4", "none", "none"),
+        ("sparse24:int8", "int8", "int8"),
+        ("sparse24:int4:g64", "int8:g32", "int8"),
     ],
 )
 def test_head_and_table_keep_eight_bits_unless_they_are_named(text: str, head: str, table: str) -> None:
@@ -45,6 +47,9 @@ def test_head_and_table_keep_eight_bits_unless_they_are_named(text: str, head: s
         ("int8:two-terms:g64", "int8:g64:two-terms"),
         ("int8:weight-only", "int8:weight-only"),
         ("int8:g128:weight-only", "int8:g128:weight-only"),
+        ("sparse24:int8", "sparse24:int8"),
+        ("sparse24:int4", "sparse24:int4:g32"),
+        ("sparse24:int4:g128", "sparse24:int4:g128"),
     ],
 )
 def test_a_scheme_is_written_in_one_way(text: str, canonical: str) -> None:
@@ -55,7 +60,15 @@ def test_a_scheme_is_written_in_one_way(text: str, canonical: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("int3", "must be one of none, int8, int4, nf4, codebook4, got 'int3'"),
+        (
+            "int3",
+            "must be one of none, int8, int4, nf4, codebook4, sparse24:int8, sparse24:int4, got 'int3'",
+        ),
+        ("sparse24", "got 'sparse24'"),
+        (
+            "sparse24:int8:g32",
+            "'g32' in 'sparse24:int8:g32' is not known; after sparse24:int8 there may be nothing",
+        ),
         ("", "got ''"),
         ("int4:g48", "'g48' in 'int4:g48' is not known; after int4 there may be g32, g64, g128, g0"),
         ("int8:g0", "after int8 there may be g32"),

@@ -234,6 +234,9 @@ def _round(
     if round_weight is not None:
         importance = moment.diagonal()
         return round_weight(weight, importance if bool(importance.any()) else None)
+    if words.dense != words:
+        # Around zero, so that zeros stay what they are.
+        return round_directly(weight, words.dense, recipe.rounding, is_symmetric=True)
     if words.kind == "int4":
         return _round_int4(weight, moment, words, recipe)
     return _round_directly(weight, words, recipe)

@@ -94,7 +94,10 @@ class Layout:
             parts = compressed_tensors(weight, words, self.recipe.is_symmetric)
         else:
             assert isinstance(weight, GridWeight | CodebookWeight)
-            parts = own_parts(weight)
+            try:
+                parts = own_parts(weight, self.recipe.quant_spec.of(module))
+            except ConfigError as error:
+                raise ConfigError(f"{module}: {error}") from error
         return {f"{module}.{part}": tensor for part, tensor in parts.items()}
 
     def format(self, directory: Path) -> WeightFormat | None:

@@ -8,7 +8,16 @@ from engine.compression.steps import WORDS, DropChannels, DropLayers, Plain, Pru
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig
 from engine.models.modules import ROLES, module_names
-from engine.quant_spec import CHOICES, EMBEDDING, KINDS, LM_HEAD, QuantSpec, SchemeSpec, parse_quant_spec
+from engine.quant_spec import (
+    CHOICES,
+    EMBEDDING,
+    KINDS,
+    LM_HEAD,
+    QuantSpec,
+    SchemeSpec,
+    parse_quant_spec,
+    parse_scheme_spec,
+)
 
 _IN_LAYERS = ("pruning", "scaling")
 """Stages that do nothing to the vocabulary projection and the embedding."""
@@ -202,12 +211,12 @@ def _with_group(scheme: str, group_size: int | None) -> str:
     if group_size is None:
         return scheme
     first, separator, rest = scheme.partition(",")
-    kind, *words = first.split(":")
-    if any(word.startswith("g") and word[1:].isdecimal() for word in words):
+    kind = parse_scheme_spec(first).kind
+    if any(word.startswith("g") and word[1:].isdecimal() for word in first.split(":")):
         raise ConfigError(f"group: {first} says the size of groups already; leave --group out")
-    groups = KINDS[kind].groups if kind in KINDS else ()
+    groups = KINDS[kind].groups
     if not groups:
         raise ConfigError(f"group: {kind} has no choice of groups; leave --group out")
     if group_size == 0 and 0 not in groups:
         return scheme  # whole rows are what is meant if nothing is said
-    return ":".join([kind, f"g{group_size}", *words]) + separator + rest
+    return f"{first}:g{group_size}{separator}{rest}"

@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
+from engine.errors import ConfigError
 from engine.kernels.matmul.stacked import StackedMatmul
 from engine.kernels.operands import Activations
 from engine.models.config import ModelConfig
@@ -105,13 +106,22 @@ class Linear(StoredLayer):
         read_parts = list(zip(self.sources, self.parts, strict=True))
         for stack in self.stacks:
             weights = (read(f"{source}.weight", part) for source, part in read_parts[stack.sources])
-            parts = [self.split.quantize(stack.scheme, weight) for weight in weights]
+            parts = [
+                self._quantize(stack.scheme, source, weight)
+                for source, weight in zip(self.sources[stack.sources], weights, strict=True)
+            ]
             self._store(stack.named({name: stack_rows([part[name] for part in parts]) for name in parts[0]}))
         if self.has_bias:
             biases = [read(f"{source}.bias", Slices(part.rows)) for source, part in read_parts]
             assert all(isinstance(bias, torch.Tensor) for bias in biases)
             floats = [bias.float() for bias in biases if isinstance(bias, torch.Tensor)]
             self._store({"bias": torch.cat(floats)})
+
+    def _quantize(self, scheme: Scheme, source: str, weight: Weight) -> Tensors:
+        try:
+            return self.split.quantize(scheme, weight)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
 
     def randomize(self, device: torch.device) -> None:
         """Random weights, for measurements (`--load-format dummy`)."""

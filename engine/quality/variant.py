@@ -77,7 +77,7 @@ def parse_variant(text: str) -> Variant:
     head, comma, rules = text.partition(",")
     first, *words = head.split(":")
     path = first.removeprefix(DIRECTORY)
-    is_directory = first not in (AUTO, *KINDS)
+    is_directory = first not in (AUTO, *(kind.partition(":")[0] for kind in KINDS))
     if is_directory and not (path and Path(path).is_dir()):
         known = f"{AUTO}, {', '.join(CHOICES)}, a directory, {DIRECTORY}PATH"
         raise ConfigError(f"variant {text!r}: {first!r} is neither known nor a directory; known are {known}")

@@ -24,6 +24,7 @@ from engine.quant.int8_weight_only import Int8WeightOnly
 from engine.quant.nf4 import NF4, read_nf4
 from engine.quant.parts import ReadPart
 from engine.quant.scheme import Scheme
+from engine.quant.sparse24 import Sparse24Int4, Sparse24Int8, read_sparse24_int4, read_sparse24_int8
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
 from engine.quant_spec import EMBEDDING, KINDS, LM_HEAD, TABLE_GROUP_SIZE, QuantSpec, SchemeSpec
 
@@ -126,6 +127,11 @@ SCHEMES: dict[str, RegisteredScheme] = {
         round=cluster_rows,
         weighs_columns=True,
         has_zero=False,
+    ),
+    "sparse24:int8": RegisteredScheme(make=lambda words, plan: Sparse24Int8(), read=read_sparse24_int8),
+    "sparse24:int4": RegisteredScheme(
+        make=lambda words, plan: Sparse24Int4(words.group_size, plan.batch_invariant),
+        read=read_sparse24_int4,
     ),
     **{kind: RegisteredScheme(make=lambda words, plan: Blocks(words.kind)) for kind in BLOCK_TYPES},
 }

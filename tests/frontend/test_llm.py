@@ -245,7 +245,10 @@ def test_context_shrinks_to_the_cache(capfd: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quant": "int3"}, "quant: must be one of none, int8, int4, nf4, codebook4, got 'int3'"),
+        (
+            {"quant": "int3"},
+            "quant: must be one of none, int8, int4, nf4, codebook4, sparse24:int8, sparse24:int4, got 'int3'",
+        ),
         (
             {"quant": "int4:g48"},
             "'g48' in 'int4:g48' is not known; after int4 there may be g32, g64, g128, g0",

@@ -33,6 +33,7 @@ from engine.kernels.sample import DrawParameters
 from engine.loading.dummy import DummyCheckpoint
 from engine.quant.block_weight import BLOCK_TYPES
 from engine.quant.cpu_formats import CPU_ACTIVATIONS
+from engine.quant.sparse24 import Sparse24Int4, Sparse24Int8
 from tests.helpers.block_weights import grouped, random_block_weight
 from tests.helpers.paged import make_sequences, run_chunks
 from tests.helpers.tables import TABLES, bound_table, takes
@@ -47,6 +48,7 @@ MODELS = [
     ("gemma3", "int4", "int8"),
     ("smollm2", "none", "fp8_e4m3"),
     ("smollm2", "int8", "int4"),
+    ("smollm2", "sparse24:int4", "auto"),
 ]
 """Checkpoint, quantization, type of the cache."""
 
@@ -100,6 +102,12 @@ def operations() -> Digests:
             CpuInt8Matmul(*weights[0], None, SparseInt8Format(0.0)),
             CpuFloatMatmul(torch.randn(rows, columns), bias),
         ]
+        width = columns // 4 * 4
+        for scheme in (Sparse24Int8(), Sparse24Int4(32), Sparse24Int4(128)):
+            tensors = scheme.random(rows, width, torch.device("cpu"))
+            product = scheme.bind(tensors, bias)
+            parts = [product(x[:size, :width].contiguous()) for size in (1, 2, 3, 4, 5, 16, 200)]
+            digests[f"product {scheme.name} {rows} {columns}"] = digest(*parts)
         for group_size in GROUP_SIZES:
             scale = torch.rand(rows, -(-columns // group_size)).half()
             products += [

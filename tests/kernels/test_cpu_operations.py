@@ -80,7 +80,7 @@ def call_with(call: Call, operation: Operation, arguments: dict[str, Argument]) 
 
 
 def test_all_operations_have_signatures() -> None:
-    assert len(OPERATIONS) == 28
+    assert len(OPERATIONS) == 29
     for operation in OPERATIONS.values():
         assert operation.parameters[0] == Parameter("num_rows", "int64", is_optional=False)
         assert len({parameter.name for parameter in operation.parameters}) == len(operation.parameters)

@@ -4,16 +4,17 @@
 // Two quads of a panel, a pair, are 8 input features: 128 bytes of codes of eight bits, one quad behind the other, or
 // 64 bytes of codes of four, the first quad in the low nibbles. Of eight quads of codes of five bits, five lie in the
 // low bits of five times 64 bytes, and the others in the bits that are left; so do one of four of six bits in three.
+// Sparse codes of four bits lie as sparse_tiles.h says.
 
 #ifndef GROUP_TILES_H
 #define GROUP_TILES_H
 
-#include "int8_tiles.h"
+#include "sparse_tiles.h"
 
 // What codes stand for: themselves (SMALL: 0 … 64; NIBBLES: 0 … 15; FIVES: 0 … 31, in groups of 32 or more; SIXES:
-// 0 … 63), or one of sixteen bytes. Whatever they have been stored with too much, 128 for one, sums take back:
+// 0 … 63; SPARSE: 0 … 15, 8 where none is kept), or one of sixteen bytes. Whatever they have been stored with too much, 128 for one, sums take back:
 // `offset`. See `CpuGroupedMatmul`.
-enum { BYTES, SMALL, NIBBLES, TABLE, FIVES, SIXES };
+enum { BYTES, SMALL, NIBBLES, TABLE, FIVES, SIXES, SPARSE };
 
 // A register holds some of a panel's 16 outputs: a part.
 enum {
@@ -37,6 +38,7 @@ INLINE int64_t unit_quads(int kind) { return kind == FIVES ? 8 : 4; }
 
 // Of some units.
 INLINE int64_t bytes_of(int kind, int64_t quads) {
+    if (kind == SPARSE) return sparse_bytes(4, quads);
     const int64_t bits = is_bytes(kind) ? 8 : kind == SIXES ? 6 : kind == FIVES ? 5 : 4;
     return quads * (bits * QUAD_BYTES / 8);
 }
@@ -82,6 +84,11 @@ INLINE PartInts load_six(const uint8_t *unit, int quad) {
 
 // A unit's quad for a part.
 INLINE PartCodes load_quad(int kind, const uint8_t *table, const uint8_t *unit, int quad, int part) {
+    if (kind == SPARSE) {
+        uint8_t expanded[QUAD_BYTES];
+        expand_quad(unit, 4, quad, expanded);
+        return load_codes(expanded + part * QUAD * LENGTH);
+    }
     unit += part * QUAD * LENGTH;
     if (is_bytes(kind)) return load_codes(unit + quad * QUAD_BYTES);
     if (kind == FIVES) return (PartCodes)load_five(unit, quad);

@@ -22,6 +22,7 @@ typedef struct {
     int64_t distance;  // bytes from a panel to the next one
     int32_t offset;
     Numbers scale, minimum;              // no scale: all of them one; no minimum: zero
+    float centre;                        // not zero: a group's minimum is so many times its scale below zero
     int64_t quads, group_quads, groups;  // group_quads is a power of two
     int64_t blocks;
     int block_shift;  // a block has 2^block_shift groups
@@ -47,6 +48,13 @@ INLINE PartFloats group_numbers(const Weights *weights, Numbers numbers, int64_t
 INLINE PartFloats group_scale(const Weights *weights, int64_t panel, int64_t group, int part) {
     if (weights->scale.values == NULL) return fill_floats(1.0f);
     return group_numbers(weights, weights->scale, panel, group, part);
+}
+
+INLINE int has_minimum(const Weights *weights) { return weights->minimum.values != NULL || weights->centre != 0; }
+
+// scale: the group's.
+INLINE PartFloats group_minimum(const Weights *weights, int64_t panel, int64_t group, int part, PartFloats scale) {
+    return weights->centre != 0 ? scale * -weights->centre : group_numbers(weights, weights->minimum, panel, group, part);
 }
 
 // What follows some bytes so far behind; beyond the last panel, nothing comes of it.
@@ -82,8 +90,8 @@ INLINE void prefetch(const uint8_t *codes, int64_t bytes) {
                     const float own = terms->scale == NULL ? 1.0f : terms->scale[m * groups + g];                  \
                     totals[m][n][p] += __builtin_convertvector(sums[m][n][p], PartFloats) * own * scale;           \
                 }                                                                                                  \
-                if (weights->minimum.values == NULL) continue;                                                     \
-                const PartFloats minimum = group_numbers(weights, weights->minimum, n, g, p);                      \
+                if (!has_minimum(weights)) continue;                                                               \
+                const PartFloats minimum = group_minimum(weights, n, g, p, scale);                                 \
                 EACH(m, ROWS) totals[m][n][p] += (float)terms->sums[m * groups + g] * minimum;                     \
             }                                                                                                      \
         }                                                                                                          \
@@ -91,6 +99,49 @@ INLINE void prefetch(const uint8_t *codes, int64_t bytes) {
     }
 
 typedef void GroupTile(const Weights *, const Terms *, PartFloats *);
+
+#if defined(__AVX2__)
+
+// Of sparse codes each sum of a group, of at most 128, fits into 16 bits: all 16 outputs' are in a register.
+#define SPARSE_GROUP_TILE(ROWS)                                                                                    \
+    static void SPARSE_tile_##ROWS##_1(const Weights *weights, const Terms *terms, PartFloats *output) {           \
+        const int64_t groups = weights->groups, stride = terms->stride;                                            \
+        PartFloats totals[ROWS][PARTS];                                                                            \
+        EACH(m, ROWS) EACH(p, PARTS) totals[m][p] = (PartFloats){0};                                               \
+        for (int64_t g = 0; g < groups; g++) {                                                                     \
+            __m256i sums[ROWS];                                                                                    \
+            EACH(m, ROWS) sums[m] = _mm256_setzero_si256();                                                        \
+            const int64_t end = smaller((g + 1) * weights->group_quads, weights->quads);                           \
+            for (int64_t k = g * weights->group_quads; k < end; k += SPARSE_UNIT) {                                \
+                const uint8_t *unit = weights->panels + bytes_of(SPARSE, k);                                       \
+                prefetch(unit, bytes_of(SPARSE, SPARSE_UNIT));                                                     \
+                EACH(quad, SPARSE_UNIT) {                                                                          \
+                    const __m256i kept = load_kept(unit, 4, quad), places = load_places(unit, quad);               \
+                    EACH(m, ROWS) {                                                                                \
+                        const int8_t *x = terms->codes + m * stride + (k + quad) * QUAD;                           \
+                        sums[m] = _mm256_add_epi16(sums[m], multiply_centred(kept, places, x));                    \
+                    }                                                                                              \
+                }                                                                                                  \
+            }                                                                                                      \
+            EACH(p, PARTS) {                                                                                       \
+                const PartFloats scale = group_scale(weights, 0, g, p), minimum = scale * -weights->centre;        \
+                EACH(m, ROWS) {                                                                                    \
+                    const int32_t sum = terms->sums[m * groups + g];                                               \
+                    const PartInts products = (PartInts)widen_sums(sums[m], p) + SPARSE_CENTRE * sum;              \
+                    totals[m][p] += __builtin_convertvector(products, PartFloats) * scale;                         \
+                    totals[m][p] += (float)sum * minimum;                                                          \
+                }                                                                                                  \
+            }                                                                                                      \
+        }                                                                                                          \
+        EACH(m, ROWS) EACH(p, PARTS) output[m * PARTS + p] = totals[m][p];                                         \
+    }
+
+SPARSE_GROUP_TILE(1)
+SPARSE_GROUP_TILE(2)
+SPARSE_GROUP_TILE(3)
+SPARSE_GROUP_TILE(4)
+
+#endif
 
 #define NARROW_TILES_OF(KIND) GROUP_TILE(KIND, 1, 1) GROUP_TILE(KIND, 2, 1) GROUP_TILE(KIND, 3, 1) GROUP_TILE(KIND, 4, 1)
 
@@ -100,10 +151,13 @@ NARROW_TILES_OF(NIBBLES)
 NARROW_TILES_OF(TABLE)
 NARROW_TILES_OF(FIVES)
 NARROW_TILES_OF(SIXES)
+#if !defined(__AVX2__)
+NARROW_TILES_OF(SPARSE)
+#endif
 
 #define NARROW(KIND) {KIND##_tile_1_1, KIND##_tile_2_1, KIND##_tile_3_1, KIND##_tile_4_1}
 static GroupTile *const NARROW_GROUP_TILES[][FEW_ROWS] = {
-    NARROW(BYTES), NARROW(SMALL), NARROW(NIBBLES), NARROW(TABLE), NARROW(FIVES), NARROW(SIXES),
+    NARROW(BYTES), NARROW(SMALL), NARROW(NIBBLES), NARROW(TABLE), NARROW(FIVES), NARROW(SIXES), NARROW(SPARSE),
 };
 
 // Of codes of eight bits: others are expanded for many rows.
@@ -136,7 +190,6 @@ INLINE void add_high_terms(int kind, const Weights *weights, int64_t num_panels,
                            int64_t num_quads, PartFloats *totals) {
     if (num_quads == 0) return;
     const int shift = __builtin_ctzll((uint64_t)weights->group_quads);
-    const int has_minimum = weights->minimum.values != NULL;
     for (const Quad *end = quad + num_quads; quad < end;) {
         const int64_t group = quad->index >> shift;
         const Quad *first = quad;
@@ -151,9 +204,10 @@ INLINE void add_high_terms(int kind, const Weights *weights, int64_t num_panels,
                     const PartCodes codes = load_quad(kind, weights->table, unit, quad, p);
                     products = add_quad_of_part(kind, products, codes, one->codes);
                 }
-                totals[n * PARTS + p] += __builtin_convertvector(products, PartFloats) * group_scale(weights, n, group, p);
-                if (has_minimum)
-                    totals[n * PARTS + p] += (float)sums[group] * group_numbers(weights, weights->minimum, n, group, p);
+                const PartFloats scale = group_scale(weights, n, group, p);
+                totals[n * PARTS + p] += __builtin_convertvector(products, PartFloats) * scale;
+                if (has_minimum(weights))
+                    totals[n * PARTS + p] += (float)sums[group] * group_minimum(weights, n, group, p, scale);
             }
     }
 }
@@ -248,6 +302,10 @@ INLINE void multiply(const Product *product, int64_t num_panels, Codes codes, co
 INLINE const uint8_t *expand(int kind, const uint8_t *table, const uint8_t *panels, int64_t quads) {
     static _Thread_local Room expansion;
     uint8_t *expanded = room(&expansion, quads * QUAD_BYTES);
+    if (kind == SPARSE) {
+        expand_sparse(panels, 4, quads, expanded);
+        return expanded;
+    }
     for (int64_t k = 0; k < quads; k += unit_quads(kind))
         EACH(quad, unit_quads(kind)) EACH(p, PARTS) {
             const PartCodes codes = load_quad(kind, table, panels + bytes_of(kind, k), quad, p);
@@ -293,6 +351,7 @@ OPERATION(grouped_matmul) {
                     .offset = (int32_t)args->offset,
                     .scale = numbers_of(args->group_scale, args->scale_steps, panel, groups, blocks),
                     .minimum = numbers_of(args->minimum, args->minimum_steps, panel, groups, blocks),
+                    .centre = kind == SPARSE ? SPARSE_CENTRE : 0,
                     .quads = quads,
                     .group_quads = group_size / QUAD,
                     .groups = groups,

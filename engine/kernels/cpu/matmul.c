@@ -1,6 +1,6 @@
 // Products of int8 activations (see kernels.h) with int8 weights in panels (see int8_tiles.h).
 //
-// Codebooks' weights lie in memory as nibbles and are expanded to such panels where they are used: 4 bits a weight and a
+// Sparse weights are multiplied with few tokens as they lie, see sparse_tiles.h. Codebooks' weights lie in memory as nibbles and are expanded to such panels where they are used: 4 bits a weight and a
 // table of codebooks to read instead of 8, 4.25 with a factor a block.
 
 #include "term_sums.h"
@@ -17,9 +17,6 @@ enum {
     FACTORS_BYTES = PANEL * (int)sizeof(int16_t),
     LINE = 64,
 };
-
-// The last two: a `CodebookGrid` of engine/kernels/matmul/cpu_int8.py, without factors and with.
-enum { WEIGHT_INT8, WEIGHT_CODEBOOK, WEIGHT_SCALED_CODEBOOK };
 
 // Codebooks are tables of sixteen bytes, one an output, looked up by a shuffle of 16 bytes. Of the four vectors that a
 // panel's tables are, or its codes of 16 input features, the i-th has outputs i, 4 + i, 8 + i and 12 + i.
@@ -145,6 +142,7 @@ INLINE void expand_blocks(const uint8_t *weight, int64_t kind, int64_t blocks, u
 INLINE const uint8_t *panels_at(const uint8_t *weight, int64_t kind, int64_t panel, int64_t panels, int64_t quads) {
     static _Thread_local Room expansion;
     if (kind == WEIGHT_INT8) return weight + panel * quads * QUAD_BYTES;
+    if (kind == WEIGHT_SPARSE) return expanded_panels(weight + panel * sparse_bytes(8, quads), panels, quads);
     uint8_t *expanded = room(&expansion, WIDE * quads * QUAD_BYTES);
     const int64_t blocks = quads / BLOCK_QUADS, bytes = header_bytes(kind, blocks) + blocks * BLOCK_BYTES;
     for (int64_t p = 0; p < panels; p++)
@@ -160,6 +158,7 @@ typedef struct {
     int64_t features;           // outputs that there are from the first panel on
     float *output;              // of the first panel and token 0
     int64_t stride;
+    int is_sparse;  // the panel, one, lies as it is stored
 } Product;
 
 // Tokens from … to - 1 with one panel or two; dense: their high terms with all zeros, or null.
@@ -168,7 +167,8 @@ INLINE void multiply(const Product *product, int num_panels, Codes codes, int64_
     _Alignas(64) int32_t low[MOST_ROWS * WIDE * PANEL], high[MOST_ROWS * WIDE * PANEL];
     for (int64_t m = from, size; m < to; m += size) {
         const int8_t *high_terms = dense == NULL ? NULL : dense + (m - from) * codes.stride;
-        size = sum_terms(product->panels, product->distance, num_panels, codes, m, to, high_terms, low, high);
+        if (product->is_sparse) size = sum_sparse_terms(product->panels, num_panels, codes, m, to, low, high);
+        else size = sum_terms(product->panels, product->distance, num_panels, codes, m, to, high_terms, low, high);
         for (int64_t i = 0; i < size; i++) {
             const float token_scale = codes.tokens[m + i].scale;
             float *y = product->output + (m + i) * product->stride;
@@ -201,15 +201,18 @@ OPERATION(int8_matmul) {
         chunk_of_high = chunk;
 #endif
         const int64_t step = rows <= FEW_ROWS || last - first < WIDE ? 1 : WIDE;
+        const int is_sparse = kind == WEIGHT_SPARSE && rows <= FEW_ROWS;
         for (int64_t panel = first; panel < last; panel += step) {
             const Product product = {
-                .panels = panels_at(args->weight, kind, panel, step, quads),
+                .panels = is_sparse ? args->weight + panel * sparse_bytes(8, quads)
+                                    : panels_at(args->weight, kind, panel, step, quads),
                 .distance = quads * QUAD_BYTES,
                 .scale = scale + panel * PANEL,
                 .bias = bias == NULL ? NULL : bias + panel * PANEL,
                 .features = features - panel * PANEL,
                 .output = args->output + panel * PANEL,
                 .stride = features,
+                .is_sparse = is_sparse,
             };
             if (step == 1) multiply(&product, 1, codes, from, to, high);
             else multiply(&product, WIDE, codes, from, to, high);

@@ -144,7 +144,7 @@ SIGNATURE(merge_segments,
 SIGNATURE(int8_matmul,
     READS_CODES                    // [M, K]
     READS(uint8_t, weight)         // [N, K] in panels, see pack.c
-    INTEGER(weight_kind)           // of matmul.c
+    INTEGER(weight_kind)           // of term_sums.h
     READS(float, scale)            // [N padded to 16]
     MAY_READ(float, bias)          // [N padded to 16] or null
     INTEGER(features)              // N
@@ -241,6 +241,7 @@ SIGNATURE(quantize_part,
 SIGNATURE(sum_products,
     READS_CODES                    // [M, part of K]
     READS(uint8_t, weight)         // [shares, N padded to 16, part of K] in panels
+    INTEGER(weight_kind)           // of term_sums.h: int8 or sparse
     INTEGER(num_shares)
     INTEGER(features)              // N, of a share
     INTEGER(num_terms)
@@ -302,6 +303,15 @@ SIGNATURE(take_codes,
     INTEGER(start)                 // where a block's codes begin
     INTEGER(layout)                // of blocks.py
     WRITES(uint8_t, output)        // [M, codes], two of four bits in a byte, else one
+)
+
+SIGNATURE(pack_sparse,
+    READS(void, kept)              // [N, K / 2] int8, or [N, K / 4] uint8 of two codes
+    READS(uint8_t, masks)          // [N, ceil(K / 8)], those of two fours
+    INTEGER(rows)                  // N
+    INTEGER(columns)               // K, a multiple of 4
+    INTEGER(bits)                  // of a code: 8 or 4
+    WRITES(uint8_t, output)        // [panels, bytes], see sparse_tiles.h
 )
 
 // sample.c, whose rows are those that draw, [R, V] float32 logits

@@ -111,3 +111,30 @@ OPERATION(pack_codebook) {
         }
     }
 }
+
+// See sparse_tiles.h; a quad that there is not has zeros for its first two elements.
+OPERATION(pack_sparse) {
+    enum { UNIT = 4, KEPT = 2, PLACES = PANEL * KEPT };
+    const int64_t panels = count(args->num_rows), rows = args->rows, columns = args->columns, bits = args->bits;
+    const int64_t quads = columns / QUAD, units = padded_columns(columns) / QUAD / UNIT, code_bytes = PLACES * bits / 8;
+    const int64_t unit_bytes = PLACES + UNIT * code_bytes, mask_bytes = (quads + 1) / 2;
+    FOR_ROWS(panel, panels) {
+        uint8_t *unit = args->output + panel * units * unit_bytes;
+        for (int64_t u = 0; u < units; u++, unit += unit_bytes) {
+            memset(unit, 0, (size_t)unit_bytes);
+            for (int64_t i = 0; i < UNIT * PANEL; i++) {
+                const int64_t row = i / UNIT, part = i % UNIT, n = panel * PANEL + row, quad = u * UNIT + part;
+                const int is_there = n < rows && quad < quads;
+                uint32_t mask = is_there ? args->masks[n * mask_bytes + quad / 2] >> (quad % 2 * 4) & 15 : 3;
+                for (int64_t slot = 0; slot < KEPT; slot++, mask &= mask - 1) {
+                    const int64_t place = row * KEPT + slot, code = (n * quads + quad) * KEPT + slot;
+                    unit[place] |= (uint8_t)((mask != 0 ? __builtin_ctz(mask) : 0) << (2 * part));
+                    uint8_t *output = unit + PLACES + (bits == 8 ? part : part / 2) * PLACES + place;
+                    const uint8_t *kept = args->kept;
+                    if (bits == 8) *output = is_there ? kept[code] : 0;
+                    else *output |= (uint8_t)((is_there ? kept[code / 2] >> (slot * 4) & 15 : 8) << (part % 2 * 4));
+                }
+            }
+        }
+    }
+}

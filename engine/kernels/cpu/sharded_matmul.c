@@ -37,7 +37,7 @@ OPERATION(quantize_part) {
 OPERATION(sum_products) {
     const int64_t rows = count(args->num_rows), features = args->features, terms = args->num_terms;
     const Codes codes = args->codes;
-    const int64_t distance = codes.stride * PANEL, panels = (features + PANEL - 1) / PANEL;
+    const int64_t quads = codes.stride / QUAD, distance = quads * QUAD_BYTES, panels = (features + PANEL - 1) / PANEL;
     const int64_t tasks_a_share = (panels + WIDE - 1) / WIDE, tasks_a_chunk = args->num_shares * tasks_a_share;
     const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
     int64_t chunk_of_high __attribute__((unused)) = -1;
@@ -51,12 +51,16 @@ OPERATION(sum_products) {
         if (chunk != chunk_of_high) dense = to - from >= UNIT_ROWS ? dense_high_terms(codes, from, to) : NULL;
         chunk_of_high = chunk;
 #endif
-        const uint8_t *weight = args->weight + (share * panels + first) * distance;
+        const int64_t panel_bytes = args->weight_kind == WEIGHT_SPARSE ? sparse_bytes(8, quads) : distance;
+        const int is_sparse = args->weight_kind == WEIGHT_SPARSE && rows <= FEW_ROWS;
+        const uint8_t *weight = args->weight + (share * panels + first) * panel_bytes;
+        if (args->weight_kind == WEIGHT_SPARSE && !is_sparse) weight = expanded_panels(weight, num_panels, quads);
         _Alignas(64) int32_t sums[2][MOST_ROWS * WIDE * PANEL];  // low, high
         for (int64_t m = from, size; m < to; m += size) {
             const int8_t *high_terms = dense == NULL ? NULL : dense + (m - from) * codes.stride;
-            size = num_panels == 1 ? sum_terms(weight, distance, 1, codes, m, to, high_terms, sums[0], sums[1])
-                                   : sum_terms(weight, distance, WIDE, codes, m, to, high_terms, sums[0], sums[1]);
+            if (is_sparse) size = sum_sparse_terms(weight, num_panels, codes, m, to, sums[0], sums[1]);
+            else if (num_panels == 1) size = sum_terms(weight, distance, 1, codes, m, to, high_terms, sums[0], sums[1]);
+            else size = sum_terms(weight, distance, WIDE, codes, m, to, high_terms, sums[0], sums[1]);
             for (int64_t i = 0; i < size * terms; i++) {
                 const int64_t token = i / terms, term = i % terms;
                 int32_t *y = args->sums + ((share * rows + m + token) * terms + term) * features;

@@ -4,9 +4,13 @@
 #ifndef TERM_SUMS_H
 #define TERM_SUMS_H
 
-#include "int8_tiles.h"
+#include "sparse_tiles.h"
 
 enum { CHUNK = 192 };  // tokens in a task
+
+// What weights may be. Those of codebooks: a `CodebookGrid` of engine/kernels/matmul/cpu_int8.py, without factors and
+// with.
+enum { WEIGHT_INT8, WEIGHT_CODEBOOK, WEIGHT_SCALED_CODEBOOK, WEIGHT_SPARSE };
 
 #if HAS_TILES
 
@@ -48,6 +52,32 @@ INLINE void add_high_terms(const uint8_t *panels, int64_t distance, int num_pane
 #endif
     }
     EACH(n, num_panels) EACH(p, PARTS) store((float *)sums + n * PANEL + p * LANES, (Floats)total[n][p]);
+}
+
+// The sums [token][panel][PANEL] of the next tokens from m, before `to`, with some sparse panels; how many tokens.
+INLINE int64_t sum_sparse_terms(const uint8_t *panels, int64_t num_panels, Codes codes, int64_t m, int64_t to,
+                                int32_t *low, int32_t *high) {
+    const int64_t quads = codes.stride / QUAD, size = smaller(to - m, FEW_ROWS);
+    for (int64_t n = 0; n < num_panels; n++) {
+        const uint8_t *panel = panels + n * sparse_bytes(8, quads);
+        _Alignas(64) int32_t sums[FEW_ROWS * PANEL];
+        SPARSE_TILES[size - 1](panel, codes.low + m * codes.stride, codes.stride, quads, sums);
+        for (int64_t i = 0; i < size; i++) {
+            const int64_t place = (i * num_panels + n) * PANEL;
+            const Quad *quad = codes.quads + (m + i) * quads;
+            memcpy(low + place, sums + i * PANEL, PANEL * sizeof *low);
+            sum_sparse_quads(panel, quad, codes.tokens[m + i].num_quads, high + place);
+        }
+    }
+    return size;
+}
+
+// Some sparse panels as `sum_terms` takes them.
+INLINE const uint8_t *expanded_panels(const uint8_t *panels, int64_t num_panels, int64_t quads) {
+    static _Thread_local Room expansion;
+    uint8_t *expanded = room(&expansion, num_panels * quads * QUAD_BYTES);
+    expand_sparse(panels, 8, num_panels * quads, expanded);
+    return expanded;
 }
 
 // The sums [token][panel][PANEL] of the next tokens from m, before `to`, with one panel or two; how many tokens. dense:

@@ -27,8 +27,17 @@ from torch import nn
 from engine.kernels import cpu, quantize
 from engine.kernels.cpu.signatures import Argument
 from engine.kernels.embedding import multiplied
-from engine.kernels.matmul.cpu_int8 import ALIGNMENT, PANEL, look_up, pack_int8, pad_rows, run_packing
+from engine.kernels.matmul.cpu_int8 import (
+    ALIGNMENT,
+    PANEL,
+    look_up,
+    pack_int8,
+    pack_sparse,
+    pad_rows,
+    run_packing,
+)
 from engine.kernels.matmul.grouped_weight import GroupedWeight, GroupNumbers
+from engine.kernels.matmul.sparse24 import SparseCodes
 from engine.kernels.operands import (
     Activations,
     Format,
@@ -43,7 +52,7 @@ from engine.kernels.quantize import HIGH_STEPS, quantize_sparse, sparse_referenc
 GROUP_SIZES: tuple[GroupSize, ...] = (128, 64, 32)
 """What the products take of int8 weights. The exact sums of larger groups would not fit into a float's 24 bits."""
 
-_BYTES, _NIBBLES, _TABLE, _FIVES, _SIXES = 0, 2, 3, 4, 5
+_BYTES, _NIBBLES, _TABLE, _FIVES, _SIXES, _SPARSE = 0, 2, 3, 4, 5, 6
 """Kinds of panels in kernels/cpu/group_tiles.h."""
 
 _SIGNED = 128
@@ -149,7 +158,9 @@ class CpuGroupedMatmul(nn.Module):
             self.format = format
         codes, kind, offset, self._table = _pack(weight)
         scale = None if weight.scale is None else _numbers_in_panels(weight.scale)
-        minimum = None if weight.minimum is None else _numbers_in_panels(weight.minimum)
+        # Those of sparse codes follow from their scales.
+        minimum = None if weight.masks is not None else weight.minimum
+        minimum = None if minimum is None else _numbers_in_panels(minimum)
         self.register_buffer("weight", codes)
         self.register_buffer("group_scale", None if scale is None else scale.values)
         self.register_buffer("scale_steps", None if scale is None else scale.steps)
@@ -225,6 +236,8 @@ class CpuGroupedMatmul(nn.Module):
 
 def _pack(weight: GroupedWeight) -> tuple[torch.Tensor, int, int, torch.Tensor | None]:
     """Panels, their kind in kernels/cpu/group_tiles.h, what their codes have too much, and a table of bytes."""
+    if weight.masks is not None:
+        return pack_sparse(SparseCodes(weight.codes, weight.masks)), _SPARSE, 0, None
     if weight.values is not None:
         table = (weight.values.short() + _SIGNED).to(torch.uint8)
         return pack_nibbles_in_panels(weight.codes), _TABLE, _SIGNED, table

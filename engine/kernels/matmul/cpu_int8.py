@@ -23,6 +23,7 @@ from engine.kernels import cpu, embedding
 from engine.kernels.cpu.signatures import Argument
 from engine.kernels.matmul.codebook import SCALE_SIZE
 from engine.kernels.matmul.int8 import MAX_IN_FEATURES
+from engine.kernels.matmul.sparse24 import SparseCodes
 from engine.kernels.nibbles import unpack_nibbles
 from engine.kernels.operands import Activations, Format, SparseInt8Activations, SparseInt8Format
 from engine.kernels.quantize import HIGH_STEPS, quantize_sparse, sparse_reference
@@ -60,8 +61,13 @@ class CodebookGrid:
     values: torch.Tensor
     factor: torch.Tensor | None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K, which is even."""
+        return self.nibbles.shape[0], 2 * self.nibbles.shape[1]
+
     def expand(self, start: int = 0, end: int | None = None) -> torch.Tensor:
-        """Rows of the int8 weight, [end - start, K] with K even."""
+        """Rows of the int8 weight, [end - start, K]."""
         codes = unpack_nibbles(self.nibbles[start:end]).long()
         if self.factor is None:
             return self.values[start:end].gather(1, codes)
@@ -71,8 +77,8 @@ class CodebookGrid:
         return tables.to(torch.int8).gather(2, blocks).flatten(1)[:, : codes.shape[1]]
 
 
-CpuWeight = torch.Tensor | CodebookGrid
-"""What `CpuInt8Matmul` multiplies with; a tensor is [N, K] int8."""
+CpuWeight = torch.Tensor | CodebookGrid | SparseCodes
+"""What `CpuInt8Matmul` multiplies with; a tensor is [N, K] int8, sparse codes are of eight bits."""
 
 
 def codebook_grid(
@@ -149,10 +155,29 @@ def pack_codebook(grid: CodebookGrid) -> torch.Tensor:
     )
 
 
-def _pack(weight: CpuWeight) -> tuple[torch.Tensor, int]:
-    """The panels, and what they are for kernels/cpu/matmul.c."""
-    if isinstance(weight, CodebookGrid):
-        return pack_codebook(weight), 1 if weight.factor is None else 2
+def pack_sparse(weight: SparseCodes) -> torch.Tensor:
+    """Panels of kept codes and their places, [N / 16, bytes] uint8; kernels/cpu/sparse_tiles.h says how."""
+    rows, columns = weight.shape
+    quads = -(-columns // ALIGNMENT) * ALIGNMENT // 4
+    return run_packing(
+        "pack_sparse",
+        (-(-rows // PANEL), quads * PANEL * (2 * weight.bits + 4) // 8),
+        torch.get_num_threads(),
+        kept=weight.kept.contiguous(),
+        masks=weight.masks.contiguous(),
+        rows=rows,
+        columns=columns,
+        bits=weight.bits,
+    )
+
+
+def pack(weight: CpuWeight) -> tuple[torch.Tensor, int]:
+    """The panels, and what they are for the C bodies: kernels/cpu/term_sums.h."""
+    match weight:
+        case CodebookGrid():
+            return pack_codebook(weight), 1 if weight.factor is None else 2
+        case SparseCodes():
+            return pack_sparse(weight), 3
     return pack_int8(weight), 0
 
 
@@ -193,7 +218,7 @@ class CpuInt8Matmul(nn.Module):
     """The product with one weight.
 
     Args:
-        weight: [N, K] int8, or that of a codebook; K at most `MAX_IN_FEATURES`.
+        weight: [N, K] int8, or what stands for such; K at most `MAX_IN_FEATURES`.
         scale: [N] float32.
         bias: [N] float32.
         format: How the activations are quantized.
@@ -210,24 +235,21 @@ class CpuInt8Matmul(nn.Module):
         format: SparseInt8Format,
     ) -> None:
         super().__init__()
-        if isinstance(weight, torch.Tensor):
-            self.out_features, self.in_features = weight.shape
-        else:
-            self.out_features, self.in_features = weight.nibbles.shape[0], 2 * weight.nibbles.shape[1]
+        self.out_features, self.in_features = weight.shape
         if self.in_features > MAX_IN_FEATURES:
             raise ValueError(
                 f"int8 sums of {self.in_features} products can overflow; at most {MAX_IN_FEATURES}"
             )
         self._format = format
         self.format: Format = None
-        self.weight: torch.Tensor | CodebookGrid
+        self.weight: CpuWeight
         self.scale: torch.Tensor
         self.bias: torch.Tensor | None
         if cpu.library() is None:
             self.weight, self.scale, self.bias = weight, scale, bias
             return
         self.format = format
-        packed, self._kind = _pack(weight)
+        packed, self._kind = pack(weight)
         self.register_buffer("weight", packed)
         self.register_buffer("scale", pad_rows(scale))
         self.register_buffer("bias", pad_rows(bias))

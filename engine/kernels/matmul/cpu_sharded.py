@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.kernels import cpu
-from engine.kernels.matmul.cpu_int8 import PANEL, pack_int8
+from engine.kernels.matmul.cpu_int8 import PANEL, pack
+from engine.kernels.matmul.sparse24 import SparseCodes
 from engine.kernels.operands import SparseInt8Activations, SparseInt8Format
 from engine.kernels.quantize import SPREAD_BLOCK, empty_sparse
 
@@ -64,7 +65,7 @@ class ShardedInt8Matmul(nn.Module):
     """A rank's part of the product with one weight.
 
     Args:
-        weight: [N, part of K] int8.
+        weight: [N, part of K] int8, or sparse codes of eight bits.
         scale: [N] float32.
         bias: [N] float32.
         outputs: Those that this rank finishes, one of `num_shares` shares of the same size.
@@ -77,7 +78,7 @@ class ShardedInt8Matmul(nn.Module):
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        weight: torch.Tensor | SparseCodes,
         scale: torch.Tensor,
         bias: torch.Tensor | None,
         outputs: slice,
@@ -87,10 +88,18 @@ class ShardedInt8Matmul(nn.Module):
         super().__init__()
         self.num_shares, self.terms, self.out_features = num_shares, terms, outputs.stop - outputs.start
         # Each share begins with a panel of its own.
-        shares = F.pad(weight.unflatten(0, (num_shares, -1)), (0, 0, 0, -self.out_features % PANEL))
-        self.register_buffer("weight", pack_int8(shares.flatten(0, 1)))
+        if isinstance(weight, SparseCodes):
+            kept, masks = (self._padded(part) for part in (weight.kept, weight.masks))
+            packed, self._kind = pack(SparseCodes(kept, masks))
+        else:
+            packed, self._kind = pack(self._padded(weight))
+        self.register_buffer("weight", packed)
         self.register_buffer("scale", scale[outputs].clone())
         self.register_buffer("bias", None if bias is None else bias[outputs].clone())
+
+    def _padded(self, rows: torch.Tensor) -> torch.Tensor:
+        shares = F.pad(rows.unflatten(0, (self.num_shares, -1)), (0, 0, 0, -self.out_features % PANEL))
+        return shares.flatten(0, 1)
 
     def sums(self, x: SparseInt8Activations) -> torch.Tensor:
         """[M, part of K] → sums over it, int32 of the shape [M, shares * terms * N of a share].
@@ -104,6 +113,7 @@ class ShardedInt8Matmul(nn.Module):
             x.num_tokens,
             **x.arguments(),
             weight=self.weight,
+            weight_kind=self._kind,
             num_shares=self.num_shares,
             features=self.out_features,
             num_terms=self.terms,

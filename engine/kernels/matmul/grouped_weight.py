@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from engine.kernels.matmul.sparse24 import CENTRE, SparseCodes
 from engine.kernels.nibbles import unpack_nibbles
 
 
@@ -53,6 +54,8 @@ class GroupedWeight:
         scale, minimum: None: all of them one; all of them zero.
         bits: Of a code: 4, 5 (then groups have at least 32), 6 or, signed, 8.
         values: [16] int8, of codes of four bits, or None.
+        masks: As `SparseCodes` has them; codes are then those that it keeps, of four bits, v is an integer of its
+            plus `CENTRE`, and minimums are -`CENTRE` times scales. Or None.
     """
 
     codes: torch.Tensor
@@ -64,6 +67,7 @@ class GroupedWeight:
     bits: int = 8
     offset: int = 0
     values: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
 
     def rows(self, index: torch.Tensor) -> GroupedWeight:
         """The same with its rows taken in the order of `index`, [R] int32 or int64."""
@@ -85,5 +89,7 @@ class GroupedWeight:
 
     def integers(self) -> torch.Tensor:
         """v, [N, K] float32."""
+        if self.masks is not None:
+            return SparseCodes(self.codes, self.masks).expand().float() + CENTRE
         codes = unpack_nibbles(self.codes)[:, : self.in_features] if self.bits == 4 else self.codes
         return codes.float() - self.offset if self.values is None else self.values.float()[codes.long()]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels.launch import runs_triton, target_of, tiles
+from engine.kernels.matmul.sparse24 import SparseCodes, split_sparse
 from engine.kernels.nibbles import unpack_nibbles
 from engine.kernels.operands import Activations, Format, GroupSums, SumsFormat, num_tokens
 
@@ -54,18 +55,23 @@ class PackedInt4:
     takes for one plane of 32 elements serve it for the other three. K is padded to whole blocks.
 
     Attributes:
-        words: [ceil(K / 128), N, 32] int16.
-        scale, minimum: [groups of the padded K, N] float16; zeros where padded.
+        words: [ceil(K / 128), N, 32] int16; or sparse codes of four bits, as they are.
+        scale, minimum: [groups of the padded K, N] float16; zeros where padded. No minimum: -`CENTRE` * scale.
     """
 
-    words: torch.Tensor
+    words: torch.Tensor | SparseCodes
     scale: torch.Tensor
-    minimum: torch.Tensor
+    minimum: torch.Tensor | None
     group_size: int
 
     @property
     def out_features(self) -> int:
-        return self.words.shape[1]
+        return self.scale.shape[1]
+
+    def arguments(self) -> dict[str, torch.Tensor | None]:
+        """What the kernels take of it."""
+        words, masks = split_sparse(self.words)
+        return {"words": words, "masks": masks, "scale": self.scale, "minimum": self.minimum}
 
 
 def pack(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, group_size: int) -> PackedInt4:
@@ -74,6 +80,12 @@ def pack(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, group_
     padding = (0, words.shape[0] * BLOCK // group_size - scale.shape[1])
     scale, minimum = (F.pad(values, padding).t().contiguous() for values in (scale, minimum))
     return PackedInt4(words, scale, minimum, group_size)
+
+
+def pack_sparse(codes: SparseCodes, scale: torch.Tensor, group_size: int) -> PackedInt4:
+    """Packs sparse codes and an fp16 scale [N, groups], on their device."""
+    padding = (0, -(-codes.shape[1] // BLOCK) * BLOCK // group_size - scale.shape[1])
+    return PackedInt4(codes, F.pad(scale, padding).t().contiguous(), None, group_size)
 
 
 def pack_words(codes: torch.Tensor) -> torch.Tensor:
@@ -96,8 +108,8 @@ class Int4Matmul:
     """The product of float activations with one int4 weight.
 
     Args:
-        codes: [N, ceil(K / 2)] uint8, element k in byte k // 2, the even ones in the low nibble.
-        scale, minimum: [N, groups] float16.
+        codes: [N, ceil(K / 2)] uint8, element k in byte k // 2, the even ones in the low nibble; or sparse ones.
+        scale, minimum: [N, groups] float16; no minimum where codes are sparse.
         group_size: 32, 64 or 128.
         bias: [N] float32, added to the float32 sums.
         batch_invariant: One form for any number of tokens, so that a token's bits do not depend on it.
@@ -108,27 +120,31 @@ class Int4Matmul:
 
     def __init__(
         self,
-        codes: torch.Tensor,
+        codes: torch.Tensor | SparseCodes,
         scale: torch.Tensor,
-        minimum: torch.Tensor,
+        minimum: torch.Tensor | None,
         group_size: int,
         bias: torch.Tensor | None = None,
         batch_invariant: bool = False,
     ) -> None:
         self.group_size, self.bias, self.batch_invariant = group_size, bias, batch_invariant
-        self.weight = pack(codes, scale, minimum, group_size)
-        if runs_triton(codes):
+        if isinstance(codes, SparseCodes):
+            self.weight = pack_sparse(codes, scale, group_size)
+        else:
+            assert minimum is not None
+            self.weight = pack(codes, scale, minimum, group_size)
+            if not runs_triton(scale):
+                self._grid = codes, scale, minimum
+        if runs_triton(scale):
             from engine.kernels.matmul.segments_triton import new_counters
 
-            self.counters = new_counters(codes.shape[0], codes.device)
-        else:
-            self._grid = codes, scale, minimum
+            self.counters = new_counters(len(scale), scale.device)
         self.format: Format = SumsFormat()
 
     def __call__(self, x: Activations) -> torch.Tensor:
         """[M, K] float → [M, N] of x's dtype."""
         assert isinstance(x, torch.Tensor | GroupSums)
-        target = target_of(self.weight.words)
+        target = target_of(self.weight.scale)
         if target is None:
             values = x.values if isinstance(x, GroupSums) else x
             return reference(values, *self._grid, self.group_size, self.bias)

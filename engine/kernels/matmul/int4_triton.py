@@ -28,6 +28,7 @@ from engine.kernels.matmul.segments_triton import (
     plan_split,
     store_tile,
 )
+from engine.kernels.matmul.sparse24_triton import load_sparse
 from engine.kernels.operands import GroupSums
 
 
@@ -86,15 +87,16 @@ def codes_of_planes(
 
 @triton.jit
 def _load_minimums(
-    minimum, segment, features, out_features, num_groups, SUMS: tl.constexpr, RATIO: tl.constexpr
+    minimum, scale, segment, features, out_features, num_groups, SUMS: tl.constexpr, RATIO: tl.constexpr
 ):
     """A segment's minimums [BLOCK_N, SUMS], each as often as there are sums in its group."""
     groups = (segment * SUMS + tl.arange(0, SUMS)) // RATIO
-    return tl.load(
-        minimum + groups[None, :] * out_features + features[:, None],
-        (groups < num_groups)[None, :] & (features < out_features)[:, None],
-        0.0,
-    )
+    places = groups[None, :] * out_features + features[:, None]
+    is_there = (groups < num_groups)[None, :] & (features < out_features)[:, None]
+    if minimum is None:
+        return tl.load(scale + places, is_there, 0.0) * -8
+    else:
+        return tl.load(minimum + places, is_there, 0.0)
 
 
 @triton.jit
@@ -125,6 +127,7 @@ def _int4_segments_kernel(
     x,
     sums,
     words,
+    masks,
     scale,
     minimum,
     bias,
@@ -164,7 +167,8 @@ def _int4_segments_kernel(
     rows = tl.minimum(features, out_features - 1)
     columns = tl.arange(0, WIDTH)
     x_rows = x + tokens.to(tl.int64)[:, None] * in_features + columns[None, :]
-    word_rows = words + rows[:, None] * 32 + tl.arange(0, 32)[None, :]
+    if masks is None:
+        word_rows = words + rows[:, None] * 32 + tl.arange(0, 32)[None, :]
     block_stride = tl.cast(out_features, tl.int64) * 32
     num_blocks = tl.cdiv(in_features, 128)
     num_groups = num_blocks * (128 // GROUP_SIZE)
@@ -176,20 +180,26 @@ def _int4_segments_kernel(
     product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # Read a step ahead, and a segment ahead: see `load_groups`.
     scales = load_groups(scale, first * STEPS, rows, 1, out_features, num_groups, GROUPS)
-    minimums = _load_minimums(minimum, first, features, out_features, num_groups, SUMS, RATIO)
+    minimums = _load_minimums(minimum, scale, first, features, out_features, num_groups, SUMS, RATIO)
     segment_sums = _load_sums(sums, first, tokens, num_tokens, num_sums, SUMS)
     for step in range(first * STEPS, end):
         next_scales = load_groups(scale, step + 1, rows, 1, out_features, num_groups, GROUPS)
         for part in tl.static_range(BLOCK_K // 128):
             block = step * (BLOCK_K // 128) + part
-            packed = tl.load(word_rows + tl.minimum(block, num_blocks - 1) * block_stride)
+            if masks is None:
+                packed = tl.load(word_rows + tl.minimum(block, num_blocks - 1) * block_stride)
             for plane in tl.static_range(0, 4, PLANES):
                 start = block * 128 + plane * 32
                 is_x = is_token
                 if HAS_TAIL:
                     is_x = is_x & (start + columns < in_features)[None, :]
                 values = tl.trans(tl.load(x_rows + start, is_x, 0.0).to(dtype))
-                codes = codes_of_planes(packed, plane, PLANES, dtype, ASSEMBLY)
+                if masks is None:
+                    codes = codes_of_planes(packed, plane, PLANES, dtype, ASSEMBLY)
+                else:
+                    codes = load_sparse(words, masks, rows.to(tl.int64), start + columns, in_features, 4).to(
+                        dtype
+                    )
                 if plane * 32 % GROUP_SIZE == 0:
                     product = tl.dot(codes, values, input_precision="ieee")
                 else:
@@ -202,7 +212,9 @@ def _int4_segments_kernel(
         if (step + 1) % STEPS == 0 or step + 1 == end:
             segment = step // STEPS
             segment_total += _multiply_sums(minimums, segment_sums, PRECISION)
-            minimums = _load_minimums(minimum, segment + 1, features, out_features, num_groups, SUMS, RATIO)
+            minimums = _load_minimums(
+                minimum, scale, segment + 1, features, out_features, num_groups, SUMS, RATIO
+            )
             segment_sums = _load_sums(sums, segment + 1, tokens, num_tokens, num_sums, SUMS)
             if partials is not None:
                 tl.store(partial_pointers(partials, segment, BLOCK_N, BLOCK_M), segment_total)
@@ -229,6 +241,7 @@ def _int4_segments_kernel(
 def _int4_large_kernel(
     x,
     words,
+    masks,
     scale,
     minimum,
     bias,
@@ -257,7 +270,8 @@ def _int4_large_kernel(
     rows = tl.minimum(features, out_features - 1)
     columns = tl.arange(0, WIDTH)
     x_rows = x + tokens.to(tl.int64)[:, None] * in_features + columns[None, :]
-    word_rows = words + rows[:, None] * 32 + tl.arange(0, 32)[None, :]
+    if masks is None:
+        word_rows = words + rows[:, None] * 32 + tl.arange(0, 32)[None, :]
     block_stride = tl.cast(out_features, tl.int64) * 32
     num_blocks = tl.cdiv(in_features, 128)
     num_groups = num_blocks * GROUPS
@@ -265,17 +279,24 @@ def _int4_large_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for block in range(num_blocks):
         scales = load_groups(scale, block, rows, 1, out_features, num_groups, GROUPS)
-        minimums = load_groups(minimum, block, rows, 1, out_features, num_groups, GROUPS)
-        packed = tl.load(word_rows + block * block_stride)
+        if masks is None:
+            minimums = load_groups(minimum, block, rows, 1, out_features, num_groups, GROUPS)
+            packed = tl.load(word_rows + block * block_stride)
         for plane in tl.static_range(0, 4, PLANES):
             start = block * 128 + plane * 32
             is_x = is_token
             if HAS_TAIL:
                 is_x = is_x & (start + columns < in_features)[None, :]
             values = tl.trans(tl.load(x_rows + start, is_x, 0.0).to(dtype))
-            codes = codes_of_planes(packed, plane, PLANES, dtype, ASSEMBLY).to(tl.float32)
             group_scale = scales[plane * 32 // GROUP_SIZE].to(tl.float32)[:, None]
-            group_minimum = minimums[plane * 32 // GROUP_SIZE].to(tl.float32)[:, None]
+            if masks is None:
+                codes = codes_of_planes(packed, plane, PLANES, dtype, ASSEMBLY).to(tl.float32)
+                group_minimum = minimums[plane * 32 // GROUP_SIZE].to(tl.float32)[:, None]
+            else:
+                codes = load_sparse(words, masks, rows.to(tl.int64), start + columns, in_features, 4).to(
+                    tl.float32
+                )
+                group_minimum = group_scale * -8
             weights = tl.fma(
                 codes,
                 tl.broadcast_to(group_scale, (BLOCK_N, WIDTH)),
@@ -304,7 +325,8 @@ def int4_segments(
     target = target_of(values)
     assert target is not None
     (rows, in_features), out_features = values.shape, weight.out_features
-    tile = tile or select_tile(target, "int4_matmul.segments", rows)
+    operation = "int4_matmul.segments" if weight.minimum is not None else "sparse24_int4_matmul.segments"
+    tile = tile or select_tile(target, operation, rows)
     split = plan_split(target, tile, values, out_features, segments_per_program)
     output = torch.empty(rows, out_features, dtype=values.dtype, device=values.device)
     launch(
@@ -313,9 +335,7 @@ def int4_segments(
         {
             "x": values,
             "sums": x.sums,
-            "words": weight.words,
-            "scale": weight.scale,
-            "minimum": weight.minimum,
+            **weight.arguments(),
             "bias": bias,
             "output": output,
             "partials": split.partials,
@@ -343,16 +363,15 @@ def int4_large(
     target = target_of(x)
     assert target is not None
     (rows, in_features), out_features = x.shape, weight.out_features
-    tile = tile or select_tile(target, "int4_matmul.large", rows)
+    operation = "int4_matmul.large" if weight.minimum is not None else "sparse24_int4_matmul.large"
+    tile = tile or select_tile(target, operation, rows)
     output = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     launch(
         _int4_large_kernel,
         (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(out_features, tile["BLOCK_N"])),
         {
             "x": x,
-            "words": weight.words,
-            "scale": weight.scale,
-            "minimum": weight.minimum,
+            **weight.arguments(),
             "bias": bias,
             "output": output,
             "num_tokens": rows,

@@ -20,6 +20,7 @@ import torch
 
 from engine.kernels.embedding import lookup
 from engine.kernels.launch import Tile, target_of
+from engine.kernels.matmul.sparse24 import SparseCodes
 from engine.kernels.operands import Activations, Format, Int8Activations, Int8Format
 from engine.kernels.quantize import LOW_STEPS, quantize_per_token
 
@@ -32,14 +33,14 @@ TWO_TERMS = Int8Format(terms=2)
 
 def reference(
     x: Int8Activations,
-    weight: torch.Tensor,
+    weight: torch.Tensor | SparseCodes,
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     group_size: int | None = None,
 ) -> torch.Tensor:
     """`Int8Matmul` in plain arithmetic, the sums in int64; group_size is that of the activations."""
     token_scale = x.scale if x.low is None else x.scale * (1 / LOW_STEPS)
-    transposed = weight.long().t()
+    transposed = (weight.expand() if isinstance(weight, SparseCodes) else weight).long().t()
     if group_size is None:
         value = (x.high.long() @ transposed).float()
         if x.low is not None:
@@ -47,7 +48,7 @@ def reference(
         value = value * token_scale
     else:
         terms = x.high.long() if x.low is None else x.high.long() * LOW_STEPS + x.low.long()
-        value = torch.zeros(terms.shape[0], weight.shape[0], device=weight.device)
+        value = torch.zeros(terms.shape[0], weight.shape[0], device=scale.device)
         parts = zip(terms.split(group_size, dim=1), transposed.split(group_size), strict=True)
         for group, (codes, weights) in enumerate(parts):
             share = (codes @ weights).float() * token_scale[:, group, None]
@@ -60,7 +61,7 @@ class Int8Matmul:
     """The product of activations, quantized a token at a time, with one int8 weight.
 
     Args:
-        weight: [N, K] int8, K at most `MAX_IN_FEATURES`.
+        weight: [N, K] int8, K at most `MAX_IN_FEATURES`; or, without groups, sparse codes of eight bits.
         scale: [N] float32, or [N, ceil(K / group size)] with the groups of the format.
         bias: [N] float32.
         format: How the activations are quantized.
@@ -71,7 +72,7 @@ class Int8Matmul:
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        weight: torch.Tensor | SparseCodes,
         scale: torch.Tensor,
         bias: torch.Tensor | None = None,
         format: Int8Format = TWO_TERMS,
@@ -82,7 +83,7 @@ class Int8Matmul:
             )
         self.weight, self.scale, self.bias, self._format = weight, scale, bias, format
         self.format: Format = format
-        self.arrivals = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
+        self.arrivals = torch.zeros(weight.shape[0], dtype=torch.int32, device=scale.device)
 
     def __call__(self, x: Activations) -> torch.Tensor:
         """[M, K] floats, or the format's terms → [M, N] of their dtype."""
@@ -100,7 +101,7 @@ class Int8Matmul:
 
 def int8_matmul(
     x: Int8Activations,
-    weight: torch.Tensor,
+    weight: torch.Tensor | SparseCodes,
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     group_size: int | None = None,
@@ -117,7 +118,7 @@ def int8_matmul(
     Returns:
         [M, N] of x's dtype.
     """
-    target = target_of(weight)
+    target = target_of(scale)
     if target is None:
         return reference(x, weight, scale, bias, group_size)
     from engine.kernels.matmul.int8_triton import int8_matmul_in_triton

@@ -8,6 +8,8 @@ import triton.language as tl
 
 from engine.kernels.launch import Target, Tile, launch, select_tile, target_of
 from engine.kernels.matmul.int8 import MAX_IN_FEATURES
+from engine.kernels.matmul.sparse24 import SparseCodes, split_sparse
+from engine.kernels.matmul.sparse24_triton import load_sparse
 from engine.kernels.operands import Int8Activations
 from engine.kernels.quantize import LOW_STEPS
 
@@ -22,7 +24,7 @@ _LOW_STEPS: tl.constexpr = tl.constexpr(LOW_STEPS)
 
 def int8_matmul_in_triton(
     x: Int8Activations,
-    weight: torch.Tensor,
+    weight: torch.Tensor | SparseCodes,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     group_size: int | None,
@@ -30,7 +32,7 @@ def int8_matmul_in_triton(
     tile: Tile | None,
 ) -> torch.Tensor:
     """`int8_matmul` in one launch."""
-    target = target_of(weight)
+    target = target_of(scale)
     assert target is not None
     (num_tokens, in_features), out_features = x.high.shape, weight.shape[0]
     num_terms = 1 if x.low is None else 2
@@ -38,9 +40,13 @@ def int8_matmul_in_triton(
     assert x.high.stride() == (num_terms * in_features, 1)
     assert x.low is None or x.low.storage_offset() == x.high.storage_offset() + in_features
     assert scale.dim() == 1 or (group_size and scale.shape[1] == x.scale.shape[1])
+    codes, masks = split_sparse(weight)
+    assert masks is None or not group_size
     operation = (
         "int8_matmul_grouped" if group_size else ("int8_matmul", "int8_matmul_two_terms")[num_terms - 1]
     )
+    if masks is not None:
+        operation = "sparse24_int8_matmul"
     tile = tile or select_tile(target, operation, num_tokens)
     block_k = group_size or tile["BLOCK_K"]
     num_tiles = triton.cdiv(out_features, tile["BLOCK_N"])
@@ -54,15 +60,16 @@ def int8_matmul_in_triton(
         num_parts = split_of(target, num_tiles, in_features)
     if num_parts > 1:
         shape = (num_parts, out_features, tile["BLOCK_M"])
-        partial_sums = torch.empty(shape, dtype=torch.int32, device=weight.device)
-    y = torch.empty(num_tokens, out_features, dtype=x.dtype, device=weight.device)
+        partial_sums = torch.empty(shape, dtype=torch.int32, device=scale.device)
+    y = torch.empty(num_tokens, out_features, dtype=x.dtype, device=scale.device)
     launch(
         _int8_matmul_kernel,
         (triton.cdiv(num_terms * num_tokens, tile["BLOCK_M"]) * num_tiles, num_parts),
         {
             "x": x.high,
             "token_scale": x.scale,
-            "weight": weight,
+            "weight": codes,
+            "masks": masks,
             "weight_scale": scale,
             "bias": bias,
             "output": y,
@@ -93,6 +100,7 @@ def _int8_matmul_kernel(
     x,
     token_scale,
     weight,
+    masks,
     weight_scale,
     bias,
     output,
@@ -129,7 +137,8 @@ def _int8_matmul_kernel(
     # Features beyond the last repeat it; they are not stored.
     weight_rows = tl.minimum(features, out_features - 1).to(tl.int64)
     x += rows.to(tl.int64)[:, None] * in_features + within[None, :]
-    weight += weight_rows[:, None] * in_features + within[None, :]
+    if masks is None:
+        weight += weight_rows[:, None] * in_features + within[None, :]
 
     num_blocks = tl.cdiv(in_features, BLOCK_K)
     blocks_a_part = tl.cdiv(num_blocks, tl.num_programs(1))
@@ -146,7 +155,9 @@ def _int8_matmul_kernel(
             if IS_WEIGHT_GROUPED:
                 weight_scales = tl.load(weight_scale + (weight_rows * num_blocks + block))
             sums = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-            sums = _add_block(sums, x, weight, block, in_features, is_row, IS_EVEN, BLOCK_K)
+            sums = _add_block(
+                sums, x, weight, masks, weight_rows, block, in_features, is_row, IS_EVEN, BLOCK_K
+            )
             if TERMS == 2:
                 high, low = tl.split(tl.reshape(sums, (BLOCK_N, BLOCK_M // 2, 2)))
                 sums = high * _LOW_STEPS + low
@@ -161,7 +172,9 @@ def _int8_matmul_kernel(
     else:
         sums = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
         for block in range(first, last):
-            sums = _add_block(sums, x, weight, block, in_features, is_row, IS_EVEN, BLOCK_K)
+            sums = _add_block(
+                sums, x, weight, masks, weight_rows, block, in_features, is_row, IS_EVEN, BLOCK_K
+            )
         if partial_sums is None:
             _scale_and_write(
                 sums,
@@ -194,15 +207,30 @@ def _int8_matmul_kernel(
 
 
 @triton.jit
-def _add_block(sums, x, weight, block, in_features, is_row, IS_EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+def _add_block(
+    sums,
+    x,
+    weight,
+    masks,
+    weight_rows,
+    block,
+    in_features,
+    is_row,
+    IS_EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """sums [BLOCK_N, BLOCK_M] int32 + one block's weight [BLOCK_N, BLOCK_K] × x [BLOCK_M, BLOCK_K]."""
     first = block * BLOCK_K
     if IS_EVEN:
         codes = tl.load(x + first, is_row[:, None], 0)
-        weights = tl.load(weight + first)
     else:
         is_column = (first + tl.arange(0, BLOCK_K) < in_features)[None, :]
         codes = tl.load(x + first, is_row[:, None] & is_column, 0)
+    if masks is not None:
+        weights = load_sparse(weight, masks, weight_rows, first + tl.arange(0, BLOCK_K), in_features, 8)
+    elif IS_EVEN:
+        weights = tl.load(weight + first)
+    else:
         weights = tl.load(weight + first, is_column, 0)
     return tl.dot(weights, tl.trans(codes), sums, out_dtype=tl.int32)
 

@@ -11,6 +11,13 @@ For a weight [N, K] in groups of g along K, the last one perhaps shorter (K even
                  scale     [N, ceil(K / 64)] float32: w = NF4[code] * scale
     codebook4    codes     as of int4
                  codebook  [N, 16] fp16: w = codebook[n, code]
+    sparse24:int8  codes   [N, K / 2] int8: two of each four along K, in their order; the others are zeros
+                 masks     [N, ceil(K / 8)] uint8: four bits for each four, bit j set where its element j is a code's;
+                           those of two fours, the first one's in the low nibble
+                 scale     [N, 1] float32: w = code * scale
+    sparse24:int4  codes   [N, K / 4] uint8: the two of a four, the first one in the low nibble
+                 masks     likewise
+                 scale     [N, ceil(K / g)] fp16: w = (code - 8) * scale
     none         weight    [N, K] float
 
 `own_parts` makes the parts of a weight; what reads those of each kind is registered in `engine.quant.plan.SCHEMES`.
@@ -30,8 +37,9 @@ from engine.errors import ConfigError
 from engine.kernels.nibbles import pack_nibbles
 from engine.loading.formats.stored import Settings, StoredModule
 from engine.quant.plan import SCHEMES
+from engine.quant.sparse24 import sparse_parts
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
-from engine.quant_spec import EMBEDDING, TABLE_GROUP_SIZE, QuantSpec, parse_quant_spec
+from engine.quant_spec import EMBEDDING, TABLE_GROUP_SIZE, QuantSpec, SchemeSpec, parse_quant_spec
 
 QUANT_METHOD = "llm-engine"
 
@@ -44,7 +52,7 @@ class OwnFormat:
         specification: The scheme of each.
     """
 
-    parts: ClassVar[tuple[str, ...]] = ("codes", "scale", "minimum", "codebook")
+    parts: ClassVar[tuple[str, ...]] = ("codes", "scale", "minimum", "codebook", "masks")
     unused: ClassVar[tuple[str, ...]] = ()
     has_rows: ClassVar[bool] = True
 
@@ -67,13 +75,22 @@ class OwnFormat:
         )
 
 
-def own_parts(weight: GridWeight | CodebookWeight) -> dict[str, torch.Tensor]:
-    """The parts of a module as they are stored."""
+def own_parts(weight: GridWeight | CodebookWeight, words: SchemeSpec) -> dict[str, torch.Tensor]:
+    """The parts of a module as they are stored.
+
+    Args:
+        words: The module's scheme.
+
+    Raises:
+        ConfigError: The scheme stores two of each four, and more are not zero.
+    """
     if isinstance(weight, CodebookWeight):
         packed = pack_nibbles(weight.codes)
         return {"codes": packed} | (
             {"codebook": weight.codebook} if weight.scale is None else {"scale": weight.scale}
         )
+    if words.dense != words:
+        return sparse_parts(weight)
     if weight.minimum is None:
         return {"codes": weight.codes, "scale": weight.scale}
     return {"codes": pack_nibbles(weight.codes), "scale": weight.scale, "minimum": weight.minimum}

@@ -25,6 +25,7 @@ from engine.loading.resolve import resolve_model
 from engine.models.splits import RowParallelGather, RowParallelIntegerSum
 from tests.helpers.forked_ranks import ForkLauncher
 from tests.helpers.paged import make_runner, make_sequences, run_chunks
+from tests.helpers.sparse import prune_checkpoint
 from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 
 CHUNKS = [[40, 1, 1], [17, 20, 1], [1, 1, 1]]
@@ -67,6 +68,7 @@ def shared(path: Path, size: int, **others: object) -> Iterator[SimpleNamespace]
     [
         ("smollm2", "int8", 3),
         ("gemma3", "int8", 2),
+        ("llama", "sparse24:int8", 2),
         ("llama-biases", MIXES[1], 4),
         ("qwen3", MIXES[0], 4),
         ("qwen2-sliding", "int4:g0,*.down_proj=int8,lm_head=none", 2),
@@ -74,6 +76,7 @@ def shared(path: Path, size: int, **others: object) -> Iterator[SimpleNamespace]
             pytest.param(*one, marks=pytest.mark.slow)
             for one in [
                 ("smollm2", "int4", 3),
+                ("smollm2", "sparse24:int4", 3),
                 ("llama-biases", "int8", 4),
                 ("qwen3", "none", 4),
                 ("mistral", "nf4", 2),
@@ -93,6 +96,8 @@ def test_logits_are_those_of_one_rank_to_the_bit(family: str, quant: str, size: 
     config = deepcopy(TINY_CONFIGS[family])
     config.intermediate_size = 192  # is shared by three, too; of four, ranks would have no whole blocks of 32
     write_checkpoint(tmp_path, config)
+    if quant.startswith("sparse24"):
+        prune_checkpoint(tmp_path)
     alone = make_runner(tmp_path, quant=quant)
     with shared(tmp_path, size, quant=quant) as together:
         assert together.runner.model.num_bytes < 0.7 * alone.model.num_bytes
@@ -100,7 +105,7 @@ def test_logits_are_those_of_one_rank_to_the_bit(family: str, quant: str, size: 
         assert together.group.num_bytes["gather"] > 0
         down = together.runner.model.layers[0].mlp.down
         sums_integers = isinstance(down.split, RowParallelIntegerSum)
-        if quant.startswith("int8") and cpu.library() is not None:
+        if quant.startswith(("int8", "sparse24:int8")) and cpu.library() is not None:
             assert sums_integers == (size < 4 and "weight-only" not in quant)
         assert sums_integers or isinstance(down.split, RowParallelGather)
 
