@@ -172,6 +172,11 @@ class SchemeSpec:
         return replace(self, kind=KINDS[self.kind].dense or self.kind)
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether zeros are not stored."""
+        return self.dense != self
+
+    @property
     def stacks(self) -> bool:
         """Whether its product can be one with others that are stored in another way."""
         if KINDS[self.kind].is_block_type:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -180,7 +180,7 @@ def _fold_into_weights(layer: CalibratedLayer, roles: Sequence[Role], recipe: Re
     words = [recipe.quant_spec.of(source) for source in sources]
     weights = [weight for role in roles for weight in layer.weights(role.name).values()]
     statistics = layer.statistics[roles[0].name]
-    kinds = {word.kind for word in words}
+    kinds = {word.dense.kind for word in words}
     if recipe.scaling == "smoothquant" and kinds <= {"none", "int8"}:
         scale = smoothing_scale(statistics.peaks, weights)
     elif recipe.scaling == "awq" and kinds == {"int4"}:
@@ -197,6 +197,8 @@ def _fold_into_weights(layer: CalibratedLayer, roles: Sequence[Role], recipe: Re
 def _search_scale(
     weights: Sequence[torch.Tensor], statistics: InputStatistics, words: SchemeSpec, recipe: Recipe
 ) -> torch.Tensor:
+    if words.is_sparse:
+        words, recipe = words.dense, _around_zero(recipe)
     return search_scale(
         weights,
         statistics.mean_magnitude,
@@ -234,17 +236,20 @@ def _round(
     if round_weight is not None:
         importance = moment.diagonal()
         return round_weight(weight, importance if bool(importance.any()) else None)
-    if words.dense != words:
-        # Around zero, so that zeros stay what they are.
-        return round_directly(weight, words.dense, recipe.rounding, is_symmetric=True)
+    if words.is_sparse:
+        return _round(weight, moment, words.dense, _around_zero(recipe))
     if words.kind == "int4":
         return _round_int4(weight, moment, words, recipe)
     return _round_directly(weight, words, recipe)
 
 
+def _around_zero(recipe: Recipe) -> Recipe:
+    """The same with codes around zero: a sparse scheme has no zero-points."""
+    return replace(recipe, is_symmetric=True)
+
+
 def _round_directly(weight: torch.Tensor, words: SchemeSpec, recipe: Recipe) -> GridWeight:
-    keeps_zero = recipe.pruning is not None
-    return round_directly(weight, words, recipe.rounding, recipe.is_symmetric, keeps_zero)
+    return round_directly(weight, words, recipe.rounding, recipe.is_symmetric, recipe.keeps_zeros)
 
 
 def _round_int4(weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, recipe: Recipe) -> GridWeight:
@@ -252,7 +257,7 @@ def _round_int4(weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, r
     shrunk = moment + SHRINKAGE * torch.diag(moment.diagonal())
     match recipe.rounding:
         case "gptq":
-            kept = None if recipe.pruning is None else weight != 0
+            kept = weight != 0 if recipe.keeps_zeros else None
             find_grid = _find_grid(recipe)
             rounded = gptq(weight, shrunk, find_grid, group_size, _LEVELS, by_activation=True, kept=kept)
         case "clip":
@@ -271,7 +276,7 @@ def _find_grid(recipe: Recipe) -> FindGrid:
 
     def find(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ranges = Ranges(values.amin(dim=1).clamp(max=0), values.amax(dim=1).clamp(min=0))
-        grid = fit_grid(ranges, 4, recipe.is_symmetric, keeps_zero=recipe.pruning is not None)
+        grid = fit_grid(ranges, 4, recipe.is_symmetric, keeps_zero=recipe.keeps_zeros)
         assert grid.minimum is not None
         return grid.scale, grid.minimum
 

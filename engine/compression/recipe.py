@@ -64,8 +64,8 @@ class Recipe:
     def parse_steps(text: str, group_size: int | None = None, is_symmetric: bool = False) -> Recipe:
         """A recipe from what `--steps` says: steps, and last the scheme; see `parse`."""
         algorithm, _, scheme = text.rpartition("+")
-        kind = scheme.strip().partition(",")[0].partition(":")[0]
-        if kind not in KINDS:
+        first = scheme.strip().partition(",")[0]
+        if not any(first == kind or first.startswith(f"{kind}:") for kind in KINDS):
             raise ConfigError(
                 f"steps: {text!r} must end with the scheme that it is stored in, one of {', '.join(CHOICES)}: "
                 f"{text.strip()} + int8"
@@ -98,6 +98,12 @@ class Recipe:
     def pruning(self) -> Prune | None:
         """The step that sets weights to zero, which then stay zero."""
         return next((step for step in self.steps if isinstance(step, Prune)), None)
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether rounding leaves zeros zero: those of `pruning`, or those that a sparse scheme does not store."""
+        schemes = (self.quant_spec.default, *(words for _, words in self.quant_spec.rules))
+        return self.pruning is not None or any(words.is_sparse for words in schemes)
 
     @property
     def structure(self) -> tuple[DropLayers | DropChannels, ...]:
@@ -156,18 +162,19 @@ class Recipe:
             words for pattern, words in rules if pattern not in (LM_HEAD, EMBEDDING)
         ]
         said = [self.quant_spec.default] + [words for _, words in rules[2:]]
-        kinds, in_layers = {words.kind for words in said}, {words.kind for words in layers}
+        if of_files := sorted({words.kind for words in said} - set(CHOICES)):
+            raise ConfigError(
+                f"scheme: {of_files[0]} is how a GGUF file is stored, which llama.cpp's llama-quantize makes; "
+                f"take one of {', '.join(CHOICES)}"
+            )
+        # A step finds the grid that a sparse scheme shares with its dense one.
+        kinds, in_layers = {words.dense.kind for words in said}, {words.dense.kind for words in layers}
         for words in said:
             if words.activations != "default":
                 raise ConfigError(
                     f"scheme: {words}: how activations are quantized is said when serving (--quant); "
                     f"leave it out, or say {words.storage}:weight-only"
                 )
-        if of_files := sorted(kinds - set(CHOICES)):
-            raise ConfigError(
-                f"scheme: {of_files[0]} is how a GGUF file is stored, which llama.cpp's llama-quantize makes; "
-                f"take one of {', '.join(CHOICES)}"
-            )
         self._check_pruning(in_layers)
         for step in self.steps:
             word = word_of(step)

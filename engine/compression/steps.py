@@ -167,7 +167,7 @@ WORDS = (
         help=(
             "sets a share of each matrix of the layers to zero, or two of each four weights along",
             "K (2of4), by magnitude, wanda (weight times input) or sparsegpt (those left make up for",
-            "it); zeros are stored as any weight is: this makes nothing smaller or faster",
+            "it); nothing is smaller or faster for it, but 2of4 under sparse24:int8 and sparse24:int4",
         ),
         kinds=tuple(kind for kind in CHOICES if SCHEMES[kind].has_zero),
         form="=SHARE,HOW",

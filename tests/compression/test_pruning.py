@@ -210,6 +210,8 @@ def make(source: Path, directory: Path, steps: str, is_symmetric: bool = False) 
         ("prune=2of4,sparsegpt + gptq + int4:g32", True),
         ("prune=2of4,sparsegpt + gptq + tune + int4:g32", True),
         ("prune=2of4,sparsegpt + nf4", False),
+        ("prune=2of4,sparsegpt + mse + sparse24:int8", False),
+        ("prune=2of4,sparsegpt + awq + gptq + sparse24:int4:g64", False),
         ("prune=2of4,sparsegpt + int4:g32,*.down_proj=int8,*.layers.0.self_attn.*=none", False),
     ],
 )
@@ -321,7 +323,7 @@ def test_the_command_says_that_zeros_alone_save_nothing(source: Path, tmp_path: 
     quantize_checkpoint(open_checkpoint(source), recipe, make_text(source), tmp_path / "out", lines.append)
     assert lines[-1] == (
         "prune=0.5,magnitude: zeros are stored and multiplied as any weight is: what is written is neither smaller "
-        "nor faster"
+        "nor faster; two of four (2of4) are both under sparse24:int8 and sparse24:int4"
     )
     assert " dB of zeros" in lines[-2]
 
