@@ -36,9 +36,9 @@ BREAKS = {
     "float_attention.c": (SUM_OF_WEIGHTS, sum_in_another_order("FLOAT_QUERIES")),
     # The order of two roundings follows the number of tokens.
     "matmul.c": (
-        "(high_sum * 128.0f + low_sum) * token_scale * load(product->scale + n * PANEL);",
-        "num_panels == 1 ? (high_sum * 128.0f + low_sum) * token_scale * load(product->scale + n * PANEL)"
-        " : (high_sum * 128.0f + low_sum) * (token_scale * load(product->scale + n * PANEL));",
+        "(high_sum * 128.0f + low_sum) * token_scale * load(product->scale + n);",
+        "num_panels == 1 ? (high_sum * 128.0f + low_sum) * token_scale * load(product->scale + n)"
+        " : (high_sum * 128.0f + low_sum) * (token_scale * load(product->scale + n));",
     ),
 }
 """In a C source, a line and what it is replaced by."""

@@ -48,7 +48,7 @@ def test_events_are_stamped_when_their_line_is_complete() -> None:
     )
     record = read_exchange(exchange, origin=10.0)
     assert record == RequestRecord(
-        start=0.0, end=5.0, text_times=[3.0, 3.0, 4.0], input_tokens=7, output_tokens=4
+        start=0.0, end=5.0, text_times=[3.0, 3.0, 4.0], input_tokens=7, output_tokens=4, status=200
     )
     assert (record.ttft, record.itl, record.e2e) == (3.0, [0.0, 1.0], 5.0)
 

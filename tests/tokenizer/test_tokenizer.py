@@ -157,6 +157,8 @@ def test_byte_level_bpe(byte_level_tokenizers: dict[str, Tokenizer], name: str) 
     tokenizer = byte_level_tokenizers[name]
 
     def check(text: str) -> None:
+        if "<|endoftext|>" in text:
+            return  # it is a token of its own, and no words
         expected = BYTE_LEVEL.encode(words_of(name, text), name in ("llama-bpe", "tekken"))
         assert tokenizer.encode(text, add_special_tokens=False) == expected
         assert tokenizer.decode(expected) == text
