@@ -67,7 +67,12 @@ class SchemeGrammar:
     dense: str = ""
 
     def has_group(self, size: int) -> bool:
-        """Whether so many elements along K may share a scale; more than 128 occur in others' checkpoints."""
+        """Whether so many elements along K may share a scale; more than 128 occur in others' checkpoints.
+
+        What stores no zeros is made by this engine alone.
+        """
+        if self.dense:
+            return size in self.groups
         return bool(self.groups) and size % _GROUP_STEP == 0 and (size > 0 or 0 in self.groups)
 
 

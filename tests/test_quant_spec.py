@@ -69,6 +69,7 @@ def test_a_scheme_is_written_in_one_way(text: str, canonical: str) -> None:
             "sparse24:int8:g32",
             "'g32' in 'sparse24:int8:g32' is not known; after sparse24:int8 there may be nothing",
         ),
+        ("sparse24:int4:g96", "after sparse24:int4 there may be g32, g64, g128"),
         ("", "got ''"),
         ("int4:g48", "'g48' in 'int4:g48' is not known; after int4 there may be g32, g64, g128, g0"),
         ("int8:g0", "after int8 there may be g32"),

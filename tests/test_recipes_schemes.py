@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.compression.hadamard import make_rotation, rotate_inputs
-from engine.compression.rotated import ROTATION_SEED, RotatedCheckpoint
+from engine.compression.rotated import ROTATION_SEED, rotated
 from engine.config import EngineConfig, SchedulerConfig
 from engine.core.sampling_params import SamplingParams
 from engine.errors import CheckpointError
@@ -306,9 +306,9 @@ def check_projection(directory: Path) -> None:
         difference = (to_float(written.tensor(f"{name}.weight")) - weight).abs()
         assert bool((difference <= 0.501 * step).all())
     assert generated(out, "auto") == generated(out, "int8")
-    rotated = RotatedCheckpoint(source, config).tensor(f"{gates[0]}.weight")
+    turned = rotated(source, config).tensor(f"{gates[0]}.weight")
     folded = to_float(source.tensor(f"{gates[0]}.weight")) * to_float(
         source.tensor("model.layers.0.input_layernorm.weight")
     )
     expected = rotate_inputs(folded, make_rotation(hidden, ROTATION_SEED))
-    torch.testing.assert_close(to_float(rotated), expected)
+    torch.testing.assert_close(to_float(turned), expected)

@@ -27,7 +27,7 @@ def sum_in_another_order(most_queries: str) -> str:
     """The order of a sum follows the number of queries that are taken together."""
     return f"""
         rows->sum[row] = 0;
-        for (int i = 0; i < LANES; i++) rows->sum[row] += sum[i];
+        for (int i = 0; i < WIDTH; i++) rows->sum[row] += sum[i / LANES][i % LANES];
         if (rows->size < {most_queries}) {SUM_OF_WEIGHTS}"""
 
 
@@ -86,6 +86,7 @@ def broken_kernels(
     # Pools are made by a library: those of the broken one must not serve the whole one, nor the other way around.
     monkeypatch.setattr(cpu, "_pools", {})
     cpu.library.cache_clear()
+    assert cpu.library() is not None, "what is broken does not compile: other kernels would serve"
     yield
     cpu.library.cache_clear()
 

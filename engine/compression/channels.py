@@ -61,7 +61,7 @@ def narrowed(config: ModelConfig, share: float) -> ModelConfig:
     channels, heads = config.intermediate_size, config.num_kv_heads
     # Shares like 0.2 are a little off as floats.
     width = min(channels, math.ceil(round(channels * (1 - share) / WIDTH_STEP, 6)) * WIDTH_STEP)
-    num_kv_heads = heads - math.floor(round(heads * share, 6))
+    num_kv_heads = max(1, heads - math.floor(round(heads * share, 6)))
     if (width, num_kv_heads) == (channels, heads):
         raise ConfigError(
             f"steps: channels={share:g}: leaves out nothing of {channels} channels, of which a multiple of "
@@ -126,7 +126,8 @@ def without_channels(checkpoint: Checkpoint, config: ModelConfig, kept: Kept) ->
         ]
     }
 
-    def cut(name: str, weight: Weight) -> Weight:
+    def read(name: str) -> Weight:
+        weight = checkpoint.tensor(name)
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
         found = None if match is None else cuts.get(match[2])
         if match is None or found is None or (match[3] == "bias" and found.axis == 1):
@@ -143,4 +144,4 @@ def without_channels(checkpoint: Checkpoint, config: ModelConfig, kept: Kept) ->
         # It follows from the number of heads no more.
         "head_dim": config.head_dim,
     }
-    return CheckpointView(checkpoint, changes, {name: name for name in checkpoint.names()}, cut)
+    return CheckpointView(checkpoint, changes, checkpoint.names(), read)

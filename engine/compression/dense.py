@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.compression.record import RECORD
-from engine.compression.writing import write_directory, write_shard
+from engine.compression.writing import of_float16, write_directory, write_shard
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.formats import QUANTIZATION_KEYS
 from engine.quant.weight import to_float
@@ -19,7 +19,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def write_dense(checkpoint: Checkpoint, directory: Path) -> None:
-    """Writes the numbers that a directory's codes stand for as float16, one layer at a time, zeros as zeros.
+    """Writes the numbers that a directory's codes stand for, rounded to float16, a layer at a time, zeros as zeros.
 
     Args:
         checkpoint: A directory that this engine has compressed.
@@ -36,4 +36,4 @@ def write_dense(checkpoint: Checkpoint, directory: Path) -> None:
             write_shard(floats, directory / file)
     shutil.copy(checkpoint.path / RECORD, directory)
     config = {key: value for key, value in checkpoint.config.items() if key not in QUANTIZATION_KEYS}
-    write_directory(directory, checkpoint, config, shards)
+    write_directory(directory, checkpoint, of_float16(config), shards)

@@ -236,11 +236,12 @@ def _round(
     if round_weight is not None:
         importance = moment.diagonal()
         return round_weight(weight, importance if bool(importance.any()) else None)
+    keeps_zeros = recipe.pruning is not None or words.is_sparse
     if words.is_sparse:
-        return _round(weight, moment, words.dense, _around_zero(recipe))
+        words, recipe = words.dense, _around_zero(recipe)
     if words.kind == "int4":
-        return _round_int4(weight, moment, words, recipe)
-    return _round_directly(weight, words, recipe)
+        return _round_int4(weight, moment, words, recipe, keeps_zeros)
+    return round_directly(weight, words, recipe.rounding, recipe.is_symmetric, keeps_zeros)
 
 
 def _around_zero(recipe: Recipe) -> Recipe:
@@ -248,22 +249,20 @@ def _around_zero(recipe: Recipe) -> Recipe:
     return replace(recipe, is_symmetric=True)
 
 
-def _round_directly(weight: torch.Tensor, words: SchemeSpec, recipe: Recipe) -> GridWeight:
-    return round_directly(weight, words, recipe.rounding, recipe.is_symmetric, recipe.keeps_zeros)
-
-
-def _round_int4(weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, recipe: Recipe) -> GridWeight:
+def _round_int4(
+    weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, recipe: Recipe, keeps_zeros: bool
+) -> GridWeight:
     group_size = words.group_size or weight.shape[1]
     shrunk = moment + SHRINKAGE * torch.diag(moment.diagonal())
+    find_grid = _find_grid(recipe.is_symmetric, keeps_zeros)
     match recipe.rounding:
         case "gptq":
-            kept = weight != 0 if recipe.keeps_zeros else None
-            find_grid = _find_grid(recipe)
+            kept = weight != 0 if keeps_zeros else None
             rounded = gptq(weight, shrunk, find_grid, group_size, _LEVELS, by_activation=True, kept=kept)
         case "clip":
-            rounded = round_clipped(weight, moment, _find_grid(recipe), group_size, _LEVELS)
+            rounded = round_clipped(weight, moment, find_grid, group_size, _LEVELS)
         case _:
-            rounded = _round_directly(weight, words, recipe)
+            rounded = round_directly(weight, words, recipe.rounding, recipe.is_symmetric, keeps_zeros)
     if not recipe.tunes:
         return rounded
     # A symmetric grid stays one that is only stretched. GPTQ's codes are better than nearest ones.
@@ -271,12 +270,12 @@ def _round_int4(weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, r
     return tune_scales(weight, rounded, shrunk, _LEVELS, shifts=shifts, keeps_codes=keeps_codes)
 
 
-def _find_grid(recipe: Recipe) -> FindGrid:
+def _find_grid(is_symmetric: bool, keeps_zeros: bool) -> FindGrid:
     """The grid of a group's values [N, g]: their range, widened to hold zero, so that its zero-point is a code."""
 
     def find(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ranges = Ranges(values.amin(dim=1).clamp(max=0), values.amax(dim=1).clamp(min=0))
-        grid = fit_grid(ranges, 4, recipe.is_symmetric, keeps_zero=recipe.keeps_zeros)
+        grid = fit_grid(ranges, 4, is_symmetric, keeps_zero=keeps_zeros)
         assert grid.minimum is not None
         return grid.scale, grid.minimum
 

@@ -69,4 +69,4 @@ def without_layers(checkpoint: Checkpoint, config: ModelConfig, dropped: Sequenc
         changes["layer_types"] = [
             "full_attention" if windows[layer] is None else "sliding_attention" for layer in kept
         ]
-    return CheckpointView(checkpoint, changes, names)
+    return CheckpointView(checkpoint, changes, names, lambda name: checkpoint.tensor(names[name]))

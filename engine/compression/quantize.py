@@ -22,12 +22,13 @@ from engine.compression.dense import write_dense
 from engine.compression.layer_quantizer import quantize_layer, quantize_weight
 from engine.compression.recipe import Recipe
 from engine.compression.record import Record, mean_error
-from engine.compression.rotated import RotatedCheckpoint
+from engine.compression.rotated import rotated
 from engine.compression.structure import reshaped, restructure
 from engine.compression.writing import (
     compressed_tensors,
     compressed_tensors_config,
     is_expressible,
+    of_float16,
     write_directory,
     write_shard,
 )
@@ -42,7 +43,7 @@ from engine.models.config import ModelConfig
 from engine.models.modules import ROLES, module_names
 from engine.models.shapes import tensor_names, tensor_shape
 from engine.quant.weight import CodebookWeight, GridWeight, Weight, to_float
-from engine.quant_spec import EMBEDDING, LM_HEAD, TABLE_GROUP_SIZE, SchemeSpec
+from engine.quant_spec import EMBEDDING, ENDS, LM_HEAD, TABLE_GROUP_SIZE, SchemeSpec
 
 _REST = "model-rest.safetensors"
 
@@ -134,13 +135,13 @@ def quantize_checkpoint(
         "recipe": recipe.description,
         "calibration": {"windows": list(text.token_ids.shape), "digest": text.digest},
     }
-    record = Record.open(directory, origin)
+    record = Record.open(directory, origin, "out")
     if dense is not None:
-        Record.open(dense, origin)
+        Record.open(dense, origin, "dense")
     checkpoint = restructure(checkpoint, recipe, text.token_ids, record, report)
     config = read_model_config(checkpoint)
     if recipe.rotates:
-        checkpoint = RotatedCheckpoint(checkpoint, config)
+        checkpoint = rotated(checkpoint, config)
         config = read_model_config(checkpoint)
     layout = Layout.choose(recipe, config)
     known = {layer for layer in range(config.num_layers) if (directory / _shard(layer)).exists()}
@@ -162,19 +163,24 @@ def quantize_checkpoint(
     shards[_REST] = list(rest)
     record.write()
     has_head = any(name.startswith(f"{LM_HEAD}.") for name in rest)
-    changes: dict[str, Any] = {"tie_word_embeddings": not has_head}
-    if layout.quantization is not None:
-        changes["quantization_config"] = layout.quantization
-    write_directory(directory, checkpoint, checkpoint.config | changes, shards)
+    new_config = checkpoint.config | {"tie_word_embeddings": not has_head}
+    if layout.quantization is None:
+        new_config = of_float16(new_config)
+    else:
+        new_config["quantization_config"] = layout.quantization
+    write_directory(directory, checkpoint, new_config, shards)
     if dense is not None:
         write_dense(open_checkpoint(directory), dense)
-        report(f"{dense}: the same numbers as floats")
+        report(f"{dense}: the same numbers, rounded to float16")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     report(f"{directory}: {layout}; signal to noise at outputs: {_describe(record)}; peak {peak:.0f} MiB")
-    if recipe.pruning is not None and not recipe.quant_spec.default.is_sparse:
+    pruned = [module for module in module_names(config) if module not in ENDS]
+    dense_ones = [module for module in pruned if not recipe.quant_spec.of(module).is_sparse]
+    if recipe.pruning is not None and dense_ones:
         report(
-            f"{recipe.pruning}: zeros are stored and multiplied as any weight is: what is written is neither smaller "
-            "nor faster; two of four (2of4) are both under sparse24:int8 and sparse24:int4"
+            f"{recipe.pruning}: the zeros of {len(dense_ones)} of {len(pruned)} matrices are stored and multiplied "
+            "as any weight is, which makes them neither smaller nor faster; two of four (2of4) are both under "
+            "sparse24:int8 and sparse24:int4"
         )
 
 

@@ -100,12 +100,6 @@ class Recipe:
         return next((step for step in self.steps if isinstance(step, Prune)), None)
 
     @property
-    def keeps_zeros(self) -> bool:
-        """Whether rounding leaves zeros zero: those of `pruning`, or those that a sparse scheme does not store."""
-        schemes = (self.quant_spec.default, *(words for _, words in self.quant_spec.rules))
-        return self.pruning is not None or any(words.is_sparse for words in schemes)
-
-    @property
     def structure(self) -> tuple[DropLayers | DropChannels, ...]:
         """The steps that change the model's shape."""
         return tuple(step for step in self.steps if isinstance(step, DropLayers | DropChannels))
@@ -118,7 +112,8 @@ class Recipe:
     @property
     def has_float_minimums(self) -> bool:
         """Whether int4 groups may begin at values that are no whole multiples of their scales."""
-        return self.tunes and not self.is_symmetric
+        schemes = (self.quant_spec.default, *(words for _, words in self.quant_spec.rules))
+        return self.tunes and not self.is_symmetric and any(words.kind == "int4" for words in schemes)
 
     @property
     def description(self) -> dict[str, object]:
@@ -221,9 +216,9 @@ def _with_group(scheme: str, group_size: int | None) -> str:
     kind = parse_scheme_spec(first).kind
     if any(word.startswith("g") and word[1:].isdecimal() for word in first.split(":")):
         raise ConfigError(f"group: {first} says the size of groups already; leave --group out")
-    groups = KINDS[kind].groups
-    if not groups:
+    grammar = KINDS[kind]
+    if not grammar.groups:
         raise ConfigError(f"group: {kind} has no choice of groups; leave --group out")
-    if group_size == 0 and 0 not in groups:
+    if group_size == 0 and 0 not in grammar.groups and not grammar.default_group:
         return scheme  # whole rows are what is meant if nothing is said
     return f"{first}:g{group_size}{separator}{rest}"

@@ -34,8 +34,11 @@ class Record:
     structure: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def open(directory: Path, origin: dict[str, Any]) -> Record:
+    def open(directory: Path, origin: dict[str, Any], option: str) -> Record:
         """Makes the directory, or finds in it the beginning of the same.
+
+        Args:
+            option: The one that names it.
 
         Raises:
             ConfigError: It holds something else.
@@ -45,7 +48,7 @@ class Record:
         if not file.exists():
             if any(directory.iterdir()):
                 raise ConfigError(
-                    f"out: {directory} is not empty, and not of an interrupted run; give another"
+                    f"{option}: {directory} is not empty, and not of an interrupted run; give another"
                 )
             record = Record(directory, origin)
             record.write()
@@ -54,7 +57,9 @@ class Record:
         errors, pruning_errors = found.pop("signal_to_noise_db"), found.pop("pruning_signal_to_noise_db", {})
         structure = found.pop("structure", {})
         if found != json.loads(json.dumps(origin)):
-            raise ConfigError(f"out: {directory} is of another model, recipe or calibration; give another")
+            raise ConfigError(
+                f"{option}: {directory} is of another model, recipe or calibration; give another"
+            )
         return Record(directory, origin, errors, pruning_errors, structure)
 
     def write(self) -> None:

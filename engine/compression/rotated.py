@@ -6,19 +6,14 @@ them, and embedding and vocabulary projection, if they were one, become two. One
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 
 from engine.compression.hadamard import make_rotation, rotate_ends, rotate_layer
+from engine.compression.view import CheckpointView
 from engine.loading.checkpoint import Checkpoint
-from engine.loading.slices import check_shape, take_slices
 from engine.models.config import ModelConfig
 from engine.models.modules import ROLES
-from engine.parallel.shards import WHOLE, Slices
 from engine.quant.weight import Weight, to_float
-from engine.quant_spec import SchemeSpec
 
 ROTATION_SEED = 0
 """Seeds the rotation's signs: the same model is always rotated the same way."""
@@ -43,42 +38,29 @@ _ROLES = {
 """What `rotate_layer` calls the tensors of a layer."""
 
 
-class RotatedCheckpoint:
-    """See `engine.loading.checkpoint.Checkpoint`; all tensors that the rotation changes are float32.
+def rotated(checkpoint: Checkpoint, config: ModelConfig) -> CheckpointView:
+    """The checkpoint through the rotation; all tensors that it changes are float32.
 
     Args:
         config: Of a model without norms behind attention and MLP.
     """
+    changes = {"tie_word_embeddings": False}
+    return CheckpointView(
+        checkpoint, changes, checkpoint.names() | {_HEAD}, _Rotated(checkpoint, config).tensor
+    )
+
+
+class _Rotated:
+    """The rotated tensors of a checkpoint, of which a layer's are kept while it is read."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         self._checkpoint, self._model = checkpoint, config
         self._rotation = make_rotation(config.hidden_size, ROTATION_SEED)
         self._layer: dict[str, torch.Tensor] = {}
         self._prefix = ""
-        self.path = checkpoint.path
-        self.generation_config = checkpoint.generation_config
-        self.recommended_params = checkpoint.recommended_params
-        self.config: dict[str, Any] = {**checkpoint.config, "tie_word_embeddings": False}
 
-    def names(self) -> set[str]:
-        return self._checkpoint.names() | {_HEAD}
-
-    def other_names(self) -> set[str]:
-        return set()
-
-    def auto_schemes(self, modules: Iterable[str]) -> dict[str, SchemeSpec]:
-        return {}
-
-    @property
-    def num_bytes_read(self) -> int:
-        return self._checkpoint.num_bytes_read
-
-    def tensor(self, name: str, part: Slices = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
-        weight = self._whole(name)
-        check_shape(self.path, name, weight.shape, shape)
-        return take_slices(weight, part, name)
-
-    def _whole(self, name: str) -> Weight:
+    def tensor(self, name: str) -> Weight:
+        """A whole tensor."""
         if name in (_EMBEDDING, _NORM, _HEAD):
             return self._end(name)
         prefix, role = self._role(name)

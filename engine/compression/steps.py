@@ -52,7 +52,7 @@ class DropChannels:
     share: float
 
     def __str__(self) -> str:
-        return f"{self.name}={self.share:g}"
+        return f"{self.name}={self.share}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Prune:
     algorithm: PruningAlgorithm
 
     def __str__(self) -> str:
-        pattern = TWO_OF_FOUR if self.is_two_of_four else f"{self.share:g}"
+        pattern = TWO_OF_FOUR if self.is_two_of_four else f"{self.share}"
         return f"{self.name}={pattern},{self.algorithm}"
 
 

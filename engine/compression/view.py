@@ -1,8 +1,8 @@
-"""A checkpoint seen without some of its parts: layers, channels or heads."""
+"""A checkpoint seen in another way: rotated, or without some of its layers, channels or heads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from engine.errors import CheckpointError
@@ -18,25 +18,25 @@ class CheckpointView:
 
     Args:
         config: The keys of config.json that are not the checkpoint's.
-        names: By the name of each tensor, its name in the checkpoint.
-        cut: What is left of a tensor, by its name here.
+        names: The tensors that there are.
+        read: A whole tensor, by its name here.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         config: dict[str, Any],
-        names: Mapping[str, str],
-        cut: Callable[[str, Weight], Weight] = lambda name, weight: weight,
+        names: Collection[str],
+        read: Callable[[str], Weight],
     ) -> None:
-        self._checkpoint, self._names, self._cut = checkpoint, names, cut
+        self._checkpoint, self._names, self._read = checkpoint, set(names), read
         self.path = checkpoint.path
         self.generation_config = checkpoint.generation_config
         self.recommended_params = checkpoint.recommended_params
         self.config: dict[str, Any] = checkpoint.config | config
 
     def names(self) -> set[str]:
-        return set(self._names)
+        return self._names
 
     def other_names(self) -> set[str]:
         return set()
@@ -51,6 +51,6 @@ class CheckpointView:
     def tensor(self, name: str, part: Slices = WHOLE, shape: tuple[int, ...] | None = None) -> Weight:
         if name not in self._names:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing, or was left out")
-        weight = self._cut(name, self._checkpoint.tensor(self._names[name]))
+        weight = self._read(name)
         check_shape(self.path, name, weight.shape, shape)
         return take_slices(weight, part, name)

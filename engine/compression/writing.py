@@ -156,6 +156,11 @@ def write_shard(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     os.replace(partial, path)
 
 
+def of_float16(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of config.json for floats that are stored so: others would be rounded to the source's type."""
+    return {key: value for key, value in config.items() if key != "dtype"} | {"torch_dtype": "float16"}
+
+
 def write_directory(
     directory: Path, checkpoint: Checkpoint, config: dict[str, Any], shards: Mapping[str, list[str]]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +34,8 @@ def take_codes(data: np.ndarray[Any, np.dtype[np.uint8]], start: int, layout: La
         "take_codes",
         rows,
         torch.get_num_threads(),
-        data=torch.from_numpy(data),
+        # C needs the address alone, and torch warns of arrays that are read-only, as a mapped file's are.
+        data=torch.frombuffer((ctypes.c_uint8 * 1).from_address(data.ctypes.data), dtype=torch.uint8),
         stride=data.strides[0],
         num_blocks=num_blocks,
         block_bytes=block_bytes,

@@ -113,7 +113,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.dtype, self.group, self.pipeline = config, dtype, group, pipeline
-        head, table = quantization.head, quantization.table(config.ties_embeddings)
+        head, table = quantization.head, quantization.table
         self.embedding: Embedding | None = None
         if pipeline.is_first:
             self.embedding = Embedding(

@@ -26,7 +26,7 @@ from engine.quant.parts import ReadPart
 from engine.quant.scheme import Scheme
 from engine.quant.sparse24 import Sparse24Int4, Sparse24Int8, read_sparse24_int4, read_sparse24_int8
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
-from engine.quant_spec import EMBEDDING, KINDS, LM_HEAD, TABLE_GROUP_SIZE, QuantSpec, SchemeSpec
+from engine.quant_spec import EMBEDDING, LM_HEAD, TABLE_GROUP_SIZE, QuantSpec, SchemeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +55,10 @@ class QuantizationPlan:
         """The scheme of the vocabulary projection."""
         return self.schemes([LM_HEAD])[0]
 
-    def table(self, is_tied: bool) -> Scheme:
-        """The scheme of the embedding; where it is the head's, and they are tied, they are stored once.
-
-        Args:
-            is_tied: Whether the head's weight is the embedding's: a table keeps the type of a file's head then.
-        """
-        head, table = (self.quant_spec.of(module) for module in (LM_HEAD, EMBEDDING))
-        if is_tied and KINDS[head.kind].is_block_type and table.kind != "none":
-            return self.head
+    @property
+    def table(self) -> Scheme:
+        """The scheme of the embedding; where it is the head's, and they are tied, they are stored once."""
+        table = self.quant_spec.of(EMBEDDING)
         if table == SchemeSpec("int8"):
             return Int8Groups(TABLE_GROUP_SIZE)
         return self.schemes([EMBEDDING])[0]

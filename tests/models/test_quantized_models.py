@@ -70,7 +70,6 @@ def dequantized(path: Path, quant: str) -> PreTrainedModel:
     model = load_reference(path)
     plan = QuantizationPlan(parse_quant_spec(quant), torch.float32)
     (linear,) = plan.schemes(["model.layers.0.mlp.down_proj"])
-    is_tied = bool(model.config.tie_word_embeddings)
     group_size = plan.quant_spec.default.group_size
     embedding = model.get_input_embeddings().weight.detach()
     model.config.tie_word_embeddings = False
@@ -79,7 +78,7 @@ def dequantized(path: Path, quant: str) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if "proj" in name:
                 parameter.copy_(grid_values(linear, parameter, group_size))
-        model.get_input_embeddings().weight.copy_(grid_values(plan.table(is_tied), embedding, 32))
+        model.get_input_embeddings().weight.copy_(grid_values(plan.table, embedding, 32))
     return model
 
 

@@ -77,6 +77,27 @@ def test_int4_has_the_bits_of_int4_with_the_same_codes(rows: int, columns: int, 
     assert_same_products(Sparse24Int4(group_size), tensors, dense, dense.quantize(grid))
 
 
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_the_largest_sums_of_a_group_fit(group_size: int) -> None:
+    weight = prune_fours(torch.full((16, 256), 7.0))
+    grid = GridWeight(
+        (weight + CENTRE).to(torch.uint8),
+        torch.ones(16, 256 // group_size),
+        torch.full((16, 256 // group_size), -float(CENTRE)),
+        group_size,
+    )
+    sparse = Sparse24Int4(group_size)
+    matmul = sparse.bind(sparse.quantize(grid), None)
+    for sign in (1, -1):
+        for size in (1, 4, 8):
+            torch.testing.assert_close(
+                matmul(torch.full((size, 256), 0.01 * sign)),
+                torch.full((size, 16), 8.96 * sign),
+                rtol=0.01,
+                atol=0,
+            )
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_all_codes_and_positions(bits: int) -> None:
     """Also the outermost codes, and fours of fewer than two; other rows of a product do not matter."""

@@ -53,21 +53,19 @@ def test_a_tied_table_is_stored_once(quant: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quant", "is_tied", "table"),
+    ("quant", "table"),
     [
-        ("none", True, "float32"),
+        ("none", "float32"),
         # A scale a row is coarse for what is looked up.
-        ("int8", True, "int8-g32"),
-        ("int8:g64", True, "int8-g32"),
-        ("int4", True, "int8-g32"),
-        ("q4_0", True, "q4_0"),
-        ("q4_0,lm_head=q6_k", True, "q6_k"),
-        ("q4_0,model.embed_tokens=q6_k", False, "q6_k"),
+        ("int8", "int8-g32"),
+        ("int8:g64", "int8-g32"),
+        ("int4", "int8-g32"),
+        ("q4_0", "q4_0"),
         # What is named stays as it is named.
-        ("int4,lm_head=int4", True, "int8-g32"),
-        ("int8,model.embed_tokens=none", True, "float32"),
-        ("none,lm_head=int8", True, "float32"),
+        ("q4_0,model.embed_tokens=int8", "int8-g32"),
+        ("q4_0,model.embed_tokens=q6_k", "q6_k"),
+        ("int8,model.embed_tokens=none", "float32"),
     ],
 )
-def test_a_table_has_the_scheme_of_a_head_that_is_tied_to_it(quant: str, is_tied: bool, table: str) -> None:
-    assert QuantizationPlan(parse_quant_spec(quant), torch.float32).table(is_tied).name == table
+def test_the_scheme_of_a_table(quant: str, table: str) -> None:
+    assert QuantizationPlan(parse_quant_spec(quant), torch.float32).table.name == table

@@ -102,34 +102,41 @@ typedef void GroupTile(const Weights *, const Terms *, PartFloats *);
 
 #if defined(__AVX2__)
 
-// Of sparse codes each sum of a group, of at most 128, fits into 16 bits: all 16 outputs' are in a register.
+// Sums of sparse codes over 16 quads, of at most 32 * 8 * 127, fit into 16 bits: all 16 outputs' are in a register.
+enum { SPARSE_QUADS = 16 };
+
 #define SPARSE_GROUP_TILE(ROWS)                                                                                    \
     static void SPARSE_tile_##ROWS##_1(const Weights *weights, const Terms *terms, PartFloats *output) {           \
         const int64_t groups = weights->groups, stride = terms->stride;                                            \
         PartFloats totals[ROWS][PARTS];                                                                            \
         EACH(m, ROWS) EACH(p, PARTS) totals[m][p] = (PartFloats){0};                                               \
         for (int64_t g = 0; g < groups; g++) {                                                                     \
-            __m256i sums[ROWS];                                                                                    \
-            EACH(m, ROWS) sums[m] = _mm256_setzero_si256();                                                        \
+            PartInts products[ROWS][PARTS];                                                                        \
+            EACH(m, ROWS) EACH(p, PARTS) products[m][p] =                                                          \
+                fill_ints(SPARSE_CENTRE * terms->sums[m * groups + g]);                                            \
             const int64_t end = smaller((g + 1) * weights->group_quads, weights->quads);                           \
-            for (int64_t k = g * weights->group_quads; k < end; k += SPARSE_UNIT) {                                \
-                const uint8_t *unit = weights->panels + bytes_of(SPARSE, k);                                       \
-                prefetch(unit, bytes_of(SPARSE, SPARSE_UNIT));                                                     \
-                EACH(quad, SPARSE_UNIT) {                                                                          \
-                    const __m256i kept = load_kept(unit, 4, quad), places = load_places(unit, quad);               \
-                    EACH(m, ROWS) {                                                                                \
-                        const int8_t *x = terms->codes + m * stride + (k + quad) * QUAD;                           \
-                        sums[m] = _mm256_add_epi16(sums[m], multiply_centred(kept, places, x));                    \
+            for (int64_t k = g * weights->group_quads, stop; k < end; k = stop) {                                  \
+                __m256i sums[ROWS];                                                                                \
+                EACH(m, ROWS) sums[m] = _mm256_setzero_si256();                                                    \
+                stop = smaller(k + SPARSE_QUADS, end);                                                             \
+                for (int64_t i = k; i < stop; i += SPARSE_UNIT) {                                                  \
+                    const uint8_t *unit = weights->panels + bytes_of(SPARSE, i);                                   \
+                    prefetch(unit, bytes_of(SPARSE, SPARSE_UNIT));                                                 \
+                    EACH(quad, SPARSE_UNIT) {                                                                      \
+                        const __m256i kept = load_kept(unit, 4, quad), places = load_places(unit, quad);           \
+                        EACH(m, ROWS) {                                                                            \
+                            const int8_t *x = terms->codes + m * stride + (i + quad) * QUAD;                       \
+                            sums[m] = _mm256_add_epi16(sums[m], multiply_centred(kept, places, x));                \
+                        }                                                                                          \
                     }                                                                                              \
                 }                                                                                                  \
+                EACH(m, ROWS) EACH(p, PARTS) products[m][p] += (PartInts)widen_sums(sums[m], p);                   \
             }                                                                                                      \
             EACH(p, PARTS) {                                                                                       \
                 const PartFloats scale = group_scale(weights, 0, g, p), minimum = scale * -weights->centre;        \
                 EACH(m, ROWS) {                                                                                    \
-                    const int32_t sum = terms->sums[m * groups + g];                                               \
-                    const PartInts products = (PartInts)widen_sums(sums[m], p) + SPARSE_CENTRE * sum;              \
-                    totals[m][p] += __builtin_convertvector(products, PartFloats) * scale;                         \
-                    totals[m][p] += (float)sum * minimum;                                                          \
+                    totals[m][p] += __builtin_convertvector(products[m][p], PartFloats) * scale;                   \
+                    totals[m][p] += (float)terms->sums[m * groups + g] * minimum;                                  \
                 }                                                                                                  \
             }                                                                                                      \
         }                                                                                                          \

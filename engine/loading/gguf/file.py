@@ -120,8 +120,7 @@ class _Reader(GGUFReader):  # type: ignore[misc, unused-ignore]
 def _open(path: Path) -> _Reader:
     check_regular(path)
     try:
-        # Copies on writing, of which there is none: torch takes no arrays that are read-only without a warning.
-        return _Reader(path, "c")
+        return _Reader(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     except (ValueError, KeyError, IndexError, OverflowError, TypeError, MemoryError, struct.error) as error:
