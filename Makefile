@@ -90,7 +90,8 @@ chaos: install  ## kills, attacks, twice the load and a soak; figures in benchma
 	status=0; \
 	$(PYTHON) -m tests.chaos --output $(RESULTS)/chaos-kills.json || status=1; \
 	$(PYTHON) -m benchmarks.attacks --output $(RESULTS)/chaos-attacks.json || status=1; \
-	$(PYTHON) -m benchmarks.load --output $(RESULTS)/chaos-load.json || status=1; \
+	$(PYTHON) -m benchmarks.load --soak-minutes 0 --output $(RESULTS)/chaos-load.json || status=1; \
+	$(PYTHON) -m benchmarks.load --requests 80 --output $(RESULTS)/chaos-soak.json || status=1; \
 	exit $$status
 
 # Agents that people use, headless, against an engine whose answers a script says.

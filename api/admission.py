@@ -38,7 +38,7 @@ class QueueLimits:
         max_queued_requests: Samples that wait for a slot, at most.
         max_queued_tokens: Tokens of prompts that are not computed, at most, unless they are one request's.
         slo_ttft_ms: Milliseconds in which a request must be predicted to have its first token.
-        queue_timeout: Seconds after which a request ends of which nothing has been computed.
+        queue_timeout: Seconds after which a request ends of which nothing has been computed, or an embedding.
     """
 
     max_queued_requests: int | None = None

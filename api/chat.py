@@ -184,8 +184,8 @@ async def _events(service: Service, job: ChatJob, outputs: PromptOutputs) -> Asy
     if not everything and not (options and options.continuous_usage_stats):
         usage = chunk_usage(counter, options)
         for index in range(job.params.n):
-            choice = ChatChunkChoice(index, ChatDelta(content=""))
-            contents.append(TextEvents(ChatChunk(*head, [choice], fingerprint, usage=usage), "content"))
+            example = chunk([ChatChunkChoice(index, ChatDelta(content=""))], usage)
+            contents.append(TextEvents(example, "content"))
 
     has_begun, num_open = False, job.params.n
     async with aclosing(outputs):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-import time
 from dataclasses import dataclass
 
 from fastapi import Request, Response
@@ -13,7 +12,7 @@ from fastapi import Request, Response
 from api.bodies import Embedding, EmbeddingList, EmbeddingUsage
 from api.body import json_response
 from api.errors import ApiError
-from api.generation import check_queue, new_id, out_of_time
+from api.generation import check_queue, in_time, new_id
 from api.keys import Client, client_of
 from api.prompts import encode_prompts, split_prompts
 from api.protocol import EmbeddingRequest, decode_request
@@ -106,7 +105,7 @@ async def _embed(service: Service, job: EmbeddingJob, request_id: str) -> list[l
             embedding = service.engine.embed(
                 prompt, job.params, f"{request_id}-{index}", job.priority, owner=job.client.share
             )
-            output = await service.metrics.observe_embedding(embedding, len(prompt))
+            output = await service.metrics.observe_embedding(embedding, job.arrival, len(prompt))
             job.client.charge(len(prompt))
         finally:
             service.admission.leave(places[index])
@@ -115,15 +114,9 @@ async def _embed(service: Service, job: EmbeddingJob, request_id: str) -> list[l
         return output.outputs.embedding
 
     tasks = [asyncio.create_task(one(index, prompt)) for index, prompt in enumerate(job.prompts)]
-    limits = [limit for limit in (job.timeout, service.admission.queue_timeout) if limit is not None]
-    left = job.arrival + min(limits) - time.perf_counter() if limits else None
     try:
-        return await asyncio.wait_for(asyncio.gather(*tasks), left)
-    except TimeoutError:
-        if job.timeout is not None and job.timeout == min(limits):
-            raise out_of_time(job.timeout) from None
-        service.metrics.count_refusal("queue_timeout")
-        raise service.admission.waited_too_long() from None
+        # A vector is not there in parts: each counts as waiting to its end, the first one that came for all.
+        return await in_time(service, asyncio.gather(*tasks), job.arrival, job.timeout, places[0])
     finally:
         for task in tasks:
             task.cancel()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from api.admission import Place
 from api.errors import ApiError
@@ -15,6 +17,8 @@ from api.keys import Client
 from api.service import Service
 from engine.core.outputs import CompletionOutput, Logprob, RequestOutput
 from engine.core.sampling_params import SamplingParams
+
+Result = TypeVar("Result")
 
 PromptOutputs = AsyncGenerator[tuple[int, RequestOutput], None]
 PromptLogprobs = list[dict[int, Logprob] | None]
@@ -201,41 +205,45 @@ def _next(
     Raises:
         ApiError: 408, the time of the request is over; 503, its prompt has waited too long.
     """
+    has_limit = generation.timeout is not None or (
+        place.waits and service.admission.queue_timeout is not None
+    )
+    work = anext(outputs, None)
+    return in_time(service, work, generation.arrival, generation.timeout, place) if has_limit else work
+
+
+async def in_time(
+    service: Service, work: Awaitable[Result], arrival: float, timeout: float | None, place: Place
+) -> Result:
+    """The result of `work`, if it comes in time.
+
+    Args:
+        arrival: When the request came, and `timeout` began, the seconds that it has asked for.
+        place: What --queue-timeout counts for, from its entering on and as long as it waits.
+
+    Raises:
+        ApiError: 408, the time of the request is over; 503, it has waited too long.
+    """
     longest = service.admission.queue_timeout if place.waits else None
-    if longest is None and generation.timeout is None:
-        return anext(outputs, None)
-    return _next_in_time(service, generation, outputs, longest)
-
-
-async def _next_in_time(
-    service: Service,
-    generation: Generation,
-    outputs: AsyncGenerator[RequestOutput, None],
-    longest: float | None,
-) -> RequestOutput | None:
-    """As `_next`; a prompt may wait for at most `longest` seconds."""
-    seconds = min(limit for limit in (generation.timeout, longest) if limit is not None)
+    end = math.inf if timeout is None else arrival + timeout
+    last_wait = math.inf if longest is None else place.entered + longest
     try:
-        return await asyncio.wait_for(
-            anext(outputs, None), generation.arrival + seconds - time.perf_counter()
-        )
+        left = min(end, last_wait) - time.perf_counter()
+        if left <= 0:
+            raise TimeoutError
+        async with asyncio.timeout(None if left == math.inf else left):
+            return await work
     except TimeoutError:
-        if seconds == longest:
+        if last_wait < end:
             service.metrics.count_refusal("queue_timeout")
             raise service.admission.waited_too_long() from None
-        assert generation.timeout is not None
-        raise out_of_time(generation.timeout) from None
-
-
-def out_of_time(seconds: float) -> ApiError:
-    """The error of a request that has not ended within the time that it has asked for."""
-    return ApiError(
-        408,
-        f"timeout: the request has not ended within its {seconds:g} s",
-        param="timeout",
-        code="timeout",
-        headers={"x-should-retry": "false"},
-    )
+        raise ApiError(
+            408,
+            f"timeout: the request has not ended within its {timeout:g} s",
+            param="timeout",
+            code="timeout",
+            headers={"x-should-retry": "false"},
+        ) from None
 
 
 async def note_prompt_logprobs(outputs: PromptOutputs, noted: dict[int, PromptLogprobs]) -> PromptOutputs:

@@ -230,10 +230,10 @@ class Metrics:
             self._success.labels(self._model_name, reason).inc(num_samples - times.num_finished)
 
     async def observe_embedding(
-        self, embedding: Awaitable[EmbeddingRequestOutput], num_prompt_tokens: int
+        self, embedding: Awaitable[EmbeddingRequestOutput], arrival: float, num_prompt_tokens: int
     ) -> EmbeddingRequestOutput:
         """Waits for one embedding, and measures it as a sample without tokens."""
-        arrival, reason = time.perf_counter(), "abort"
+        reason = "abort"
         try:
             output = await embedding
             reason = "stop" if output.error is None else "error"

@@ -35,14 +35,14 @@ class TextEvents:
     """Events that differ in one text: what stands around that is written once.
 
     Args:
-        chunk: One of them, without a text.
+        example: One of them, its text empty.
         member: The text's name in JSON; no other member that has it is an empty text.
     """
 
-    def __init__(self, chunk: msgspec.Struct, member: str) -> None:
+    def __init__(self, example: bytes, member: str) -> None:
         name = _encoder.encode(member) + b":"
         # It stands in no text: quotes are escaped there.
-        before, self._after = event(chunk).split(name + b'""')
+        before, self._after = example.split(name + b'""')
         self._before = before + name
 
     def event(self, text: str) -> bytes:
@@ -83,8 +83,10 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) 
 
     async def watch() -> None:
         nonlocal has_gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        # A connection that cannot be read is one that nobody reads from either.
+        with suppress(Exception):
+            while (await receive())["type"] != "http.disconnect":
+                pass
         has_gone = True
         working.cancel()
 

@@ -86,8 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--queue-timeout",
         type=_positive,
-        help="seconds after which a request of which nothing has been computed gets a 503 with Retry-After "
-        "(default: none)",
+        help="seconds after which a request of which nothing has been computed, or an embedding, gets a 503 with "
+        "Retry-After (default: none)",
     )
     parser.add_argument(
         "--send-timeout",

@@ -76,6 +76,6 @@ LIMITS = (
 
 
 def limit_of(field: str) -> Limit:
-    """The limit of a field that has one."""
+    """The limit of a field that has one, and not two."""
     (limit,) = (limit for limit in LIMITS if limit.field == field)
     return limit

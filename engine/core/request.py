@@ -183,6 +183,7 @@ class Sequence:
         num_stored_tokens: Leading tokens that were found in the prefix cache: their keys and values must not
             be written again, even where the last one is recomputed for its logits.
         num_cached_tokens: Prompt tokens found in the cache when the sequence was first admitted.
+        is_announced: Whether an output has said that it is computed.
         num_scored_tokens: Leading tokens of the prompt whose log-probabilities are known, or will be once the steps
             in flight are through; all where nobody asks for them. The first has none.
         block_ids: Block table.
@@ -209,6 +210,7 @@ class Sequence:
     num_pending_tokens: int = 0
     num_stored_tokens: int = 0
     num_cached_tokens: int | None = None
+    is_announced: bool = False
     num_scored_tokens: int = field(init=False)
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)

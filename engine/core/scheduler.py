@@ -293,6 +293,7 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING and sequence.admission == row.admission:
                 self.kv_cache.register(sequence, row.start, row.end)
             self.num_scheduled_tokens += row.end - row.start
+            begins, sequence.is_announced = not sequence.is_announced, True
             scores = None
             if isinstance(result, ScoredPrompt):
                 scores, result = result.logprobs, result.token
@@ -307,7 +308,7 @@ class Scheduler:
             elif self._max_output_tokens(sequence) == 0 and row.end == sequence.num_prompt_tokens:
                 self._finish(sequence)
                 outputs.append(self._output(sequence, finish_reason="length", prompt_logprobs=scores))
-            elif scores is not None or row.start == sequence.num_cached_tokens:
+            elif scores is not None or begins:
                 # Who asked for it learns that it waits no longer.
                 outputs.append(self._output(sequence, prompt_logprobs=scores))
         self.grammars.start_masks(advanced)

@@ -260,11 +260,12 @@ class RestartingEngine:
         """Starts an engine each time one has died, until they die too often."""
         while True:
             await self._engine.ended.wait()
-            cause = self._engine.error or "the engine has ended"
+            death = cause = self._engine.error or "the engine has ended"
             self._blame()
             started = False
             while not started:
-                self.status, self.error = "restarting", cause
+                # What a start failed of is the log's: anyone may ask for this, and it may name files.
+                self.status, self.error = "restarting", death
                 if not self._limit.allows_another():
                     self._give_up(cause)
                     return

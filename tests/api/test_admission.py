@@ -167,7 +167,9 @@ async def test_a_timeout_counts_from_the_arrival() -> None:
 
     engine = ScriptedEngine(at_once)
     engine.tokenizer = SlowTokenizer()
-    async with serving(engine) as client:
+    async with serving(engine, QueueLimits(queue_timeout=0.3)) as client:
+        # In the queue it has not been for so long.
+        await client.post("/v1/completions", json={"prompt": "ab"})
         late = await client.post("/v1/completions", json={"prompt": "ab", "timeout": 0.3})
         in_time = await client.post("/v1/completions", json={"prompt": "ab", "timeout": 600})
     assert (late.status_code, in_time.status_code) == (408, 200)

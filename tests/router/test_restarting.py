@@ -232,16 +232,26 @@ def test_too_many_deaths_end_it_with_the_cause(small_model: Path) -> None:
     run(check())
 
 
-def test_a_restart_that_fails_anyhow_is_a_death(small_model: Path) -> None:
+def test_a_restart_that_fails_anyhow_is_a_death(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def check() -> None:
-        async with started(config(small_model, max_restarts=1)) as engine:
+        async with started(config(small_model, max_restarts=2)) as engine:
             stream = asyncio.create_task(read(engine, CASES[0], "stream"))
             await until(lambda: engine.stats.num_steps > 3)
             engine._command = ["/nowhere/at/all"]
+            restart, told = engine._restart, []
+
+            async def noted() -> None:
+                told.append(engine.error)
+                await restart()
+
+            monkeypatch.setattr(engine, "_restart", noted)
             kill(engine)
             with pytest.raises(EngineDeadError, match="FileNotFoundError"):
                 await stream
             await asyncio.wait_for(engine.failed.wait(), 600)
+            # Who asks meanwhile is not told of files.
+            assert len(told) == 2
+            assert not any("FileNotFoundError" in cause for cause in told)
 
     run(check())
 
