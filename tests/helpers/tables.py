@@ -7,7 +7,6 @@ import torch
 from engine.quant.block_weight import BLOCK_TYPES
 from engine.quant.blocks import Blocks
 from engine.quant.floating import Float
-from engine.quant.int8 import Int8
 from engine.quant.int8_groups import Int8Groups
 from engine.quant.int8_weight_only import Int8WeightOnly
 from engine.quant.scheme import Scheme, TableMatmul
@@ -16,11 +15,8 @@ from tests.helpers.block_weights import random_block_weight
 
 TABLES: list[Scheme] = [
     Float(torch.float32),
-    Int8(),
-    Int8("groups"),
     *(Int8Groups(size) for size in (32, 64, 128, 256)),
     Int8Groups(64, "groups"),
-    Int8WeightOnly(),
     Int8WeightOnly(64),
     *map(Blocks, BLOCK_TYPES),
 ]

@@ -12,24 +12,20 @@
 #include "sparse_tiles.h"
 
 // What codes stand for: themselves (SMALL: 0 … 64; NIBBLES: 0 … 15; FIVES: 0 … 31, in groups of 32 or more; SIXES:
-// 0 … 63; SPARSE: 0 … 15, 8 where none is kept), or one of sixteen bytes. Whatever they have been stored with too much, 128 for one, sums take back:
-// `offset`. See `CpuGroupedMatmul`.
+// 0 … 63; SPARSE: 0 … 15, 8 where none is kept), or one of sixteen bytes. Whatever they have been stored with too much,
+// 128 for one, sums take back: `offset`. See `CpuGroupedMatmul`.
 enum { BYTES, SMALL, NIBBLES, TABLE, FIVES, SIXES, SPARSE };
 
 // A register holds some of a panel's 16 outputs: a part.
 enum {
-    LENGTH = PANEL / PARTS,
     PAIR = 2 * QUAD,         // elements
     ROWS_AT_ONCE = PARTS == 1 ? 6 : 4,  // whose sums and totals with so many panels fit into the registers, or nearly
     PANELS_AT_ONCE = PARTS == 1 ? WIDE : 1,
 };
 
-typedef float PartFloats __attribute__((vector_size(64 / PARTS)));
-typedef int32_t PartInts __attribute__((vector_size(64 / PARTS)));
 typedef uint8_t PartCodes __attribute__((vector_size(64 / PARTS)));
 
-INLINE PartInts fill_ints(int32_t x) { return x - (PartInts){0}; }
-INLINE PartFloats fill_floats(float x) { return x - (PartFloats){0}; }
+INLINE Ints fill_ints(int32_t x) { return x - (Ints){0}; }
 
 INLINE int is_bytes(int kind) { return kind == BYTES || kind == SMALL; }
 
@@ -57,15 +53,15 @@ INLINE PartCodes look_up(const uint8_t *table, PartCodes indices) {
     const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
     return (PartCodes)_mm256_shuffle_epi8(bytes, (__m256i)indices);
 #else
-    for (int i = 0; i < QUAD * LENGTH; i++) indices[i] = table[indices[i]];
+    for (int i = 0; i < QUAD * LANES; i++) indices[i] = table[indices[i]];
     return indices;
 #endif
 }
 
-INLINE PartInts load_line(const uint8_t *unit, int line) { return (PartInts)load_codes(unit + line * QUAD_BYTES); }
+INLINE Ints load_line(const uint8_t *unit, int line) { return (Ints)load_codes(unit + line * QUAD_BYTES); }
 
 // What `pack_fives` and `pack_sixes` in pack.c put together.
-INLINE PartInts load_five(const uint8_t *unit, int quad) {
+INLINE Ints load_five(const uint8_t *unit, int quad) {
     switch (quad) {
     case 5: return (load_line(unit, 0) >> 5 & 0x07070707) | (load_line(unit, 1) >> 3 & 0x18181818);
     case 6: return (load_line(unit, 2) >> 5 & 0x07070707) | (load_line(unit, 3) >> 3 & 0x18181818);
@@ -76,7 +72,7 @@ INLINE PartInts load_five(const uint8_t *unit, int quad) {
     }
 }
 
-INLINE PartInts load_six(const uint8_t *unit, int quad) {
+INLINE Ints load_six(const uint8_t *unit, int quad) {
     if (quad < 3) return load_line(unit, quad) & 0x3F3F3F3F;
     return (load_line(unit, 0) >> 6 & 0x03030303) | (load_line(unit, 1) >> 4 & 0x0C0C0C0C) |
            (load_line(unit, 2) >> 2 & 0x30303030);
@@ -87,9 +83,9 @@ INLINE PartCodes load_quad(int kind, const uint8_t *table, const uint8_t *unit, 
     if (kind == SPARSE) {
         uint8_t expanded[QUAD_BYTES];
         expand_quad(unit, 4, quad, expanded);
-        return load_codes(expanded + part * QUAD * LENGTH);
+        return load_codes(expanded + part * QUAD * LANES);
     }
-    unit += part * QUAD * LENGTH;
+    unit += part * QUAD * LANES;
     if (is_bytes(kind)) return load_codes(unit + quad * QUAD_BYTES);
     if (kind == FIVES) return (PartCodes)load_five(unit, quad);
     if (kind == SIXES) return (PartCodes)load_six(unit, quad);
@@ -99,8 +95,8 @@ INLINE PartCodes load_quad(int kind, const uint8_t *table, const uint8_t *unit, 
 
 // A unit's quad of one output.
 INLINE void load_lane(int kind, const uint8_t *table, const uint8_t *unit, int quad, int lane, uint8_t *four) {
-    const PartCodes codes = load_quad(kind, table, unit, quad, lane / LENGTH);
-    memcpy(four, (const uint8_t *)&codes + lane % LENGTH * QUAD, QUAD);
+    const PartCodes codes = load_quad(kind, table, unit, quad, lane / LANES);
+    memcpy(four, (const uint8_t *)&codes + lane % LANES * QUAD, QUAD);
 }
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
@@ -115,64 +111,40 @@ INLINE __m256i multiply_bytes(PartCodes panel, __m256i codes) {
 #if !defined(__AVX2__)
 
 // Not inlined: all the tiles would take a compiler half a minute.
-static __attribute__((noinline)) PartInts add_products(PartInts sums, PartCodes panel, const int8_t *codes) {
-    for (int output = 0; output < LENGTH; output++)
+static __attribute__((noinline)) Ints add_products(Ints sums, PartCodes panel, const int8_t *codes) {
+    for (int output = 0; output < LANES; output++)
         for (int k = 0; k < QUAD; k++) sums[output] += (int32_t)panel[output * QUAD + k] * codes[k];
     return sums;
 }
 
 #endif
 
-INLINE PartInts add_quad_of_part(int kind, PartInts sums, PartCodes panel, const int8_t *codes) {
+INLINE Ints add_quad_of_part(int kind, Ints sums, PartCodes panel, const int8_t *codes) {
 #if defined(__AVX512VNNI__)
-    return (PartInts)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)panel, broadcast(codes));
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)panel, broadcast(codes));
 #elif defined(__AVX2__)
     const __m256i x = spread_quad(codes);
-    if (kind == BYTES || kind == TABLE) return sums + (PartInts)multiply_bytes(panel, x);
+    if (kind == BYTES || kind == TABLE) return sums + (Ints)multiply_bytes(panel, x);
     // At most 2 * 64 * 127 in 16 bits.
     const __m256i pairs = _mm256_maddubs_epi16((__m256i)panel, x);
-    return sums + (PartInts)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
     return add_products(sums, panel, codes);
 #endif
 }
 
 // The same of two quads, with 8 codes.
-INLINE PartInts add_pair(int kind, PartInts sums, PartCodes first, PartCodes second, const int8_t *codes) {
+INLINE Ints add_pair(int kind, Ints sums, PartCodes first, PartCodes second, const int8_t *codes) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
     const __m256i x = spread_quad(codes), y = spread_quad(codes + QUAD);
     if (kind == BYTES || kind == TABLE)
-        return sums + (PartInts)_mm256_add_epi32(multiply_bytes(first, x), multiply_bytes(second, y));
+        return sums + (Ints)_mm256_add_epi32(multiply_bytes(first, x), multiply_bytes(second, y));
     // At most 4 * 64 * 127 in 16 bits.
     const __m256i pairs =
         _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)first, x), _mm256_maddubs_epi16((__m256i)second, y));
-    return sums + (PartInts)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
     return add_quad_of_part(kind, add_quad_of_part(kind, sums, first, codes), second, codes + QUAD);
-#endif
-}
-
-INLINE PartFloats load_half_part(const Half *x) {
-#if defined(__AVX512VNNI__)
-    return (PartFloats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
-#elif defined(__AVX2__)
-    return (PartFloats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
-#else
-    PartFloats v;
-    for (int i = 0; i < LENGTH; i++) v[i] = from_half(x[i]);
-    return v;
-#endif
-}
-
-INLINE PartFloats load_byte_part(const int8_t *x) {
-#if defined(__AVX512VNNI__)
-    return (PartFloats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
-#elif defined(__AVX2__)
-    return (PartFloats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
-#else
-    PartFloats v;
-    for (int i = 0; i < LENGTH; i++) v[i] = x[i];
-    return v;
 #endif
 }
 

@@ -37,23 +37,23 @@ typedef struct {
 } Terms;
 
 // A part's; `panel` counts from the weights' first.
-INLINE PartFloats group_numbers(const Weights *weights, Numbers numbers, int64_t panel, int64_t group, int part) {
-    const int64_t place = (panel * weights->groups + group) * PANEL + part * LENGTH;
-    if (numbers.steps == NULL) return load_half_part(numbers.values + place);
+INLINE Floats group_numbers(const Weights *weights, Numbers numbers, int64_t panel, int64_t group, int part) {
+    const int64_t place = (panel * weights->groups + group) * PANEL + part * LANES;
+    if (numbers.steps == NULL) return load_halves(numbers.values + place);
     const int64_t block = panel * weights->blocks + (group >> weights->block_shift);
     // Exact: 11 bits times 7.
-    return load_byte_part(numbers.steps + place) * load_half_part(numbers.values + block * PANEL + part * LENGTH);
+    return to_floats(widen_bytes(numbers.steps + place)) * load_halves(numbers.values + block * PANEL + part * LANES);
 }
 
-INLINE PartFloats group_scale(const Weights *weights, int64_t panel, int64_t group, int part) {
-    if (weights->scale.values == NULL) return fill_floats(1.0f);
+INLINE Floats group_scale(const Weights *weights, int64_t panel, int64_t group, int part) {
+    if (weights->scale.values == NULL) return fill(1.0f);
     return group_numbers(weights, weights->scale, panel, group, part);
 }
 
 INLINE int has_minimum(const Weights *weights) { return weights->minimum.values != NULL || weights->centre != 0; }
 
 // scale: the group's.
-INLINE PartFloats group_minimum(const Weights *weights, int64_t panel, int64_t group, int part, PartFloats scale) {
+INLINE Floats group_minimum(const Weights *weights, int64_t panel, int64_t group, int part, Floats scale) {
     return weights->centre != 0 ? scale * -weights->centre : group_numbers(weights, weights->minimum, panel, group, part);
 }
 
@@ -63,13 +63,13 @@ INLINE void prefetch(const uint8_t *codes, int64_t bytes) {
 }
 
 #define GROUP_TILE(KIND, ROWS, PANELS)                                                                             \
-    static void KIND##_tile_##ROWS##_##PANELS(const Weights *weights, const Terms *terms, PartFloats *output) {    \
+    static void KIND##_tile_##ROWS##_##PANELS(const Weights *weights, const Terms *terms, Floats *output) {        \
         const int64_t groups = weights->groups, distance = weights->distance, stride = terms->stride;              \
         const uint8_t *table = weights->table;                                                                     \
-        PartFloats totals[ROWS][PANELS][PARTS];                                                                    \
-        EACH(m, ROWS) EACH(n, PANELS) EACH(p, PARTS) totals[m][n][p] = (PartFloats){0};                            \
+        Floats totals[ROWS][PANELS][PARTS];                                                                        \
+        EACH(m, ROWS) EACH(n, PANELS) EACH(p, PARTS) totals[m][n][p] = (Floats){0};                                \
         for (int64_t g = 0; g < groups; g++) {                                                                     \
-            PartInts sums[ROWS][PANELS][PARTS];                                                                    \
+            Ints sums[ROWS][PANELS][PARTS];                                                                        \
             EACH(m, ROWS) EACH(n, PANELS) EACH(p, PARTS)                                                           \
                 sums[m][n][p] = fill_ints(-weights->offset * terms->sums[m * groups + g]);                         \
             const int64_t end = smaller((g + 1) * weights->group_quads, weights->quads);                           \
@@ -85,20 +85,20 @@ INLINE void prefetch(const uint8_t *codes, int64_t bytes) {
                                                            terms->codes + m * stride + k * QUAD + u * PAIR);       \
                 }                                                                                                  \
             EACH(n, PANELS) EACH(p, PARTS) {                                                                       \
-                const PartFloats scale = group_scale(weights, n, g, p);                                            \
+                const Floats scale = group_scale(weights, n, g, p);                                                \
                 EACH(m, ROWS) {                                                                                    \
                     const float own = terms->scale == NULL ? 1.0f : terms->scale[m * groups + g];                  \
-                    totals[m][n][p] += __builtin_convertvector(sums[m][n][p], PartFloats) * own * scale;           \
+                    totals[m][n][p] += __builtin_convertvector(sums[m][n][p], Floats) * own * scale;               \
                 }                                                                                                  \
                 if (!has_minimum(weights)) continue;                                                               \
-                const PartFloats minimum = group_minimum(weights, n, g, p, scale);                                 \
+                const Floats minimum = group_minimum(weights, n, g, p, scale);                                     \
                 EACH(m, ROWS) totals[m][n][p] += (float)terms->sums[m * groups + g] * minimum;                     \
             }                                                                                                      \
         }                                                                                                          \
         EACH(m, ROWS) EACH(n, PANELS) EACH(p, PARTS) output[(m * PANELS + n) * PARTS + p] = totals[m][n][p];       \
     }
 
-typedef void GroupTile(const Weights *, const Terms *, PartFloats *);
+typedef void GroupTile(const Weights *, const Terms *, Floats *);
 
 #if defined(__AVX2__)
 
@@ -106,12 +106,12 @@ typedef void GroupTile(const Weights *, const Terms *, PartFloats *);
 enum { SPARSE_QUADS = 16 };
 
 #define SPARSE_GROUP_TILE(ROWS)                                                                                    \
-    static void SPARSE_tile_##ROWS##_1(const Weights *weights, const Terms *terms, PartFloats *output) {           \
+    static void SPARSE_tile_##ROWS##_1(const Weights *weights, const Terms *terms, Floats *output) {               \
         const int64_t groups = weights->groups, stride = terms->stride;                                            \
-        PartFloats totals[ROWS][PARTS];                                                                            \
-        EACH(m, ROWS) EACH(p, PARTS) totals[m][p] = (PartFloats){0};                                               \
+        Floats totals[ROWS][PARTS];                                                                                \
+        EACH(m, ROWS) EACH(p, PARTS) totals[m][p] = (Floats){0};                                                   \
         for (int64_t g = 0; g < groups; g++) {                                                                     \
-            PartInts products[ROWS][PARTS];                                                                        \
+            Ints products[ROWS][PARTS];                                                                            \
             EACH(m, ROWS) EACH(p, PARTS) products[m][p] =                                                          \
                 fill_ints(SPARSE_CENTRE * terms->sums[m * groups + g]);                                            \
             const int64_t end = smaller((g + 1) * weights->group_quads, weights->quads);                           \
@@ -130,12 +130,12 @@ enum { SPARSE_QUADS = 16 };
                         }                                                                                          \
                     }                                                                                              \
                 }                                                                                                  \
-                EACH(m, ROWS) EACH(p, PARTS) products[m][p] += (PartInts)widen_sums(sums[m], p);                   \
+                EACH(m, ROWS) EACH(p, PARTS) products[m][p] += (Ints)widen_sums(sums[m], p);                       \
             }                                                                                                      \
             EACH(p, PARTS) {                                                                                       \
-                const PartFloats scale = group_scale(weights, 0, g, p), minimum = scale * -weights->centre;        \
+                const Floats scale = group_scale(weights, 0, g, p), minimum = scale * -weights->centre;            \
                 EACH(m, ROWS) {                                                                                    \
-                    totals[m][p] += __builtin_convertvector(products[m][p], PartFloats) * scale;                   \
+                    totals[m][p] += __builtin_convertvector(products[m][p], Floats) * scale;                       \
                     totals[m][p] += (float)terms->sums[m * groups + g] * minimum;                                  \
                 }                                                                                                  \
             }                                                                                                      \
@@ -194,7 +194,7 @@ INLINE GroupTile *group_tile(int kind, int64_t rows, int64_t num_panels) {
 // The high terms of one token, of which most are zero: only the groups with others have a share. sums: of its high
 // terms, [groups].
 INLINE void add_high_terms(int kind, const Weights *weights, int64_t num_panels, const int32_t *sums, const Quad *quad,
-                           int64_t num_quads, PartFloats *totals) {
+                           int64_t num_quads, Floats *totals) {
     if (num_quads == 0) return;
     const int shift = __builtin_ctzll((uint64_t)weights->group_quads);
     for (const Quad *end = quad + num_quads; quad < end;) {
@@ -203,7 +203,7 @@ INLINE void add_high_terms(int kind, const Weights *weights, int64_t num_panels,
         while (++quad < end && quad->index >> shift == group) {}
         for (int64_t n = 0; n < num_panels; n++)
             EACH(p, PARTS) {
-                PartInts products = fill_ints(-weights->offset * sums[group]);
+                Ints products = fill_ints(-weights->offset * sums[group]);
                 for (const Quad *one = first; one < quad; one++) {
                     const int quad = (int)(one->index % unit_quads(kind));
                     const uint8_t *unit =
@@ -211,8 +211,8 @@ INLINE void add_high_terms(int kind, const Weights *weights, int64_t num_panels,
                     const PartCodes codes = load_quad(kind, weights->table, unit, quad, p);
                     products = add_quad_of_part(kind, products, codes, one->codes);
                 }
-                const PartFloats scale = group_scale(weights, n, group, p);
-                totals[n * PARTS + p] += __builtin_convertvector(products, PartFloats) * scale;
+                const Floats scale = group_scale(weights, n, group, p);
+                totals[n * PARTS + p] += __builtin_convertvector(products, Floats) * scale;
                 if (has_minimum(weights))
                     totals[n * PARTS + p] += (float)sums[group] * group_minimum(weights, n, group, p, scale);
             }
@@ -316,7 +316,7 @@ INLINE const uint8_t *expand(int kind, const uint8_t *table, const uint8_t *pane
     for (int64_t k = 0; k < quads; k += unit_quads(kind))
         EACH(quad, unit_quads(kind)) EACH(p, PARTS) {
             const PartCodes codes = load_quad(kind, table, panels + bytes_of(kind, k), quad, p);
-            memcpy(expanded + (k + quad) * QUAD_BYTES + p * QUAD * LENGTH, &codes, sizeof codes);
+            memcpy(expanded + (k + quad) * QUAD_BYTES + p * QUAD * LANES, &codes, sizeof codes);
         }
     return expanded;
 }
@@ -399,9 +399,8 @@ OPERATION(weight_rows) {
         float *y = args->output + m * size;
         for (int64_t g = 0; g < groups; g++) {
             const int64_t end = smaller((g + 1) * group_size, size), block = g * group_size / block_size;
-            const float scale = args->group_scale == NULL ? args->scale[n]
-                                                          : group_number(args->group_scale, args->scale_steps, panel,
-                                                                         lane, groups, g, blocks, block);
+            const float scale =
+                group_number(args->group_scale, args->scale_steps, panel, lane, groups, g, blocks, block);
             const float minimum = args->minimum == NULL ? 0.0f
                                                         : group_number(args->minimum, args->minimum_steps, panel, lane,
                                                                        groups, g, blocks, block);

@@ -24,6 +24,16 @@ enum {
 typedef void Tile(const uint8_t *panels, int64_t distance, const int8_t *x, int64_t stride, int64_t quads,
                   int32_t *sums);
 
+#if defined(__AVX2__)
+
+INLINE __m256i spread_quad(const int8_t *codes) {
+    int32_t quad;
+    memcpy(&quad, codes, sizeof quad);
+    return _mm256_set1_epi32(quad);
+}
+
+#endif
+
 #if defined(__AVX512VNNI__)
 
 INLINE __m512i broadcast(const int8_t *codes) {
@@ -125,12 +135,6 @@ INLINE void add_wide(const uint8_t *panel, const int16_t *codes, int64_t stride,
         }
     }
     EACH(m, rows) EACH(half, 2) _mm256_storeu_si256((__m256i *)(sums + m * distance) + half, total[m][half]);
-}
-
-INLINE __m256i spread_quad(const int8_t *codes) {
-    int32_t quad;
-    memcpy(&quad, codes, sizeof quad);
-    return _mm256_set1_epi32(quad);
 }
 
 // UNROLL is for registers of sixteen sums.

@@ -1,7 +1,8 @@
 // Products of int8 activations (see kernels.h) with int8 weights in panels (see int8_tiles.h).
 //
-// Sparse weights are multiplied with few tokens as they lie, see sparse_tiles.h. Codebooks' weights lie in memory as nibbles and are expanded to such panels where they are used: 4 bits a weight and a
-// table of codebooks to read instead of 8, 4.25 with a factor a block.
+// Sparse weights are multiplied with few tokens as they lie, see sparse_tiles.h. Codebooks' weights lie in memory as
+// nibbles and are expanded to such panels where they are used: 4 bits a weight and a table of codebooks to read instead
+// of 8, 4.25 with a factor a block.
 
 #include "term_sums.h"
 #ifdef __AMX_INT8__

@@ -197,13 +197,12 @@ SIGNATURE(weight_rows,
     INTEGER(kind)
     INTEGER(offset)
     MAY_READ(uint8_t, table)
-    MAY_READ(Half, group_scale)
+    READS(Half, group_scale)
     MAY_READ(int8_t, scale_steps)
     MAY_READ(Half, minimum)
     MAY_READ(int8_t, minimum_steps)
-    MAY_READ(float, scale)
     INTEGER(size)                  // K
-    INTEGER(group_size)            // K where there are none
+    INTEGER(group_size)
     INTEGER(block_size)
     FLOAT(factor)
     WRITES(float, output)          // [M, K]

@@ -45,21 +45,15 @@ INLINE __m256i load_kept(const uint8_t *unit, int bits, int quad) {
     return _mm256_and_si256(quad % 2 ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(0x0F));
 }
 
-INLINE __m256i broadcast_quad(const int8_t *codes) {
-    int32_t quad;
-    memcpy(&quad, codes, sizeof quad);
-    return _mm256_set1_epi32(quad);
-}
-
 // What each output's two codes of eight bits add: at most 2 * 128 * 127, so that 16 bits hold it.
 INLINE __m256i multiply_kept(__m256i codes, __m256i places, const int8_t *x) {
-    const __m256i picked = _mm256_shuffle_epi8(broadcast_quad(x), places);
+    const __m256i picked = _mm256_shuffle_epi8(spread_quad(x), places);
     return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(picked, codes));
 }
 
 // The same of four bits, less their centre.
 INLINE __m256i multiply_centred(__m256i codes, __m256i places, const int8_t *x) {
-    const __m256i picked = _mm256_shuffle_epi8(broadcast_quad(x), places);
+    const __m256i picked = _mm256_shuffle_epi8(spread_quad(x), places);
     return _mm256_sub_epi16(_mm256_maddubs_epi16(codes, picked),
                             _mm256_maddubs_epi16(_mm256_set1_epi8(SPARSE_CENTRE), picked));
 }

@@ -214,13 +214,11 @@ class CpuGroupedMatmul(nn.Module):
         return y
 
     def rows(self, token_ids: torch.Tensor, dtype: torch.dtype, factor: float) -> torch.Tensor:
-        """See `engine.quant.scheme.TableMatmul`."""
+        """See `engine.quant.scheme.TableMatmul`; of a weight with scales of its own groups."""
+        assert self._row_scale is None
         if self._weight is not None:
-            rows = self._weight.rows(token_ids).dequantize()
-            if self._row_scale is not None:
-                rows *= self._row_scale.index_select(0, token_ids)[:, None]
-            return multiplied(rows.to(dtype), factor)
-        tensors = {name: tensor for name, tensor in self._buffers.items() if name != "bias"}
+            return multiplied(self._weight.rows(token_ids).dequantize().to(dtype), factor)
+        tensors = {name: tensor for name, tensor in self._buffers.items() if name not in ("bias", "scale")}
         constants = {name: size for name, size in self._constants.items() if name not in ("size", "features")}
         return look_up(
             "weight_rows",

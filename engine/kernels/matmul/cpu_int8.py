@@ -277,31 +277,6 @@ class CpuInt8Matmul(nn.Module):
         )
         return y
 
-    def rows(self, token_ids: torch.Tensor, dtype: torch.dtype, factor: float) -> torch.Tensor:
-        """See `engine.quant.scheme.TableMatmul`; of a weight that is no codebook's."""
-        assert isinstance(self.weight, torch.Tensor)
-        if self.format is None:
-            return embedding.lookup(token_ids, self.weight, self.scale, None, dtype, factor)
-        assert self._kind == 0
-        return look_up(
-            "weight_rows",
-            token_ids,
-            self.in_features,
-            dtype,
-            factor,
-            weight=self.weight,
-            kind=0,
-            offset=128,
-            table=None,
-            group_scale=None,
-            scale_steps=None,
-            minimum=None,
-            minimum_steps=None,
-            scale=self.scale,
-            group_size=self.in_features,
-            block_size=self.in_features,
-        )
-
     def _multiply_in_torch(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(self.weight, torch.Tensor):
             return reference(x, self._format, self.weight, self.scale, self.bias)

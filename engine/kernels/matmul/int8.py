@@ -96,8 +96,7 @@ class Int8Matmul:
     def rows(self, token_ids: torch.Tensor, dtype: torch.dtype, factor: float) -> torch.Tensor:
         """See `engine.quant.scheme.TableMatmul`; no table is sparse."""
         assert isinstance(self.weight, torch.Tensor)
-        group_size = None if self.scale.dim() == 1 else self._format.group_size
-        return lookup(token_ids, self.weight, self.scale, group_size, dtype, factor)
+        return lookup(token_ids, self.weight, self.scale, self._format.group_size, dtype, factor)
 
 
 def int8_matmul(
