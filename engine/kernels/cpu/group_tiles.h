@@ -19,7 +19,7 @@ enum { BYTES, SMALL, NIBBLES, TABLE, FIVES, SIXES, SPARSE };
 // A register holds some of a panel's 16 outputs: a part.
 enum {
     PAIR = 2 * QUAD,         // elements
-    ROWS_AT_ONCE = PARTS == 1 ? 6 : 4,  // whose sums and totals with so many panels fit into the registers, or nearly
+    ROWS_AT_ONCE = PARTS == 1 ? SOME_ROWS : 4,  // whose sums with so many panels fit into the registers
     PANELS_AT_ONCE = PARTS == 1 ? WIDE : 1,
 };
 

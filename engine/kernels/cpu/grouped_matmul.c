@@ -26,14 +26,18 @@ typedef struct {
     int64_t quads, group_quads, groups;  // group_quads is a power of two
     int64_t blocks;
     int block_shift;  // a block has 2^block_shift groups
+    // For many tokens: the numbers as floats, [groups, num_panels, PANEL]; no minimums: all of them zero.
+    const float *scales, *minimums;
+    int64_t num_panels;
 } Weights;
 
 // Some tokens' terms.
 typedef struct {
     const int8_t *codes;
     int64_t stride;
-    const int32_t *sums;  // [rows, groups] of the codes
-    const float *scale;   // [rows, groups], or null: all of them one
+    const int32_t *starts;  // [groups, CHUNK]: what takes the weights' offset back
+    const float *sums;      // [groups, CHUNK] of the codes
+    const float *scale;     // [rows, groups], or null: all of them one
 } Terms;
 
 // A part's; `panel` counts from the weights' first.
@@ -45,7 +49,13 @@ INLINE Floats group_numbers(const Weights *weights, Numbers numbers, int64_t pan
     return to_floats(widen_bytes(numbers.steps + place)) * load_halves(numbers.values + block * PANEL + part * LANES);
 }
 
+// Of the first of some panels whose numbers are floats already.
+INLINE Floats expanded_numbers(const Weights *weights, const float *numbers, int64_t panel, int64_t group, int part) {
+    return load(numbers + (group * weights->num_panels + panel) * PANEL + part * LANES);
+}
+
 INLINE Floats group_scale(const Weights *weights, int64_t panel, int64_t group, int part) {
+    if (weights->scales != NULL) return expanded_numbers(weights, weights->scales, panel, group, part);
     if (weights->scale.values == NULL) return fill(1.0f);
     return group_numbers(weights, weights->scale, panel, group, part);
 }
@@ -54,6 +64,7 @@ INLINE int has_minimum(const Weights *weights) { return weights->minimum.values 
 
 // scale: the group's.
 INLINE Floats group_minimum(const Weights *weights, int64_t panel, int64_t group, int part, Floats scale) {
+    if (weights->minimums != NULL) return expanded_numbers(weights, weights->minimums, panel, group, part);
     return weights->centre != 0 ? scale * -weights->centre : group_numbers(weights, weights->minimum, panel, group, part);
 }
 
@@ -62,40 +73,39 @@ INLINE void prefetch(const uint8_t *codes, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + i + PREFETCHED, 0, 3);
 }
 
-#define GROUP_TILE(KIND, ROWS, PANELS)                                                                             \
-    static void KIND##_tile_##ROWS##_##PANELS(const Weights *weights, const Terms *terms, Floats *output) {        \
-        const int64_t groups = weights->groups, distance = weights->distance, stride = terms->stride;              \
+// Of few tokens, with a panel as it lies in memory.
+#define FEW_TILE(KIND, ROWS)                                                                                       \
+    static void KIND##_few_##ROWS(const Weights *weights, const Terms *terms, Floats *output) {                    \
+        const int64_t groups = weights->groups, stride = terms->stride;                                            \
         const uint8_t *table = weights->table;                                                                     \
-        Floats totals[ROWS][PANELS][PARTS];                                                                        \
-        EACH(m, ROWS) EACH(n, PANELS) EACH(p, PARTS) totals[m][n][p] = (Floats){0};                                \
+        Floats totals[ROWS][PARTS];                                                                                \
+        EACH(m, ROWS) EACH(p, PARTS) totals[m][p] = (Floats){0};                                                   \
         for (int64_t g = 0; g < groups; g++) {                                                                     \
-            Ints sums[ROWS][PANELS][PARTS];                                                                        \
-            EACH(m, ROWS) EACH(n, PANELS) EACH(p, PARTS)                                                           \
-                sums[m][n][p] = fill_ints(-weights->offset * terms->sums[m * groups + g]);                         \
+            Ints sums[ROWS][PARTS];                                                                                \
+            EACH(m, ROWS) EACH(p, PARTS) sums[m][p] = fill_ints(terms->starts[g * CHUNK + m]);                     \
             const int64_t end = smaller((g + 1) * weights->group_quads, weights->quads);                           \
             const int64_t start = g * weights->group_quads;                                                        \
-            if (PANELS == 1)                                                                                       \
-                prefetch(weights->panels + bytes_of(KIND, start), bytes_of(KIND, end - start));                    \
+            prefetch(weights->panels + bytes_of(KIND, start), bytes_of(KIND, end - start));                        \
             for (int64_t k = start; k < end; k += unit_quads(KIND))                                                \
-                EACH(u, unit_quads(KIND) / 2) EACH(n, PANELS) EACH(p, PARTS) {                                     \
-                    const uint8_t *unit = weights->panels + n * distance + bytes_of(KIND, k);                      \
+                EACH(u, unit_quads(KIND) / 2) EACH(p, PARTS) {                                                     \
+                    const uint8_t *unit = weights->panels + bytes_of(KIND, k);                                     \
                     const PartCodes first = load_quad(KIND, table, unit, 2 * u, p);                                \
                     const PartCodes second = load_quad(KIND, table, unit, 2 * u + 1, p);                           \
-                    EACH(m, ROWS) sums[m][n][p] = add_pair(KIND, sums[m][n][p], first, second,                     \
-                                                           terms->codes + m * stride + k * QUAD + u * PAIR);       \
+                    EACH(m, ROWS) sums[m][p] = add_pair(KIND, sums[m][p], first, second,                           \
+                                                        terms->codes + m * stride + k * QUAD + u * PAIR);          \
                 }                                                                                                  \
-            EACH(n, PANELS) EACH(p, PARTS) {                                                                       \
-                const Floats scale = group_scale(weights, n, g, p);                                                \
+            EACH(p, PARTS) {                                                                                       \
+                const Floats scale = group_scale(weights, 0, g, p);                                                \
                 EACH(m, ROWS) {                                                                                    \
                     const float own = terms->scale == NULL ? 1.0f : terms->scale[m * groups + g];                  \
-                    totals[m][n][p] += __builtin_convertvector(sums[m][n][p], Floats) * own * scale;               \
+                    totals[m][p] += to_floats(sums[m][p]) * own * scale;                                           \
                 }                                                                                                  \
                 if (!has_minimum(weights)) continue;                                                               \
-                const Floats minimum = group_minimum(weights, n, g, p, scale);                                     \
-                EACH(m, ROWS) totals[m][n][p] += (float)terms->sums[m * groups + g] * minimum;                     \
+                const Floats minimum = group_minimum(weights, 0, g, p, scale);                                     \
+                EACH(m, ROWS) totals[m][p] += terms->sums[g * CHUNK + m] * minimum;                                \
             }                                                                                                      \
         }                                                                                                          \
-        EACH(m, ROWS) EACH(n, PANELS) EACH(p, PARTS) output[(m * PANELS + n) * PARTS + p] = totals[m][n][p];       \
+        EACH(m, ROWS) EACH(p, PARTS) output[m * PARTS + p] = totals[m][p];                                         \
     }
 
 typedef void GroupTile(const Weights *, const Terms *, Floats *);
@@ -105,15 +115,15 @@ typedef void GroupTile(const Weights *, const Terms *, Floats *);
 // Sums of sparse codes over 16 quads, of at most 32 * 8 * 127, fit into 16 bits: all 16 outputs' are in a register.
 enum { SPARSE_QUADS = 16 };
 
-#define SPARSE_GROUP_TILE(ROWS)                                                                                    \
-    static void SPARSE_tile_##ROWS##_1(const Weights *weights, const Terms *terms, Floats *output) {               \
+#define SPARSE_FEW_TILE(ROWS)                                                                                      \
+    static void SPARSE_few_##ROWS(const Weights *weights, const Terms *terms, Floats *output) {                    \
         const int64_t groups = weights->groups, stride = terms->stride;                                            \
         Floats totals[ROWS][PARTS];                                                                                \
         EACH(m, ROWS) EACH(p, PARTS) totals[m][p] = (Floats){0};                                                   \
         for (int64_t g = 0; g < groups; g++) {                                                                     \
             Ints products[ROWS][PARTS];                                                                            \
             EACH(m, ROWS) EACH(p, PARTS) products[m][p] =                                                          \
-                fill_ints(SPARSE_CENTRE * terms->sums[m * groups + g]);                                            \
+                fill_ints(SPARSE_CENTRE * (int32_t)terms->sums[g * CHUNK + m]);                                   \
             const int64_t end = smaller((g + 1) * weights->group_quads, weights->quads);                           \
             for (int64_t k = g * weights->group_quads, stop; k < end; k = stop) {                                  \
                 __m256i sums[ROWS];                                                                                \
@@ -136,118 +146,171 @@ enum { SPARSE_QUADS = 16 };
                 const Floats scale = group_scale(weights, 0, g, p), minimum = scale * -weights->centre;            \
                 EACH(m, ROWS) {                                                                                    \
                     totals[m][p] += __builtin_convertvector(products[m][p], Floats) * scale;                       \
-                    totals[m][p] += (float)terms->sums[m * groups + g] * minimum;                                  \
+                    totals[m][p] += terms->sums[g * CHUNK + m] * minimum;                                         \
                 }                                                                                                  \
             }                                                                                                      \
         }                                                                                                          \
         EACH(m, ROWS) EACH(p, PARTS) output[m * PARTS + p] = totals[m][p];                                         \
     }
 
-SPARSE_GROUP_TILE(1)
-SPARSE_GROUP_TILE(2)
-SPARSE_GROUP_TILE(3)
-SPARSE_GROUP_TILE(4)
+SPARSE_FEW_TILE(1)
+SPARSE_FEW_TILE(2)
+SPARSE_FEW_TILE(3)
+SPARSE_FEW_TILE(4)
 
 #endif
 
-#define NARROW_TILES_OF(KIND) GROUP_TILE(KIND, 1, 1) GROUP_TILE(KIND, 2, 1) GROUP_TILE(KIND, 3, 1) GROUP_TILE(KIND, 4, 1)
+#define FEW_TILES_OF(KIND) FEW_TILE(KIND, 1) FEW_TILE(KIND, 2) FEW_TILE(KIND, 3) FEW_TILE(KIND, 4)
 
-NARROW_TILES_OF(BYTES)
-NARROW_TILES_OF(SMALL)
-NARROW_TILES_OF(NIBBLES)
-NARROW_TILES_OF(TABLE)
-NARROW_TILES_OF(FIVES)
-NARROW_TILES_OF(SIXES)
+FEW_TILES_OF(BYTES)
+FEW_TILES_OF(NIBBLES)
+FEW_TILES_OF(TABLE)
+FEW_TILES_OF(FIVES)
+FEW_TILES_OF(SIXES)
 #if !defined(__AVX2__)
-NARROW_TILES_OF(SPARSE)
+FEW_TILES_OF(SPARSE)
 #endif
 
-#define NARROW(KIND) {KIND##_tile_1_1, KIND##_tile_2_1, KIND##_tile_3_1, KIND##_tile_4_1}
-static GroupTile *const NARROW_GROUP_TILES[][FEW_ROWS] = {
-    NARROW(BYTES), NARROW(SMALL), NARROW(NIBBLES), NARROW(TABLE), NARROW(FIVES), NARROW(SIXES), NARROW(SPARSE),
+#define FEW_OF(KIND) [KIND] = {KIND##_few_1, KIND##_few_2, KIND##_few_3, KIND##_few_4}
+static GroupTile *const FEW_TILES[][FEW_ROWS] = {
+    FEW_OF(BYTES), FEW_OF(NIBBLES), FEW_OF(TABLE), FEW_OF(FIVES), FEW_OF(SIXES), FEW_OF(SPARSE),
 };
 
-// Of codes of eight bits: others are expanded for many rows.
+// Of many tokens, with panels of bytes and numbers that are floats: the registers are the sums', and totals lie in
+// memory, as a group's products take longer than that.
+#define MANY_TILE(KIND, ROWS, PANELS)                                                                              \
+    static void KIND##_many_##ROWS##_##PANELS(const Weights *weights, const Terms *terms, Floats *totals) {        \
+        const int64_t groups = weights->groups, distance = weights->distance, stride = terms->stride;              \
+        EACH(i, ROWS * PANELS * PARTS) totals[i] = (Floats){0};                                                    \
+        for (int64_t g = 0; g < groups; g++) {                                                                     \
+            Ints sums[ROWS][PANELS][PARTS];                                                                        \
+            EACH(m, ROWS) EACH(n, PANELS) EACH(p, PARTS) sums[m][n][p] = fill_ints(terms->starts[g * CHUNK + m]); \
+            const int64_t end = smaller((g + 1) * weights->group_quads, weights->quads);                           \
+            for (int64_t k = g * weights->group_quads; k < end; k += 2) {                                          \
+                PartCodes first[PANELS][PARTS], second[PANELS][PARTS];                                             \
+                EACH(n, PANELS) EACH(p, PARTS) {                                                                   \
+                    const uint8_t *pair = weights->panels + n * distance + k * QUAD_BYTES + p * QUAD * LANES;      \
+                    first[n][p] = load_codes(pair);                                                                \
+                    second[n][p] = load_codes(pair + QUAD_BYTES);                                                  \
+                }                                                                                                  \
+                EACH(m, ROWS) EACH(n, PANELS) EACH(p, PARTS)                                                       \
+                    sums[m][n][p] = add_pair(KIND, sums[m][n][p], first[n][p], second[n][p],                       \
+                                             terms->codes + m * stride + k * QUAD);                                \
+            }                                                                                                      \
+            EACH(n, PANELS) EACH(p, PARTS) {                                                                       \
+                const Floats scale = load(weights->scales + (g * PANELS + n) * PANEL + p * LANES);                 \
+                Floats products[ROWS];                                                                             \
+                EACH(m, ROWS) products[m] = to_floats(sums[m][n][p]);                                              \
+                if (terms->scale != NULL) EACH(m, ROWS) products[m] *= terms->scale[m * groups + g];               \
+                EACH(m, ROWS) products[m] = totals[(m * PANELS + n) * PARTS + p] + products[m] * scale;            \
+                if (weights->minimums != NULL) {                                                                   \
+                    const Floats minimum = load(weights->minimums + (g * PANELS + n) * PANEL + p * LANES);         \
+                    EACH(m, ROWS) products[m] += terms->sums[g * CHUNK + m] * minimum;                            \
+                }                                                                                                  \
+                EACH(m, ROWS) totals[(m * PANELS + n) * PARTS + p] = products[m];                                  \
+            }                                                                                                      \
+        }                                                                                                          \
+    }
+
+#define MANY_TILES_OF(KIND, PANELS)                                                                                \
+    MANY_TILE(KIND, 1, PANELS) MANY_TILE(KIND, 2, PANELS) MANY_TILE(KIND, 3, PANELS) MANY_TILE(KIND, 4, PANELS)
+#define MANY_OF(KIND, PANELS)                                                                                      \
+    KIND##_many_1_##PANELS, KIND##_many_2_##PANELS, KIND##_many_3_##PANELS, KIND##_many_4_##PANELS
+#define MORE_TILES_OF(KIND, PANELS)                                                                                \
+    MANY_TILE(KIND, 5, PANELS) MANY_TILE(KIND, 6, PANELS) MANY_TILE(KIND, 7, PANELS) MANY_TILE(KIND, 8, PANELS)    \
+    MANY_TILE(KIND, 9, PANELS) MANY_TILE(KIND, 10, PANELS) MANY_TILE(KIND, 11, PANELS) MANY_TILE(KIND, 12, PANELS)
+#define MORE_OF(KIND, PANELS)                                                                                      \
+    KIND##_many_5_##PANELS, KIND##_many_6_##PANELS, KIND##_many_7_##PANELS, KIND##_many_8_##PANELS,                \
+    KIND##_many_9_##PANELS, KIND##_many_10_##PANELS, KIND##_many_11_##PANELS, KIND##_many_12_##PANELS
+
 #if LANES == 16
 
-#define WIDE_TILES_OF(KIND)                                                                                        \
-    GROUP_TILE(KIND, 1, 2) GROUP_TILE(KIND, 2, 2) GROUP_TILE(KIND, 3, 2)                                           \
-    GROUP_TILE(KIND, 4, 2) GROUP_TILE(KIND, 5, 2) GROUP_TILE(KIND, 6, 2)
-
-WIDE_TILES_OF(BYTES)
-WIDE_TILES_OF(SMALL)
-
-#define WIDE_OF(KIND)                                                                                              \
-    {KIND##_tile_1_2, KIND##_tile_2_2, KIND##_tile_3_2, KIND##_tile_4_2, KIND##_tile_5_2, KIND##_tile_6_2}
-static GroupTile *const WIDE_GROUP_TILES[][ROWS_AT_ONCE] = {WIDE_OF(BYTES), WIDE_OF(SMALL)};
-
-#endif
-
-INLINE GroupTile *group_tile(int kind, int64_t rows, int64_t num_panels) {
-#if LANES == 16
-    if (num_panels == WIDE) return WIDE_GROUP_TILES[kind][rows - 1];
-#endif
-    (void)num_panels;
-    return NARROW_GROUP_TILES[kind][rows - 1];
+// One instruction multiplies whatever bytes there are.
+MANY_TILES_OF(BYTES, 1)
+MORE_TILES_OF(BYTES, 1)
+MANY_TILES_OF(BYTES, 2)
+MORE_TILES_OF(BYTES, 2)
+static GroupTile *const MANY_TILES[PANELS_AT_ONCE][ROWS_AT_ONCE] = {
+    {MANY_OF(BYTES, 1), MORE_OF(BYTES, 1)},
+    {MANY_OF(BYTES, 2), MORE_OF(BYTES, 2)},
+};
+INLINE GroupTile *many_tile(int kind, int64_t rows, int num_panels) {
+    (void)kind;
+    return MANY_TILES[num_panels - 1][rows - 1];
 }
 
-// The high terms of one token, of which most are zero: only the groups with others have a share. sums: of its high
-// terms, [groups].
-INLINE void add_high_terms(int kind, const Weights *weights, int64_t num_panels, const int32_t *sums, const Quad *quad,
-                           int64_t num_quads, Floats *totals) {
-    if (num_quads == 0) return;
+#else
+
+MANY_TILES_OF(BYTES, 1)
+MANY_TILES_OF(SMALL, 1)
+static GroupTile *const MANY_TILES[][ROWS_AT_ONCE] = {[BYTES] = {MANY_OF(BYTES, 1)}, [SMALL] = {MANY_OF(SMALL, 1)}};
+INLINE GroupTile *many_tile(int kind, int64_t rows, int num_panels) {
+    (void)num_panels;
+    return MANY_TILES[kind][rows - 1];
+}
+
+#endif
+
+// The high terms of one token, of which most are zero: only the groups with others have a share. starts, sums: of its
+// high terms, [groups, CHUNK].
+INLINE void add_high_terms(int kind, const Weights *weights, int num_panels, const int32_t *starts, const float *sums,
+                           const Quad *quad, int64_t num_quads, Floats *totals) {
     const int shift = __builtin_ctzll((uint64_t)weights->group_quads);
     for (const Quad *end = quad + num_quads; quad < end;) {
         const int64_t group = quad->index >> shift;
-        const Quad *first = quad;
-        while (++quad < end && quad->index >> shift == group) {}
-        for (int64_t n = 0; n < num_panels; n++)
-            EACH(p, PARTS) {
-                Ints products = fill_ints(-weights->offset * sums[group]);
-                for (const Quad *one = first; one < quad; one++) {
-                    const int quad = (int)(one->index % unit_quads(kind));
-                    const uint8_t *unit =
-                        weights->panels + n * weights->distance + bytes_of(kind, one->index - quad);
-                    const PartCodes codes = load_quad(kind, weights->table, unit, quad, p);
-                    products = add_quad_of_part(kind, products, codes, one->codes);
-                }
-                const Floats scale = group_scale(weights, n, group, p);
-                totals[n * PARTS + p] += __builtin_convertvector(products, Floats) * scale;
-                if (has_minimum(weights))
-                    totals[n * PARTS + p] += (float)sums[group] * group_minimum(weights, n, group, p, scale);
+        Ints products[WIDE][PARTS];
+        EACH(n, num_panels) EACH(p, PARTS) products[n][p] = fill_ints(starts[group * CHUNK]);
+        do {
+            const int place = (int)(quad->index % unit_quads(kind));
+            const uint8_t *unit = weights->panels + bytes_of(kind, quad->index - place);
+            EACH(n, num_panels) EACH(p, PARTS) {
+                const PartCodes codes = load_quad(kind, weights->table, unit + n * weights->distance, place, p);
+                products[n][p] = add_quad_of_part(kind, products[n][p], codes, quad->codes);
             }
+        } while (++quad < end && quad->index >> shift == group);
+        EACH(n, num_panels) EACH(p, PARTS) {
+            const Floats scale = group_scale(weights, n, group, p);
+            Floats *total = totals + n * PARTS + p;
+            *total += to_floats(products[n][p]) * scale;
+            if (has_minimum(weights)) *total += sums[group * CHUNK] * group_minimum(weights, n, group, p, scale);
+        }
     }
 }
 
-// What a thread has made of a chunk of tokens.
+// What a thread has made of a chunk of tokens, as `Terms` has it.
 typedef struct {
-    int32_t *low_sums, *high_sums;  // [rows, groups]
-    int8_t *high;                   // [rows, stride], or null where most of it would be zeros
+    int32_t *low_starts, *high_starts;
+    float *low_sums, *high_sums;
+    int8_t *high;  // [rows, stride], or null where most of it would be zeros
 } Chunk;
 
-// Tokens from … to - 1.
-INLINE Chunk prepare(Codes codes, int64_t from, int64_t to, int64_t group_quads, int64_t groups) {
-    static _Thread_local Room sums, dense;
-    const int64_t quads = codes.stride / QUAD, rows = to - from;
+// Tokens from … to - 1; offset: the weights'.
+INLINE Chunk prepare(Codes codes, int64_t from, int64_t to, int64_t group_quads, int64_t groups, int32_t offset) {
+    static _Thread_local Room starts, sums, dense;
+    const int64_t quads = codes.stride / QUAD, rows = to - from, size = CHUNK * groups;
     const int shift = __builtin_ctzll((uint64_t)group_quads);
-    Chunk chunk = {room(&sums, 2 * CHUNK * groups * (int64_t)sizeof(int32_t)), NULL, NULL};
-    chunk.high_sums = chunk.low_sums + CHUNK * groups;
+    Chunk chunk = {.low_starts = room(&starts, 2 * size * (int64_t)sizeof(int32_t)),
+                   .low_sums = room(&sums, 2 * size * (int64_t)sizeof(float))};
+    chunk.high_starts = chunk.low_starts + size;
+    chunk.high_sums = chunk.low_sums + size;
     int64_t num_quads = 0;
     for (int64_t m = 0; m < rows; m++) {
         const int8_t *low = codes.low + (from + m) * codes.stride;
+        const Quad *quad = codes.tokens == NULL ? NULL : codes.quads + (from + m) * quads;
+        const Quad *last = codes.tokens == NULL ? NULL : quad + codes.tokens[from + m].num_quads;
+        num_quads += last - quad;
         for (int64_t g = 0; g < groups; g++) {
-            const int64_t end = smaller((g + 1) * group_quads, quads) * QUAD;
-            int32_t sum = 0;
+            const int64_t end = smaller((g + 1) * group_quads, quads) * QUAD, place = g * CHUNK + m;
+            int32_t sum = 0, high_sum = 0;
             for (int64_t k = g * group_quads * QUAD; k < end; k++) sum += low[k];
-            chunk.low_sums[m * groups + g] = sum;
+            for (; quad < last && quad->index >> shift == g; quad++)
+                for (int i = 0; i < QUAD; i++) high_sum += quad->codes[i];
+            // Floats hold them: they are below 2^24.
+            chunk.low_sums[place] = (float)sum;
+            chunk.low_starts[place] = -offset * sum;
+            chunk.high_sums[place] = (float)high_sum;
+            chunk.high_starts[place] = -offset * high_sum;
         }
-        if (codes.tokens == NULL) continue;
-        int32_t *highs = chunk.high_sums + m * groups;
-        const Quad *quad = codes.quads + (from + m) * quads, *end = quad + codes.tokens[from + m].num_quads;
-        num_quads += end - quad;
-        memset(highs, 0, (size_t)groups * sizeof *highs);
-        for (; quad < end; quad++)
-            for (int i = 0; i < QUAD; i++) highs[quad->index >> shift] += quad->codes[i];
     }
     if (num_quads * DENSE_SHARE < rows * quads) return chunk;
     chunk.high = room(&dense, CHUNK * codes.stride);
@@ -271,29 +334,49 @@ typedef struct {
     int64_t stride;
 } Product;
 
-// Tokens from … to - 1 with some panels.
-INLINE void multiply(const Product *product, int64_t num_panels, Codes codes, const Chunk *chunk, int64_t from,
+// Tokens from … to - 1 with some panels; is_many: these are bytes, and their numbers floats.
+INLINE void multiply(const Product *product, int num_panels, int is_many, Codes codes, const Chunk *chunk, int64_t from,
                      int64_t to) {
     const Weights *weights = &product->weights;
     const int64_t groups = weights->groups, quads = weights->quads;
-    const int64_t most = num_panels == WIDE ? ROWS_AT_ONCE : FEW_ROWS;
+    const int64_t most = is_many ? ROWS_AT_ONCE : FEW_ROWS;
     for (int64_t m = from, size; m < to; m += size) {
         const int64_t tiles = (to - m + most - 1) / most;
         size = (to - m + tiles - 1) / tiles;  // tiles of about the same size
-        GroupTile *tile = group_tile(product->kind, size, num_panels);
-        Floats totals[ROWS_AT_ONCE * WIDE * PARTS], highs[ROWS_AT_ONCE * WIDE * PARTS] = {{0}};
+        GroupTile *tile = is_many ? many_tile(product->kind, size, num_panels) : FEW_TILES[product->kind][size - 1];
+        Floats totals[ROWS_AT_ONCE * WIDE * PARTS], highs[ROWS_AT_ONCE * WIDE * PARTS];
         const float *scales = product->token_scale == NULL ? NULL : product->token_scale + m * groups;
-        const int32_t *high_sums = chunk->high_sums + (m - from) * groups;
-        tile(weights,
-             &(Terms){codes.low + m * codes.stride, codes.stride, chunk->low_sums + (m - from) * groups, scales}, totals);
-        if (chunk->high != NULL)
-            tile(weights, &(Terms){chunk->high + (m - from) * codes.stride, codes.stride, high_sums, NULL}, highs);
+        const int64_t place = m - from;
+        const Terms low = {codes.low + m * codes.stride, codes.stride, chunk->low_starts + place,
+                           chunk->low_sums + place, scales};
+        tile(weights, &low, totals);
+        if (chunk->high != NULL) {
+            const Terms high = {chunk->high + place * codes.stride, codes.stride, chunk->high_starts + place,
+                                chunk->high_sums + place, NULL};
+            tile(weights, &high, highs);
+        }
         for (int64_t i = 0; i < size; i++) {
             Floats *of_token = highs + i * num_panels * PARTS;
-            if (codes.tokens != NULL && chunk->high == NULL)
-                add_high_terms(product->kind, weights, num_panels, high_sums + i * groups, codes.quads + (m + i) * quads,
-                               codes.tokens[m + i].num_quads, of_token);
-            for (int64_t p = 0; p < num_panels * PARTS; p++) {
+            if (codes.tokens != NULL && chunk->high == NULL) {
+                EACH(p, num_panels * PARTS) of_token[p] = (Floats){0};
+                const Quad *quad = codes.quads + (m + i) * quads;
+#define CASE(KIND, PANELS)                                                                                         \
+    case KIND:                                                                                                     \
+        add_high_terms(KIND, weights, PANELS, chunk->high_starts + place + i, chunk->high_sums + place + i, quad,  \
+                       codes.tokens[m + i].num_quads, of_token);                                                   \
+        break;
+                switch (product->kind) {
+                    CASE(BYTES, num_panels)
+                    CASE(SMALL, num_panels)
+                    CASE(NIBBLES, 1)
+                    CASE(TABLE, 1)
+                    CASE(FIVES, 1)
+                    CASE(SIXES, 1)
+                    CASE(SPARSE, 1)
+                }
+#undef CASE
+            }
+            EACH(p, num_panels * PARTS) {
                 const int64_t n = p * LANES;
                 Floats value = totals[i * num_panels * PARTS + p];
                 if (codes.tokens != NULL) value = (of_token[p] * 128.0f + value) * codes.tokens[m + i].scale;
@@ -321,6 +404,24 @@ INLINE const uint8_t *expand(int kind, const uint8_t *table, const uint8_t *pane
     return expanded;
 }
 
+// The numbers of some panels as floats.
+INLINE void expand_numbers(Weights *weights, int64_t num_panels) {
+    static _Thread_local Room expansion;
+    const int64_t size = weights->groups * num_panels * PANEL;
+    float *scales = room(&expansion, 2 * size * (int64_t)sizeof(float)), *minimums = scales + size;
+    for (int64_t g = 0; g < weights->groups; g++)
+        for (int64_t n = 0; n < num_panels; n++)
+            EACH(p, PARTS) {
+                const int64_t place = (g * num_panels + n) * PANEL + p * LANES;
+                const Floats scale = group_scale(weights, n, g, p);
+                store(scales + place, scale);
+                if (has_minimum(weights)) store(minimums + place, group_minimum(weights, n, g, p, scale));
+            }
+    weights->scales = scales;
+    weights->minimums = has_minimum(weights) ? minimums : NULL;
+    weights->num_panels = num_panels;
+}
+
 INLINE Numbers numbers_of(const Half *values, const int8_t *steps, int64_t panel, int64_t groups, int64_t blocks) {
     if (values == NULL) return (Numbers){NULL, NULL};
     if (steps == NULL) return (Numbers){values + panel * groups * PANEL, NULL};
@@ -329,7 +430,7 @@ INLINE Numbers numbers_of(const Half *values, const int8_t *steps, int64_t panel
 
 OPERATION(grouped_matmul) {
     const int64_t rows = count(args->num_rows), group_size = args->group_size, features = args->features;
-    const int kind = (int)args->kind, is_narrow = !is_bytes(kind);
+    const int kind = (int)args->kind, is_many = rows > FEW_ROWS, expands = is_many && !is_bytes(kind);
     const Codes codes = args->codes;
     const float *scale = args->scale, *bias = args->bias;
     const int64_t quads = codes.stride / QUAD, groups = (args->size + group_size - 1) / group_size;
@@ -344,13 +445,13 @@ OPERATION(grouped_matmul) {
         const int64_t first = task % tasks_a_chunk * panels_a_task;
         const int64_t last = smaller(first + panels_a_task, num_panels);
         const int64_t chunk = task / tasks_a_chunk, from = chunk * CHUNK, to = smaller(from + CHUNK, rows);
-        if (chunk != prepared) of_tokens = prepare(codes, from, to, group_size / QUAD, groups);
+        if (chunk != prepared)
+            of_tokens = prepare(codes, from, to, group_size / QUAD, groups, (int32_t)args->offset);
         prepared = chunk;
-        const int expands = is_narrow && rows > FEW_ROWS;
         for (int64_t panel = first, step; panel < last; panel += step) {
-            step = rows <= FEW_ROWS || last - panel < WIDE ? 1 : PANELS_AT_ONCE;
+            step = !is_many || last - panel < WIDE ? 1 : PANELS_AT_ONCE;
             const uint8_t *panels = args->weight + panel * panel_bytes;
-            const Product product = {
+            Product product = {
                 .weights = {
                     .panels = expands ? expand(kind, args->table, panels, step * quads) : panels,
                     .table = args->table,
@@ -373,8 +474,10 @@ OPERATION(grouped_matmul) {
                 .output = args->output + panel * PANEL,
                 .stride = args->output_stride,
             };
-            if (step == 1) multiply(&product, 1, codes, &of_tokens, from, to);
-            else multiply(&product, WIDE, codes, &of_tokens, from, to);
+            if (is_many) expand_numbers(&product.weights, step);
+            if (!is_many) multiply(&product, 1, 0, codes, &of_tokens, from, to);
+            else if (step == 1) multiply(&product, 1, 1, codes, &of_tokens, from, to);
+            else multiply(&product, WIDE, 1, codes, &of_tokens, from, to);
         }
     }
 }
