@@ -5,7 +5,6 @@
 
 enum {
     CHUNK = 192,      // tokens in a task
-    DENSE_SHARE = 4,  // high terms are multiplied with the zeros between them from every fourth quad on
     MOST_TASKS = 64,  // of a chunk: more would cut what a thread reads into short runs
     PREFETCHED = 2048,  // bytes of codes that are on their way while others are multiplied with a few tokens
 };
@@ -39,6 +38,20 @@ typedef struct {
     const float *sums;      // [groups, CHUNK] of the codes
     const float *scale;     // [rows, groups], or null: all of them one
 } Terms;
+
+// A quad of high terms of one of many tokens that are multiplied together.
+typedef struct {
+    int32_t token, quad;
+    int8_t codes[QUAD];
+} High;
+
+// Those of many tokens, which are multiplied group by group while a group's codes are at hand.
+typedef struct {
+    const High *highs;  // by group, then by token
+    const int32_t *ends;  // [groups]: where each group's end; null: there are none
+    const int32_t *starts;
+    const float *sums;  // as `Terms` has them
+} HighTerms;
 
 // A part's; `panel` counts from the weights' first.
 INLINE Floats group_numbers(const Weights *weights, Numbers numbers, int64_t panel, int64_t group, int part) {
@@ -161,6 +174,7 @@ SPARSE_FEW_TILE(4)
 #endif
 
 #define FEW_TILES_OF(KIND) FEW_TILE(KIND, 1) FEW_TILE(KIND, 2) FEW_TILE(KIND, 3) FEW_TILE(KIND, 4)
+#define FEW_OF(KIND) [KIND] = {KIND##_few_1, KIND##_few_2, KIND##_few_3, KIND##_few_4}
 
 FEW_TILES_OF(BYTES)
 FEW_TILES_OF(NIBBLES)
@@ -171,17 +185,42 @@ FEW_TILES_OF(SIXES)
 FEW_TILES_OF(SPARSE)
 #endif
 
-#define FEW_OF(KIND) [KIND] = {KIND##_few_1, KIND##_few_2, KIND##_few_3, KIND##_few_4}
 static GroupTile *const FEW_TILES[][FEW_ROWS] = {
     FEW_OF(BYTES), FEW_OF(NIBBLES), FEW_OF(TABLE), FEW_OF(FIVES), FEW_OF(SIXES), FEW_OF(SPARSE),
 };
 
+// A group's products with the high terms that there are.
+INLINE void add_high_group(int kind, int num_panels, const Weights *weights, const HighTerms *high, int64_t group,
+                           Floats *totals) {
+    const High *one = high->highs + (group == 0 ? 0 : high->ends[group - 1]), *end = high->highs + high->ends[group];
+    while (one < end) {
+        const int32_t token = one->token;
+        Ints products[WIDE][PARTS];
+        EACH(n, num_panels) EACH(p, PARTS) products[n][p] = fill_ints(high->starts[group * CHUNK + token]);
+        do {
+            const uint8_t *quad = weights->panels + one->quad * QUAD_BYTES;
+            EACH(n, num_panels) EACH(p, PARTS) {
+                const PartCodes codes = load_codes(quad + n * weights->distance + p * QUAD * LANES);
+                products[n][p] = add_quad_of_part(kind, products[n][p], codes, one->codes);
+            }
+        } while (++one < end && one->token == token);
+        EACH(n, num_panels) EACH(p, PARTS) {
+            Floats *total = totals + (token * num_panels + n) * PARTS + p;
+            const int64_t place = (group * num_panels + n) * PANEL + p * LANES;
+            *total += to_floats(products[n][p]) * load(weights->scales + place);
+            if (weights->minimums != NULL)
+                *total += high->sums[group * CHUNK + token] * load(weights->minimums + place);
+        }
+    }
+}
+
 // Of many tokens, with panels of bytes and numbers that are floats: the registers are the sums', and totals lie in
 // memory, as a group's products take longer than that.
 #define MANY_TILE(KIND, ROWS, PANELS)                                                                              \
-    static void KIND##_many_##ROWS##_##PANELS(const Weights *weights, const Terms *terms, Floats *totals) {        \
+    static void KIND##_many_##ROWS##_##PANELS(const Weights *weights, const Terms *terms, const HighTerms *high,   \
+                                              Floats *totals, Floats *high_totals) {                               \
         const int64_t groups = weights->groups, distance = weights->distance, stride = terms->stride;              \
-        EACH(i, ROWS * PANELS * PARTS) totals[i] = (Floats){0};                                                    \
+        EACH(i, ROWS * PANELS * PARTS) totals[i] = high_totals[i] = (Floats){0};                                   \
         for (int64_t g = 0; g < groups; g++) {                                                                     \
             Ints sums[ROWS][PANELS][PARTS];                                                                        \
             EACH(m, ROWS) EACH(n, PANELS) EACH(p, PARTS) sums[m][n][p] = fill_ints(terms->starts[g * CHUNK + m]); \
@@ -209,8 +248,11 @@ static GroupTile *const FEW_TILES[][FEW_ROWS] = {
                 }                                                                                                  \
                 EACH(m, ROWS) totals[(m * PANELS + n) * PARTS + p] = products[m];                                  \
             }                                                                                                      \
+            if (high->ends != NULL) add_high_group(KIND, PANELS, weights, high, g, high_totals);                   \
         }                                                                                                          \
     }
+
+typedef void ManyTile(const Weights *, const Terms *, const HighTerms *, Floats *, Floats *);
 
 #define MANY_TILES_OF(KIND, PANELS)                                                                                \
     MANY_TILE(KIND, 1, PANELS) MANY_TILE(KIND, 2, PANELS) MANY_TILE(KIND, 3, PANELS) MANY_TILE(KIND, 4, PANELS)
@@ -230,11 +272,11 @@ MANY_TILES_OF(BYTES, 1)
 MORE_TILES_OF(BYTES, 1)
 MANY_TILES_OF(BYTES, 2)
 MORE_TILES_OF(BYTES, 2)
-static GroupTile *const MANY_TILES[PANELS_AT_ONCE][ROWS_AT_ONCE] = {
+static ManyTile *const MANY_TILES[PANELS_AT_ONCE][ROWS_AT_ONCE] = {
     {MANY_OF(BYTES, 1), MORE_OF(BYTES, 1)},
     {MANY_OF(BYTES, 2), MORE_OF(BYTES, 2)},
 };
-INLINE GroupTile *many_tile(int kind, int64_t rows, int num_panels) {
+INLINE ManyTile *many_tile(int kind, int64_t rows, int num_panels) {
     (void)kind;
     return MANY_TILES[num_panels - 1][rows - 1];
 }
@@ -243,8 +285,8 @@ INLINE GroupTile *many_tile(int kind, int64_t rows, int num_panels) {
 
 MANY_TILES_OF(BYTES, 1)
 MANY_TILES_OF(SMALL, 1)
-static GroupTile *const MANY_TILES[][ROWS_AT_ONCE] = {[BYTES] = {MANY_OF(BYTES, 1)}, [SMALL] = {MANY_OF(SMALL, 1)}};
-INLINE GroupTile *many_tile(int kind, int64_t rows, int num_panels) {
+static ManyTile *const MANY_TILES[][ROWS_AT_ONCE] = {[BYTES] = {MANY_OF(BYTES, 1)}, [SMALL] = {MANY_OF(SMALL, 1)}};
+INLINE ManyTile *many_tile(int kind, int64_t rows, int num_panels) {
     (void)num_panels;
     return MANY_TILES[kind][rows - 1];
 }
@@ -253,52 +295,86 @@ INLINE GroupTile *many_tile(int kind, int64_t rows, int num_panels) {
 
 // The high terms of one token, of which most are zero: only the groups with others have a share. starts, sums: of its
 // high terms, [groups, CHUNK].
-INLINE void add_high_terms(int kind, const Weights *weights, int num_panels, const int32_t *starts, const float *sums,
+INLINE void add_high_terms(int kind, const Weights *weights, const int32_t *starts, const float *sums,
                            const Quad *quad, int64_t num_quads, Floats *totals) {
     const int shift = __builtin_ctzll((uint64_t)weights->group_quads);
     for (const Quad *end = quad + num_quads; quad < end;) {
         const int64_t group = quad->index >> shift;
-        Ints products[WIDE][PARTS];
-        EACH(n, num_panels) EACH(p, PARTS) products[n][p] = fill_ints(starts[group * CHUNK]);
+        Ints products[PARTS];
+        EACH(p, PARTS) products[p] = fill_ints(starts[group * CHUNK]);
         do {
             const int place = (int)(quad->index % unit_quads(kind));
             const uint8_t *unit = weights->panels + bytes_of(kind, quad->index - place);
-            EACH(n, num_panels) EACH(p, PARTS) {
-                const PartCodes codes = load_quad(kind, weights->table, unit + n * weights->distance, place, p);
-                products[n][p] = add_quad_of_part(kind, products[n][p], codes, quad->codes);
-            }
+            EACH(p, PARTS)
+                products[p] = add_quad_of_part(kind, products[p], load_quad(kind, weights->table, unit, place, p),
+                                               quad->codes);
         } while (++quad < end && quad->index >> shift == group);
-        EACH(n, num_panels) EACH(p, PARTS) {
-            const Floats scale = group_scale(weights, n, group, p);
-            Floats *total = totals + n * PARTS + p;
-            *total += to_floats(products[n][p]) * scale;
-            if (has_minimum(weights)) *total += sums[group * CHUNK] * group_minimum(weights, n, group, p, scale);
+        EACH(p, PARTS) {
+            const Floats scale = group_scale(weights, 0, group, p);
+            totals[p] += to_floats(products[p]) * scale;
+            if (has_minimum(weights)) totals[p] += sums[group * CHUNK] * group_minimum(weights, 0, group, p, scale);
         }
     }
 }
 
-// What a thread has made of a chunk of tokens, as `Terms` has it.
+// How many of `left` tokens are multiplied together: tiles of about the same size.
+INLINE int64_t next_rows(int64_t left, int is_many) {
+    const int64_t most = is_many ? ROWS_AT_ONCE : FEW_ROWS, tiles = (left + most - 1) / most;
+    return (left + tiles - 1) / tiles;
+}
+
+// What a thread has made of a chunk of tokens, as `Terms` has it, and for each tile of many tokens `HighTerms`: those of
+// the tile that begins with token m are from `highs` + m * quads on, their ends from `ends` + m * groups on.
 typedef struct {
-    int32_t *low_starts, *high_starts;
+    int32_t *low_starts, *high_starts, *ends;
     float *low_sums, *high_sums;
-    int8_t *high;  // [rows, stride], or null where most of it would be zeros
+    High *highs;
 } Chunk;
 
+// Sorts the high terms of tokens m … m + size - 1 of a chunk that begins with token `from` by their groups.
+INLINE void sort_highs(Codes codes, int64_t from, int64_t m, int64_t size, int shift, int64_t groups, Chunk *chunk) {
+    const int64_t quads = codes.stride / QUAD;
+    int32_t *ends = chunk->ends + m * groups;
+    High *highs = chunk->highs + m * quads;
+    memset(ends, 0, (size_t)groups * sizeof *ends);
+    for (int64_t i = 0; i < size; i++) {
+        const Quad *quad = codes.quads + (from + m + i) * quads;
+        for (const Quad *end = quad + codes.tokens[from + m + i].num_quads; quad < end; quad++)
+            ends[quad->index >> shift]++;
+    }
+    // Where each group's begin, and, as its terms go there, end.
+    int32_t begin = 0;
+    for (int64_t g = 0; g < groups; g++) {
+        const int32_t number = ends[g];
+        ends[g] = begin;
+        begin += number;
+    }
+    for (int64_t i = 0; i < size; i++) {
+        const Quad *quad = codes.quads + (from + m + i) * quads;
+        for (const Quad *end = quad + codes.tokens[from + m + i].num_quads; quad < end; quad++) {
+            High *high = highs + ends[quad->index >> shift]++;
+            high->token = (int32_t)i;
+            high->quad = quad->index;
+            memcpy(high->codes, quad->codes, sizeof high->codes);
+        }
+    }
+}
+
 // Tokens from … to - 1; offset: the weights'.
-INLINE Chunk prepare(Codes codes, int64_t from, int64_t to, int64_t group_quads, int64_t groups, int32_t offset) {
-    static _Thread_local Room starts, sums, dense;
+INLINE Chunk prepare(Codes codes, int64_t from, int64_t to, int64_t group_quads, int64_t groups, int32_t offset,
+                     int is_many) {
+    static _Thread_local Room starts, sums, sorted;
     const int64_t quads = codes.stride / QUAD, rows = to - from, size = CHUNK * groups;
     const int shift = __builtin_ctzll((uint64_t)group_quads);
-    Chunk chunk = {.low_starts = room(&starts, 2 * size * (int64_t)sizeof(int32_t)),
+    Chunk chunk = {.low_starts = room(&starts, 3 * size * (int64_t)sizeof(int32_t)),
                    .low_sums = room(&sums, 2 * size * (int64_t)sizeof(float))};
     chunk.high_starts = chunk.low_starts + size;
+    chunk.ends = chunk.high_starts + size;
     chunk.high_sums = chunk.low_sums + size;
-    int64_t num_quads = 0;
     for (int64_t m = 0; m < rows; m++) {
         const int8_t *low = codes.low + (from + m) * codes.stride;
         const Quad *quad = codes.tokens == NULL ? NULL : codes.quads + (from + m) * quads;
         const Quad *last = codes.tokens == NULL ? NULL : quad + codes.tokens[from + m].num_quads;
-        num_quads += last - quad;
         for (int64_t g = 0; g < groups; g++) {
             const int64_t end = smaller((g + 1) * group_quads, quads) * QUAD, place = g * CHUNK + m;
             int32_t sum = 0, high_sum = 0;
@@ -312,13 +388,11 @@ INLINE Chunk prepare(Codes codes, int64_t from, int64_t to, int64_t group_quads,
             chunk.high_starts[place] = -offset * high_sum;
         }
     }
-    if (num_quads * DENSE_SHARE < rows * quads) return chunk;
-    chunk.high = room(&dense, CHUNK * codes.stride);
-    memset(chunk.high, 0, (size_t)(rows * codes.stride));
-    for (int64_t m = 0; m < rows; m++) {
-        const Quad *of_token = codes.quads + (from + m) * quads;
-        for (int64_t i = 0; i < codes.tokens[from + m].num_quads; i++)
-            memcpy(chunk.high + m * codes.stride + of_token[i].index * QUAD, of_token[i].codes, QUAD);
+    if (!is_many || codes.tokens == NULL) return chunk;
+    chunk.highs = room(&sorted, CHUNK * quads * (int64_t)sizeof(High));
+    for (int64_t m = 0, tile; m < rows; m += tile) {
+        tile = next_rows(rows - m, 1);
+        sort_highs(codes, from, m, tile, shift, groups, &chunk);
     }
     return chunk;
 }
@@ -339,40 +413,38 @@ INLINE void multiply(const Product *product, int num_panels, int is_many, Codes 
                      int64_t to) {
     const Weights *weights = &product->weights;
     const int64_t groups = weights->groups, quads = weights->quads;
-    const int64_t most = is_many ? ROWS_AT_ONCE : FEW_ROWS;
     for (int64_t m = from, size; m < to; m += size) {
-        const int64_t tiles = (to - m + most - 1) / most;
-        size = (to - m + tiles - 1) / tiles;  // tiles of about the same size
-        GroupTile *tile = is_many ? many_tile(product->kind, size, num_panels) : FEW_TILES[product->kind][size - 1];
+        size = next_rows(to - m, is_many);
         Floats totals[ROWS_AT_ONCE * WIDE * PARTS], highs[ROWS_AT_ONCE * WIDE * PARTS];
         const float *scales = product->token_scale == NULL ? NULL : product->token_scale + m * groups;
         const int64_t place = m - from;
+        const int32_t *high_starts = chunk->high_starts + place;
+        const float *high_sums = chunk->high_sums + place;
         const Terms low = {codes.low + m * codes.stride, codes.stride, chunk->low_starts + place,
                            chunk->low_sums + place, scales};
-        tile(weights, &low, totals);
-        if (chunk->high != NULL) {
-            const Terms high = {chunk->high + place * codes.stride, codes.stride, chunk->high_starts + place,
-                                chunk->high_sums + place, NULL};
-            tile(weights, &high, highs);
+        if (is_many) {
+            const HighTerms high = {chunk->highs + place * quads,
+                                    codes.tokens == NULL ? NULL : chunk->ends + place * groups, high_starts, high_sums};
+            many_tile(product->kind, size, num_panels)(weights, &low, &high, totals, highs);
+        } else {
+            FEW_TILES[product->kind][size - 1](weights, &low, totals);
         }
         for (int64_t i = 0; i < size; i++) {
             Floats *of_token = highs + i * num_panels * PARTS;
-            if (codes.tokens != NULL && chunk->high == NULL) {
-                EACH(p, num_panels * PARTS) of_token[p] = (Floats){0};
+            if (codes.tokens != NULL && !is_many) {
+                EACH(p, PARTS) of_token[p] = (Floats){0};
                 const Quad *quad = codes.quads + (m + i) * quads;
-#define CASE(KIND, PANELS)                                                                                         \
+#define CASE(KIND)                                                                                                 \
     case KIND:                                                                                                     \
-        add_high_terms(KIND, weights, PANELS, chunk->high_starts + place + i, chunk->high_sums + place + i, quad,  \
-                       codes.tokens[m + i].num_quads, of_token);                                                   \
+        add_high_terms(KIND, weights, high_starts + i, high_sums + i, quad, codes.tokens[m + i].num_quads, of_token); \
         break;
                 switch (product->kind) {
-                    CASE(BYTES, num_panels)
-                    CASE(SMALL, num_panels)
-                    CASE(NIBBLES, 1)
-                    CASE(TABLE, 1)
-                    CASE(FIVES, 1)
-                    CASE(SIXES, 1)
-                    CASE(SPARSE, 1)
+                    CASE(BYTES)
+                    CASE(NIBBLES)
+                    CASE(TABLE)
+                    CASE(FIVES)
+                    CASE(SIXES)
+                    CASE(SPARSE)
                 }
 #undef CASE
             }
@@ -446,7 +518,7 @@ OPERATION(grouped_matmul) {
         const int64_t last = smaller(first + panels_a_task, num_panels);
         const int64_t chunk = task / tasks_a_chunk, from = chunk * CHUNK, to = smaller(from + CHUNK, rows);
         if (chunk != prepared)
-            of_tokens = prepare(codes, from, to, group_size / QUAD, groups, (int32_t)args->offset);
+            of_tokens = prepare(codes, from, to, group_size / QUAD, groups, (int32_t)args->offset, is_many);
         prepared = chunk;
         for (int64_t panel = first, step; panel < last; panel += step) {
             step = !is_many || last - panel < WIDE ? 1 : PANELS_AT_ONCE;
