@@ -242,9 +242,9 @@ class QuantSpec:
             dense = self.default.dense
             is_for_head = KINDS[dense.kind].is_for_head
             return dense if is_for_head else SchemeSpec("int8", group_size=TABLE_GROUP_SIZE)
-        keeps = self.default.kind == "none" or KINDS[self.default.kind].is_block_type
-        if module == EMBEDDING and not keeps:
-            return SchemeSpec("int8")
+        keeps = self.default.dense.kind == "none" or KINDS[self.default.kind].is_block_type
+        if module == EMBEDDING:
+            return self.default.dense if keeps else SchemeSpec("int8")
         return self.default
 
     def of_product(self, modules: Sequence[str]) -> list[SchemeSpec]:

@@ -36,7 +36,7 @@ def energies(weight: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
         weight: [N, K].
         moment: [K, K], S Sᵀ; None: S is 1.
     """
-    return torch.linalg.eigvalsh(_gram(weight.double(), _root(moment))).flip(0).clamp(min=0)
+    return torch.linalg.eigvalsh(_gram(weight.double(), moment)[0]).flip(0).clamp(min=0)
 
 
 def decompose(
@@ -51,11 +51,11 @@ def decompose(
         rank: At most min(N, K).
     """
     weight = weight.double()
-    root = _root(moment)
-    vectors = torch.linalg.eigh(_gram(weight, root)).eigenvectors.flip(1)[:, :rank]
-    if len(vectors) != len(weight):
+    gram, seen = _gram(weight, moment)
+    vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank]
+    if seen is not None:
         # From the right singular vectors to the left ones.
-        vectors = torch.nn.functional.normalize((weight if root is None else weight @ root) @ vectors, dim=0)
+        vectors = torch.nn.functional.normalize(seen @ vectors, dim=0)
     inner = vectors.t() @ weight
     balance = inner.norm(dim=1).sqrt()
     return vectors * balance, inner / torch.where(balance > 0, balance, 1.0)[:, None]
@@ -73,18 +73,15 @@ def refit(weight: torch.Tensor, inner: torch.Tensor, moment: torch.Tensor | None
     return torch.linalg.solve(products, seen @ weight.t()).t()
 
 
-def _root(moment: torch.Tensor | None) -> torch.Tensor | None:
-    """S [K, K] float64 with S Sᵀ = M, whether M has a full rank or not."""
-    if moment is None:
-        return None
-    values, vectors = torch.linalg.eigh(moment.double())
-    return vectors * values.clamp(min=0).sqrt()
-
-
-def _gram(weight: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
-    """(W S)(W S)ᵀ [N, N], or (W S)ᵀ(W S) [K, K], the smaller one."""
-    seen = weight if root is None else weight @ root
-    return seen @ seen.t() if len(seen) <= seen.shape[1] else seen.t() @ seen
+def _gram(weight: torch.Tensor, moment: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """W S (W S)ᵀ = W M Wᵀ [N, N]; or, where that is smaller, (W S)ᵀ W S [K, K], and W S."""
+    if len(weight) <= weight.shape[1]:
+        return (weight if moment is None else weight @ moment.double()) @ weight.t(), None
+    seen = weight
+    if moment is not None:
+        values, vectors = torch.linalg.eigh(moment.double())
+        seen = weight @ (vectors * values.clamp(min=0).sqrt())
+    return seen.t() @ seen, seen
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ For a weight [N, K] in groups of g along K, the last one perhaps shorter (K even
     sparse24:int4  codes   [N, K / 4] uint8: the two of a four, the first one in the low nibble
                  masks     likewise
                  scale     [N, ceil(K / g)] fp16: w = (code - 8) * scale
-    lowrank:int8  outer_codes, outer_scale    of a factor [N, R], as of int8
-                  inner_codes, inner_scale    of one [R, K]: w = outer @ inner. Of projections that are multiplied as one
-                           matrix (q, k and v; gate and up) the first one alone has it, and they share it.
+    lowrank:int8  outer_codes, outer_scale    as of int8, of a factor [N, R]
+                  inner_codes, inner_scale    of one [R, K]: w = outer @ inner. Of projections that are multiplied as
+                           one matrix (q, k and v; gate and up) the first one alone has it, and they share it.
     lowrank:int4  likewise, as of int4
     lowrank:none  outer_weight and inner_weight, float
     none         weight    [N, K] float
