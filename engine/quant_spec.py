@@ -1,7 +1,7 @@
 """Specifications: what `--quant` says about how each module's weights are stored and multiplied.
 
-    scheme                  none, int8, int4, nf4, codebook4, sparse24:int8 or sparse24:int4, with words after colons:
-                            int4:g64
+    scheme                  none, int8, int4, nf4, codebook4, sparse24:int8, sparse24:int4, lowrank:none, lowrank:int8
+                            or lowrank:int4, with words after colons: int4:g64
     scheme,pattern=scheme   the first for all modules, then another one for those whose names match, like
                             int4:g64,*.down_proj=int8,model.layers.0.*=none; the last pattern that matches decides
 
@@ -11,6 +11,7 @@
     token, groups,          int8        how activations are quantized: one scale a token, one for each 32 along K, or
     two-terms                           as two int8 terms; if not said, what the device does best
     weight-only             int8        activations stay floats
+    r64, r128, …            lowrank     the rank of the factors, which a checkpoint of such says itself
 
 The vocabulary projection (lm_head) and the embedding (model.embed_tokens) keep eight bits in groups of 32 under
 schemes of four, unless a pattern names them, and the embedding does so under int8: they are the layers whose rounding
@@ -40,6 +41,9 @@ TABLE_GROUP_SIZE = 32
 _GROUP = re.compile(r"g(\d+)")
 _GROUP_STEP = 32
 _WEIGHT_ONLY = "weight-only"
+_RANK = re.compile(r"r([1-9]\d*)")
+LOW_RANK = "lowrank:"
+"""How the kinds begin that store two factors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +58,7 @@ class SchemeGrammar:
         is_for_head: Whether lm_head gets it without being named; else lm_head keeps eight bits in groups.
         is_exact: Whether int8 activations are multiplied with it, in sums that are exact on every device.
         is_block_type: Whether it is a type of GGUF's, which keeps weights that are of that type already.
-        dense: The kind that has the same products, and stores zeros; empty: this one stores them itself.
+        dense: The kind whose codes it stores in another form: without zeros, or those of two factors; empty: its own.
     """
 
     help: tuple[tuple[str, str], ...]
@@ -69,7 +73,7 @@ class SchemeGrammar:
     def has_group(self, size: int) -> bool:
         """Whether so many elements along K may share a scale; more than 128 occur in others' checkpoints.
 
-        What stores no zeros is made by this engine alone.
+        What has a dense kind is made by this engine alone.
         """
         if self.dense:
             return size in self.groups
@@ -127,6 +131,21 @@ KINDS: dict[str, SchemeGrammar] = {
         default_group=32,
         dense="int4",
     ),
+    "lowrank:none": SchemeGrammar(
+        help=(("lowrank:none", "two factors, float16; the step lowrank makes them"),),
+        dense="none",
+    ),
+    "lowrank:int8": SchemeGrammar(
+        help=(("lowrank:int8", "two factors, each as int8"),),
+        is_exact=True,
+        dense="int8",
+    ),
+    "lowrank:int4": SchemeGrammar(
+        help=(("lowrank:int4[:g32|g64|g128]", "two factors, each as int4"),),
+        groups=(32, 64, 128),
+        default_group=32,
+        dense="int4",
+    ),
     **{
         kind: SchemeGrammar(help=(), is_for_head=True, is_block_type=True)
         for kind in (
@@ -158,28 +177,36 @@ class SchemeSpec:
         group_size: Elements along K that share a scale; 0 is whole rows, or that there is no choice.
         activations: How int8 products quantize their activations.
         is_weight_only: int8 weights × float activations.
+        rank: Of low-rank factors; 0: there are none, or it is not said.
     """
 
     kind: str
     group_size: int = 0
     activations: ActivationTerms = "default"
     is_weight_only: bool = False
+    rank: int = 0
 
     @property
     def storage(self) -> str:
         """What is stored, without what is said of activations: "int4:g64"."""
         has_size = self.group_size or 0 in KINDS[self.kind].groups
-        return f"{self.kind}:g{self.group_size}" if has_size else self.kind
+        size = f":g{self.group_size}" if has_size else ""
+        return self.kind + size + (f":r{self.rank}" if self.rank else "")
 
     @property
     def dense(self) -> SchemeSpec:
-        """The scheme that has the same products, and stores zeros too; of most kinds the same one."""
-        return replace(self, kind=KINDS[self.kind].dense or self.kind)
+        """The scheme of the same codes that stores a whole matrix, zeros too; of most kinds the same one."""
+        return replace(self, kind=KINDS[self.kind].dense or self.kind, rank=0)
 
     @property
     def is_sparse(self) -> bool:
         """Whether zeros are not stored."""
-        return self.dense != self
+        return bool(KINDS[self.kind].dense) and not self.is_low_rank
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether two factors are stored."""
+        return self.kind.startswith(LOW_RANK)
 
     @property
     def stacks(self) -> bool:
@@ -215,9 +242,9 @@ class QuantSpec:
             dense = self.default.dense
             is_for_head = KINDS[dense.kind].is_for_head
             return dense if is_for_head else SchemeSpec("int8", group_size=TABLE_GROUP_SIZE)
-        keeps = self.default.kind == "none" or KINDS[self.default.kind].is_block_type
-        if module == EMBEDDING and not keeps:
-            return SchemeSpec("int8")
+        keeps = self.default.dense.kind == "none" or KINDS[self.default.kind].is_block_type
+        if module == EMBEDDING:
+            return self.default.dense if keeps else SchemeSpec("int8")
         return self.default
 
     def of_product(self, modules: Sequence[str]) -> list[SchemeSpec]:
@@ -271,6 +298,11 @@ class QuantSpec:
         """Whether all products are of int8 weights and int8 activations, which have exact sums on every device."""
         return all(KINDS[words.kind].is_exact and not words.is_weight_only for words in self._all())
 
+    @property
+    def has_low_rank(self) -> bool:
+        """Whether any module may be two factors."""
+        return any(words.is_low_rank for words in self._all())
+
     def _all(self) -> list[SchemeSpec]:
         return [self.default] + [words for _, words in self.rules]
 
@@ -305,21 +337,27 @@ def parse_scheme_spec(text: str) -> SchemeSpec:
     if kind not in KINDS:
         raise ConfigError(f"quant: must be one of {', '.join(CHOICES)}, got {kind!r}")
     grammar = KINDS[kind]
-    groups, terms = [], []
+    groups, terms, ranks = [], [], []
     for word in words:
         group = _GROUP.fullmatch(word)
-        if group and grammar.has_group(int(group[1])):
+        rank = _RANK.fullmatch(word)
+        if rank and kind.startswith(LOW_RANK):
+            ranks.append(int(rank[1]))
+        elif group and grammar.has_group(int(group[1])):
             groups.append(int(group[1]))
         elif word in grammar.words:
             terms.append(word)
         else:
-            known = ", ".join([*(f"g{size}" for size in grammar.groups), *grammar.words]) or "nothing"
+            known_ranks = ["a rank like r64"] if kind.startswith(LOW_RANK) else []
+            known = ", ".join([*(f"g{size}" for size in grammar.groups), *grammar.words, *known_ranks])
+            known = known or "nothing"
             raise ConfigError(f"quant: {word!r} in {text!r} is not known; after {kind} there may be {known}")
-    if len(groups) > 1 or len(terms) > 1:
+    if max(len(groups), len(terms), len(ranks)) > 1:
         raise ConfigError(f"quant: {text!r} has two words for one thing; keep one of them")
     return SchemeSpec(
         kind,
         groups[0] if groups else grammar.default_group,
         next((term for term in get_args(ActivationTerms) if term in terms), "default"),
         _WEIGHT_ONLY in terms,
+        ranks[0] if ranks else 0,
     )

@@ -31,6 +31,9 @@ def test_the_last_pattern_that_matches_decides() -> None:
         ("none,*.down_proj=int4", "none", "none"),
         ("sparse24:int8", "int8", "int8"),
         ("sparse24:int4:g64", "int8:g32", "int8"),
+        ("lowrank:none:r16", "none", "none"),
+        ("lowrank:int8:r16", "int8", "int8"),
+        ("lowrank:int4:r16", "int8:g32", "int8"),
     ],
 )
 def test_head_and_table_keep_eight_bits_unless_they_are_named(text: str, head: str, table: str) -> None:
@@ -50,6 +53,9 @@ def test_head_and_table_keep_eight_bits_unless_they_are_named(text: str, head: s
         ("sparse24:int8", "sparse24:int8"),
         ("sparse24:int4", "sparse24:int4:g32"),
         ("sparse24:int4:g128", "sparse24:int4:g128"),
+        ("lowrank:int8:r64", "lowrank:int8:r64"),
+        ("lowrank:int4:r192:g64", "lowrank:int4:g64:r192"),
+        ("lowrank:none", "lowrank:none"),
     ],
 )
 def test_a_scheme_is_written_in_one_way(text: str, canonical: str) -> None:
@@ -62,13 +68,17 @@ def test_a_scheme_is_written_in_one_way(text: str, canonical: str) -> None:
     [
         (
             "int3",
-            "must be one of none, int8, int4, nf4, codebook4, sparse24:int8, sparse24:int4, got 'int3'",
+            "must be one of none, int8, int4, nf4, codebook4, sparse24:int8, sparse24:int4, "
+            "lowrank:none, lowrank:int8, lowrank:int4, got 'int3'",
         ),
         ("sparse24", "got 'sparse24'"),
         (
             "sparse24:int8:g32",
             "'g32' in 'sparse24:int8:g32' is not known; after sparse24:int8 there may be nothing",
         ),
+        ("lowrank:int8:r0", "'r0' in .* after lowrank:int8 there may be a rank like r64"),
+        ("lowrank:int8:r8:r16", "has two words for one thing"),
+        ("int8:r8", "'r8' in 'int8:r8' is not known"),
         ("sparse24:int4:g96", "after sparse24:int4 there may be g32, g64, g128"),
         ("", "got ''"),
         ("int4:g48", "'g48' in 'int4:g48' is not known; after int4 there may be g32, g64, g128, g0"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from engine.compression.awq import round_clipped, search_scale
 from engine.compression.calibration import CalibratedLayer
 from engine.compression.clipping import kl_ranges, mse_ranges, percentile_ranges
 from engine.compression.gptq import FindGrid, InputStatistics, gptq, output_errors
+from engine.compression.lowrank import decompose, refit
 from engine.compression.pruning import prune
 from engine.compression.recipe import Recipe
 from engine.compression.scale_tuning import tune_scales
@@ -25,7 +26,7 @@ from engine.errors import ConfigError
 from engine.models.modules import ROLES, Role, readers
 from engine.quant.plan import SCHEMES
 from engine.quant.rounding import Ranges, fit_grid, full_ranges, round_weight
-from engine.quant.weight import CodebookWeight, GridWeight, Weight
+from engine.quant.weight import CodebookWeight, GridWeight, LowRankWeight, Weight, to_float
 from engine.quant_spec import SchemeSpec
 
 SHRINKAGE = 2.0
@@ -50,7 +51,8 @@ class QuantizedLayer:
     Attributes:
         weights: By module name; float16 where the scheme is "none".
         floats: Norms and biases that a scale was folded into, by tensor name.
-        errors: By module name: the output's signal to quantization noise, in dB; of those that are quantized.
+        errors: By module name: the output's signal to quantization noise, in dB; of those that are quantized, or
+            two factors.
         pruning_errors: The same for the zeros alone, of those that are pruned.
     """
 
@@ -67,7 +69,14 @@ def quantize_layer(layer: CalibratedLayer, recipe: Recipe) -> QuantizedLayer:
     weights: dict[str, Weight] = {}
     errors: dict[str, float] = {}
     for role in ROLES:
-        for module, weight in layer.weights(role.name).items():
+        originals = layer.weights(role.name)
+        words = recipe.quant_spec.of(next(iter(originals)))
+        if words.is_low_rank:
+            found, lost = factorize(originals, layer.statistics[role.name].second_moment, words, recipe)
+            weights |= found
+            errors |= lost
+            continue
+        for module, weight in originals.items():
             words = recipe.quant_spec.of(module)
             if words.kind == "none":
                 weights[module] = weight.to(torch.float16)
@@ -75,6 +84,45 @@ def quantize_layer(layer: CalibratedLayer, recipe: Recipe) -> QuantizedLayer:
                 moment = layer.statistics[role.name].second_moment
                 weights[module], errors[module] = quantize_weight(weight, moment, words, recipe)
     return QuantizedLayer(weights, floats, errors, pruning_errors)
+
+
+def factorize(
+    originals: Mapping[str, torch.Tensor], moment: torch.Tensor, words: SchemeSpec, recipe: Recipe
+) -> tuple[dict[str, Weight], dict[str, float]]:
+    """Two factors of matrices that are multiplied as one, each rounded: the outer one to make up for the inner one.
+
+    Args:
+        originals: [N_i, K] by module.
+        moment: [K, K], the second moment of their inputs.
+        words: With a rank.
+
+    Returns:
+        The weights, and their outputs' signal to noise in dB, by module.
+    """
+    assert recipe.low_rank is not None
+    weight, seen = torch.cat(list(originals.values())), moment if recipe.low_rank.is_whitened else None
+    _, exact = decompose(weight, seen, words.rank)
+    inner = _factor(exact.float(), moment, words.dense, recipe)
+    given = to_float(inner).double()
+    fitted = refit(weight, given, seen).float()
+    products = given @ moment.double() @ given.t()
+    weights: dict[str, Weight] = {}
+    errors: dict[str, float] = {}
+    sizes = [len(original) for original in originals.values()]
+    for (module, original), part in zip(originals.items(), torch.split(fitted, sizes), strict=True):
+        new = LowRankWeight(_factor(part, products, words.dense, recipe), inner)
+        noise = float(output_errors(new.dequantize() - original, moment).sum())
+        errors[module] = _decibels(float(output_errors(original, moment).sum()), noise)
+        weights[module] = new
+    return weights, errors
+
+
+def _factor(
+    factor: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, recipe: Recipe
+) -> torch.Tensor | GridWeight | CodebookWeight:
+    if words.kind == "none":
+        return factor.to(torch.float16)
+    return quantize_weight(factor, moment, words, recipe)[0]
 
 
 def prune_weights(layer: CalibratedLayer, recipe: Recipe) -> dict[str, float]:
@@ -198,7 +246,8 @@ def _search_scale(
     weights: Sequence[torch.Tensor], statistics: InputStatistics, words: SchemeSpec, recipe: Recipe
 ) -> torch.Tensor:
     if words.is_sparse:
-        words, recipe = words.dense, _around_zero(recipe)
+        recipe = _around_zero(recipe)
+    words = words.dense
     return search_scale(
         weights,
         statistics.mean_magnitude,

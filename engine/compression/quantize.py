@@ -20,6 +20,7 @@ from tqdm import tqdm
 from engine.compression.calibration import CalibratedLayer, Calibration, CalibrationText
 from engine.compression.dense import write_dense
 from engine.compression.layer_quantizer import quantize_layer, quantize_weight
+from engine.compression.ranks import plan_ranks
 from engine.compression.recipe import Recipe
 from engine.compression.record import Record, mean_error
 from engine.compression.rotated import rotated
@@ -40,9 +41,10 @@ from engine.loading.formats.stored import StoredModule
 from engine.loading.model_config import read_model_config
 from engine.loading.weights import checkpoint_key
 from engine.models.config import ModelConfig
-from engine.models.modules import ROLES, module_names
+from engine.models.modules import ROLES, first_of_product, module_names
 from engine.models.shapes import tensor_names, tensor_shape
-from engine.quant.weight import CodebookWeight, GridWeight, Weight, to_float
+from engine.quant.lowrank import INNER
+from engine.quant.weight import GridWeight, Weight, to_float
 from engine.quant_spec import EMBEDDING, ENDS, LM_HEAD, TABLE_GROUP_SIZE, SchemeSpec
 
 _REST = "model-rest.safetensors"
@@ -94,11 +96,13 @@ class Layout:
             words = self.recipe.quant_spec.of(module)
             parts = compressed_tensors(weight, words, self.recipe.is_symmetric)
         else:
-            assert isinstance(weight, GridWeight | CodebookWeight)
             try:
                 parts = own_parts(weight, self.recipe.quant_spec.of(module))
             except ConfigError as error:
                 raise ConfigError(f"{module}: {error}") from error
+            if module != first_of_product(module):
+                # The first one has the inner factor for all.
+                parts = {part: tensor for part, tensor in parts.items() if not part.startswith(INNER)}
         return {f"{module}.{part}": tensor for part, tensor in parts.items()}
 
     def format(self, directory: Path) -> WeightFormat | None:
@@ -143,6 +147,7 @@ def quantize_checkpoint(
     if recipe.rotates:
         checkpoint = rotated(checkpoint, config)
         config = read_model_config(checkpoint)
+    recipe = plan_ranks(checkpoint, config, recipe, text.token_ids, record, report)
     layout = Layout.choose(recipe, config)
     known = {layer for layer in range(config.num_layers) if (directory / _shard(layer)).exists()}
     if known:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.compression.steps import WORDS, DropChannels, DropLayers, Plain, Prune, Step, parse_steps, word_of
+from engine.compression.steps import (
+    WORDS,
+    DropChannels,
+    DropLayers,
+    LowRank,
+    Plain,
+    Prune,
+    Step,
+    parse_steps,
+    word_of,
+)
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig
 from engine.models.modules import ROLES, module_names
@@ -13,13 +23,14 @@ from engine.quant_spec import (
     EMBEDDING,
     KINDS,
     LM_HEAD,
+    LOW_RANK,
     QuantSpec,
     SchemeSpec,
     parse_quant_spec,
     parse_scheme_spec,
 )
 
-_IN_LAYERS = ("pruning", "scaling")
+_IN_LAYERS = ("pruning", "low rank", "scaling")
 """Stages that do nothing to the vocabulary projection and the embedding."""
 
 
@@ -100,6 +111,11 @@ class Recipe:
         return next((step for step in self.steps if isinstance(step, Prune)), None)
 
     @property
+    def low_rank(self) -> LowRank | None:
+        """The step that makes two factors of matrices."""
+        return next((step for step in self.steps if isinstance(step, LowRank)), None)
+
+    @property
     def structure(self) -> tuple[DropLayers | DropChannels, ...]:
         """The steps that change the model's shape."""
         return tuple(step for step in self.steps if isinstance(step, DropLayers | DropChannels))
@@ -171,6 +187,7 @@ class Recipe:
                     f"leave it out, or say {words.storage}:weight-only"
                 )
         self._check_pruning(in_layers)
+        self._check_low_rank(layers)
         for step in self.steps:
             word = word_of(step)
             # Floats among quantized modules are not what a step is asked for.
@@ -182,11 +199,11 @@ class Recipe:
                     f"steps: {step} is for {' or '.join(word.kinds)}, the scheme has "
                     f"{' and '.join(sorted(there))}, which takes {fitting}"
                 )
-        changing = self.rotates or self.scaling or self.pruning or self.structure
+        changing = self.rotates or self.scaling or self.pruning or self.low_rank or self.structure
         if kinds == {"none"} and not changing:
             raise ConfigError(
                 f"scheme: none with {self.algorithm} changes nothing; give another scheme, or a step for none: "
-                "layers, channels, hadamard, prune or smoothquant"
+                "layers, channels, hadamard, prune, lowrank or smoothquant"
             )
         if self.is_symmetric and "int4" not in kinds:
             raise ConfigError(
@@ -205,6 +222,31 @@ class Recipe:
             raise ConfigError(
                 f"steps: {self.pruning}: tune moves int4's minimums to where zero is no code; add --symmetric, or "
                 "leave tune out"
+            )
+
+    def _check_low_rank(self, layers: list[SchemeSpec]) -> None:
+        factored = [words for words in layers if words.is_low_rank]
+        if self.low_rank is None:
+            if factored:
+                raise ConfigError(
+                    f"steps: {factored[0]} stores factors, which the step lowrank makes: "
+                    f"lowrank=budget0.8,svd-llm + {factored[0]}"
+                )
+            return
+        if not factored:
+            raise ConfigError(
+                f"steps: {self.low_rank} makes factors, which no module's scheme stores; end with one of "
+                f"{', '.join(kind for kind in CHOICES if kind.startswith(LOW_RANK))}"
+            )
+        if self.quant_spec.of(LM_HEAD).is_low_rank:
+            raise ConfigError(f"scheme: {LM_HEAD} does not become factors; give it another scheme")
+        if ranked := next((words for words in factored if words.rank), None):
+            raise ConfigError(
+                f"scheme: {ranked}: ranks are chosen by {self.low_rank}; leave r{ranked.rank} out"
+            )
+        if self.pruning is not None:
+            raise ConfigError(
+                f"steps: {self.low_rank} fills the zeros of {self.pruning}; leave one of them out"
             )
 
 

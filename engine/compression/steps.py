@@ -19,6 +19,7 @@ from engine.quant.plan import SCHEMES
 from engine.quant_spec import CHOICES
 
 PruningAlgorithm = Literal["magnitude", "wanda", "sparsegpt"]
+RankChoice = Literal["energy", "budget"]
 
 TWO_OF_FOUR = "2of4"
 
@@ -75,7 +76,26 @@ class Prune:
         return f"{self.name}={pattern},{self.algorithm}"
 
 
-Step = Plain | DropLayers | DropChannels | Prune
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """Makes two factors of matrices.
+
+    Attributes:
+        by: Whether each keeps so much of its energy, or all together take so much of their bytes.
+        amount: That share.
+        is_whitened: Whether the error at the output is made small, instead of that of the weight.
+    """
+
+    name: ClassVar[str] = "lowrank"
+    by: RankChoice
+    amount: float
+    is_whitened: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.by}{self.amount:g},{'svd-llm' if self.is_whitened else 'svd'}"
+
+
+Step = Plain | DropLayers | DropChannels | Prune | LowRank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +112,7 @@ class Word:
     """
 
     name: str
-    stage: Literal["layers", "channels", "rotation", "pruning", "scaling", "rounding", "tuning"]
+    stage: Literal["layers", "channels", "rotation", "pruning", "low rank", "scaling", "rounding", "tuning"]
     help: tuple[str, ...]
     kinds: tuple[str, ...] = CHOICES
     form: str = ""
@@ -135,6 +155,17 @@ def _parse_prune(arguments: Sequence[str]) -> Step:
     return Prune(share, is_two_of_four, algorithm)
 
 
+def _parse_low_rank(arguments: Sequence[str]) -> Step:
+    by = next((known for known in get_args(RankChoice) if arguments[0].startswith(known)), None)
+    amount = 0.0 if by is None else _number(arguments[0].removeprefix(by), float)
+    if by is None or not 0 < amount < 1 or list(arguments[1:]) not in (["svd"], ["svd-llm"]):
+        raise ConfigError(
+            f"steps: lowrank={','.join(arguments)}: must be energy or budget with a share between 0 and 1, and one "
+            "of svd, svd-llm: lowrank=budget0.8,svd-llm"
+        )
+    return LowRank(by, amount, arguments[1] == "svd-llm")
+
+
 ROUNDED = tuple(kind for kind in CHOICES if SCHEMES[kind].round is not None)
 """Kinds of schemes that steps which look for grids are not for, nor published formats."""
 
@@ -172,6 +203,18 @@ WORDS = (
         kinds=tuple(kind for kind in CHOICES if SCHEMES[kind].has_zero),
         form="=SHARE,HOW",
         parse=_parse_prune,
+    ),
+    Word(
+        name="lowrank",
+        stage="low rank",
+        help=(
+            "makes two factors of each matrix of the layers where that saves bytes, of ranks that keep so",
+            "much of the energy (energy0.95), or take so much of all their bytes (budget0.8); HOW is svd, or",
+            "svd-llm, which knows the inputs; stored by lowrank:int8, lowrank:int4 and lowrank:none",
+        ),
+        kinds=("none", "int8", "int4"),
+        form="=RANKS,HOW",
+        parse=_parse_low_rank,
     ),
     Word(
         name="smoothquant",

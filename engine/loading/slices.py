@@ -10,7 +10,7 @@ import torch
 from engine.errors import CheckpointError
 from engine.parallel.shards import Slices
 from engine.quant.block_weight import BlockWeight
-from engine.quant.weight import CodebookWeight, GridWeight, Weight
+from engine.quant.weight import CodebookWeight, GridWeight, LowRankWeight, Weight
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], expected: Sequence[int] | None) -> None:
@@ -43,6 +43,12 @@ def take_slices(weight: Weight, part: Slices, name: str) -> Weight:
         return taken if part.columns is None else taken[:, part.columns]
     rows = part.rows or slice(None)
     columns = part.columns or slice(0, weight.shape[1])
+    if isinstance(weight, LowRankWeight):
+        outer = take_slices(weight.outer, Slices(part.rows), name)
+        inner = take_slices(weight.inner, Slices(None, part.columns), name)
+        assert not isinstance(outer, BlockWeight | LowRankWeight)
+        assert not isinstance(inner, BlockWeight | LowRankWeight)
+        return LowRankWeight(outer, inner)
     if isinstance(weight, BlockWeight):
         if weight.is_cut_by(columns):
             # As floats: these blocks are longer than what ranks share a row by.

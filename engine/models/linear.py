@@ -21,6 +21,7 @@ from engine.models.modules import Role
 from engine.models.splits import ColumnParallel, Split, row_parallel
 from engine.parallel.group import TensorGroup
 from engine.parallel.shards import Slices
+from engine.quant.lowrank import INNER
 from engine.quant.plan import QuantizationPlan
 from engine.quant.scheme import Matmul, Scheme, TableMatmul, Tensors
 from engine.quant.weight import Weight, stack_rows
@@ -110,7 +111,7 @@ class Linear(StoredLayer):
                 self._quantize(stack.scheme, source, weight)
                 for source, weight in zip(self.sources[stack.sources], weights, strict=True)
             ]
-            self._store(stack.named({name: stack_rows([part[name] for part in parts]) for name in parts[0]}))
+            self._store(stack.named({name: _stack(name, parts) for name in parts[0]}))
         if self.has_bias:
             biases = [read(f"{source}.bias", Slices(part.rows)) for source, part in read_parts]
             assert all(isinstance(bias, torch.Tensor) for bias in biases)
@@ -147,6 +148,13 @@ class Linear(StoredLayer):
     def forward(self, x: Activations) -> torch.Tensor:
         """[M, in_features] → [M, out_features], the outputs of a row-parallel layer all of them."""
         return self.matmul(x)
+
+
+def _stack(name: str, parts: Sequence[Tensors]) -> torch.Tensor:
+    """The tensor of this name of matrices one below the other: that of an inner factor they share."""
+    if name.startswith(INNER):
+        return parts[0][name]
+    return stack_rows([part[name] for part in parts])
 
 
 def _stacks(schemes: Sequence[Scheme]) -> list[Stack]:

@@ -144,6 +144,19 @@ def readers(norm: str) -> list[Role]:
     return [role for role in ROLES if role.norm == norm]
 
 
+def first_of_product(module: str) -> str:
+    """The first of the projections that are multiplied as one matrix with this module; itself where it is alone.
+
+    Args:
+        module: Like "model.layers.0.self_attn.k_proj".
+    """
+    for role in ROLES:
+        for projection in role.projections:
+            if module.endswith(f".{projection.name}"):
+                return module.removesuffix(projection.name) + role.projections[0].name
+    return module
+
+
 def module_names(config: ModelConfig) -> list[str]:
     """The modules whose weights a specification may name, in the checkpoint's names."""
     layers = [f"model.layers.{layer}" for layer in range(config.num_layers)]

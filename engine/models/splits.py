@@ -27,6 +27,7 @@ from engine.kernels.quantize import SPREAD_BLOCK
 from engine.parallel.costs import gathered_bytes, integer_sum_bytes
 from engine.parallel.exchanges import Exchange, gathered, summed
 from engine.parallel.group import TensorGroup
+from engine.quant.lowrank import LowRank, LowRankMatmul
 from engine.quant.scheme import IntegerSums, Matmul, Scheme, Tensors
 from engine.quant.weight import Weight
 
@@ -140,11 +141,12 @@ class RowParallelSum:
     """Inputs are shared, and the products, floats, are summed: the bits depend on the number of ranks.
 
     Attributes:
-        out_features: Of the whole layer.
+        num_sums: What is summed of a token: the outputs of the whole layer, or, of low-rank factors, those of the
+            inner one.
     """
 
     group: TensorGroup
-    out_features: int
+    num_sums: int
 
     def rows(self, out_features: int) -> slice:
         return slice(0, out_features)
@@ -156,13 +158,17 @@ class RowParallelSum:
         return scheme.quantize(weight)
 
     def bind(self, scheme: Scheme, tensors: Tensors, bias: torch.Tensor | None) -> Matmul:
+        if isinstance(scheme, LowRank):
+            # The outer product is then the same on all ranks.
+            matmul = scheme.bind(tensors, bias)
+            return LowRankMatmul(_RowParallelSumMatmul(self.group, matmul.inner), matmul.outer)
         # One rank adds the bias.
         return _RowParallelSumMatmul(
             self.group, scheme.bind(tensors, None if self.group.shard.rank else bias)
         )
 
     def exchanges(self, name: str, itemsize: int) -> list[Exchange]:
-        return [summed(f"output of the {name}", self.out_features, itemsize)]
+        return [summed(f"output of the {name}", self.num_sums, itemsize)]
 
 
 class _RowParallelSumMatmul(nn.Module):
@@ -254,7 +260,7 @@ def row_parallel(group: TensorGroup, in_features: int, out_features: int, scheme
         in_features, out_features: K and N of the whole layer.
     """
     if group.size == 1 or not group.rank_invariant:
-        return RowParallelSum(group, out_features)
+        return RowParallelSum(group, scheme.rank if isinstance(scheme, LowRank) else out_features)
     sums = RowParallelIntegerSum.of(group, in_features, out_features, scheme)
     if sums is not None:
         terms = num_terms(sums.sums.format)

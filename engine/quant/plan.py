@@ -21,6 +21,7 @@ from engine.quant.int4 import Int4, read_int4
 from engine.quant.int8 import Int8, read_int8
 from engine.quant.int8_groups import Int8Groups
 from engine.quant.int8_weight_only import Int8WeightOnly
+from engine.quant.lowrank import LowRank, ReadFactor, read_floats, read_low_rank
 from engine.quant.nf4 import NF4, read_nf4
 from engine.quant.parts import ReadPart
 from engine.quant.scheme import Scheme
@@ -103,6 +104,16 @@ def _make_int8(words: SchemeSpec, plan: QuantizationPlan) -> Scheme:
     return Int8(words.activations)
 
 
+def _low_rank(read_factor: ReadFactor) -> RegisteredScheme:
+    """Two factors, each stored as its dense kind is."""
+
+    def make(words: SchemeSpec, plan: QuantizationPlan) -> Scheme:
+        factors = SCHEMES[words.dense.kind].make(words.dense, plan)
+        return LowRank(factors, words.rank)
+
+    return RegisteredScheme(make=make, read=lambda read, size: read_low_rank(read, size, read_factor))
+
+
 SCHEMES: dict[str, RegisteredScheme] = {
     "none": RegisteredScheme(make=lambda words, plan: Float(plan.dtype, plan.batch_invariant)),
     "int8": RegisteredScheme(make=_make_int8, read=read_int8),
@@ -128,6 +139,9 @@ SCHEMES: dict[str, RegisteredScheme] = {
         make=lambda words, plan: Sparse24Int4(words.group_size, plan.batch_invariant),
         read=read_sparse24_int4,
     ),
+    "lowrank:none": _low_rank(read_floats),
+    "lowrank:int8": _low_rank(read_int8),
+    "lowrank:int4": _low_rank(read_int4),
     **{kind: RegisteredScheme(make=lambda words, plan: Blocks(words.kind)) for kind in BLOCK_TYPES},
 }
 """By the kinds of `engine.quant_spec.KINDS`."""

@@ -90,7 +90,38 @@ class CodebookWeight:
         return CodebookWeight(self.codes.index_select(0, index), codebook, scale, self.group_size)
 
 
-Weight = torch.Tensor | GridWeight | CodebookWeight | BlockWeight
+@dataclass(frozen=True, slots=True)
+class LowRankWeight:
+    """A matrix that is the product of two: ``w = outer @ inner``.
+
+    Attributes:
+        outer: [N, R].
+        inner: [R, K]; matrices that are multiplied as one have the same.
+    """
+
+    outer: torch.Tensor | GridWeight | CodebookWeight
+    inner: torch.Tensor | GridWeight | CodebookWeight
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.outer.shape[0], self.inner.shape[1]))
+
+    @property
+    def rank(self) -> int:
+        return self.inner.shape[0]
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight as floats, [N, K] float32."""
+        return to_float(self.outer).float() @ to_float(self.inner).float()
+
+    def rows(self, index: torch.Tensor) -> LowRankWeight:
+        """The same weight with its rows taken in the order of `index` ([N] int64)."""
+        outer = self.outer
+        taken = outer.index_select(0, index) if isinstance(outer, torch.Tensor) else outer.rows(index)
+        return LowRankWeight(taken, self.inner)
+
+
+Weight = torch.Tensor | GridWeight | CodebookWeight | BlockWeight | LowRankWeight
 
 
 def to_float(weight: Weight) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 
 from engine.compression.__main__ import main
 from engine.compression.recipe import Recipe
-from engine.compression.steps import ORDER, DropChannels, DropLayers, Plain, Prune, parse_steps
+from engine.compression.steps import ORDER, DropChannels, DropLayers, LowRank, Plain, Prune, parse_steps
 from engine.errors import ConfigError
 
 
@@ -42,6 +42,7 @@ def test_what_is_written_of_steps_is_read_as_the_same() -> None:
         DropChannels(0.2),
         Plain("hadamard"),
         Prune(0.3, False, "wanda"),
+        LowRank("budget", 0.8, True),
         Plain("awq"),
         Plain("gptq"),
         Plain("tune"),
@@ -60,13 +61,21 @@ def test_what_is_written_of_steps_is_read_as_the_same() -> None:
         ("prune=2of4,wanda,gptq + int8", "prune=2of4,wanda,gptq: must be"),
         ("prune + int8", "prune=: must be a share"),
         ("gptq=3 + int4", "'gptq=3': gptq has no arguments; write gptq"),
-        ("lowrank=energy0.95 + int8", "'lowrank=energy0.95' is not known; steps are, in this order, layers"),
+        ("tucker=3 + int8", "'tucker=3' is not known; steps are, in this order, layers"),
+        ("lowrank=energy0.95 + lowrank:int8", "lowrank=energy0.95: must be energy or budget .* svd, svd-llm"),
+        ("lowrank=0.8,svd + lowrank:int8", "lowrank=0.8,svd: must be energy or budget"),
+        ("lowrank=budget1.2,svd + lowrank:int8", "lowrank=budget1.2,svd: must be"),
+        ("lowrank=budget0.8,svd + int8", "makes factors, which no module's scheme stores; .* lowrank:int8"),
+        ("lowrank:int8", "lowrank:int8 stores factors, which the step lowrank makes: lowrank=budget0.8"),
+        ("lowrank=budget0.8,svd + lowrank:int8:r8", "ranks are chosen by lowrank=budget0.8,svd; leave r8 out"),
+        ("lowrank=budget0.8,svd + lowrank:int8,lm_head=lowrank:int8", "lm_head does not become factors"),
+        ("prune=0.5,wanda + lowrank=budget0.8,svd + lowrank:int8", "fills the zeros of prune=0.5,wanda"),
         ("gptq + prune=2of4,wanda + int4", "in an order that cannot be; write prune=2of4,wanda [+] gptq"),
         ("prune=0.5,wanda + prune=2of4,wanda + int8", "prune=0.5,wanda and prune=2of4,wanda do the same"),
         ("prune=0.5,wanda + codebook4", "codebook4 does not store zeros exactly; take one of none, int8"),
         ("prune=0.5,wanda + int8,*.0.*=codebook4", "codebook4 does not store zeros exactly"),
         ("prune=0.5,wanda + tune + int4", "tune moves int4's minimums .* add --symmetric, or leave tune out"),
-        ("rtn + none", "none with rtn changes nothing; .* hadamard, prune or smoothquant"),
+        ("rtn + none", "none with rtn changes nothing; .* hadamard, prune, lowrank or smoothquant"),
         ("layers=0 + int8", "layers=0: must say how many are left out, layers=4"),
         ("layers=2.5 + int8", "layers=2.5: must say how many"),
         ("channels=20,1 + int8", "channels=20,1: must be a share between 0 and 1, channels=0.2"),
@@ -94,7 +103,7 @@ def test_the_help_has_every_step_and_their_order(capsys: pytest.CaptureFixture[s
     assert f"{ORDER} + SCHEME" in text
     assert (
         ORDER
-        == "layers + channels + hadamard + prune + smoothquant|awq + rtn|percentile|mse|kl|clip|gptq + tune"
+        == "layers + channels + hadamard + prune + lowrank + smoothquant|awq + rtn|percentile|mse|kl|clip|gptq + tune"
     )
     for word in ("\n  prune=SHARE,HOW ", "\n  gptq ", "\n  tune "):
         assert word in text

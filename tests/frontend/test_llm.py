@@ -247,7 +247,8 @@ def test_context_shrinks_to_the_cache(capfd: pytest.CaptureFixture[str]) -> None
     [
         (
             {"quant": "int3"},
-            "quant: must be one of none, int8, int4, nf4, codebook4, sparse24:int8, sparse24:int4, got 'int3'",
+            "quant: must be one of none, int8, int4, nf4, codebook4, sparse24:int8, sparse24:int4, "
+            "lowrank:none, lowrank:int8, lowrank:int4, got 'int3'",
         ),
         (
             {"quant": "int4:g48"},

@@ -159,7 +159,7 @@ def test_an_algorithm_is_a_recipe() -> None:
         (
             "int5",
             "'int5' is neither known nor a directory; known are auto, none, int8, int4, nf4, codebook4, "
-            "sparse24:int8, sparse24:int4, a directory",
+            "sparse24:int8, sparse24:int4, lowrank:none, lowrank:int8, lowrank:int4, a directory",
         ),
         ("dir=/nowhere/at/all", "neither known nor a directory"),
         ("nf4:g32", "'g32' in 'nf4:g32' is not known"),

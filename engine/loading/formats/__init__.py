@@ -34,7 +34,9 @@ class WeightFormat(Protocol):
 
     parts: ClassVar[tuple[str, ...]]
     unused: ClassVar[tuple[str, ...]]
-    has_rows: ClassVar[bool]
+
+    @property
+    def has_rows(self) -> bool: ...
 
     def scheme(self, names: tuple[str, ...]) -> str:
         """The specification of the scheme that keeps a module as it is stored, "int4:g128" for one.

@@ -18,6 +18,11 @@ For a weight [N, K] in groups of g along K, the last one perhaps shorter (K even
     sparse24:int4  codes   [N, K / 4] uint8: the two of a four, the first one in the low nibble
                  masks     likewise
                  scale     [N, ceil(K / g)] fp16: w = (code - 8) * scale
+    lowrank:int8  outer_codes, outer_scale    as of int8, of a factor [N, R]
+                  inner_codes, inner_scale    of one [R, K]: w = outer @ inner. Of projections that are multiplied as
+                           one matrix (q, k and v; gate and up) the first one alone has it, and they share it.
+    lowrank:int4  likewise, as of int4
+    lowrank:none  outer_weight and inner_weight, float
     none         weight    [N, K] float
 
 `own_parts` makes the parts of a weight; what reads those of each kind is registered in `engine.quant.plan.SCHEMES`.
@@ -36,9 +41,12 @@ import torch
 from engine.errors import ConfigError
 from engine.kernels.nibbles import pack_nibbles
 from engine.loading.formats.stored import Settings, StoredModule
+from engine.models.modules import first_of_product
+from engine.quant.block_weight import BlockWeight
+from engine.quant.lowrank import INNER, OUTER
 from engine.quant.plan import SCHEMES
 from engine.quant.sparse24 import sparse_parts
-from engine.quant.weight import CodebookWeight, GridWeight, Weight
+from engine.quant.weight import CodebookWeight, LowRankWeight, Weight
 from engine.quant_spec import EMBEDDING, TABLE_GROUP_SIZE, QuantSpec, SchemeSpec, parse_quant_spec
 
 QUANT_METHOD = "llm-engine"
@@ -52,11 +60,22 @@ class OwnFormat:
         specification: The scheme of each.
     """
 
-    parts: ClassVar[tuple[str, ...]] = ("codes", "scale", "minimum", "codebook", "masks")
+    parts: ClassVar[tuple[str, ...]] = (
+        "codes",
+        "scale",
+        "minimum",
+        "codebook",
+        "masks",
+        *(prefix + part for prefix in (OUTER, INNER) for part in ("codes", "weight", "scale", "minimum")),
+    )
     unused: ClassVar[tuple[str, ...]] = ()
-    has_rows: ClassVar[bool] = True
 
     quant_spec: QuantSpec
+
+    @property
+    def has_rows(self) -> bool:
+        """See `engine.loading.formats.WeightFormat`: an inner factor has none of the weight's."""
+        return not self.quant_spec.has_low_rank
 
     def scheme(self, names: tuple[str, ...]) -> str:
         """See `engine.loading.formats.WeightFormat`."""
@@ -68,15 +87,22 @@ class OwnFormat:
         read = SCHEMES[words.kind].read
         if read is not None:
             is_table = module.name == EMBEDDING and words.storage == "int8"
-            return read(module.read, TABLE_GROUP_SIZE if is_table else words.group_size)
+            first = StoredModule(module.source, first_of_product(module.name))
+
+            def read_part(
+                part: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]
+            ) -> torch.Tensor:
+                return (first if part.startswith(INNER) else module).read(part, dtypes, shape)
+
+            return read(read_part, TABLE_GROUP_SIZE if is_table else words.group_size)
         part = next(part for part in self.parts if module.has(part))
         raise module.error(
             part, "a module that the specification of config.json does not leave as it is", "another"
         )
 
 
-def own_parts(weight: GridWeight | CodebookWeight, words: SchemeSpec) -> dict[str, torch.Tensor]:
-    """The parts of a module as they are stored.
+def own_parts(weight: Weight, words: SchemeSpec) -> dict[str, torch.Tensor]:
+    """The parts of a module as they are stored; of a low-rank one with the inner factor.
 
     Args:
         words: The module's scheme.
@@ -84,12 +110,22 @@ def own_parts(weight: GridWeight | CodebookWeight, words: SchemeSpec) -> dict[st
     Raises:
         ConfigError: The scheme stores two of each four, and more are not zero.
     """
+    if isinstance(weight, LowRankWeight):
+        factors = ((OUTER, weight.outer), (INNER, weight.inner))
+        return {
+            prefix + part: tensor
+            for prefix, factor in factors
+            for part, tensor in own_parts(factor, words.dense).items()
+        }
+    if isinstance(weight, torch.Tensor):
+        return {"weight": weight}
+    assert not isinstance(weight, BlockWeight)
     if isinstance(weight, CodebookWeight):
         packed = pack_nibbles(weight.codes)
         return {"codes": packed} | (
             {"codebook": weight.codebook} if weight.scale is None else {"scale": weight.scale}
         )
-    if words.dense != words:
+    if words.is_sparse:
         return sparse_parts(weight)
     if weight.minimum is None:
         return {"codes": weight.codes, "scale": weight.scale}
