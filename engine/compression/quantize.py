@@ -42,7 +42,8 @@ from engine.loading.weights import checkpoint_key
 from engine.models.config import ModelConfig
 from engine.models.modules import ROLES, module_names
 from engine.models.shapes import tensor_names, tensor_shape
-from engine.quant.weight import CodebookWeight, GridWeight, Weight, to_float
+from engine.quant.block_weight import BlockWeight
+from engine.quant.weight import GridWeight, Weight, to_float
 from engine.quant_spec import EMBEDDING, ENDS, LM_HEAD, TABLE_GROUP_SIZE, SchemeSpec
 
 _REST = "model-rest.safetensors"
@@ -94,7 +95,7 @@ class Layout:
             words = self.recipe.quant_spec.of(module)
             parts = compressed_tensors(weight, words, self.recipe.is_symmetric)
         else:
-            assert isinstance(weight, GridWeight | CodebookWeight)
+            assert not isinstance(weight, BlockWeight)
             try:
                 parts = own_parts(weight, self.recipe.quant_spec.of(module))
             except ConfigError as error:

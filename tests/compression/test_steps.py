@@ -94,7 +94,7 @@ def test_the_help_has_every_step_and_their_order(capsys: pytest.CaptureFixture[s
     assert f"{ORDER} + SCHEME" in text
     assert (
         ORDER
-        == "layers + channels + hadamard + prune + smoothquant|awq + rtn|percentile|mse|kl|clip|gptq + tune"
+        == "layers + channels + hadamard + prune + smoothquant|awq|rotate + percentile|mse|kl|clip + rtn|gptq + tune"
     )
     for word in ("\n  prune=SHARE,HOW ", "\n  gptq ", "\n  tune "):
         assert word in text

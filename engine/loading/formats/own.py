@@ -18,6 +18,7 @@ For a weight [N, K] in groups of g along K, the last one perhaps shorter (K even
     sparse24:int4  codes   [N, K / 4] uint8: the two of a four, the first one in the low nibble
                  masks     likewise
                  scale     [N, ceil(K / g)] fp16: w = (code - 8) * scale
+    int4:rotated           as of int4, of W H instead of W (`engine.kernels.rotation`)
     none         weight    [N, K] float
 
 `own_parts` makes the parts of a weight; what reads those of each kind is registered in `engine.quant.plan.SCHEMES`.
@@ -38,7 +39,7 @@ from engine.kernels.nibbles import pack_nibbles
 from engine.loading.formats.stored import Settings, StoredModule
 from engine.quant.plan import SCHEMES
 from engine.quant.sparse24 import sparse_parts
-from engine.quant.weight import CodebookWeight, GridWeight, Weight
+from engine.quant.weight import CodebookWeight, GridWeight, RotatedWeight, Weight
 from engine.quant_spec import EMBEDDING, TABLE_GROUP_SIZE, QuantSpec, SchemeSpec, parse_quant_spec
 
 QUANT_METHOD = "llm-engine"
@@ -68,14 +69,20 @@ class OwnFormat:
         read = SCHEMES[words.kind].read
         if read is not None:
             is_table = module.name == EMBEDDING and words.storage == "int8"
-            return read(module.read, TABLE_GROUP_SIZE if is_table else words.group_size)
+            weight = read(module.read, TABLE_GROUP_SIZE if is_table else words.group_size)
+            if not words.is_rotated:
+                return weight
+            assert isinstance(weight, GridWeight)
+            return RotatedWeight(weight)
         part = next(part for part in self.parts if module.has(part))
         raise module.error(
             part, "a module that the specification of config.json does not leave as it is", "another"
         )
 
 
-def own_parts(weight: GridWeight | CodebookWeight, words: SchemeSpec) -> dict[str, torch.Tensor]:
+def own_parts(
+    weight: GridWeight | CodebookWeight | RotatedWeight, words: SchemeSpec
+) -> dict[str, torch.Tensor]:
     """The parts of a module as they are stored.
 
     Args:
@@ -84,6 +91,8 @@ def own_parts(weight: GridWeight | CodebookWeight, words: SchemeSpec) -> dict[st
     Raises:
         ConfigError: The scheme stores two of each four, and more are not zero.
     """
+    if isinstance(weight, RotatedWeight):
+        weight = weight.grid
     if isinstance(weight, CodebookWeight):
         packed = pack_nibbles(weight.codes)
         return {"codes": packed} | (
