@@ -18,7 +18,7 @@ For a weight [N, K] in groups of g along K, the last one perhaps shorter (K even
     sparse24:int4  codes   [N, K / 4] uint8: the two of a four, the first one in the low nibble
                  masks     likewise
                  scale     [N, ceil(K / g)] fp16: w = (code - 8) * scale
-    int4:rotated           as of int4, of W H instead of W (`engine.kernels.rotation`)
+    int4:gN:rotated        as of int4, of W H in the place of W (`engine.kernels.rotation`)
     none         weight    [N, K] float
 
 `own_parts` makes the parts of a weight; what reads those of each kind is registered in `engine.quant.plan.SCHEMES`.
