@@ -11,6 +11,7 @@
     token, groups,          int8        how activations are quantized: one scale a token, one for each 32 along K, or
     two-terms                           as two int8 terms; if not said, what the device does best
     weight-only             int8        activations stay floats
+    rotated                 int4        weights are stored, and activations read, rotated in blocks of 128 along K
     r64, r128, …            lowrank     the rank of the factors, which a checkpoint of such says itself
 
 The vocabulary projection (lm_head) and the embedding (model.embed_tokens) keep eight bits in groups of 32 under
@@ -44,6 +45,7 @@ _WEIGHT_ONLY = "weight-only"
 _RANK = re.compile(r"r([1-9]\d*)")
 LOW_RANK = "lowrank:"
 """How the kinds begin that store two factors."""
+_ROTATED = "rotated"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +103,11 @@ KINDS: dict[str, SchemeGrammar] = {
                 "int4[:g32|g64|g128|g0]",
                 "four bits, a scale and a zero-point for so many elements; g0: for whole rows",
             ),
+            ("int4[:gN]:rotated", "the same, rotated in blocks of 128; activations are rotated when served"),
         ),
         groups=(32, 64, 128, 0),
         default_group=32,
+        words=(_ROTATED,),
     ),
     "nf4": SchemeGrammar(
         help=(("nf4", "quantiles of the normal distribution, a scale for 64 elements"),),
@@ -178,6 +182,7 @@ class SchemeSpec:
         activations: How int8 products quantize their activations.
         is_weight_only: int8 weights × float activations.
         rank: Of low-rank factors; 0: there are none, or it is not said.
+        is_rotated: Weights and activations are rotated in blocks along K.
     """
 
     kind: str
@@ -185,13 +190,15 @@ class SchemeSpec:
     activations: ActivationTerms = "default"
     is_weight_only: bool = False
     rank: int = 0
+    is_rotated: bool = False
 
     @property
     def storage(self) -> str:
         """What is stored, without what is said of activations: "int4:g64"."""
         has_size = self.group_size or 0 in KINDS[self.kind].groups
         size = f":g{self.group_size}" if has_size else ""
-        return self.kind + size + (f":r{self.rank}" if self.rank else "")
+        rank = f":r{self.rank}" if self.rank else ""
+        return self.kind + size + rank + (f":{_ROTATED}" if self.is_rotated else "")
 
     @property
     def dense(self) -> SchemeSpec:
@@ -288,6 +295,15 @@ class QuantSpec:
         if str(table) not in ("none", "int8", "int8:g32") and not KINDS[table.kind].is_block_type:
             raise ConfigError(f"quant: {EMBEDDING} cannot be {table}; a table is none or int8")
 
+    def rotated(self) -> QuantSpec:
+        """The same with what can be rotated stored so."""
+
+        def rotate(words: SchemeSpec) -> SchemeSpec:
+            return replace(words, is_rotated=_ROTATED in KINDS[words.kind].words)
+
+        rules = tuple((pattern, rotate(words)) for pattern, words in self.rules)
+        return QuantSpec(rotate(self.default), rules)
+
     @property
     def is_quantized(self) -> bool:
         """Whether any module may be."""
@@ -360,4 +376,5 @@ def parse_scheme_spec(text: str) -> SchemeSpec:
         next((term for term in get_args(ActivationTerms) if term in terms), "default"),
         _WEIGHT_ONLY in terms,
         ranks[0] if ranks else 0,
+        _ROTATED in terms,
     )

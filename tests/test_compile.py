@@ -61,6 +61,7 @@ from engine.kernels.matmul.weight_only import WeightOnlyMatmul
 from engine.kernels.norm import rms_norm
 from engine.kernels.operands import Int8Format, SumsFormat
 from engine.kernels.quantize import quantize_per_token
+from engine.kernels.quantize_triton import write_in_triton
 from engine.kernels.rotary import rotate_and_write
 from engine.kernels.sample import (
     Adjustments,
@@ -382,7 +383,8 @@ SHAPES = (
 )
 
 GROUP_SIZES: tuple[Literal[32, 64, 128], ...] = (32, 64, 128)
-FORMATS = (None, Int8Format(1), Int8Format(2), Int8Format(2, 128), SumsFormat())
+ROTATED = SumsFormat(is_rotated=True)
+FORMATS = (None, Int8Format(1), Int8Format(2), Int8Format(2, 128), SumsFormat(), ROTATED)
 
 Operation = Callable[[Shape, int], None]
 
@@ -407,6 +409,7 @@ def call_quantize(shape: Shape, num_tokens: int) -> None:
         for format in FORMATS:
             if isinstance(format, Int8Format):
                 quantize_per_token(empty(num_tokens, columns), format)
+        write_in_triton(empty(num_tokens, columns), ROTATED)
 
 
 def call_activation(shape: Shape, num_tokens: int) -> None:
@@ -678,6 +681,7 @@ ENGINES: list[dict[str, Any]] = [
     {"quant": "codebook4"},
     {"quant": "sparse24:int8"},
     {"quant": "sparse24:int4"},
+    {"quant": "int4:rotated"},
 ]
 """Options of the engines whose launches are compiled; `make test` takes the first two."""
 

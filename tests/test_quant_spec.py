@@ -34,6 +34,7 @@ def test_the_last_pattern_that_matches_decides() -> None:
         ("lowrank:none:r16", "none", "none"),
         ("lowrank:int8:r16", "int8", "int8"),
         ("lowrank:int4:r16", "int8:g32", "int8"),
+        ("int4:rotated", "int8:g32", "int8"),
     ],
 )
 def test_head_and_table_keep_eight_bits_unless_they_are_named(text: str, head: str, table: str) -> None:
@@ -47,6 +48,8 @@ def test_head_and_table_keep_eight_bits_unless_they_are_named(text: str, head: s
     [
         ("int4", "int4:g32"),
         ("int4:g256", "int4:g256"),
+        ("int4:rotated", "int4:g32:rotated"),
+        ("int4:rotated:g128", "int4:g128:rotated"),
         ("int8:two-terms:g64", "int8:g64:two-terms"),
         ("int8:weight-only", "int8:weight-only"),
         ("int8:g128:weight-only", "int8:g128:weight-only"),
@@ -81,8 +84,10 @@ def test_a_scheme_is_written_in_one_way(text: str, canonical: str) -> None:
         ("int8:r8", "'r8' in 'int8:r8' is not known"),
         ("sparse24:int4:g96", "after sparse24:int4 there may be g32, g64, g128"),
         ("", "got ''"),
-        ("int4:g48", "'g48' in 'int4:g48' is not known; after int4 there may be g32, g64, g128, g0"),
+        ("int4:g48", "'g48' in 'int4:g48' is not known; after int4 there may be g32, g64, g128, g0, rotated"),
         ("int8:g0", "after int8 there may be g32"),
+        ("int8:rotated", "'rotated' in 'int8:rotated' is not known"),
+        ("int4:rotated:rotated", "two words for one thing"),
         ("nf4:g64", "after nf4 there may be nothing"),
         ("int4:token", "'token' in"),
         ("int8:token:weight-only", "two words for one thing"),

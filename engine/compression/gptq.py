@@ -81,7 +81,7 @@ class InputStatistics:
 def gptq(
     weight: torch.Tensor,
     hessian: torch.Tensor,
-    find_grid: FindGrid,
+    grid: FindGrid | GridWeight,
     group_size: int,
     levels: int,
     damping: float = 0.01,
@@ -94,13 +94,14 @@ def gptq(
         weight: [N, K]; float64 is computed in float64, all else in float32.
         hessian: [K, K], the inputs' second moment times any factor (the paper's is 2 X Xᵀ). Columns whose
             diagonal is zero never saw an input: their weights count as zeros.
-        find_grid: Called once for each group, with its columns as the columns before have changed them.
+        grid: Called once for each group, with its columns as the columns before have changed them; or the weight
+            rounded otherwise, whose grids stay ("static groups").
         group_size: Columns that share a grid; the last group may be shorter.
         levels: Codes are 0..levels - 1; at most 16.
         damping: Share of the mean diagonal, of columns with an input, that is added to the diagonal; raised up to
             `MAX_DAMPING` as long as the sum is not positive definite. Zero is for a Hessian of full rank.
         by_activation: Rounds columns by decreasing diagonal, those that matter most first ("act order"). The grids
-            are then those of the weight as given, so that groups stay consecutive columns ("static groups").
+            are then those of the weight as given, so that groups stay consecutive columns.
         kept: [N, K] bool: where it is false, weights are zero and stay that, and later columns make up for what the
             columns before would have had them be; the grids have zero as a code. None: all may be anything.
 
@@ -115,11 +116,12 @@ def gptq(
     values = widen(weight).masked_fill(dead, 0).t().contiguous()
     order = torch.arange(columns)
     grids: list[_Grid] = []
+    if isinstance(grid, GridWeight):
+        grids = _grids_of(grid, values.dtype)
+    elif by_activation:
+        grids = [_grid(values[start : start + group_size], grid) for start in range(0, columns, group_size)]
     if by_activation:
         order = diagonal.argsort(descending=True, stable=True)
-        grids = [
-            _grid(values[start : start + group_size], find_grid) for start in range(0, columns, group_size)
-        ]
         values = values[order]
     fixed = None if kept is None else ~kept.t()[order]
     positions = order.tolist()
@@ -130,21 +132,21 @@ def gptq(
         block = values[start:stop]
         errors = torch.empty_like(block)
         for column in range(start, stop):
-            if not by_activation and column % group_size == 0:
-                grids.append(_grid(values[column : column + group_size], find_grid))
-            grid = grids[positions[column] // group_size]
+            if not isinstance(grid, GridWeight) and not by_activation and column % group_size == 0:
+                grids.append(_grid(values[column : column + group_size], grid))
+            found = grids[positions[column] // group_size]
             target = values[column] if fixed is None else values[column].masked_fill(fixed[column], 0)
-            code = nearest_codes(target, grid.scale, grid.minimum, levels)
+            code = nearest_codes(target, found.scale, found.minimum, levels)
             codes[column] = code
-            error = values[column] - (code * grid.scale + grid.minimum)
+            error = values[column] - (code * found.scale + found.minimum)
             errors[column - start] = error
             values[column + 1 : stop].addr_(updates[column, column + 1 : stop], error, alpha=-1)
         values[stop:].addmm_(updates[start:stop, stop:].t(), errors, alpha=-1)
 
     return GridWeight(
         codes[order.argsort()].t().to(torch.uint8).contiguous(),
-        torch.stack([grid.stored_scale for grid in grids], dim=1),
-        torch.stack([grid.stored_minimum for grid in grids], dim=1),
+        torch.stack([found.stored_scale for found in grids], dim=1),
+        torch.stack([found.stored_minimum for found in grids], dim=1),
         group_size,
     )
 
@@ -173,6 +175,13 @@ def _grid(group: torch.Tensor, find_grid: FindGrid) -> _Grid:
     """The grid of a group [g, N]."""
     scale, minimum = find_grid(group.t())
     return _Grid(scale, minimum, scale.to(group.dtype), minimum.to(group.dtype))
+
+
+def _grids_of(weight: GridWeight, dtype: torch.dtype) -> list[_Grid]:
+    """The grids of a weight's groups."""
+    assert weight.minimum is not None
+    numbers = zip(weight.scale.t(), weight.minimum.t(), strict=True)
+    return [_Grid(scale, minimum, scale.to(dtype), minimum.to(dtype)) for scale, minimum in numbers]
 
 
 def _blocks(columns: int, group_size: int) -> Iterator[tuple[int, int]]:

@@ -23,10 +23,11 @@ from engine.compression.smoothquant import (
     smoothing_scale,
 )
 from engine.errors import ConfigError
+from engine.kernels.rotation import rotate
 from engine.models.modules import ROLES, Role, readers
 from engine.quant.plan import SCHEMES
 from engine.quant.rounding import Ranges, fit_grid, full_ranges, round_weight
-from engine.quant.weight import CodebookWeight, GridWeight, LowRankWeight, Weight, to_float
+from engine.quant.weight import CodebookWeight, GridWeight, LowRankWeight, RotatedWeight, Weight, to_float
 from engine.quant_spec import SchemeSpec
 
 SHRINKAGE = 2.0
@@ -122,7 +123,9 @@ def _factor(
 ) -> torch.Tensor | GridWeight | CodebookWeight:
     if words.kind == "none":
         return factor.to(torch.float16)
-    return quantize_weight(factor, moment, words, recipe)[0]
+    rounded = quantize_weight(factor, moment, words, recipe)[0]
+    assert not isinstance(rounded, RotatedWeight), "no scheme of factors is rotated"
+    return rounded
 
 
 def prune_weights(layer: CalibratedLayer, recipe: Recipe) -> dict[str, float]:
@@ -142,7 +145,7 @@ def prune_weights(layer: CalibratedLayer, recipe: Recipe) -> dict[str, float]:
 
 def quantize_weight(
     weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, recipe: Recipe
-) -> tuple[GridWeight | CodebookWeight, float]:
+) -> tuple[GridWeight | CodebookWeight | RotatedWeight, float]:
     """A weight [N, K] as its scheme stores it, and its output's signal to noise in dB.
 
     Args:
@@ -152,15 +155,22 @@ def quantize_weight(
     Raises:
         ConfigError: A zero of a pruned weight would be none as stored: the weights around it are too small.
     """
+    shrunk = moment + SHRINKAGE * torch.diag(moment.diagonal())
+    if words.is_rotated:
+        weight, moment, shrunk = rotate(weight), rotate(rotate(moment).t()), rotate(rotate(shrunk).t())
     parts, signal, noise = [], 0.0, 0.0
     for rows in torch.split(weight, CHUNK):
-        part = _round(rows, moment, words, recipe)
+        part = _round(rows, moment, shrunk, words, recipe)
         if recipe.pruning is not None and bool(part.dequantize()[rows == 0].any()):
             raise ConfigError(f"steps: {recipe.pruning}: {words} cannot hold its zeros exactly; take int8")
         signal += float(output_errors(rows, moment).sum())
         noise += float(output_errors(part.dequantize() - rows, moment).sum())
         parts.append(part)
-    return _stack(parts), _decibels(signal, noise)
+    stored = _stack(parts)
+    if words.is_rotated:
+        assert isinstance(stored, GridWeight)
+        return RotatedWeight(stored), _decibels(signal, noise)
+    return stored, _decibels(signal, noise)
 
 
 def _decibels(signal: float, noise: float) -> float:
@@ -169,32 +179,38 @@ def _decibels(signal: float, noise: float) -> float:
 
 
 def round_directly(
-    weight: torch.Tensor, words: SchemeSpec, rounding: str, is_symmetric: bool, keeps_zero: bool = False
+    weight: torch.Tensor,
+    words: SchemeSpec,
+    ranges: str | None,
+    is_symmetric: bool,
+    importance: torch.Tensor | None = None,
+    keeps_zero: bool = False,
 ) -> GridWeight:
     """int4 or int8 to nearest, within each group's range or a narrower one.
 
     Args:
-        rounding: "percentile", "mse" or "kl" for the latter.
+        ranges: "percentile", "mse" or "kl" for the latter.
+        importance: [K], how much each column's error counts under "mse"; None: all do alike.
         keeps_zero: Zeros stay zero to the last bit.
     """
     bits, is_symmetric = (4, is_symmetric) if words.kind == "int4" else (8, True)
     group_size = words.group_size or None
     # int8 rows have float32 scales, as formats and kernels do; groups have fp16, as in Q8_0.
     scale_dtype = torch.float32 if words.kind == "int8" and group_size is None else torch.float16
-    match rounding:
+    match ranges:
         case "percentile":
-            ranges = percentile_ranges(weight, group_size)
+            found = percentile_ranges(weight, group_size)
         case "mse":
-            ranges = mse_ranges(weight, group_size, bits, is_symmetric, scale_dtype=scale_dtype)
+            found = mse_ranges(weight, group_size, bits, is_symmetric, importance, scale_dtype)
         case "kl":
             # A histogram needs more values than a group or most rows have: one threshold for all.
             full, limit = full_ranges(weight, group_size), kl_ranges(weight.reshape(1, -1), None, bits)
-            ranges = Ranges(full.low.clamp(min=limit.low), full.high.clamp(max=limit.high))
+            found = Ranges(full.low.clamp(min=limit.low), full.high.clamp(max=limit.high))
         case _:
-            ranges = full_ranges(weight, group_size)
+            found = full_ranges(weight, group_size)
     # So that the zero-point is a code.
-    ranges = Ranges(ranges.low.clamp(max=0), ranges.high.clamp(min=0))
-    grid = fit_grid(ranges, bits, is_symmetric, scale_dtype, keeps_zero)
+    found = Ranges(found.low.clamp(max=0), found.high.clamp(min=0))
+    grid = fit_grid(found, bits, is_symmetric, scale_dtype, keeps_zero)
     return round_weight(weight, grid, group_size)
 
 
@@ -252,7 +268,7 @@ def _search_scale(
         weights,
         statistics.mean_magnitude,
         statistics.second_moment,
-        lambda weight: round_directly(weight, words, "rtn", recipe.is_symmetric),
+        lambda weight: round_directly(weight, words, None, recipe.is_symmetric),
     ).scale
 
 
@@ -278,45 +294,35 @@ def _divided(statistics: InputStatistics, scale: torch.Tensor) -> InputStatistic
 
 
 def _round(
-    weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, recipe: Recipe
+    weight: torch.Tensor, moment: torch.Tensor, shrunk: torch.Tensor, words: SchemeSpec, recipe: Recipe
 ) -> GridWeight | CodebookWeight:
     """A step is for some kinds of schemes; in a mixed specification others are rounded to nearest."""
     round_weight = SCHEMES[words.kind].round
+    importance = moment.diagonal() if bool(moment.diagonal().any()) else None
     if round_weight is not None:
-        importance = moment.diagonal()
-        return round_weight(weight, importance if bool(importance.any()) else None)
+        return round_weight(weight, importance)
     keeps_zeros = recipe.pruning is not None or words.is_sparse
     if words.is_sparse:
         words, recipe = words.dense, _around_zero(recipe)
-    if words.kind == "int4":
-        return _round_int4(weight, moment, words, recipe, keeps_zeros)
-    return round_directly(weight, words, recipe.rounding, recipe.is_symmetric, keeps_zeros)
+    if words.kind == "int4" and recipe.ranges == "clip":
+        group_size = words.group_size or weight.shape[1]
+        find_grid = _find_grid(recipe.is_symmetric, keeps_zeros)
+        rounded = round_clipped(weight, moment, find_grid, group_size, _LEVELS)
+    else:
+        rounded = round_directly(weight, words, recipe.ranges, recipe.is_symmetric, importance, keeps_zeros)
+    if words.kind == "int4" and recipe.compensates:
+        kept = weight != 0 if keeps_zeros else None
+        rounded = gptq(weight, shrunk, rounded, rounded.group_size, _LEVELS, by_activation=True, kept=kept)
+    if words.kind == "int4" and recipe.tunes:
+        # A symmetric grid stays one that is only stretched. GPTQ's codes are better than nearest ones.
+        shifts, keeps_codes = not recipe.is_symmetric, recipe.compensates
+        return tune_scales(weight, rounded, shrunk, _LEVELS, shifts=shifts, keeps_codes=keeps_codes)
+    return rounded
 
 
 def _around_zero(recipe: Recipe) -> Recipe:
     """The same with codes around zero: a sparse scheme has no zero-points."""
     return replace(recipe, is_symmetric=True)
-
-
-def _round_int4(
-    weight: torch.Tensor, moment: torch.Tensor, words: SchemeSpec, recipe: Recipe, keeps_zeros: bool
-) -> GridWeight:
-    group_size = words.group_size or weight.shape[1]
-    shrunk = moment + SHRINKAGE * torch.diag(moment.diagonal())
-    find_grid = _find_grid(recipe.is_symmetric, keeps_zeros)
-    match recipe.rounding:
-        case "gptq":
-            kept = weight != 0 if keeps_zeros else None
-            rounded = gptq(weight, shrunk, find_grid, group_size, _LEVELS, by_activation=True, kept=kept)
-        case "clip":
-            rounded = round_clipped(weight, moment, find_grid, group_size, _LEVELS)
-        case _:
-            rounded = round_directly(weight, words, recipe.rounding, recipe.is_symmetric, keeps_zeros)
-    if not recipe.tunes:
-        return rounded
-    # A symmetric grid stays one that is only stretched. GPTQ's codes are better than nearest ones.
-    shifts, keeps_codes = not recipe.is_symmetric, recipe.rounding == "gptq"
-    return tune_scales(weight, rounded, shrunk, _LEVELS, shifts=shifts, keeps_codes=keeps_codes)
 
 
 def _find_grid(is_symmetric: bool, keeps_zeros: bool) -> FindGrid:

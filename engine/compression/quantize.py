@@ -43,6 +43,7 @@ from engine.loading.weights import checkpoint_key
 from engine.models.config import ModelConfig
 from engine.models.modules import ROLES, first_of_product, module_names
 from engine.models.shapes import tensor_names, tensor_shape
+from engine.quant.block_weight import BlockWeight
 from engine.quant.lowrank import INNER
 from engine.quant.weight import GridWeight, Weight, to_float
 from engine.quant_spec import EMBEDDING, ENDS, LM_HEAD, TABLE_GROUP_SIZE, SchemeSpec
@@ -96,6 +97,7 @@ class Layout:
             words = self.recipe.quant_spec.of(module)
             parts = compressed_tensors(weight, words, self.recipe.is_symmetric)
         else:
+            assert not isinstance(weight, BlockWeight)
             try:
                 parts = own_parts(weight, self.recipe.quant_spec.of(module))
             except ConfigError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.compression.steps import (
     WORDS,
@@ -41,7 +41,7 @@ class Recipe:
     Attributes:
         quant_spec: The scheme of each module, the vocabulary projection's and the embedding's said explicitly.
         is_symmetric: int4 codes around zero, instead of zero-points.
-        steps: In their order, a rounding among them.
+        steps: In their order, one among them that says how weights are rounded.
     """
 
     quant_spec: QuantSpec
@@ -67,8 +67,12 @@ class Recipe:
         floats = SchemeSpec("none")
         ends = tuple((end, floats) for end in (LM_HEAD, EMBEDDING))
         quant_spec = QuantSpec(quant_spec.default, ends + quant_spec.rules)
-        recipe = Recipe(quant_spec, is_symmetric, parse_steps(algorithm))
+        steps = parse_steps(algorithm)
+        recipe = Recipe(quant_spec, is_symmetric, steps)
         recipe._check()
+        if Plain("rotate") in steps:
+            recipe = replace(recipe, quant_spec=quant_spec.rotated())
+        recipe._check_rotated()
         return recipe
 
     @staticmethod
@@ -88,9 +92,14 @@ class Recipe:
         return "+".join(map(str, self.steps))
 
     @property
-    def rounding(self) -> str:
-        """The step that rounds."""
-        return next(step.name for step in self.steps if word_of(step).stage == "rounding")
+    def ranges(self) -> str | None:
+        """The step that finds the ranges of the grids; None: they hold all weights."""
+        return next((step.name for step in self.steps if word_of(step).stage == "ranges"), None)
+
+    @property
+    def compensates(self) -> bool:
+        """Whether int4 weights make up for each other's rounding; else they are rounded to nearest."""
+        return Plain("gptq") in self.steps
 
     @property
     def scaling(self) -> str | None:
@@ -248,6 +257,15 @@ class Recipe:
             raise ConfigError(
                 f"steps: {self.low_rank} fills the zeros of {self.pruning}; leave one of them out"
             )
+
+    def _check_rotated(self) -> None:
+        schemes = (self.quant_spec.default, *(words for _, words in self.quant_spec.rules))
+        if self.pruning is not None and any(words.is_rotated for words in schemes):
+            raise ConfigError(
+                f"steps: {self.pruning}: a rotation leaves no zeros; leave it out, or rotate (int4:rotated)"
+            )
+        if self.scaling == "awq" and any(words.is_rotated for words in schemes):
+            raise ConfigError("steps: awq and rotate do the same to int4:rotated; keep one")
 
 
 def _with_group(scheme: str, group_size: int | None) -> str:

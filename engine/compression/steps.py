@@ -112,7 +112,17 @@ class Word:
     """
 
     name: str
-    stage: Literal["layers", "channels", "rotation", "pruning", "low rank", "scaling", "rounding", "tuning"]
+    stage: Literal[
+        "layers",
+        "channels",
+        "rotation",
+        "pruning",
+        "low rank",
+        "scaling",
+        "ranges",
+        "rounding",
+        "tuning",
+    ]
     help: tuple[str, ...]
     kinds: tuple[str, ...] = CHOICES
     form: str = ""
@@ -229,33 +239,42 @@ WORDS = (
         kinds=("int4",),
     ),
     Word(
-        name="rtn",
-        stage="rounding",
-        help=(f"to nearest; the rounding if none is said, and the only one for {' and '.join(ROUNDED)}",),
+        name="rotate",
+        stage="scaling",
+        help=(
+            "int4: spreads each weight over 128 along K, so that none stands out; products rotate their",
+            "activations alike (int4:rotated), and any model may",
+        ),
+        kinds=("int4",),
     ),
     Word(
         name="percentile",
-        stage="rounding",
-        help=("int4, int8: to nearest in the range of 99.9 % of a group's values",),
+        stage="ranges",
+        help=("int4, int8: grids in the range of 99.9 % of a group's values",),
         kinds=("int4", "int8"),
     ),
     Word(
         name="mse",
-        stage="rounding",
-        help=("int4, int8: to nearest in the range of least squared error",),
+        stage="ranges",
+        help=("int4, int8: grids in the range of least squared error, columns weighed by their inputs'",),
         kinds=("int4", "int8"),
     ),
     Word(
         name="kl",
-        stage="rounding",
-        help=("int4, int8: to nearest below a tensor's threshold of least divergence; made for int8",),
+        stage="ranges",
+        help=("int4, int8: grids below a tensor's threshold of least divergence; made for int8",),
         kinds=("int4", "int8"),
     ),
     Word(
         name="clip",
-        stage="rounding",
-        help=("int4: the range of least error at the output; the rounding behind awq if none is said",),
+        stage="ranges",
+        help=("int4: grids of least error at the output; the ones behind awq if nothing is said",),
         kinds=("int4",),
+    ),
+    Word(
+        name="rtn",
+        stage="rounding",
+        help=(f"to nearest; the rounding if none is said, and the only one for {' and '.join(ROUNDED)}",),
     ),
     Word(
         name="gptq",
@@ -293,7 +312,7 @@ def word_of(step: Step) -> Word:
 
 
 def parse_steps(text: str) -> tuple[Step, ...]:
-    """Steps joined by plus signs, without a scheme behind them, with the rounding that is meant if none is said.
+    """Steps joined by plus signs, without a scheme behind them, with what is meant if nothing is said of rounding.
 
     Raises:
         ConfigError: An unknown step, bad arguments, two of a stage, or another order.
@@ -308,7 +327,7 @@ def parse_steps(text: str) -> tuple[Step, ...]:
     if steps != ordered:
         right = " + ".join(map(str, ordered))
         raise ConfigError(f"steps: {text!r} is in an order that cannot be; write {right}")
-    if "rounding" not in by_stage:
+    if not {"ranges", "rounding"} & set(by_stage):
         ordered.append(Plain("clip" if Plain("awq") in steps else "rtn"))
         ordered.sort(key=lambda step: _NAMES.index(step.name))
     return tuple(ordered)

@@ -42,7 +42,11 @@ def is_expressible(words: SchemeSpec, in_features: int, has_float_minimums: bool
     """
     if words.kind == "none":
         return True
-    if words.kind not in ("int4", "int8") or (words.kind == "int4" and has_float_minimums):
+    if (
+        words.kind not in ("int4", "int8")
+        or words.is_rotated
+        or (words.kind == "int4" and has_float_minimums)
+    ):
         return False
     return words.group_size == 0 or in_features % words.group_size == 0
 

@@ -8,7 +8,14 @@ import triton.language as tl
 
 from engine.kernels.launch import Tile, launch, select_tile, target_of
 from engine.kernels.operands import Activations, Format, Int8Format
-from engine.kernels.quantize_triton import empty_activations, group_of, outputs, row_tile, write_row
+from engine.kernels.quantize_triton import (
+    empty_activations,
+    group_of,
+    is_rotated,
+    outputs,
+    row_tile,
+    write_row,
+)
 
 
 def gated_in_triton(gate_up: torch.Tensor, activation: str, format: Format, tile: Tile | None) -> Activations:
@@ -27,6 +34,7 @@ def gated_in_triton(gate_up: torch.Tensor, activation: str, format: Format, tile
         {"gate_up": gate_up, **outputs(y), "size": size},
         tile,
         GROUP=group_of(format, tile["BLOCK"]),
+        ROTATED=is_rotated(format),
         ACTIVATION=activation,
     )
     return y
@@ -41,6 +49,7 @@ def _gated_kernel(
     size,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
+    ROTATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -57,4 +66,4 @@ def _gated_kernel(
     # exp overflows to infinity and the quotient to 0, as it should.
     values = gate / (1.0 + tl.exp(-inner)) * up
     values = values.to(gate_up.dtype.element_ty).to(tl.float32)
-    write_row(values, row, first, size, output, low, scale, BLOCK, GROUP)
+    write_row(values, row, first, size, output, low, scale, BLOCK, GROUP, ROTATED)

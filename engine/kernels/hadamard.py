@@ -35,12 +35,18 @@ def spread_heads(heads: torch.Tensor, factor: float) -> torch.Tensor:
     Args:
         heads: [..., head_dim] float32; head_dim is even.
     """
-    head_dim, size = heads.shape[-1], 1
-    for _ in range(hadamard_levels(head_dim)):
-        pairs = heads.unflatten(-1, (-1, 2, size))
-        heads = torch.stack(
-            (pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]), -2
-        ).flatten(-3)
-        size *= 2
-    first, second = heads.chunk(2, dim=-1)
+    head_dim = heads.shape[-1]
+    pieces = multiply_by_sylvester(heads.unflatten(-1, (-1, 1 << hadamard_levels(head_dim))))
+    first, second = pieces.flatten(-2).chunk(2, dim=-1)
     return torch.cat((first + second, first - second), dim=-1) * factor
+
+
+def multiply_by_sylvester(x: torch.Tensor) -> torch.Tensor:
+    """The last dimension, a power of two, multiplied by Sylvester's matrix of ±1; neighbours first, halves last."""
+    columns, size = x.shape[-1], 1
+    while size < columns:
+        pairs = x.unflatten(-1, (-1, 2, size))
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack((first + second, first - second), -2).flatten(-3)
+        size *= 2
+    return x

@@ -8,7 +8,14 @@ import triton.language as tl
 
 from engine.kernels.launch import launch
 from engine.kernels.operands import Activations, Format
-from engine.kernels.quantize_triton import empty_activations, group_of, outputs, row_tile, write_row
+from engine.kernels.quantize_triton import (
+    empty_activations,
+    group_of,
+    is_rotated,
+    outputs,
+    row_tile,
+    write_row,
+)
 
 
 def rms_norm_in_triton(
@@ -38,6 +45,7 @@ def rms_norm_in_triton(
         },
         tile,
         GROUP=group_of(format, tile["BLOCK"]),
+        ROTATED=is_rotated(format),
     )
     return y.view(x.shape) if isinstance(y, torch.Tensor) else y
 
@@ -57,6 +65,7 @@ def _rms_norm_kernel(
     size,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
+    ROTATED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -72,4 +81,4 @@ def _rms_norm_kernel(
     weights = tl.load(weight + columns, is_column, 0.0).to(tl.float32)
     mean = tl.sum(values * values) / size
     values = values * tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon)) * weights
-    write_row(values.to(dtype).to(tl.float32), row, 0, size, output, low, scale, BLOCK, GROUP)
+    write_row(values.to(dtype).to(tl.float32), row, 0, size, output, low, scale, BLOCK, GROUP, ROTATED)

@@ -35,7 +35,13 @@ class Int8Format:
 
 @dataclass(frozen=True, slots=True)
 class SumsFormat:
-    """Floats and the sums of each 32 of them."""
+    """Floats and the sums of each 32 of them.
+
+    Attributes:
+        is_rotated: Whether the floats are rotated before (`engine.kernels.rotation`), and rounded again.
+    """
+
+    is_rotated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +51,11 @@ class SparseInt8Format:
     Attributes:
         spread: The scale is so many times what would just hold the median of the largest elements of each 32.
             Infinity: it just holds the largest element, and there is no second term.
+        is_rotated: Whether tokens are rotated before (`engine.kernels.rotation`).
     """
 
     spread: float
+    is_rotated: bool = False
 
 
 Format = Int8Format | SumsFormat | SparseInt8Format | None

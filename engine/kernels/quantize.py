@@ -30,6 +30,7 @@ from engine.kernels.operands import (
     SparseInt8Activations,
     SparseInt8Format,
 )
+from engine.kernels.rotation import rotate
 
 LOW_STEPS = 254
 """Steps of the low term in one step of the high term: the remainder is at most half a step, 127 low ones."""
@@ -64,7 +65,7 @@ def reference(x: torch.Tensor, format: Int8Format) -> Int8Activations:
 
 def sparse_reference(x: torch.Tensor, format: SparseInt8Format) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] float → high and low terms [2, M, K] float32 and scale [M, 1] float32, NaN where x is not finite."""
-    x = x.float()
+    x = rotate(x.float()) if format.is_rotated else x.float()
     blocks = F.pad(x, (0, -x.shape[1] % SPREAD_BLOCK)).unflatten(1, (-1, SPREAD_BLOCK)).abs().amax(dim=2)
     # torch's median is the lower one.
     median, largest = blocks.median(dim=1, keepdim=True).values, blocks.amax(dim=1, keepdim=True)
@@ -85,6 +86,7 @@ def quantize_sparse(x: torch.Tensor, format: SparseInt8Format) -> SparseInt8Acti
         x=x,
         x_stride=x.stride(0),
         size=in_features,
+        is_rotated=int(format.is_rotated),
         spread=format.spread / 127,
         **y.arguments(),
     )
@@ -109,10 +111,12 @@ def cpu_outputs(
     """What the C body `owner` writes, and the arguments that say so: floats or codes, and the codes' spread."""
     if isinstance(format, SparseInt8Format):
         codes = empty_sparse(owner, num_tokens, in_features)
-        return codes, {"output": None, "spread": format.spread / 127, **codes.arguments()}
+        rotation = {"is_rotated": int(format.is_rotated)}
+        return codes, {"output": None, "spread": format.spread / 127, **rotation, **codes.arguments()}
     assert format is None
     y = cpu.empty(owner, num_tokens, in_features)
-    return y, {"output": y, "spread": 0.0, "low": None, "tokens": None, "quads": None, "stride": 0}
+    no_codes = {"is_rotated": 0, "spread": 0.0, "low": None, "tokens": None, "quads": None, "stride": 0}
+    return y, {"output": y, **no_codes}
 
 
 def quantize_per_token(x: torch.Tensor, format: Int8Format) -> Int8Activations:

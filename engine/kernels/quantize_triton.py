@@ -11,8 +11,17 @@ import triton.language as tl
 
 from engine.kernels.launch import Tile, launch
 from engine.kernels.matmul.group_sums_triton import sum_groups
-from engine.kernels.operands import SUM_SIZE, Activations, Format, GroupSums, Int8Activations, Int8Format
+from engine.kernels.operands import (
+    SUM_SIZE,
+    Activations,
+    Format,
+    GroupSums,
+    Int8Activations,
+    Int8Format,
+    SumsFormat,
+)
 from engine.kernels.quantize import LOW_STEPS, TINY
+from engine.kernels.rotation_triton import rotate_columns
 
 _LOW_STEPS: tl.constexpr = tl.constexpr(LOW_STEPS)
 
@@ -21,9 +30,15 @@ _TINY: tl.constexpr = tl.constexpr(TINY)
 
 def quantize_in_triton(x: torch.Tensor, format: Int8Format) -> Int8Activations:
     """`quantize_per_token` in one launch."""
+    y = write_in_triton(x, format)
+    assert isinstance(y, Int8Activations)
+    return y
+
+
+def write_in_triton(x: torch.Tensor, format: Format) -> Activations:
+    """x [M, K] float, K contiguous, in a format that a product wants, in one launch."""
     num_tokens, in_features = x.shape
     y = empty_activations(num_tokens, in_features, x, format)
-    assert isinstance(y, Int8Activations)
     tile = row_tile(in_features)
     launch(
         _quantize_kernel,
@@ -31,16 +46,27 @@ def quantize_in_triton(x: torch.Tensor, format: Int8Format) -> Int8Activations:
         {"x": x, **outputs(y), "stride": x.stride(0), "in_features": in_features},
         tile,
         GROUP=group_of(format, tile["BLOCK"]),
+        ROTATED=is_rotated(format),
     )
     return y
 
 
 @triton.jit
-def _quantize_kernel(x, output, low, scale, stride, in_features, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+def _quantize_kernel(
+    x,
+    output,
+    low,
+    scale,
+    stride,
+    in_features,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     values = tl.load(x + row * stride + columns, columns < in_features, 0.0).to(tl.float32)
-    write_row(values, row, 0, in_features, output, low, scale, BLOCK, GROUP)
+    write_row(values, row, 0, in_features, output, low, scale, BLOCK, GROUP, ROTATED)
 
 
 def row_tile(columns: int) -> Tile:
@@ -60,6 +86,11 @@ def group_of(format: Format, block: int) -> int:
         case None:
             return block
     return SUM_SIZE
+
+
+def is_rotated(format: Format) -> bool:
+    """The constant ROTATED of `write_row`."""
+    return isinstance(format, SumsFormat) and format.is_rotated
 
 
 def empty_activations(num_tokens: int, columns: int, like: torch.Tensor, format: Format) -> Activations:
@@ -90,12 +121,24 @@ def outputs(y: Activations) -> dict[str, torch.Tensor | None]:
 
 
 @triton.jit
-def write_row(values, row, first, num_columns, output, low, scale, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+def write_row(
+    values,
+    row,
+    first,
+    num_columns,
+    output,
+    low,
+    scale,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
     """Writes columns [first, first + BLOCK) of a row in the format that the outputs tell.
 
     values [BLOCK] float32, which the floats' type holds exactly, zeros from num_columns on; row int64;
     output [M, K] int8 (with low, rows of both terms alternate) and scale [M, groups] float32, or
-    output [M, K] float and scale (the sums) [M, ceil(K / GROUP)] or None.
+    output [M, K] float and scale (the sums) [M, ceil(K / GROUP)] or None; these may be rotated, where first and
+    BLOCK are multiples of a rotation's block.
     """
     columns = first + tl.arange(0, BLOCK)
     groups = first // GROUP + tl.arange(0, BLOCK // GROUP)
@@ -111,6 +154,9 @@ def write_row(values, row, first, num_columns, output, low, scale, BLOCK: tl.con
         tl.store(output + offsets, tl.reshape(high_codes, (BLOCK,)), is_column)
         tl.store(scale + row * num_groups + groups, group_scale, groups < num_groups)
     else:
+        if ROTATED:
+            rotated = rotate_columns(values, columns, num_columns)
+            values = rotated.to(output.dtype.element_ty).to(tl.float32)
         tl.store(output + row * num_columns + columns, values.to(output.dtype.element_ty), is_column)
         if scale is not None:
             tl.store(scale + row * num_groups + groups, sum_groups(values, GROUP), groups < num_groups)

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from engine.errors import CheckpointError
+from engine.kernels.rotation import ROTATION_BLOCK
 from engine.parallel.shards import Slices
 from engine.quant.block_weight import BlockWeight
-from engine.quant.weight import CodebookWeight, GridWeight, LowRankWeight, Weight
+from engine.quant.weight import CodebookWeight, GridWeight, LowRankWeight, RotatedWeight, Weight
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], expected: Sequence[int] | None) -> None:
@@ -36,7 +37,7 @@ def take_slices(weight: Weight, part: Slices, name: str) -> Weight:
         name: Of the tensor, for the error.
 
     Raises:
-        CheckpointError: The columns cut a group that shares a scale.
+        CheckpointError: The columns cut a group that shares a scale, or is rotated together.
     """
     if isinstance(weight, torch.Tensor):
         taken = weight if part.rows is None else weight[part.rows]
@@ -46,8 +47,8 @@ def take_slices(weight: Weight, part: Slices, name: str) -> Weight:
     if isinstance(weight, LowRankWeight):
         outer = take_slices(weight.outer, Slices(part.rows), name)
         inner = take_slices(weight.inner, Slices(None, part.columns), name)
-        assert not isinstance(outer, BlockWeight | LowRankWeight)
-        assert not isinstance(inner, BlockWeight | LowRankWeight)
+        assert isinstance(outer, torch.Tensor | GridWeight | CodebookWeight)
+        assert isinstance(inner, torch.Tensor | GridWeight | CodebookWeight)
         return LowRankWeight(outer, inner)
     if isinstance(weight, BlockWeight):
         if weight.is_cut_by(columns):
@@ -55,6 +56,11 @@ def take_slices(weight: Weight, part: Slices, name: str) -> Weight:
             return take_slices(weight.dequantize(), part, name)
         _check_columns(columns, weight.step, weight.in_features, name)
         return weight.cut(rows, columns)
+    if isinstance(weight, RotatedWeight):
+        _check_columns(columns, ROTATION_BLOCK, weight.shape[1], name, "are rotated together")
+        grid = take_slices(weight.grid, part, name)
+        assert isinstance(grid, GridWeight)
+        return RotatedWeight(grid)
     groups = _groups(weight, columns, name)
     scale = None if weight.scale is None else weight.scale[rows, groups]
     codes = weight.codes[rows, columns]
@@ -76,9 +82,11 @@ def _groups(weight: GridWeight | CodebookWeight, columns: slice, name: str) -> s
     return slice(columns.start // size, -(-columns.stop // size))
 
 
-def _check_columns(columns: slice, size: int, in_features: int, name: str) -> None:
+def _check_columns(
+    columns: slice, size: int, in_features: int, name: str, bond: str = "share a scale"
+) -> None:
     if columns.start % size or (columns.stop % size and columns.stop != in_features):
         raise CheckpointError(
-            f"{name}: columns {columns.start} to {columns.stop - 1} cut groups of {size} that share a scale; "
+            f"{name}: columns {columns.start} to {columns.stop - 1} cut groups of {size} that {bond}; "
             "leave --no-exact-reduce out, or choose another --tensor-parallel-size"
         )

@@ -27,7 +27,7 @@ from engine.models.decoder import Decoder
 from engine.models.shapes import tensor_shape
 from engine.parallel.shards import WHOLE, Slices
 from engine.quant.block_weight import BlockWeight
-from engine.quant.weight import CodebookWeight, GridWeight, LowRankWeight, Weight, is_finite
+from engine.quant.weight import CodebookWeight, GridWeight, LowRankWeight, RotatedWeight, Weight, is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,8 @@ def _floats_of(weight: Weight) -> list[torch.Tensor]:
             return [part for part in (weight.codebook, weight.scale) if part is not None]
         case LowRankWeight():
             return _floats_of(weight.outer) + _floats_of(weight.inner)
+        case RotatedWeight():
+            return _floats_of(weight.grid)
         case BlockWeight():
             return [part for part in weight.parts.values() if part.is_floating_point()]
 

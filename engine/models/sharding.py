@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.errors import ConfigError
+from engine.kernels.rotation import ROTATION_BLOCK
 from engine.models.config import ModelConfig
 from engine.models.modules import ROLES
 from engine.parallel.shards import Shard
@@ -42,14 +43,14 @@ def check_columns(config: ModelConfig, quant_spec: QuantSpec, size: int) -> None
     """Whether ranks can share the columns of the weights that they would have to without `--exact-reduce`.
 
     Raises:
-        ConfigError: They would cut groups that share a scale; names them and what would work.
+        ConfigError: They would cut groups that share a scale or are rotated together; names them and what would work.
     """
     found = _cut_groups(config, quant_spec, size)
     if found:
         sizes = range(1, config.num_heads + 1)
         working = [str(n) for n in sizes if not (_obstacles(config, n) or _cut_groups(config, quant_spec, n))]
         raise ConfigError(
-            f"exact_reduce: without it, {size} ranks cut {' and '.join(found)}, which share a scale; leave "
+            f"exact_reduce: without it, {size} ranks cut {' and '.join(found)}; leave "
             f"--no-exact-reduce out, or take a --tensor-parallel-size of {' or '.join(working)}"
         )
 
@@ -68,8 +69,11 @@ def _cut_groups(config: ModelConfig, quant_spec: QuantSpec, size: int) -> list[s
         for name, width in widths.items():
             words = quant_spec.of(f"model.layers.{layer}.{name}")
             group = SCHEMES[words.kind].scale_group or words.group_size
+            bond = "share a scale"
+            if words.is_rotated and group <= ROTATION_BLOCK:
+                group, bond = ROTATION_BLOCK, "are rotated together"
             if group and width % (size * group):
-                found[f"the {width} input features of {name} within groups of {group}"] = None
+                found[f"the {width} input features of {name} within groups of {group}, which {bond}"] = None
     return list(found)
 
 

@@ -27,7 +27,7 @@ NUM_WINDOWS = 64
 WINDOW_LENGTH = 512
 """Tokens in a window of the calibration text, of which `NUM_WINDOWS` are taken, as `python -m engine.quant` does."""
 
-_WITHOUT_CALIBRATION = ("hadamard", "rtn", "percentile", "mse", "kl")
+_WITHOUT_CALIBRATION = ("hadamard", "rotate", "rtn", "percentile", "kl")
 _FINISHED = "config.json"
 """What is written when all weights are."""
 

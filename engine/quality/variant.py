@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from engine.compression.recipe import Recipe
-from engine.compression.steps import ALGORITHMS
+from engine.compression.steps import ALGORITHMS, Plain
 from engine.config import CacheType, EngineConfig
 from engine.errors import ConfigError
 from engine.quality.making import is_calibrated
@@ -133,6 +133,8 @@ def _assemble(text: str, directory: str | None, quant_spec: str, named: dict[str
         tuple((pattern, replace(words, activations="default")) for pattern, words in given.rules),
     )
     recipe = Recipe.parse(str(stored), named["algorithm"])
+    if Plain("rotate") in recipe.steps:
+        options["quant"] = str(given.rotated())
     if "seed" not in named:
         return Variant(text, options, recipe)
     if not (named["seed"].isdecimal() and is_calibrated(recipe)):

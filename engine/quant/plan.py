@@ -24,6 +24,7 @@ from engine.quant.int8_weight_only import Int8WeightOnly
 from engine.quant.lowrank import LowRank, ReadFactor, read_floats, read_low_rank
 from engine.quant.nf4 import NF4, read_nf4
 from engine.quant.parts import ReadPart
+from engine.quant.rotated import Rotated
 from engine.quant.scheme import Scheme
 from engine.quant.sparse24 import Sparse24Int4, Sparse24Int8, read_sparse24_int4, read_sparse24_int8
 from engine.quant.weight import CodebookWeight, GridWeight, Weight
@@ -104,6 +105,11 @@ def _make_int8(words: SchemeSpec, plan: QuantizationPlan) -> Scheme:
     return Int8(words.activations)
 
 
+def _make_int4(words: SchemeSpec, plan: QuantizationPlan) -> Scheme:
+    scheme = Int4(words.group_size, plan.batch_invariant)
+    return Rotated(scheme) if words.is_rotated else scheme
+
+
 def _low_rank(read_factor: ReadFactor) -> RegisteredScheme:
     """Two factors, each stored as its dense kind is."""
 
@@ -117,10 +123,7 @@ def _low_rank(read_factor: ReadFactor) -> RegisteredScheme:
 SCHEMES: dict[str, RegisteredScheme] = {
     "none": RegisteredScheme(make=lambda words, plan: Float(plan.dtype, plan.batch_invariant)),
     "int8": RegisteredScheme(make=_make_int8, read=read_int8),
-    "int4": RegisteredScheme(
-        make=lambda words, plan: Int4(words.group_size, plan.batch_invariant),
-        read=read_int4,
-    ),
+    "int4": RegisteredScheme(make=_make_int4, read=read_int4),
     "nf4": RegisteredScheme(
         make=lambda words, plan: NF4(),
         read=read_nf4,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from engine.kernels.nibbles import unpack_nibbles
+from engine.kernels.rotation import rotate
 from engine.quant.block_weight import BLOCK_TYPES, BlockWeight
 
 MOST_ZERO = 112
@@ -121,7 +122,30 @@ class LowRankWeight:
         return LowRankWeight(taken, self.inner)
 
 
-Weight = torch.Tensor | GridWeight | CodebookWeight | BlockWeight | LowRankWeight
+@dataclass(frozen=True, slots=True)
+class RotatedWeight:
+    """A matrix W that is stored as W H, in blocks along K (`engine.kernels.rotation`).
+
+    Attributes:
+        grid: W H.
+    """
+
+    grid: GridWeight
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.grid.shape
+
+    def dequantize(self) -> torch.Tensor:
+        """W as floats, [N, K] float32."""
+        return rotate(self.grid.dequantize())
+
+    def rows(self, index: torch.Tensor) -> RotatedWeight:
+        """The same weight with its rows taken in the order of `index` ([N] int64)."""
+        return RotatedWeight(self.grid.rows(index))
+
+
+Weight = torch.Tensor | GridWeight | CodebookWeight | BlockWeight | LowRankWeight | RotatedWeight
 
 
 def to_float(weight: Weight) -> torch.Tensor:

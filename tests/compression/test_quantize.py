@@ -26,7 +26,7 @@ from engine.loading.formats import stored_scheme
 from engine.models.config import ModelConfig
 from engine.models.modules import ROLES, module_names
 from engine.quant.codebook import cluster_rows
-from engine.quant.weight import CodebookWeight, GridWeight, to_float
+from engine.quant.weight import CodebookWeight, GridWeight, RotatedWeight, to_float
 from tests.helpers.paged import make_sequences, run_chunks
 from tests.helpers.tiny import TINY_CONFIGS, load_reference, reference_logits, write_checkpoint
 
@@ -99,6 +99,8 @@ def logits_of(runner: ModelRunner) -> torch.Tensor:
         ("even", "int8:g32", "rtn", False, PUBLISHED),
         ("ragged", "int8:g32", "mse", False, OWN),
         ("even", "int8:weight-only", "percentile", False, PUBLISHED),
+        ("gemma3", "int4:g32:rotated", "mse+gptq", False, OWN),
+        ("even", "int4:g64:rotated", "clip+gptq+tune", True, OWN),
         ("ragged", "nf4", "rtn", False, OWN),
         ("gemma3", "codebook4", "rtn", False, OWN),
     ],
@@ -118,9 +120,10 @@ def test_what_is_written_is_what_was_found_and_is_served(
     found = quantize_layer(first_layer(checkpoints[name]), recipe)
     for module, weight in found.weights.items():
         stored = written.tensor(f"{module}.weight")
-        assert isinstance(weight, GridWeight | CodebookWeight)
+        assert isinstance(weight, GridWeight | CodebookWeight | RotatedWeight)
         assert isinstance(stored, type(weight))
-        assert torch.equal(stored.codes, weight.codes)
+        codes = [(each.grid if isinstance(each, RotatedWeight) else each).codes for each in (stored, weight)]
+        assert torch.equal(*codes)
         # compressed-tensors has whole zero-points; ours are their products with the scale, in fp16.
         slack = 0.0
         if isinstance(weight, GridWeight) and weight.minimum is not None and method == PUBLISHED:

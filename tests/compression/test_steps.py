@@ -25,6 +25,7 @@ def test_steps_are_read_with_their_arguments_and_the_scheme_with_its_rules() -> 
     ("steps", "scheme", "algorithm", "group"),
     [
         ("int8", "int8", "rtn", None),
+        ("rotate + mse + gptq + int4:g64", "int4:g64", "rotate+mse+gptq", None),
         ("hadamard + gptq + tune + int4", "int4", "hadamard+gptq+tune", 128),
         ("prune=0.5,wanda + int4,lm_head=int8", "int4,lm_head=int8", "prune=0.5,wanda", None),
         ("awq + int4:g64", "int4:g64", "awq", None),
@@ -80,12 +81,39 @@ def test_what_is_written_of_steps_is_read_as_the_same() -> None:
         ("layers=2.5 + int8", "layers=2.5: must say how many"),
         ("channels=20,1 + int8", "channels=20,1: must be a share between 0 and 1, channels=0.2"),
         ("channels=1 + int8", "channels=1: must be a share"),
+        ("mse + rotate + gptq + int4", "in an order that cannot be; write rotate [+] mse [+] gptq"),
+        ("rotate + gptq + mse + int4", "in an order that cannot be; write rotate [+] mse [+] gptq"),
+        ("mse + clip + int4", "mse and clip do the same"),
+        ("awq + rotate + int4", "awq and rotate do the same"),
+        ("awq + int4:rotated", "awq and rotate do the same to int4:rotated"),
+        ("rotate + int8", "rotate is for int4, the scheme has int8, which takes"),
+        ("rotate=128 + int4", "rotate has no arguments"),
+        ("prune=0.5,wanda + rotate + int4", "a rotation leaves no zeros; leave it out, or rotate"),
+        ("prune=0.5,wanda + int4:rotated", "a rotation leaves no zeros"),
         ("channels=0.2 + layers=3 + int8", "cannot be; write layers=3 [+] channels=0.2"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_its_word(steps: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"(steps|scheme): .*{message}"):
         Recipe.parse_steps(steps)
+
+
+def test_rotation_is_kept_with_the_schemes_that_can_be_rotated() -> None:
+    recipe = Recipe.parse_steps("rotate + mse + gptq + int4:g64,*.down_proj=int8,*.o_proj=int4")
+    stored = {
+        module: str(recipe.quant_spec.of(f"model.layers.0.{module}"))
+        for module in ("mlp.up_proj", "mlp.down_proj", "self_attn.o_proj")
+    }
+    assert stored == {
+        "mlp.up_proj": "int4:g64:rotated",
+        "mlp.down_proj": "int8",
+        "self_attn.o_proj": "int4:g32:rotated",
+    }
+    assert str(recipe.quant_spec.of("lm_head")) == "none"
+    assert (
+        Recipe.parse_steps("mse + gptq + int4:rotated").quant_spec
+        == Recipe.parse("int4", "rotate").quant_spec
+    )
 
 
 @pytest.mark.parametrize("option", ["--scheme", "--algorithm"])
@@ -103,7 +131,8 @@ def test_the_help_has_every_step_and_their_order(capsys: pytest.CaptureFixture[s
     assert f"{ORDER} + SCHEME" in text
     assert (
         ORDER
-        == "layers + channels + hadamard + prune + lowrank + smoothquant|awq + rtn|percentile|mse|kl|clip|gptq + tune"
+        == "layers + channels + hadamard + prune + lowrank + smoothquant|awq|rotate + percentile|mse|kl|clip + "
+        "rtn|gptq + tune"
     )
     for word in ("\n  prune=SHARE,HOW ", "\n  gptq ", "\n  tune "):
         assert word in text

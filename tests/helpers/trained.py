@@ -120,7 +120,7 @@ class Bench:
 
     def compressed(self, scheme: str, algorithm: str) -> torch.Tensor:
         """The log-probabilities of the checkpoint that the command makes, as transformers computes them."""
-        directory = self.directory / algorithm
+        directory = self.directory / f"{scheme} {algorithm}"
         quantize_checkpoint(
             open_checkpoint(self.directory / "float"),
             Recipe.parse(scheme, algorithm),

@@ -72,6 +72,7 @@ def test_logits_equal_those_of_transformers(checkpoints: dict[str, Path], family
     [
         ("int8", False),
         ("int4", True),
+        ("int4:rotated", False),
         pytest.param("int4:g128", False, marks=pytest.mark.slow),
     ],
 )

@@ -49,8 +49,11 @@ MODELS = [
     ("smollm2", "none", "fp8_e4m3"),
     ("smollm2", "int8", "int4"),
     ("smollm2", "sparse24:int4", "auto"),
+    ("gemma3", "int4:rotated", "auto"),
 ]
 """Checkpoint, quantization, type of the cache."""
+
+ROTATED = SparseInt8Format(CPU_ACTIVATIONS.spread, is_rotated=True)
 
 Digests = dict[str, str]
 
@@ -137,11 +140,13 @@ def operations() -> Digests:
             parts = [product(x[:size]) for size in (1, 4, 5, 16, 35, 200)]
             digests[f"product {kind} {rows} {columns}"] = digest(*parts)
         digests[f"sums {rows} {columns}"] = shared_sums(weights[0][0], odd_tokens(200, columns))
-    for size in (24, 33, 100, 576):
+    for size in (24, 33, 100, 224, 576):
         x, weight, gates = odd_tokens(20, size), torch.randn(size), odd_tokens(20, 2 * size)
-        digests[f"quantize {size}"] = digest(codes_of(quantize_sparse(x, CPU_ACTIVATIONS)))
-        normed = [rms_norm(x.clone(), weight, 1e-5, format, x * 2) for format in (None, CPU_ACTIVATIONS)]
-        gated = [apply(gates, format) for apply in (silu_mul, gelu_mul) for format in (None, CPU_ACTIVATIONS)]
+        formats = (None, CPU_ACTIVATIONS, ROTATED)
+        for format in formats[1:]:
+            digests[f"quantize {format} {size}"] = digest(codes_of(quantize_sparse(x, format)))
+        normed = [rms_norm(x.clone(), weight, 1e-5, format, x * 2) for format in formats]
+        gated = [apply(gates, format) for apply in (silu_mul, gelu_mul) for format in formats]
         for name, results in (("norm", normed), ("gated", gated)):
             parts = [y if isinstance(y, torch.Tensor) else codes_of(y) for y in results]
             digests[f"{name} {size}"] = digest(*parts)

@@ -29,7 +29,7 @@ from engine.parallel.pipeline import Pipeline
 from engine.parallel.shards import WHOLE, Shard, Slices
 from engine.quant.block_weight import BlockWeight
 from engine.quant.plan import QuantizationPlan
-from engine.quant.weight import CodebookWeight, GridWeight, Weight
+from engine.quant.weight import CodebookWeight, GridWeight, RotatedWeight, Weight, to_float
 from engine.quant_spec import parse_quant_spec
 from tests.helpers.gguf_file import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, write_gguf
 from tests.helpers.quantized_directory import write_directory
@@ -278,3 +278,20 @@ def test_torchs_files_are_read_in_parts(tmp_path: Path) -> None:
     assert isinstance(weight, torch.Tensor)
     assert torch.equal(weight, stored[20:, 8:24])
     assert checkpoint.num_bytes_read == math.prod((20, 16)) * 4
+
+
+def test_rotated_weights_are_cut_between_blocks() -> None:
+    grid = GridWeight(
+        torch.randint(0, 16, (8, 320), dtype=torch.uint8),
+        torch.rand(8, 5).half(),
+        torch.rand(8, 5).half(),
+        64,
+    )
+    weight = RotatedWeight(grid)
+    part = take_slices(weight, Slices(slice(2, 6), slice(128, 320)), "w")
+    assert isinstance(part, RotatedWeight)
+    assert torch.equal(to_float(part), to_float(weight)[2:6, 128:320])
+    with pytest.raises(
+        CheckpointError, match="columns 64 to 191 cut groups of 128 that are rotated together"
+    ):
+        take_slices(weight, Slices(None, slice(64, 192)), "w")

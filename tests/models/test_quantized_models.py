@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from engine.kernels.operands import SparseInt8Format
 from engine.kernels.quantize import HIGH_STEPS
+from engine.kernels.rotation import rotate
 from engine.quant import cpu_formats
 from engine.quant.plan import QuantizationPlan
 from engine.quant.scheme import Storage
@@ -62,7 +63,8 @@ def grid_values(scheme: Storage, weight: torch.Tensor, group_size: int) -> torch
         return tensors["weight"].float() * scale
     codes = tensors["codes"]
     nibbles = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)[:, :columns]
-    return nibbles.float() * scale + spread(tensors["minimum"])
+    values = nibbles.float() * scale + spread(tensors["minimum"])
+    return rotate(values) if scheme.name.endswith("-rotated") else values
 
 
 def dequantized(path: Path, quant: str) -> PreTrainedModel:
@@ -90,6 +92,7 @@ def dequantized(path: Path, quant: str) -> PreTrainedModel:
         ("ragged", "int4"),
         ("ragged", "int4:g128"),
         ("aligned", "int4"),
+        ("ragged", "int4:rotated"),
     ],
 )
 def test_logits_are_those_of_the_dequantized_weights(

@@ -35,6 +35,7 @@ from engine.quant.int8 import Int8
 from engine.quant.int8_groups import Int8Groups
 from engine.quant.int8_weight_only import Int8WeightOnly
 from engine.quant.nf4 import NF4
+from engine.quant.rotated import Rotated
 from engine.quant.scheme import Scheme
 from engine.quant.weight import GridWeight, Weight, to_float
 from engine.quant_spec import ActivationTerms, parse_quant_spec
@@ -74,6 +75,8 @@ def cases(size: int) -> list[Case]:
         # Sums of groups are not integers of one scale.
         Case(wide, narrow, Int8("groups"), RowParallelGather),
         Case(wide, narrow, Int8Groups(32), RowParallelGather, "blocks of 32"),
+        # Blocks of a rotation may straddle what ranks bring.
+        Case(wide, narrow, Rotated(Int4(32)), RowParallelGather, has_bias=True),
     ]
 
 
@@ -134,6 +137,7 @@ def summed_cases(size: int) -> list[Case]:
         Int8WeightOnly(32),
         Int4(32),
         Int4(0),
+        Rotated(Int4(32)),
         NF4(),
         Codebook4(),
     ]
@@ -284,6 +288,11 @@ def test_columns_cut_through_groups_are_refused_with_the_numbers() -> None:
         check_columns(model, parse_quant_spec("int4:g128"), 2)
     with pytest.raises(ConfigError, match=r"4 ranks cut the 384 .* of 64.*-size of 1 or 2 or 3 or 6$"):
         check_columns(model, parse_quant_spec("nf4"), 4)
+    check_columns(model, parse_quant_spec("int4:rotated"), 3)
+    with pytest.raises(
+        ConfigError, match=r"2 ranks cut the 384 .* groups of 128, which are rotated together; .* of 1 or 3$"
+    ):
+        check_columns(model, parse_quant_spec("int4:rotated"), 2)
     rules = parse_quant_spec("none,model.layers.1.mlp.down_proj=int4:g128")
     with pytest.raises(ConfigError, match=r"4 ranks cut the 1600 .*down_proj within groups of 128"):
         check_columns(small_model(intermediate_size=1600), rules, 4)

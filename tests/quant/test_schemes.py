@@ -25,6 +25,7 @@ from engine.quant.int8 import Int8
 from engine.quant.int8_groups import Int8Groups
 from engine.quant.int8_weight_only import Int8WeightOnly
 from engine.quant.nf4 import NF4
+from engine.quant.rotated import Rotated
 from engine.quant.scheme import Storage, Tensors
 from engine.quant.weight import GridWeight
 from engine.quant_spec import ActivationTerms
@@ -35,7 +36,15 @@ INT8: list[Int8 | Int8Groups | Int8WeightOnly] = [
     *(Int8WeightOnly(size) for size in (None, 32, 64, 128, 256)),
 ]
 
-STORAGES: list[Storage] = [Float(torch.float32), *INT8, Int4(32), Int4(128), NF4(), Codebook4()]
+STORAGES: list[Storage] = [
+    Float(torch.float32),
+    *INT8,
+    Int4(32),
+    Int4(128),
+    Rotated(Int4(32)),
+    NF4(),
+    Codebook4(),
+]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

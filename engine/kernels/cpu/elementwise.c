@@ -2,11 +2,71 @@
 
 #include "kernels.h"
 
+#if defined(__clang__)
+#define SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define SHUFFLE(v, ...) __builtin_shuffle(v, (Ints){__VA_ARGS__})
+#endif
+
+// A register in which those `distance` apart, a power of two below LANES, have become their sum and their difference.
+INLINE Floats sums_and_differences(Floats x, int distance) {
+#if LANES == 16
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Floats partner = distance == 8   ? SHUFFLE(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+                           : distance == 4 ? SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+                           : distance == 2 ? SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+                                           : SHUFFLE(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif LANES == 8
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    const Floats partner = distance == 4   ? SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3)
+                           : distance == 2 ? SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5)
+                                           : SHUFFLE(x, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    const Ints lane = {0, 1, 2, 3};
+    const Floats partner = distance == 2 ? SHUFFLE(x, 2, 3, 0, 1) : SHUFFLE(x, 1, 0, 3, 2);
+#endif
+    const Ints sign = ((lane & distance) != 0) & INT32_MIN;
+    return partner + (Floats)((Ints)x ^ sign);
+}
+
+// A block of rotation.py: those next to each other first, halves last, times a factor.
+INLINE void rotate_block(float *x, const int64_t size, float factor) {
+    Floats v[128 / LANES];
+    const int count = (int)size / LANES;
+    EACH(i, count) {
+        v[i] = load(x + i * LANES);
+        for (int distance = 1; distance < LANES; distance *= 2) v[i] = sums_and_differences(v[i], distance);
+    }
+    for (int distance = 1; distance < count; distance *= 2)
+        EACH(i, count) {
+            if (i & distance) continue;
+            const Floats a = v[i], b = v[i + distance];
+            v[i] = a + b;
+            v[i + distance] = a - b;
+        }
+    EACH(i, count) store(x + i * LANES, v[i] * factor);
+}
+
+// rotate of rotation.py, in place; x [size]
+INLINE void rotate_row(float *x, int64_t size) {
+    for (; size >= 128; x += 128, size -= 128) rotate_block(x, 128, 0.0883883476f);
+    if (size >= 64) rotate_block(x, 64, 0.125f), x += 64, size -= 64;
+    if (size >= 32) rotate_block(x, 32, 0.176776695f);
+}
+
 OPERATION(quantize) {
     const int64_t rows = count(args->num_rows), size = args->size;
     int32_t maxima[size / SPREAD_BLOCK + 1];
-    FOR_ROWS(m, rows)
-        quantize_row(args->x + m * args->x_stride, size, (float)args->spread, args->codes, m, maxima);
+    float rotated[size];
+    FOR_ROWS(m, rows) {
+        const float *x = args->x + m * args->x_stride;
+        if (args->is_rotated) {
+            memcpy(rotated, x, (size_t)size * sizeof *x);
+            rotate_row(rotated, size);
+            x = rotated;
+        }
+        quantize_row(x, size, (float)args->spread, args->codes, m, maxima);
+    }
 }
 
 OPERATION(add) {
@@ -50,6 +110,7 @@ OPERATION(rms_norm) {
         }
         float *y = args->output == NULL ? normed : args->output + m * size;
         normalize(x, args->weight, y, (float)args->epsilon, size);
+        if (args->is_rotated) rotate_row(y, size);
         if (args->codes.low != NULL) quantize_row(y, size, (float)args->spread, args->codes, m, maxima);
     }
 }
@@ -70,6 +131,7 @@ OPERATION(gated) {
             const Floats sigmoid = choose(inner < 0.0f, power, fill(1.0f)) / (1.0f + power);
             store_part(y + k, gate * sigmoid * up, size - k);
         }
+        if (args->is_rotated) rotate_row(y, size);
         if (args->codes.low != NULL) quantize_row(y, size, (float)args->spread, args->codes, m, maxima);
     }
 }
@@ -183,33 +245,6 @@ INLINE void write_vector(const float *x, void *cache, void *scales, int64_t inde
         // What is not finite shows where it is read.
         ((float *)scales)[index] = is_finite ? step : NAN;
     }
-}
-
-#if defined(__clang__)
-#define SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
-#else
-#define SHUFFLE(v, ...) __builtin_shuffle(v, (Ints){__VA_ARGS__})
-#endif
-
-// A register in which those `distance` apart, a power of two below LANES, have become their sum and their difference.
-INLINE Floats sums_and_differences(Floats x, int distance) {
-#if LANES == 16
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const Floats partner = distance == 8   ? SHUFFLE(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
-                           : distance == 4 ? SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
-                           : distance == 2 ? SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
-                                           : SHUFFLE(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-#elif LANES == 8
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    const Floats partner = distance == 4   ? SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3)
-                           : distance == 2 ? SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5)
-                                           : SHUFFLE(x, 1, 0, 3, 2, 5, 4, 7, 6);
-#else
-    const Ints lane = {0, 1, 2, 3};
-    const Floats partner = distance == 2 ? SHUFFLE(x, 2, 3, 0, 1) : SHUFFLE(x, 1, 0, 3, 2);
-#endif
-    const Ints sign = ((lane & distance) != 0) & INT32_MIN;
-    return partner + (Floats)((Ints)x ^ sign);
 }
 
 // spread_heads of hadamard.py. Pieces of `piece` elements, a power of two, fill both halves.

@@ -21,6 +21,7 @@ SIGNATURE(quantize,
     READS(float, x)                // [M, K]
     INTEGER(x_stride)
     INTEGER(size)                  // K
+    INTEGER(is_rotated)            // whether x is rotated before (rotation.py)
     FLOAT(spread)
     WRITES_CODES
 )
@@ -45,6 +46,7 @@ SIGNATURE(rms_norm,
     FLOAT(epsilon)
     INTEGER(size)                  // H
     MAY_WRITE(float, output)       // [M, H] or null
+    INTEGER(is_rotated)            // whether what is written is (rotation.py)
     FLOAT(spread)
     MAY_WRITE_CODES
 )
@@ -54,6 +56,7 @@ SIGNATURE(gated,
     INTEGER(size)                  // I
     INTEGER(is_gelu)               // else SiLU
     MAY_WRITE(float, output)       // [M, I] or null
+    INTEGER(is_rotated)            // whether what is written is (rotation.py)
     FLOAT(spread)
     MAY_WRITE_CODES
 )

@@ -18,6 +18,7 @@ For a weight [N, K] in groups of g along K, the last one perhaps shorter (K even
     sparse24:int4  codes   [N, K / 4] uint8: the two of a four, the first one in the low nibble
                  masks     likewise
                  scale     [N, ceil(K / g)] fp16: w = (code - 8) * scale
+    int4:gN:rotated        as of int4, of W H in the place of W (`engine.kernels.rotation`)
     lowrank:int8  outer_codes, outer_scale    as of int8, of a factor [N, R]
                   inner_codes, inner_scale    of one [R, K]: w = outer @ inner. Of projections that are multiplied as
                            one matrix (q, k and v; gate and up) the first one alone has it, and they share it.
@@ -46,7 +47,7 @@ from engine.quant.block_weight import BlockWeight
 from engine.quant.lowrank import INNER, OUTER
 from engine.quant.plan import SCHEMES
 from engine.quant.sparse24 import sparse_parts
-from engine.quant.weight import CodebookWeight, LowRankWeight, Weight
+from engine.quant.weight import CodebookWeight, GridWeight, LowRankWeight, RotatedWeight, Weight
 from engine.quant_spec import EMBEDDING, TABLE_GROUP_SIZE, QuantSpec, SchemeSpec, parse_quant_spec
 
 QUANT_METHOD = "llm-engine"
@@ -94,7 +95,11 @@ class OwnFormat:
             ) -> torch.Tensor:
                 return (first if part.startswith(INNER) else module).read(part, dtypes, shape)
 
-            return read(read_part, TABLE_GROUP_SIZE if is_table else words.group_size)
+            weight = read(read_part, TABLE_GROUP_SIZE if is_table else words.group_size)
+            if not words.is_rotated:
+                return weight
+            assert isinstance(weight, GridWeight)
+            return RotatedWeight(weight)
         part = next(part for part in self.parts if module.has(part))
         raise module.error(
             part, "a module that the specification of config.json does not leave as it is", "another"
@@ -120,6 +125,8 @@ def own_parts(weight: Weight, words: SchemeSpec) -> dict[str, torch.Tensor]:
     if isinstance(weight, torch.Tensor):
         return {"weight": weight}
     assert not isinstance(weight, BlockWeight)
+    if isinstance(weight, RotatedWeight):
+        weight = weight.grid
     if isinstance(weight, CodebookWeight):
         packed = pack_nibbles(weight.codes)
         return {"codes": packed} | (

@@ -77,6 +77,7 @@ def shared(path: Path, size: int, **others: object) -> Iterator[SimpleNamespace]
             for one in [
                 ("smollm2", "int4", 3),
                 ("smollm2", "sparse24:int4", 3),
+                ("gemma3", "int4:rotated", 2),
                 ("llama-biases", "int8", 4),
                 ("qwen3", "none", 4),
                 ("mistral", "nf4", 2),
