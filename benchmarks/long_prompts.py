@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--model", default="llama", help="default: %(default)s")
     add("--quant", default="int8", help="default: %(default)s")
     add("--prompt-tokens", type=int, default=7000, help="of each prompt (default: %(default)s)")
-    add("--stream-tokens", type=int, default=800, help="of each stream's answer (default: %(default)s)")
+    add("--stream-tokens", type=int, default=2000, help="of each stream's answer (default: %(default)s)")
     add("--repeat", type=int, default=3, help="rounds (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the texts (default: %(default)s)")
     add("--output", type=Path, help="JSON file for the figures")
