@@ -86,10 +86,11 @@ test-oldest-triton: .triton-3.6
 	touch $@
 
 # For a machine that does nothing else: it takes an hour. What misses a bar stops none of the others.
-chaos: install  ## kills, attacks, twice the load and a soak; figures in benchmarks/results/
+chaos: install  ## kills, attacks, long prompts, twice the load and a soak; figures in benchmarks/results/
 	status=0; \
 	$(PYTHON) -m tests.chaos --output $(RESULTS)/chaos-kills.json || status=1; \
 	$(PYTHON) -m benchmarks.attacks --output $(RESULTS)/chaos-attacks.json || status=1; \
+	$(PYTHON) -m benchmarks.long_prompts --output $(RESULTS)/chaos-long-prompts.json || status=1; \
 	$(PYTHON) -m benchmarks.load --soak-minutes 0 --output $(RESULTS)/chaos-load.json || status=1; \
 	$(PYTHON) -m benchmarks.load --requests 80 --output $(RESULTS)/chaos-soak.json || status=1; \
 	exit $$status

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -77,6 +78,43 @@ def test_the_cpu_time_of_a_process_counts_that_spins() -> None:
 
 def test_time_does_not_count_while_others_have_the_cpu() -> None:
     with child(SPIN), child(SPIN, lowers=True) as process_id:
+        clock, passed = watch(process_id)
+        assert clock.seconds < passed / 2
+        assert clock.starved_seconds > passed / 2
+
+
+def group_with_quota(name: str) -> Path | None:
+    """A new group of processes with a tenth of a CPU; None where that is not permitted."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if "cpu" not in controllers.split(",") and number != "0":
+            continue
+        for root in ("/sys/fs/cgroup", "/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"):
+            group = Path(f"{root}{path}", name)
+            with suppress(OSError):
+                group.mkdir()
+                old, new = group / "cpu.cfs_quota_us", group / "cpu.max"
+                if old.exists() or new.exists():
+                    old.write_text("10000") if old.exists() else new.write_text("10000 100000")
+                    return group
+                group.rmdir()
+    return None
+
+
+@pytest.fixture
+def quota() -> Iterator[Path]:
+    group = group_with_quota(f"engine-test-{os.getpid()}")
+    if group is None:
+        pytest.skip("no group of processes may be given a quota here")
+    yield group
+    while (group / "cgroup.procs").read_text():
+        time.sleep(0.01)
+    group.rmdir()
+
+
+def test_time_does_not_count_while_a_quota_is_used_up(quota: Path) -> None:
+    with child(SPIN) as process_id:
+        (quota / "cgroup.procs").write_text(str(process_id))
         clock, passed = watch(process_id)
         assert clock.seconds < passed / 2
         assert clock.starved_seconds > passed / 2

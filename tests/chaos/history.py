@@ -49,6 +49,21 @@ def samples_of(log: Log) -> dict[int, Sample]:
     return samples
 
 
+def num_tokens(log: Log, before: float) -> int:
+    """How many tokens the prompt of a request has, and all its samples had at a time of `time.monotonic`.
+
+    That of a request that left before its first event, or was refused, counts nothing.
+    """
+    count = 0
+    for at, event in zip(log.times, log.events, strict=True):
+        for choice in event.get("choices", ()):
+            if choice["index"] == 0:
+                count += len(choice.get("prompt_token_ids") or ())
+            if at < before:
+                count += len(choice.get("token_ids") or ())
+    return count
+
+
 def find_faults(
     requests: Iterable[Planned], expected: Mapping[str, Log], seen: Mapping[str, Log]
 ) -> list[str]:
