@@ -2,7 +2,7 @@
 
 What is done with a body takes as long as it is long: decoding, checking, rendering, tokenizing. So it is done in a
 thread, beside the event loop, which hands out the tokens of all streams; and of long bodies one at a time, since
-threads of Python take turns. A short one is through sooner than such a turn is.
+threads of Python take turns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from engine.frontend.async_engine import ServedEngine
 
 LONG_BODY_BYTES = 64 * 2**10
-SHORT_BODY_BYTES = 4 * 2**10
 
 Result = TypeVar("Result")
 
@@ -45,9 +44,7 @@ class Body:
     arrival: float
 
     async def read(self, read: Callable[[bytearray], Result]) -> Result:
-        """What `read` makes of the bytes, in a thread unless they are few."""
-        if len(self.data) <= SHORT_BODY_BYTES:
-            return read(self.data)
+        """What `read` makes of the bytes, in a thread."""
         return await self.work(lambda: read(self.data))
 
     async def work(self, work: Callable[[], Result]) -> Result:

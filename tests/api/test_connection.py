@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -176,13 +175,6 @@ async def test_long_bodies_on_their_way_have_so_many_bytes_together(monkeypatch:
             writer.close()
         while refused.status_code != 200:
             refused = await client.post("/v1/completions", content=long)
-
-
-async def test_short_bodies_are_read_at_once_others_beside_the_loop() -> None:
-    own = threading.get_ident()
-    for size, is_at_once in ((0, True), (body.SHORT_BODY_BYTES, True), (body.SHORT_BODY_BYTES + 1, False)):
-        one = body.Body(bytearray(size), None, 0.0)
-        assert (await one.read(lambda data: threading.get_ident()) == own) == is_at_once
 
 
 async def test_long_bodies_are_worked_on_one_at_a_time() -> None:
