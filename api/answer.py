@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -52,6 +52,7 @@ class AnswerReader:
     """
 
     def __init__(self, turn: ChatTurn) -> None:
+        self._is_plain = turn.is_plain
         self._parser = turn.parser()
         self._custom_tools = turn.custom_tools
         # The arguments of the call that runs; of a custom tool's the text is given once they are whole.
@@ -59,8 +60,13 @@ class AnswerReader:
         self.calls: list[Call] = []
         self.ends_amid_call = False
 
-    def read(self, text: str, is_last: bool) -> Iterator[AnswerPart]:
+    def read(self, text: str, is_last: bool) -> Iterable[AnswerPart]:
         """What the text adds to the answer; neighbours of one kind are one part."""
+        if self._is_plain:
+            return (AnswerPart("content", text),) if text else ()
+        return self._parts(text, is_last)
+
+    def _parts(self, text: str, is_last: bool) -> Iterator[AnswerPart]:
         for piece in self._parser.push(text, is_last):
             match piece.kind:
                 case "content" | "reasoning":

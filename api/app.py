@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
 
 from api.admission import Admission
 from api.anthropic.conversation import REFUSED
@@ -36,7 +38,7 @@ from api.errors import ApiError, add_error_handlers
 from api.http import HeadMiddleware, RequestIdMiddleware
 from api.keys import ApiKey, KeyMiddleware, KeyRing
 from api.metrics import Metrics
-from api.openapi import ANSWER_ERRORS, BODY_ERRORS, Operation, described, openapi
+from api.openapi import ANSWER_ERRORS, BODY_ERRORS, Operation, openapi
 from api.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -50,7 +52,7 @@ from api.responses.codex_models import codex_model
 from api.responses.endpoint import ResponsesApi
 from api.responses.protocol import ResponseRequest
 from api.responses.store import STORE_BYTES, STORE_SECONDS, ResponseStore
-from api.routing import EndpointRoute
+from api.routing import endpoint
 from api.service import VERSION, Service
 from api.tokenization import apply_template, detokenize, tokenize
 from api.trace import create_trace
@@ -114,7 +116,7 @@ def create_app(
     response_store_bytes: int = STORE_BYTES,
     response_store_seconds: float = STORE_SECONDS,
     max_body_bytes: int | None = None,
-) -> FastAPI:
+) -> Starlette:
     """The application in front of `engine`, which may still be starting.
 
     Args:
@@ -126,8 +128,7 @@ def create_app(
         response_store_bytes, response_store_seconds: How many responses are kept, and how long after their last use.
         max_body_bytes: The longest body of a request; None: near what the longest sequence can need.
     """
-    app = FastAPI(openapi_url=None)
-    app.router.route_class = EndpointRoute
+    app = Starlette()
     add_error_handlers(app)
     keys = KeyRing(api_key, api_keys)
     open_paths = (*OPEN_PATHS, *METRICS_PATHS) if open_metrics else OPEN_PATHS
@@ -165,70 +166,70 @@ def create_app(
     return app
 
 
-def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", **described(COMPLETIONS))
+def _add_generation(app: Starlette, service: Service) -> None:
+    @endpoint(app, "POST", "/v1/completions", COMPLETIONS)
     async def completions(request: Request) -> Response:
         return await create_completion(service, request)
 
-    @app.post("/v1/chat/completions", **described(CHAT_COMPLETIONS))
+    @endpoint(app, "POST", "/v1/chat/completions", CHAT_COMPLETIONS)
     async def chat_completions(request: Request) -> Response:
         return await create_chat_completion(service, request)
 
-    @app.post("/v1/embeddings", **described(EMBEDDINGS))
+    @endpoint(app, "POST", "/v1/embeddings", EMBEDDINGS)
     async def embeddings(request: Request) -> Response:
         return await create_embeddings(service, request)
 
 
-def _add_responses(app: FastAPI, service: Service, store: ResponseStore) -> None:
+def _add_responses(app: Starlette, service: Service, store: ResponseStore) -> None:
     responses = ResponsesApi(service, store)
 
-    @app.post("/v1/responses", **described(RESPONSES))
+    @endpoint(app, "POST", "/v1/responses", RESPONSES)
     async def create_response(request: Request) -> Response:
         return await responses.create(request)
 
-    @app.get("/v1/responses/{response_id}", **described(STORED_RESPONSE))
+    @endpoint(app, "GET", "/v1/responses/{response_id}", STORED_RESPONSE)
     async def get_response(request: Request, response_id: str) -> Response:
         return await responses.get(request, response_id)
 
-    @app.delete("/v1/responses/{response_id}", **described(STORED_RESPONSE))
+    @endpoint(app, "DELETE", "/v1/responses/{response_id}", STORED_RESPONSE)
     async def delete_response(request: Request, response_id: str) -> Response:
         return await responses.delete(request, response_id)
 
-    @app.get("/v1/responses/{response_id}/input_items", **described(STORED_RESPONSE))
+    @endpoint(app, "GET", "/v1/responses/{response_id}/input_items", STORED_RESPONSE)
     async def response_input_items(request: Request, response_id: str) -> Response:
         return await responses.list_input_items(request, response_id)
 
 
-def _add_messages(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/messages", **described(MESSAGES))
+def _add_messages(app: Starlette, service: Service) -> None:
+    @endpoint(app, "POST", "/v1/messages", MESSAGES)
     async def messages(request: Request) -> Response:
         return await create_message(service, request)
 
-    @app.post("/v1/messages/count_tokens", **described(COUNT_TOKENS))
+    @endpoint(app, "POST", "/v1/messages/count_tokens", COUNT_TOKENS)
     async def message_tokens(request: Request) -> Response:
         return await count_tokens(service, request)
 
 
-def _add_tokenization(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize", **described(TOKENIZE))
+def _add_tokenization(app: Starlette, service: Service) -> None:
+    @endpoint(app, "POST", "/tokenize", TOKENIZE)
     async def tokens(request: Request) -> Response:
         return await tokenize(service, request)
 
-    @app.post("/detokenize", **described(DETOKENIZE))
+    @endpoint(app, "POST", "/detokenize", DETOKENIZE)
     async def text(request: Request) -> Response:
         return await detokenize(service, request)
 
-    @app.post("/apply-template", **described(APPLY_TEMPLATE))
+    @endpoint(app, "POST", "/apply-template", APPLY_TEMPLATE)
     async def prompt(request: Request) -> Response:
         return await apply_template(service, request)
 
 
-def _add_models(app: FastAPI, service: Service) -> None:
+def _add_models(app: Starlette, service: Service) -> None:
     def model_of(name: str) -> Model:
         engine = service.engine
         return Model(name, service.created, engine.config.model, engine.max_model_len)
 
-    @app.get("/v1/models", **described(Operation("The models", (), ModelList, errors=(503,))))
+    @endpoint(app, "GET", "/v1/models", Operation("The models", (), ModelList, errors=(503,)))
     async def models(request: Request) -> Response:
         service.check_alive()
         models = [model_of(name) for name in service.served_model_names]
@@ -237,22 +238,22 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return json_response(ModelList(models, [codex_model(one.id, one.max_model_len) for one in models]))
 
     # Names of models may hold slashes.
-    @app.get("/v1/models/{name:path}", **described(Operation("A model", (), Model, errors=(404, 503))))
+    @endpoint(app, "GET", "/v1/models/{name:path}", Operation("A model", (), Model, errors=(404, 503)))
     async def model(name: str, request: Request) -> Response:
         service.check_alive()
         model = model_of(service.check_model(name))
         return json_response(anthropic_model(model) if is_anthropics(request) else model)
 
 
-def _add_operations(app: FastAPI, service: Service, keys: KeyRing) -> None:
+def _add_operations(app: Starlette, service: Service, keys: KeyRing) -> None:
     """What those ask who run the server."""
 
-    @app.get("/health", **described(HEALTH))
+    @endpoint(app, "GET", "/health", HEALTH)
     async def health() -> Response:
         service.check_alive()
         return json_response(Status("healthy"))
 
-    @app.get("/ready", **described(READY))
+    @endpoint(app, "GET", "/ready", READY)
     async def ready() -> Response:
         service.check_ready()
         if service.engine.status == "restarting":
@@ -261,29 +262,31 @@ def _add_operations(app: FastAPI, service: Service, keys: KeyRing) -> None:
             raise ApiError(503, f"{cause}; the engine is started again", code="restarting")
         return json_response(Status("ready"))
 
-    app.add_api_route("/ping", health, name="ping", methods=["GET", "POST"], **described(PING))
+    @endpoint(app, "GET POST", "/ping", PING)
+    async def ping() -> Response:
+        return await health()
 
-    @app.get("/version", **described(Operation("The server's version", (), Version)))
+    @endpoint(app, "GET", "/version", Operation("The server's version", (), Version))
     async def engine_version() -> Response:
         return json_response(Version(VERSION))
 
-    @app.get("/metrics", **described(Operation("Metrics for Prometheus", media_type="text/plain")))
+    @endpoint(app, "GET", "/metrics", Operation("Metrics for Prometheus", media_type="text/plain"))
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     turn = asyncio.Lock()
 
-    @app.get("/debug/trace", **described(TRACE))
+    @endpoint(app, "GET", "/debug/trace", TRACE)
     async def trace(request: Request) -> Response:
         return await create_trace(service, request, turn, sees_all=not keys.has_several)
 
 
-def _add_documentation(app: FastAPI, open_paths: Sequence[str], has_key: bool) -> None:
-    @app.get("/openapi.json", **described(Operation("This document", (), dict)))
+def _add_documentation(app: Starlette, open_paths: Sequence[str], has_key: bool) -> None:
+    @endpoint(app, "GET", "/openapi.json", Operation("This document", (), dict))
     async def document() -> Response:
         text = openapi(app.routes, open_paths, has_key, extra=(Message,))
         return Response(text, media_type="application/json")
 
-    @app.get("/docs", **described(Operation("This document, for people", media_type="text/html")))
+    @endpoint(app, "GET", "/docs", Operation("This document, for people", media_type="text/html"))
     async def page() -> Response:
         return Response(DOCS_PAGE.read_bytes(), media_type="text/html; charset=utf-8")

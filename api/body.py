@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
-from fastapi import Request, Response
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from api.errors import ApiError, ClientDisconnected, retry_later
 from api.limits import BODIES_AT_A_TIME, default_max_body_bytes

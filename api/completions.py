@@ -7,8 +7,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from fastapi import Request, Response
 from msgspec import UNSET, UnsetType, structs
+from starlette.requests import Request
+from starlette.responses import Response
 
 from api.bodies import Completion, CompletionChoice, Usage
 from api.body import off_loop

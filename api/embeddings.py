@@ -7,7 +7,8 @@ import base64
 import struct
 from dataclasses import dataclass
 
-from fastapi import Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from api.bodies import Embedding, EmbeddingList, EmbeddingUsage
 from api.body import json_response

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 
 from engine.errors import EngineDeadError, RequestError
 from engine.logs import note_request
@@ -171,7 +173,7 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
     return Response(status_code=499)
 
 
-def add_error_handlers(app: FastAPI) -> None:
+def add_error_handlers(app: Starlette) -> None:
     for kind in (ApiError, RequestError, EngineDeadError, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)

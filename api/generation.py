@@ -186,7 +186,8 @@ async def _outputs(
                         service.metrics.observe_prediction(admission.margin * place.predicted)
                     if output.outputs:
                         client.charge(sum([len(sample.token_ids) for sample in output.outputs]))
-                        admission.begin(place)
+                        if not place.has_begun:
+                            admission.begin(place)
                         num_ended = sum([sample.finish_reason is not None for sample in output.outputs])
                         if num_ended:
                             admission.end_samples(place, num_ended)

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from fastapi import Request
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.errors import ApiError, error_response, retry_later

@@ -8,14 +8,13 @@ from http import HTTPStatus
 from typing import Any, get_type_hints
 
 import msgspec
-from fastapi.routing import APIRoute
 
 from api.errors import error_shape
 from api.protocol import NEUTRAL_VALUES
+from api.routing import EndpointRoute
 from api.service import VERSION
 from engine.core.sampling_params import SAMPLING_PARAMETERS, Range
 
-_KEY = "operation"
 _SCHEMAS = "#/components/schemas/{name}"
 _SECURITY = {
     "bearer": {"type": "http", "scheme": "bearer"},
@@ -56,11 +55,6 @@ ANSWER_ERRORS = (*BODY_ERRORS, 408)
 """The same where the engine computes something, which may take longer than the request allows."""
 
 
-def described(operation: Operation) -> dict[str, Any]:
-    """The arguments that a route takes to be found here."""
-    return {"openapi_extra": {_KEY: operation}}
-
-
 def openapi(routes: Iterable[Any], open_paths: Sequence[str], has_key: bool, extra: Iterable[type]) -> bytes:
     """The document, as JSON.
 
@@ -70,11 +64,7 @@ def openapi(routes: Iterable[Any], open_paths: Sequence[str], has_key: bool, ext
         has_key: Whether the others do.
         extra: Types that fields speak of by their names.
     """
-    described = [
-        (route, route.openapi_extra[_KEY])
-        for route in routes
-        if isinstance(route, APIRoute) and route.openapi_extra
-    ]
+    described = [(route, route.operation) for route in routes if isinstance(route, EndpointRoute)]
     errors = {route.path: get_type_hints(error_shape(route.path))["return"] for route, _ in described}
     types = [one for _, operation in described for one in operation.types]
     used = list(dict.fromkeys([*types, *errors.values(), *extra]))
@@ -104,7 +94,7 @@ def openapi(routes: Iterable[Any], open_paths: Sequence[str], has_key: bool, ext
 
 def _operation(
     operation: Operation,
-    route: APIRoute,
+    route: EndpointRoute,
     method: str,
     needs_key: bool,
     schema_of: dict[type, Any],

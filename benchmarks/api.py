@@ -115,7 +115,7 @@ async def _measure(pid: int, url: str, options: argparse.Namespace) -> dict[str,
     """By what is measured, the value of each repetition."""
     found: dict[str, list[float]] = {**{name: [] for name in BARS}, "ms a whole answer of 200 tokens": []}
     async with httpx.AsyncClient(
-        base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)
+        base_url=url, timeout=600, limits=httpx.Limits(max_connections=None, keepalive_expiry=1)
     ) as client:
         # So many words have about so many tokens: the number in the answer is the one that counts.
         text = " ".join(WORDS[index % len(WORDS)] for index in range(PROMPT_TOKENS - 10))

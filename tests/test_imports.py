@@ -11,7 +11,7 @@ from tests.helpers.tiny import TINY_CONFIGS, write_checkpoint
 PROGRAM = """
 import sys
 REFUSED = {
-    "fastapi", "gguf", "httpx", "msgspec", "prometheus_client", "psutil", "triton", "uvicorn", "uvloop", "zmq"
+    "gguf", "httpx", "msgspec", "prometheus_client", "psutil", "starlette", "triton", "uvicorn", "uvloop", "zmq"
 }
 
 class Refuse:

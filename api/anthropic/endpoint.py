@@ -7,8 +7,9 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from fastapi import Request, Response
 from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
 
 from api.anthropic.conversation import REFUSED, form_field, read_conversation
 from api.anthropic.events import (

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 import msgspec
-from fastapi import Request
+from starlette.requests import Request
 
 from api.bodies import Model, ModelList
 

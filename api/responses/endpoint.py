@@ -8,8 +8,9 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fastapi import Request, Response
 from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
 
 from api.body import json_response
 from api.conversation import Conversation, effort_arguments, verbosity_arguments

@@ -483,7 +483,13 @@ class AsyncEngine:
                 case Outputs(outputs, stats):
                     self.stats = stats
                     for output in outputs:
-                        await self._hand_on(output)
+                        inbox = self._inboxes.get(output.request_id)
+                        if inbox is None:
+                            continue
+                        if len(inbox) < inbox.most:
+                            inbox.put(output)
+                        elif len(inbox) == inbox.most:
+                            await self._end_unread(output, inbox)
                 case Traced(trace):
                     future = self._tracing.popleft()
                     if not future.done():
@@ -492,19 +498,13 @@ class AsyncEngine:
                     self._die(reason)
                     return
 
-    async def _hand_on(self, output: EngineOutput) -> None:
-        inbox = self._inboxes.get(output.request_id)
-        if inbox is None or len(inbox) > inbox.most:
-            return
-        if len(inbox) == inbox.most:
-            await self._abort(output.request_id)
-            output = EngineOutput(
-                request_id=output.request_id,
-                index=output.index,
-                finish_reason="error",
-                error=f"the client has left {inbox.most} outputs unread",
-            )
-        inbox.put(output)
+    async def _end_unread(self, output: EngineOutput, inbox: Inbox[EngineOutput]) -> None:
+        """Ends a request of which nobody reads what comes."""
+        await self._abort(output.request_id)
+        error = f"the client has left {inbox.most} outputs unread"
+        inbox.put(
+            EngineOutput(request_id=output.request_id, index=output.index, finish_reason="error", error=error)
+        )
 
     def _die(self, reason: str) -> None:
         if self.status == "dead":

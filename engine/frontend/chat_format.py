@@ -51,6 +51,7 @@ class ChatTurn:
         form: What the answer must be, reasoning and calls and all; None: anything.
         shows_special_tokens: Whether the parser needs the text of special tokens.
         parse: The answer's parser.
+        is_plain: Whether all of the answer is content.
         custom_tools: Names of the tools that take a text.
         prompt: As the template writes it.
     """
@@ -61,6 +62,7 @@ class ChatTurn:
     parse: Callable[[Source], Parsing[None]]
     custom_tools: frozenset[str] = frozenset()
     prompt: str = ""
+    is_plain: bool = False
 
     def parser(self) -> StreamParser:
         """For one sample."""
@@ -208,6 +210,7 @@ class ChatFormat:
             reading.parse,
             frozenset(tool.name for tool in offered if tool.is_custom),
             text,
+            reading.is_plain,
         )
 
     def _form(
@@ -317,6 +320,10 @@ class _Reading:
         reasoning = (self.reasoning.open, self.reasoning.close) if self.reasoning else ()
         tools = self.tool_format.marks if self.tool_format else ()
         return (*reasoning, *tools, *(HARMONY.marks if self.is_harmony else ()))
+
+    @property
+    def is_plain(self) -> bool:
+        return self.tool_format is None and self.reasoning is None and not self.is_harmony
 
     @property
     def has_begun(self) -> bool:

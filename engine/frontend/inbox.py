@@ -30,7 +30,8 @@ class Inbox(Generic[Item]):
 
     def put(self, item: Item) -> None:
         self._items.append(item)
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
 
     def close(self, error: Exception) -> None:
         """Nothing more comes, and why."""
@@ -48,6 +49,7 @@ class Inbox(Generic[Item]):
                 raise self._error
             self._waiter = self._loop.create_future()
             await self._waiter
+            self._waiter = None
         items, self._items = self._items, []
         return items
 

@@ -132,6 +132,70 @@ def test_text_and_logprobs(
     assert bytes(byte for entry in found for byte in entry["top_logprobs"][0]["bytes"]) == text.encode()
 
 
+def events(client: TestClient, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of an endpoint whose events have types."""
+    response = client.post(path, json={**body, "stream": True})
+    assert response.status_code == 200, response.text
+    blocks = response.content.decode().split("\n\n")
+    return [json.loads(block.partition("\ndata: ")[2]) for block in blocks if "\ndata: " in block]
+
+
+def of_type(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [one for one in found if one["type"] == kind]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), text=TEXTS.filter(bool))
+def test_text_of_messages_and_responses(
+    client: TestClient, engine: Speaking, bytes_of: dict[bytes, int], data: st.DataObject, text: str
+) -> None:
+    engine.says = split(data, engine, text, bytes_of)
+    found = events(client, "/v1/messages", {**CHAT, "max_tokens": 1000})
+    assert "".join(one["delta"]["text"] for one in of_type(found, "content_block_delta")) == text
+    whole = client.post("/v1/messages", json={**CHAT, "max_tokens": 1000}).json()
+    assert whole["content"] == [{"type": "text", "text": text}]
+    asked = {"input": "a", "top_logprobs": 1, "include": ["message.output_text.logprobs"]}
+    found = events(client, "/v1/responses", asked)
+    deltas = of_type(found, "response.output_text.delta")
+    assert "".join(one["delta"] for one in deltas) == text
+    [done] = of_type(found, "response.output_text.done")
+    assert done["text"] == text
+    assert [entry for one in deltas for entry in one["logprobs"]] == done["logprobs"]
+    [end] = found[-1]["response"]["output"]
+    [part] = end["content"]
+    assert part["text"] == text
+    assert bytes(byte for entry in part["logprobs"] for byte in entry["bytes"]) == text.encode()
+    [output] = client.post("/v1/responses", json=asked).json()["output"]
+    assert output["content"] == end["content"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), text=TEXTS, escapes=st.booleans())
+def test_arguments_of_calls_in_messages_and_responses(
+    client: TestClient,
+    engine: Speaking,
+    bytes_of: dict[bytes, int],
+    data: st.DataObject,
+    text: str,
+    escapes: bool,
+) -> None:
+    call = json.dumps({"name": "f", "arguments": {"x": text}}, ensure_ascii=escapes)
+    engine.says = split(data, engine, f"<tool_call>\n{call}\n</tool_call>", bytes_of)
+    schema = {"type": "object"}
+    asked = {**CHAT, "max_tokens": 1000, "tools": [{"name": "f", "input_schema": schema}]}
+    deltas = of_type(events(client, "/v1/messages", asked), "content_block_delta")
+    assert json.loads("".join(one["delta"]["partial_json"] for one in deltas)) == {"x": text}
+    [block] = client.post("/v1/messages", json=asked).json()["content"]
+    assert block["input"] == {"x": text}
+    asked = {"input": "a", "tools": [{"type": "function", "name": "f", "parameters": schema}]}
+    found = events(client, "/v1/responses", asked)
+    arguments = "".join(one["delta"] for one in of_type(found, "response.function_call_arguments.delta"))
+    assert json.loads(arguments) == {"x": text}
+    [done] = of_type(found, "response.function_call_arguments.done")
+    [whole] = client.post("/v1/responses", json=asked).json()["output"]
+    assert done["arguments"] == whole["arguments"] == arguments
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), text=TEXTS, escapes=st.booleans())
 def test_arguments_of_calls(

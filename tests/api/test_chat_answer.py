@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from engine.frontend.tool_formats import TOOL_FORMATS
 from tests.frontend.test_tool_formats import WRITERS, answers, cut
 from tests.helpers.chat_templates import PLAIN, TEMPLATES, THINKING, tokenizer_of
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 ASKED = {"role": "user", "content": "How is the weather?"}
 
 
@@ -65,6 +67,21 @@ def test_deltas_joined_are_the_message(name: str, data: st.DataObject) -> None:
     whole = message(turn, text)
     assert streamed(turn, cut(text, places)) == whole
     assert streamed(turn, [*text, ""]) == whole
+
+
+def test_answers_that_are_content_alone_need_no_parser() -> None:
+    """They are what a parser makes of them, marks of calls and all."""
+    plain = turn_of(PLAIN)
+    assert plain.is_plain
+    assert not turn_of(TEMPLATES["hermes"], tools=[TOOL]).is_plain
+    assert not turn_of(THINKING).is_plain
+    pieces = ["", "a", CALL, "\U0001f468\u200d", ""]
+    parsed = replace(plain, is_plain=False)
+    for last in ("b", ""):
+        assert streamed(plain, [*pieces, last]) == streamed(parsed, [*pieces, last])
+        assert message(plain, "".join(pieces) + last) == message(parsed, "".join(pieces) + last)
+    unread = replace(plain, parse=TOOL_FORMATS["hermes"].parse)
+    assert message(unread, CALL)["content"] == CALL
 
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"input": "a\\nb"}}\n</tool_call>'

@@ -8,11 +8,11 @@ from typing import Any, cast, get_type_hints
 
 import jsonschema
 import pytest
-from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
 from api.app import create_app
 from api.protocol import NEUTRAL_VALUES, ChatCompletionRequest, CompletionRequest
+from api.routing import EndpointRoute
 from engine.core.outputs import CompletionOutput
 from engine.core.sampling_params import SAMPLING_PARAMETERS
 from tests.helpers.scripted import ScriptedEngine
@@ -39,8 +39,8 @@ def app_of(engine: object, **options: Any) -> Any:
     return create_app(cast(Any, engine), served_model_names=["scripted"], **options)
 
 
-def routes_of(app: Any) -> list[APIRoute]:
-    return [route for route in app.routes if isinstance(route, APIRoute)]
+def routes_of(app: Any) -> list[EndpointRoute]:
+    return [route for route in app.routes if isinstance(route, EndpointRoute)]
 
 
 @pytest.fixture(scope="module")
