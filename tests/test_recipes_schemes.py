@@ -218,7 +218,7 @@ def check_scheme(directory: Path) -> None:
     assert "  int6                     six bits, a scale a row\n" in shown
     assert "the only one for int6, nf4 and codebook4" in shown or "int6 and nf4 and codebook4" in shown
     options = EngineConfig.__dataclass_fields__["quant"].metadata["help"]
-    assert "none, int8, int4, int6, nf4, codebook4, sparse24:int8, sparse24:int4, with" in options
+    assert "none, int8, int4, int6, nf4, codebook4, sparse24:int8, sparse24:int4, lowrank:none, " in options
 
     source = open_checkpoint(model)
     written = compress(model, out, "--scheme", "int6")

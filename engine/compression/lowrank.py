@@ -26,7 +26,7 @@ from itertools import pairwise
 import torch
 
 _RIDGE = 1e-8
-"""Of the mean of the diagonal, where inner features may be next to dependent."""
+"""A share of the mean of the diagonal, added to it where inner features may be next to dependent."""
 
 
 def energies(weight: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:

@@ -150,6 +150,7 @@ def test_words_lie_as_the_c_structs_have_them() -> None:
         "epsilon": 1.5,
         "size": -4,
         "output": None,
+        "is_rotated": 1,
         "spread": 0.0,
         "low": None,
         "tokens": None,
@@ -161,7 +162,7 @@ def test_words_lie_as_the_c_structs_have_them() -> None:
     words = operation.words(dict(reversed(arguments.items())))
     assert words[2] == delta.data_ptr()
     assert bytes(words)[32:40] == bytes(ctypes.c_double(1.5))
-    assert list(words[5:]) == [-4, 0, 0, 0, 0, 0, 64]
+    assert list(words[5:]) == [-4, 0, 1, 0, 0, 0, 0, 64]
 
 
 @pytest.mark.parametrize("name", cpu.FUNCTIONS)
