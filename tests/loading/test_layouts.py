@@ -74,7 +74,7 @@ def test_what_the_gguf_package_writes(kind: Type, ties: bool, tmp_path: Path) ->
 @pytest.mark.parametrize("is_nested", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_what_bitsandbytes_writes(kind: str, is_nested: bool, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
     config = deepcopy(TINY_CONFIGS["llama"])
     config.intermediate_size = 128
     write_checkpoint(tmp_path / "floats", config)
@@ -88,5 +88,12 @@ def test_what_bitsandbytes_writes(kind: str, is_nested: bool, tmp_path: Path) ->
         tmp_path / "floats", quantization_config=settings, dtype=torch.float32, attn_implementation="eager"
     )
     model.save_pretrained(tmp_path / "model")
-    # Its own product takes bfloat16 where the processor has it, whatever type is asked for.
-    assert_same_log_probabilities(tmp_path / "model", model.dequantize().float().eval())
+    # Multiplied in floats: its own product takes bfloat16 where the processor has it, whatever type is asked for.
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "floats", dtype=torch.float32, attn_implementation="eager"
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            reference.get_submodule(name).weight.data.copy_(weight)
+    assert_same_log_probabilities(tmp_path / "model", reference.eval())
